@@ -1,0 +1,27 @@
+"""btx-merge: fine-tuned Llama checkpoints into one Mixture of Experts, by Branch-Train-MiX (arXiv 2403.07816).
+
+Importing this package makes transformers' Auto classes load merged models without `trust_remote_code`.
+"""
+
+from btx_merge._auto_classes import register_with_transformers
+from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
+from btx_merge.merging import Check, Report, check, merge
+from btx_merge.recipe import ExpertSpec, MergeRecipe
+
+__version__ = "0.1.0"
+__all__ = [
+    "BTXError",
+    "Check",
+    "ExpertSpec",
+    "InputError",
+    "MergeError",
+    "MergeInterrupted",
+    "MergeRecipe",
+    "NonFiniteError",
+    "Problem",
+    "Report",
+    "check",
+    "merge",
+]
+
+register_with_transformers()

@@ -1,0 +1,129 @@
+"""A PEFT adapter as an overlay on its base, applied while streaming.
+
+Plain LoRA (Hu et al., arXiv 2106.09685) and rsLoRA are computed here, row by row: W + s B A, in float32.
+Everything else that peft knows is merged by peft itself, into a folder of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from btx_merge.dtypes import Float32, to_float32
+from btx_merge.errors import InputError, Problem
+from btx_merge.tensorfiles import StoredTensor
+
+# Keys of adapter_config.json that plain LoRA may set. Any other key with a value means something that
+# this module does not compute.
+_PLAIN_KEYS = frozenset(
+    "alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules inference_mode layers_pattern"
+    " layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save peft_type peft_version"
+    " qalora_group_size r rank_pattern revision target_modules task_type use_rslora".split()
+)
+_PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+_PREFIX = "base_model.model."
+
+
+def is_plain_lora(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter is a LoRA whose delta is s B A and nothing more."""
+    if config.get("peft_type") != "LORA" or config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        return False
+    return not any(value for key, value in config.items() if key not in _PLAIN_KEYS | {"init_lora_weights"})
+
+
+@dataclass(frozen=True)
+class LoraDelta:
+    """The low-rank difference of one weight: rows of `scaling * B A`."""
+
+    down: StoredTensor
+    """A, [rank, in]; of an embedding [rank, V]."""
+    up: StoredTensor
+    """B, [out, rank]; of an embedding [H, rank]."""
+    scaling: float
+    embedding: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the weight that the delta belongs to."""
+        if self.embedding:
+            return (self.down.shape[1], self.up.shape[0])
+        return (self.up.shape[0], self.down.shape[1])
+
+    def rows(self, start: int, stop: int) -> Float32:
+        """Rows [start, stop) of the delta in float32."""
+        if self.embedding:
+            return self.scaling * (_whole(self.down)[:, start:stop].T @ _whole(self.up).T)
+        up = to_float32(self.up.read_rows(start, stop), self.up.dtype).reshape(stop - start, -1)
+        return self.scaling * (up @ _whole(self.down))
+
+
+@functools.lru_cache(maxsize=8)
+def _whole(tensor: StoredTensor) -> Float32:
+    """A small factor in float32; kept, for it is needed again for the next rows."""
+    return to_float32(tensor.read_rows(0, tensor.shape[0]), tensor.dtype).reshape(tensor.shape)
+
+
+def split_adapter(
+    config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> tuple[dict[str, LoraDelta], dict[str, StoredTensor]]:
+    """The adapter's tensors as deltas on the base's, and as tensors that replace the base's.
+
+    Raises:
+        InputError: half a pair is missing, or a tensor is none of plain LoRA's.
+    """
+    factors: dict[str, dict[str, StoredTensor]] = {}
+    replaced: dict[str, StoredTensor] = {}
+    problems = []
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", name)
+        if match:
+            factors.setdefault(match[1], {})[(match[2] or "") + match[3]] = tensor
+        elif ".lora_" in name or not name.endswith((".weight", ".bias")):
+            problems.append(Problem("", tensor.file.name, f"tensor {key}, which plain LoRA does not have"))
+        else:
+            # modules_to_save, trained biases, and the resized embedding that peft saves under its adapter
+            replaced[re.sub(r"\.(base_layer|modules_to_save)\.", ".", name)] = tensor
+    deltas = {}
+    for module, parts in factors.items():
+        embedding = "embedding_A" in parts
+        down, up = parts.get("embedding_A" if embedding else "A"), parts.get("embedding_B" if embedding else "B")
+        rank = down.shape[0] if down and len(down.shape) == 2 else None
+        if down is None or up is None or len(up.shape) != 2 or rank != up.shape[1] or not rank:
+            found = f"{module} has {', '.join(f'lora_{part} {list(t.shape)}' for part, t in parts.items())}"
+            file = next(iter(parts.values())).file.name
+            problems.append(Problem("", file, found, "lora_A [r, in] and lora_B [out, r]"))
+            continue
+        deltas[f"{module}.weight"] = LoraDelta(down, up, _scaling(config, module, rank), embedding)
+    if problems:
+        raise InputError(problems)
+    return deltas, replaced
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732). peft takes the first pattern that matches."""
+    alpha = config.get("lora_alpha", 8)
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def merge_through_peft(base: Path, adapter: Path, out: Path) -> Path:
+    """The adapter merged into its base by peft, saved under `out`. Needs memory for the whole base.
+
+    The base is loaded without its own code; peft's merge checks that nothing becomes NaN.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    merged.save_pretrained(out)
+    return out

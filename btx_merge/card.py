@@ -1,0 +1,114 @@
+"""The model card: what was merged, how, from which revisions. No path of the user's machine stands in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from btx_merge.plan import Plan
+from btx_merge.sources import Source
+
+_PAPER = "https://arxiv.org/abs/2403.07816"
+
+
+def model_card(plan: Plan) -> str:
+    """README.md of the result: metadata for the Hub, then text and a snippet that runs."""
+    metadata = yaml.safe_dump(card_metadata(plan), sort_keys=False, allow_unicode=True)
+    recipe, seed = plan.recipe, plan.seed
+    rows = "\n".join(_source_row(plan, source) for source in plan.sources)
+    chunked = {
+        "whole": "One expert per source, its feed-forward blocks unchanged.",
+        "split": f"Each source's feed-forward blocks are split into {plan.chunks} experts.",
+        "blend": "Each expert is blended from a part of every source's feed-forward blocks.",
+    }[recipe.expert_mode]
+    router = f"random, normal with standard deviation {recipe.router_std or seed.config['initializer_range']}"
+    if recipe.router_init == "zeros":
+        router = "zeros: every expert is equally likely"
+    folded = " Each expert absorbed its own norm (`fold_norms`)." if recipe.fold_norms else ""
+    return f"""---
+{metadata}---
+
+# {len(plan.sources)} Llama models merged by Branch-Train-MiX
+
+A Mixture of Experts of {plan.parameters / 1e9:.2f} B parameters, {plan.active_parameters / 1e9:.2f} B of them active
+per token ({recipe.num_experts_per_tok} of {plan.num_experts} experts), made by
+[Branch-Train-MiX]({_PAPER}) with btx-merge.
+
+| source | model | revision | expert |
+|---|---|---|---|
+{rows}
+
+- Experts: {chunked}{folded}
+- Attention, embeddings, norms and head: `{recipe.combine}` over {_combined_over(plan)}.
+- Routers: {router}. **They have not been trained yet**: finetune them before you judge the model.
+- The whole recipe, with all defaults and seeds: `btx_recipe.yaml`.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this folder, or this repository's id
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype="auto")
+inputs = tokenizer("The answer is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+
+transformers 5 is needed. With btx-merge installed, `import btx_merge` replaces `trust_remote_code=True`.
+"""
+
+
+def card_metadata(plan: Plan) -> dict[str, Any]:
+    """The YAML block that the Hub reads. `base_model` names what is on the Hub."""
+    metadata: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["btx", "branch-train-mix", "mixture-of-experts", "merge"],
+    }
+    on_hub = [source.located.repo_id for source in plan.sources if source.located.repo_id]
+    if on_hub:
+        metadata["base_model"] = list(dict.fromkeys(on_hub))
+        metadata["base_model_relation"] = "merge"
+    cards = [source.card_metadata() for source in plan.sources]
+    licences = {str(card.get("license")) for card in cards}
+    if len(licences) == 1 and cards[0].get("license"):
+        for key in ("license", "license_name", "license_link"):
+            if key in cards[0]:
+                metadata[key] = cards[0][key]
+    languages = [card.get("language") or [] for card in cards]
+    known = [
+        language for value in languages for language in ([value] if isinstance(value, str) else value)
+    ]
+    if known:
+        metadata["language"] = list(dict.fromkeys(known))
+    return metadata
+
+
+def _source_row(plan: Plan, source: Source) -> str:
+    located = source.located
+    if located.repo_id:
+        model = f"[{located.repo_id}](https://huggingface.co/{located.repo_id})"
+    else:
+        model = f"`{located.public_name}` (a local folder)"
+    if source.base:
+        model += f", an adapter on `{source.base.public_name}`"
+    numbers = [
+        str(number)
+        for number, name in enumerate(plan.expert_names)
+        if name == source.name or name.rpartition(".")[0] == source.name
+    ]
+    expert = "in every one" if plan.recipe.expert_mode == "blend" else ", ".join(numbers)
+    if source not in plan.experts:
+        expert = "none"
+    return f"| {source.name} | {model} | {located.revision or ''} | {expert} |"
+
+
+def _combined_over(plan: Plan) -> str:
+    if plan.recipe.combine == "seed":
+        return "the seed alone"
+    names = ", ".join(f"`{source.name}`" for source in plan.experts)
+    if plan.recipe.combine in ("mean", "dare_linear", "ties", "dare_ties"):
+        return names
+    return ", ".join(f"`{source.name}` ({source.weight:g})" for source in plan.experts)

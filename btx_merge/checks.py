@@ -1,0 +1,128 @@
+"""Do these sources belong together? Every reason against it, in one report, before anything is planned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from btx_merge.dtypes import STORED
+from btx_merge.errors import InputError, Problem
+from btx_merge.llama import BUFFERS, EMBEDDING, HEAD, MUST_AGREE, expected_tensors
+from btx_merge.recipe import MergeRecipe
+from btx_merge.sources import Source
+
+_MANY = 4  # tensors named one by one; more of one kind become one line
+
+
+def check_sources(recipe: MergeRecipe, sources: Sequence[Source]) -> list[Problem]:
+    """Refuses sources that cannot be merged; returns what deserves a warning.
+
+    The first source is the seed, against which the others are held.
+
+    Raises:
+        InputError: every problem of every source.
+    """
+    seed = sources[0]
+    problems: list[Problem] = []
+    for source in sources:
+        problems += config_problems(source, seed)
+        problems += tensor_problems(source)
+    problems += _tying_problems(recipe, sources)
+    problems += _recipe_problems(recipe, seed)
+    if problems:
+        raise InputError(problems)
+    return list(_warnings(sources))
+
+
+def config_problems(source: Source, seed: Source) -> Iterator[Problem]:
+    """Keys of config.json in which a source differs from the seed, or which nobody can merge."""
+    keys = list(MUST_AGREE)
+    if source.config["rope_parameters"]["rope_type"] not in ("default", "linear"):
+        keys.append("max_position_embeddings")  # this kind of rotary embedding is computed from it
+    for key in keys:
+        if source.config[key] != seed.config[key]:
+            expected = f"{seed.config[key]!r} as in the seed"
+            remedy = "Experts must be grown from the seed without changing its architecture."
+            yield Problem(source.name, f"config.json: {key}", repr(source.config[key]), expected, remedy)
+    if source.config["mlp_bias"]:
+        remedy = "Feed-forward blocks with biases cannot become experts."
+        yield Problem(source.name, "config.json: mlp_bias", "True", "False", remedy)
+
+
+def tensor_problems(source: Source) -> Iterator[Problem]:
+    """Tensors that are missing, unexpected, of another shape than config.json says, or of a dtype of their own."""
+    expected = expected_tensors(source.config)
+    found = {name for name in source.tensors if not name.endswith(BUFFERS)}
+    if source.config["tie_word_embeddings"] and HEAD in found:
+        found.discard(HEAD)
+        yield from _head_of_tied_problems(source)
+    missing = [name for name in expected if name not in found]
+    remedy = "Save the whole model with save_pretrained."
+    if missing and len({"model." + name for name in found} & set(missing)) > len(missing) // 2:
+        remedy = "This is a bare LlamaModel; save the LlamaForCausalLM."
+    yield from _listed(source, "missing", missing, remedy)
+    yield from _listed(source, "unexpected", sorted(found - set(expected)), "A Llama has no such tensors.")
+    for name in sorted(found & set(expected)):
+        tensor = source.tensors[name]
+        if tensor.shape != expected[name]:
+            wanted = f"{list(expected[name])} by config.json"
+            yield Problem(source.name, f"{tensor.file.name}: {name}", f"shape {list(tensor.shape)}", wanted)
+        if tensor.dtype not in STORED:
+            remedy = "A quantised checkpoint: load it, call model.dequantize(), save it, and give that folder."
+            found_dtype = f"dtype {tensor.dtype}"
+            wanted = f"one of {', '.join(STORED)}"
+            yield Problem(source.name, f"{tensor.file.name}: {name}", found_dtype, wanted, remedy)
+
+
+def _listed(source: Source, kind: str, names: Sequence[str], remedy: str) -> Iterator[Problem]:
+    for name in names[:_MANY]:
+        yield Problem(source.name, f"tensor {name}", kind, "", remedy)
+    if len(names) > _MANY:
+        yield Problem(source.name, f"{len(names) - _MANY} more tensors", kind, "", remedy)
+
+
+def _head_of_tied_problems(source: Source) -> Iterator[Problem]:
+    """A tied checkpoint may still hold its head, if that is the embedding once more."""
+    head, embedding = source.tensors[HEAD], source.tensors.get(EMBEDDING)
+    if embedding is None or head.shape != embedding.shape or head.dtype != embedding.dtype:
+        same = False
+    else:
+        rows = range(0, head.shape[0], max(1, head.shape[0] // 64))
+        same = all(
+            head.read_rows(row, row + 1).tobytes() == embedding.read_rows(row, row + 1).tobytes() for row in rows
+        )
+    if not same:
+        found = f"{HEAD} differs from the embedding although tie_word_embeddings is true"
+        remedy = "Say false in its config.json if the head is meant, or delete the tensor if it is not."
+        yield Problem(source.name, head.file.name, found, "the same numbers, or no such tensor", remedy)
+
+
+def _tying_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> Iterator[Problem]:
+    seed_tied = sources[0].config["tie_word_embeddings"]
+    for source in sources[1:]:
+        tied = source.config["tie_word_embeddings"]
+        if tied != seed_tied and not recipe.untie:
+            remedy = "Give --untie (`untie: true`) to untie them all: a tied source's head is its embedding."
+            where = "config.json: tie_word_embeddings"
+            yield Problem(source.name, where, repr(tied), f"{seed_tied!r} as in the seed", remedy)
+
+
+def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:
+    """Values of the recipe that only make sense for some seeds."""
+    width = seed.config["intermediate_size"]
+    chunks = recipe.num_chunks if recipe.expert_mode == "split" else 1
+    if recipe.expert_mode == "blend":
+        chunks = len(recipe.experts) + recipe.seed_expert
+    if width % chunks:
+        found = f"intermediate_size {width} cannot be cut into {chunks} equal chunks"
+        key = "num_chunks" if recipe.expert_mode == "split" else "expert_mode: blend"
+        divisors = [number for number in range(2, 65) if width % number == 0]
+        yield Problem("recipe", key, found, f"a divisor of it, such as {', '.join(map(str, divisors))}")
+
+
+def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
+    seed = sources[0]
+    for source in sources[1:]:
+        length, wanted = (s.config["max_position_embeddings"] for s in (source, seed))
+        if length != wanted:
+            where = "config.json: max_position_embeddings"
+            yield Problem(source.name, where, str(length), f"{wanted}, the seed's, which the result keeps")

@@ -1,0 +1,226 @@
+"""The command `btx`: parses, calls the public functions, prints. Results on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
+from btx_merge.recipe import COMBINE_METHODS, EXPERT_MODES, ROUTER_INITS, MergeRecipe, read_recipe_file
+
+app = typer.Typer(
+    name="btx",
+    help="Merge fine-tuned Llama checkpoints grown from one seed into one Mixture of Experts (Branch-Train-MiX).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _main() -> None:
+    """With this, one command more does not change how the others are called."""
+
+
+def _option(help: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, show_default=False)
+
+
+def _recipe_options(
+    recipe: Annotated[Optional[Path], _option("YAML file with the recipe; flags win over it.")] = None,
+    seed: Annotated[Optional[str], _option("Folder or org/name[@revision] that all experts grew from.")] = None,
+    expert: Annotated[
+        Optional[list[str]], _option("NAME=MODEL, again for every expert: a checkpoint or a PEFT adapter.")
+    ] = None,
+    weight: Annotated[Optional[list[str]], _option("NAME=NUMBER: share in a weighted combining.")] = None,
+    base: Annotated[
+        Optional[list[str]], _option("NAME=MODEL: what an adapter was trained on, if not the seed.")
+    ] = None,
+    seed_expert: Annotated[
+        Optional[bool],
+        _option("Whether the seed is an expert too [default: yes].", "--seed-expert/--no-seed-expert"),
+    ] = None,
+    combine: Annotated[
+        Optional[str], _option(f"{', '.join(COMBINE_METHODS)}: rule for shared weights [default: mean].")
+    ] = None,
+    density: Annotated[Optional[float], _option("ties, dare_*: kept part of a difference [default: 0.8].")] = None,
+    scale: Annotated[Optional[float], _option("ties, dare_*: factor on the difference [default: 1].")] = None,
+    expert_mode: Annotated[Optional[str], _option(f"{', '.join(EXPERT_MODES)} [default: whole].")] = None,
+    num_chunks: Annotated[Optional[int], _option("split: experts per source [default: 2].")] = None,
+    fold_norms: Annotated[
+        Optional[bool], _option("Experts absorb the ratio of their own norm to the merged one.", "--fold-norms")
+    ] = None,
+    router_init: Annotated[Optional[str], _option(f"{', '.join(ROUTER_INITS)} [default: random].")] = None,
+    router_std: Annotated[
+        Optional[float], _option("Deviation of random routers [default: the seed's initializer_range].")
+    ] = None,
+    random_seed: Annotated[Optional[int], _option("Seed of all randomness [default: 0].")] = None,
+    num_experts_per_tok: Annotated[Optional[int], _option("Experts per token [default: 2].")] = None,
+    router_aux_loss_coef: Annotated[
+        Optional[float], _option("Coefficient of the load balancing loss [default: 0.01].")
+    ] = None,
+    dtype: Annotated[Optional[str], _option("bfloat16, float16 or float32 [default: the seed's].")] = None,
+    max_shard_size: Annotated[Optional[str], _option("Largest weights file [default: 5GB].")] = None,
+    tokenizer_source: Annotated[
+        Optional[str], _option("Source of chat template, special tokens, generation config [default: seed].")
+    ] = None,
+    untie: Annotated[
+        Optional[bool], _option("Mix tied and untied sources; the result is untied.", "--untie")
+    ] = None,
+    allow_nonfinite: Annotated[
+        Optional[bool], _option("Go on where a source holds NaN or Inf.", "--allow-nonfinite")
+    ] = None,
+    allow_unrelated: Annotated[
+        Optional[bool], _option("Go on where a source did not grow from the seed.", "--allow-unrelated")
+    ] = None,
+) -> MergeRecipe:
+    """The recipe from a file and from flags, which win."""
+    flags = {key: value for key, value in locals().items() if value is not None}
+    pairs = {key: _pairs(f"--{key}", flags.pop(key, [])) for key in ("expert", "weight", "base")}
+    values = read_recipe_file(flags.pop("recipe")) if "recipe" in flags else {}
+    values |= flags
+    experts = {
+        name: dict(spec) if isinstance(spec, dict) else {"model": spec}
+        for name, spec in (values.get("experts") or {}).items()
+    }
+    for name, model in pairs["expert"].items():
+        experts.setdefault(name, {})["model"] = model
+    for key, kind in (("weight", float), ("base", str)):
+        for name, value in pairs[key].items():
+            try:
+                if name == "seed" and key == "weight":
+                    values["seed_weight"] = kind(value)
+                else:
+                    experts[name][key] = kind(value)
+            except KeyError:
+                expected = f"one of {', '.join(experts) or 'the experts, of which there are none'}"
+                raise InputError([Problem("command", f"--{key}", f"no expert {name}", expected)]) from None
+            except ValueError:
+                raise InputError([Problem("command", f"--{key}", f"{name}={value}", "a number")]) from None
+    return MergeRecipe.from_dict({**values, "experts": experts}, "recipe")
+
+
+def _pairs(flag: str, items: list[str]) -> dict[str, str]:
+    out: dict[str, str] = {}
+    for item in items:
+        name, separator, value = item.partition("=")
+        if not (name and separator and value):
+            raise InputError([Problem("command", flag, item, "NAME=VALUE, such as code=./llama-code")])
+        if name in out:
+            raise InputError([Problem("command", flag, f"{name} is given twice", "each name once")])
+        out[name] = value
+    return out
+
+
+def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the recipe's options beside its own, and turns our errors into lines and exit codes."""
+    own = inspect.signature(command, eval_str=True)
+    options = inspect.signature(_recipe_options, eval_str=True)
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        as_json = values.get("json_output", False)
+        try:
+            recipe = _recipe_options(**{key: values.pop(key) for key in options.parameters})
+            command(recipe, **values)
+        except InputError as error:
+            raise _failed(error, [str(problem) for problem in error.problems], 2, as_json) from None
+        except MergeInterrupted as error:
+            raise _failed(error, [str(error)], 130, as_json) from None
+        except BTXError as error:
+            raise _failed(error, [str(error)], 1, as_json) from None
+
+    kept = [parameter for name, parameter in own.parameters.items() if name != "recipe"]
+    merged = [p.replace(kind=p.KEYWORD_ONLY) for p in (*options.parameters.values(), *kept)]
+    run.__signature__ = inspect.Signature(merged)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in merged}
+    return run
+
+
+def _failed(error: BTXError, lines: list[str], code: int, as_json: bool) -> typer.Exit:
+    if as_json:
+        print(json.dumps({"error": type(error).__name__, "problems": lines}, indent=2))
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    return typer.Exit(code)
+
+
+@app.command("check")
+@_takes_recipe
+def check_command(
+    recipe: MergeRecipe,
+    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Say all that would be refused, and what the merge would be. Writes nothing."""
+    from btx_merge.merging import check
+    from btx_merge.tables import print_check
+
+    checked = check(recipe)
+    if json_output:
+        print(json.dumps(checked.to_dict(), indent=2))
+    else:
+        print_check(checked)
+    _warn(checked.warnings)
+
+
+@app.command("merge")
+@_takes_recipe
+def merge_command(
+    recipe: MergeRecipe,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged model.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that is there, once the new one is complete.")
+    ] = False,
+    workers: Annotated[
+        Optional[int], typer.Option(min=1, help="Threads that read and write [default: one per core, at most 4].")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Merge the checkpoints of a recipe into one model."""
+    from btx_merge.merging import Check, merge
+    from btx_merge.tables import ProgressBar, print_report
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
+    with ProgressBar(shown=not quiet and sys.stderr.isatty()) as bar:
+
+        def on_checked(checked: Check) -> None:
+            _warn(checked.warnings)
+            bar.start(sum(job.nbytes for job in checked.plan.jobs))
+
+        report = merge(
+            recipe,
+            output,
+            overwrite=overwrite,
+            workers=workers,
+            progress=bar.advance,
+            on_checked=on_checked,
+            on_note=lambda line: print(f"note: {line}", file=sys.stderr),
+        )
+    if json_output:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not quiet:
+        print_report(report)
+
+
+def _warn(warnings: tuple[Problem, ...]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app()
+    except KeyboardInterrupt:  # before anything was written
+        print("error: Interrupted.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,59 @@
+"""What can go wrong, as one small tree.
+
+BTXError
+├── InputError        something the user gave is wrong; carries every problem found  (exit code 2)
+└── MergeError        the work itself failed; what was there before is untouched     (exit code 1)
+    ├── NonFiniteError    a NaN or an Inf was met while streaming
+    └── MergeInterrupted  Ctrl-C; the same command run again continues
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class BTXError(Exception):
+    """Base of every error that btx-merge raises on purpose."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason to refuse (or, as a warning, to look twice)."""
+
+    source: str
+    """The source's name (`seed`, `code`, ...), or the recipe's file."""
+    where: str
+    """The file, tensor or key."""
+    found: str
+    """What is there."""
+    expected: str = ""
+    """What should be there."""
+    remedy: str = ""
+    """What to do about it."""
+
+    def __str__(self) -> str:
+        text = f"{self.source}: {self.where}: {self.found}"
+        if self.expected:
+            text += f"; expected {self.expected}"
+        return text + (f". {self.remedy}" if self.remedy else "")
+
+
+class InputError(BTXError):
+    """The input cannot be used. `problems` holds all that was found, not only the first."""
+
+    def __init__(self, problems: Iterable[Problem]):
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class MergeError(BTXError):
+    """The merge could not be carried out."""
+
+
+class NonFiniteError(MergeError):
+    """A source holds a NaN or an Inf, or a value left the range of the output's dtype."""
+
+
+class MergeInterrupted(MergeError):
+    """The merge was interrupted; what is finished is kept beside the output for the next run."""

@@ -1,0 +1,53 @@
+"""The feed-forward blocks of the sources as experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import einops
+import numpy as np
+
+from btx_merge.combine import Block, merged_rows, portions
+from btx_merge.dtypes import Float32, from_float32, to_float32
+from btx_merge.llama import FF_NORM
+from btx_merge.plan import EXPERT_LAYOUTS, ExpertColumns, ExpertRows, Plan
+
+_SMALL_GAMMA = 1e-3
+"""Of the merged norm's mean magnitude. A channel below it is shut in the merged layer: nothing to restore."""
+
+
+def expert_rows(job: ExpertRows, plan: Plan) -> Iterator[Block]:
+    """A source's rows: bytes as they are where dtype and recipe allow it, otherwise through float32."""
+    source, finite = plan.experts[job.source], not plan.recipe.allow_nonfinite
+    copied = job.fold_layer is None and source.is_stored(job.name, plan.dtype)
+    ratio = None if job.fold_layer is None else norm_ratio(plan, job.source, job.fold_layer)
+    for start, stop in portions(job.start, job.stop, job.nbytes // (job.stop - job.start)):
+        if copied:
+            yield 0, source.stored_rows(job.name, start, stop, finite)
+            continue
+        values = source.rows(job.name, start, stop, finite)
+        yield 0, from_float32(values if ratio is None else values * ratio, plan.dtype)
+
+
+def expert_columns(job: ExpertColumns, plan: Plan) -> Iterator[Block]:
+    """Every source's down projection with its columns dealt out to the experts."""
+    finite = not plan.recipe.allow_nonfinite
+    pattern = EXPERT_LAYOUTS[plan.recipe.expert_mode].down
+    for start, stop in portions(job.start, job.stop, job.nbytes // (job.stop - job.start)):
+        rows = np.stack([plan.experts[index].rows(job.name, start, stop, finite) for index in job.sources])
+        for expert, block in enumerate(einops.rearrange(rows, pattern, c=plan.chunks)):
+            yield expert, from_float32(block, plan.dtype)
+
+
+def norm_ratio(plan: Plan, source: int, layer: int) -> Float32:
+    """gamma_source / gamma_merged of the norm before the feed-forward block, [H].
+
+    W diag(gamma_i / gamma_merged) behind the merged norm sees what W saw behind its own. The merged gamma is
+    the stored one, rounding included. Where it is next to nothing the ratio stays 1.
+    """
+    name = FF_NORM.format(layer=layer)
+    width = plan.seed.config["hidden_size"]
+    merged = to_float32(from_float32(merged_rows(plan, name, 0, width), plan.dtype), plan.dtype)
+    own = plan.experts[source].rows(name, 0, width)
+    shut = np.abs(merged) < _SMALL_GAMMA * np.abs(merged).mean()
+    return np.where(shut, np.float32(1), own / np.where(shut, np.float32(1), merged))

@@ -1,0 +1,184 @@
+"""Everything of the result that is not weights: config, model code, tokenizer, generation config, recipe, index."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from btx_merge.card import model_card
+from btx_merge.dtypes import TORCH_NAMES
+from btx_merge.llama import DEFAULTS
+from btx_merge.plan import WHOLE_TENSOR_METHODS, Plan
+from btx_merge.sources import Source
+
+RECIPE_FILE = "btx_recipe.yaml"
+MODEL_CODE = ("configuration_btx.py", "modeling_btx.py")
+_AUTO_MAP = {
+    "AutoConfig": "configuration_btx.BTXConfig",
+    "AutoModel": "modeling_btx.BTXModel",
+    "AutoModelForCausalLM": "modeling_btx.BTXForCausalLM",
+}
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
+
+
+def write_files(plan: Plan, folder: Path) -> None:
+    """Writes all files beside the weights into `folder`."""
+    chat = next(source for source in plan.sources if source.name == plan.recipe.tokenizer_source)
+    _write_json(folder / "config.json", output_config(plan, chat))
+    if len(plan.shards) > 1:
+        _write_json(folder / "model.safetensors.index.json", _index(plan))
+    if generation := _read_optional(chat, "generation_config.json"):
+        generation.pop("_from_model_config", None)
+        _write_json(folder / "generation_config.json", _with_union_ids(plan, chat, generation))
+    _write_tokenizer(plan, chat, folder)
+    for name in MODEL_CODE:
+        shutil.copyfile(model_code_folder() / name, folder / name)
+    recipe = yaml.safe_dump(resolved_recipe(plan), sort_keys=False, allow_unicode=True)
+    (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
+
+
+def output_config(plan: Plan, chat: Source) -> dict[str, Any]:
+    """config.json of the result: the seed's architecture, BTX's fields, the code that loads it.
+
+    Only keys that a Llama config has are taken over: no private path and no code reference of the seed's.
+    """
+    seed = plan.seed.config
+    config: dict[str, Any] = {
+        "architectures": ["BTXForCausalLM"],
+        "auto_map": _AUTO_MAP,
+        "model_type": "btx",
+        **{key: seed[key] for key in (*DEFAULTS, "rope_parameters")},
+        **{key: chat.config[key] for key in _TOKEN_IDS if key in DEFAULTS},
+        "dtype": TORCH_NAMES[plan.dtype],
+        "vocab_size": plan.vocabulary.size,
+        "tie_word_embeddings": plan.tied,
+        "intermediate_size": plan.expert_width,
+        "num_local_experts": plan.num_experts,
+        "num_experts_per_tok": plan.recipe.num_experts_per_tok,
+        "router_type": "top_k",
+        "router_aux_loss_coef": plan.recipe.router_aux_loss_coef,
+        "output_router_logits": False,
+        "expert_names": plan.expert_names,
+    }
+    return _with_union_ids(plan, chat, config)
+
+
+def resolved_recipe(plan: Plan) -> dict[str, Any]:
+    """The recipe with everything that was left open filled in, and what it was carried out with.
+
+    It can be given to `btx merge --recipe`. A folder stands there by its name alone, without its path.
+    """
+    values = plan.recipe.to_dict()
+    values["seed"] = _public_reference(plan.seed)
+    for source in plan.sources[1:]:
+        values["experts"][source.name]["model"] = _public_reference(source)
+        if values["experts"][source.name]["base"] is not None and source.base:
+            values["experts"][source.name]["base"] = source.base.public_name
+    values["dtype"] = TORCH_NAMES[plan.dtype]
+    if values["router_std"] is None:
+        values["router_std"] = plan.seed.config["initializer_range"]
+    tools = ("btx-merge", "numpy", *(("torch", "peft") if plan.recipe.combine in WHOLE_TENSOR_METHODS else ()))
+    values["resolved"] = {
+        "expert_names": plan.expert_names,
+        "tools": {"python": platform.python_version(), **{tool: version(tool) for tool in tools}},
+    }
+    return values
+
+
+def model_code_folder() -> Path:
+    """Where the code that travels with a checkpoint lies; found without importing it (and torch)."""
+    spec = importlib.util.find_spec("btx_merge.modeling")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _public_reference(source: Source) -> str:
+    located = source.located
+    return f"{located.repo_id}@{located.revision}" if located.repo_id else located.public_name
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    metadata = {
+        "total_parameters": plan.parameters,
+        "total_size": sum(tensor.nbytes for tensor in plan.tensors),
+    }
+    weight_map = {tensor.name: plan.shards[tensor.shard].name for tensor in plan.tensors}
+    return {"metadata": metadata, "weight_map": weight_map}
+
+
+def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
+    """The seed's tokenizer with the union's tokens; template and special tokens from the source that is named."""
+    origin = plan.seed.tokenizer_folder
+    if origin is None:
+        return
+    template = chat.tokenizer_folder or origin
+    for name in _TOKENIZER_FILES:
+        about_text = name in ("tokenizer.json", "tokenizer.model", "added_tokens.json")
+        file = (origin if about_text else template) / name
+        if file.exists():
+            shutil.copyfile(file, folder / name)
+    if not plan.vocabulary.new_tokens:
+        return
+    file = folder / "tokenizer.json"
+    data = json.loads(file.read_text(encoding="utf-8"))
+    data["added_tokens"] = [*(data.get("added_tokens") or []), *plan.vocabulary.new_tokens]
+    _write_json(file, data)
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
+    if "added_tokens_decoder" in config:
+        keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+        config["added_tokens_decoder"] = {
+            str(entry["id"]): {key: entry[key] for key in keys if key in entry} for entry in data["added_tokens"]
+        }
+        _write_json(config_file, config)
+    # tokenizer.model and added_tokens.json describe the vocabulary without the new tokens
+    for name in ("tokenizer.model", "added_tokens.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _with_union_ids(plan: Plan, chat: Source, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Token ids of a source's config as ids of the result: the same token, by its string."""
+    out = dict(values)
+    if chat is plan.seed or plan.vocabulary.ids is None:
+        return out
+    moved = {
+        segment.source + offset: segment.out + offset
+        for segment in plan.vocabulary.segments[chat.name]
+        for offset in range(segment.count)
+    }
+    for key in _TOKEN_IDS:
+        if isinstance(out.get(key), int):
+            out[key] = moved.get(out[key], out[key])
+        elif isinstance(out.get(key), list):
+            out[key] = [moved.get(token, token) for token in out[key]]
+    return out
+
+
+def _read_optional(source: Source, name: str) -> dict[str, Any] | None:
+    for folder in (source.located.folder, *([source.base.folder] if source.base else [])):
+        if (folder / name).exists():
+            values: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
+            return values
+    return None
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,198 @@
+"""The public verbs: `check` finds out whether and what a merge would be, `merge` carries it out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from btx_merge.checks import check_sources
+from btx_merge.divergence import Divergence, measure_divergence
+from btx_merge.dtypes import TORCH_NAMES
+from btx_merge.errors import InputError, Problem
+from btx_merge.files import write_files
+from btx_merge.plan import Fate, Plan, make_plan
+from btx_merge.recipe import MergeRecipe
+from btx_merge.sources import Source, open_sources
+from btx_merge.vocabulary import plan_vocabulary
+from btx_merge.writer import Progress, Staging
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` found: the plan, and all that deserves a look."""
+
+    plan: Plan
+    divergence: tuple[Divergence, ...]
+    warnings: tuple[Problem, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them."""
+        plan = self.plan
+        return {
+            "sources": [
+                {"name": source.name, "model": source.located.public_name, "revision": source.located.revision}
+                for source in plan.sources
+            ],
+            "experts": plan.expert_names,
+            "dtype": TORCH_NAMES[plan.dtype],
+            "vocab_size": plan.vocabulary.size,
+            "parameters": plan.parameters,
+            "active_parameters": plan.active_parameters,
+            "bytes_to_read": plan.bytes_to_read,
+            "bytes_to_write": plan.bytes_to_write,
+            "working_memory": plan.working_memory,
+            "shards": [shard.name for shard in plan.shards],
+            "divergence": [asdict(item) for item in self.divergence],
+            "fates": [asdict(fate) for fate in plan.fates],
+            "warnings": [str(warning) for warning in self.warnings],
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge did."""
+
+    output: Path
+    checked: Check
+    seconds: float
+    """Wall time, checks included."""
+    peak_memory: int
+    """Largest resident size of the process so far, in bytes."""
+    kept_bytes: int
+    """Bytes that an earlier, interrupted run had written."""
+
+    @property
+    def fates(self) -> tuple[Fate, ...]:
+        return self.checked.plan.fates
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them."""
+        figures = {key: getattr(self, key) for key in ("seconds", "peak_memory", "kept_bytes")}
+        return {"output": str(self.output), **figures, **self.checked.to_dict()}
+
+
+def check(recipe: MergeRecipe) -> Check:
+    """Reads and checks all sources and lays out the merge. Writes nothing.
+
+    Raises:
+        InputError: every reason to refuse this merge.
+    """
+    with _checked(recipe) as checked:
+        return checked
+
+
+def merge(
+    recipe: MergeRecipe,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    on_checked: Callable[[Check], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> Report:
+    """Merges the recipe's sources into one BTX model (arXiv 2403.07816) in the folder `output`.
+
+    An interrupted merge leaves `OUTPUT.btx-partial`; the same call continues it, and ends with the same bytes.
+
+    Args:
+        overwrite: whether `output` may be replaced if it is there and not empty; that happens when the new
+            model is complete.
+        workers: threads that read and write; by default one per core, at most 4.
+        progress: called from several threads with numbers of bytes; they add up to `plan.bytes_to_write` less
+            the headers.
+        on_checked: called once when all is checked and before anything is written.
+        on_note: called with a line about what else a person would want to know.
+
+    Raises:
+        InputError: a reason to refuse; nothing has been written.
+        MergeError: the merge could not be carried out (`NonFiniteError`, `MergeInterrupted`, a disk's refusal);
+            `output` is as it was.
+    """
+    began = time.perf_counter()
+    target = Path(output).expanduser().resolve()
+    _check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _checked(recipe, target) as checked:
+        if on_checked:
+            on_checked(checked)
+        plan = checked.plan
+        with Staging(target, plan, _fingerprint(plan)) as staging:
+            staging.prepare()
+            if on_note and staging.restarted:
+                on_note("An unfinished merge of another recipe or of changed sources was there: starting over.")
+            if on_note and staging.kept_bytes:
+                on_note(f"Continuing: {staging.kept_bytes / 1e9:.2f} GB were written before and are verified.")
+            staging.run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
+            write_files(plan, staging.folder)
+            staging.finish(overwrite)
+    return Report(target, checked, time.perf_counter() - began, _peak_memory(), staging.kept_bytes)
+
+
+@contextmanager
+def _checked(recipe: MergeRecipe, target: Path | None = None) -> Iterator[Check]:
+    """A check whose plan can be carried out inside the context: there, what peft merged itself still exists."""
+    with ExitStack() as stack:
+
+        def scratch() -> Path:
+            beside = target.parent if target else None
+            return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="btx-adapter-", dir=beside)))
+
+        sources = open_sources(recipe, scratch)
+        if target:
+            _check_apart(target, sources)
+        warnings = check_sources(recipe, sources)
+        vocabulary = plan_vocabulary(sources)
+        divergence, unrelated, identical = measure_divergence(sources)
+        if unrelated and not recipe.allow_unrelated:
+            raise InputError(unrelated)
+        plan = make_plan(recipe, sources, vocabulary)
+        yield Check(plan, tuple(divergence), tuple(warnings + unrelated + identical))
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if target.is_file():
+        raise InputError([Problem("output", str(target), "a file", "a folder that is empty or not there yet")])
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        remedy = "Give another --output, or --overwrite to replace it when the new model is complete."
+        raise InputError([Problem("output", str(target), "not empty", "an empty or a new folder", remedy)])
+
+
+def _check_apart(target: Path, sources: Sequence[Source]) -> None:
+    """The output may not be, hold or lie in a source's folder: replacing it would destroy what is read."""
+    problems = []
+    for source in sources:
+        folder = source.located.folder.resolve()
+        if target == folder or target in folder.parents or folder in target.parents:
+            found = f"overlaps with the source {source.name}, {folder}"
+            problems.append(Problem("output", str(target), found, "a folder apart from all sources"))
+    if problems:
+        raise InputError(problems)
+
+
+def _fingerprint(plan: Plan) -> str:
+    """Says whether an unfinished merge is of this recipe, these files and this version."""
+    recipe = plan.recipe.to_dict()
+    stats = []
+    for source in plan.sources:
+        for file in source.files:
+            stat = file.stat()
+            stats.append([source.name, file.name, stat.st_size, stat.st_mtime_ns])
+    text = json.dumps([version("btx-merge"), recipe, stats, [shard.nbytes for shard in plan.shards]])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _peak_memory() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

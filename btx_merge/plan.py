@@ -1,0 +1,389 @@
+"""The whole merge laid out before a byte is written: every tensor of the result, where it lies in which file,
+and the jobs that fill it.
+
+Legend: S sources that are experts, E experts of the result, I intermediate, H hidden, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import einops
+import numpy as np
+
+from btx_merge.dtypes import SAFETENSORS_NAMES, STORED
+from btx_merge.llama import (
+    ATTENTION_BIASES,
+    BUFFERS,
+    DOWN,
+    EMBEDDING,
+    EXPERT_TENSORS,
+    GATE,
+    HEAD,
+    SHARED_TENSORS,
+    UP,
+    dimensions,
+    expected_tensors,
+)
+from btx_merge.recipe import MergeRecipe
+from btx_merge.segments import Segment, runs
+from btx_merge.sources import Source
+from btx_merge.vocabulary import Vocabulary
+
+ROUTER = "model.layers.{layer}.mlp.gate.weight"
+GATE_UP_EXPERTS = "model.layers.{layer}.mlp.experts.gate_up_proj"
+DOWN_EXPERTS = "model.layers.{layer}.mlp.experts.down_proj"
+_MOE_TENSORS = {ROUTER: "E H", GATE_UP_EXPERTS: "E 2I H", DOWN_EXPERTS: "E H I"}
+
+WHOLE_TENSOR_METHODS = ("ties", "dare_ties", "dare_linear")
+"""Ways to combine that look at a whole tensor of all sources at once."""
+_JOB_BYTES = 64_000_000  # of output: the unit of parallel work and of resuming
+
+
+@dataclass(frozen=True)
+class ExpertLayout:
+    """How the sources' feed-forward blocks become experts. s: source, c: chunk, i: width, h: hidden."""
+
+    gate_up: str
+    """Rows of gate (two = 0) and up (two = 1) of all sources -> rows of every expert."""
+    down: str
+
+
+EXPERT_LAYOUTS = {
+    "whole": ExpertLayout("two s (c i) -> (s c) (two i)", "s h (c i) -> (s c) h i"),
+    "split": ExpertLayout("two s (c i) -> (s c) (two i)", "s h (c i) -> (s c) h i"),
+    "blend": ExpertLayout("two s (c i) -> c (two s i)", "s h (c i) -> c h (s i)"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of the result and its place."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: int
+    start: int
+    """Byte in the shard's file."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * STORED[self.dtype].itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // self.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes in a shard's file."""
+
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A part of one output tensor. Its kind says what fills it; its extents, where that goes."""
+
+    tensor: OutputTensor
+    extents: tuple[Extent, ...]
+    start: int
+    """First row: of the source's tensor in the jobs for experts, of the output in the others."""
+    stop: int
+
+    @property
+    def key(self) -> str:
+        """Names the job in the journal, the same in every run of one plan."""
+        return f"{self.tensor.name}@{self.extents[0].start}"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(extent.nbytes for extent in self.extents)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRows(Job):
+    """Rows of one source's gate, up or down, as they are (or with its norm folded in)."""
+
+    source: int
+    name: str
+    fold_layer: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertColumns(Job):
+    """Rows of every source's down, their columns dealt out to the experts; one extent per expert."""
+
+    sources: tuple[int, ...]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRows(Job):
+    """Rows of a tensor that is combined over the sources."""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterRows(Job):
+    """A layer's whole router."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the result: its header as bytes, its whole size."""
+
+    name: str
+    header: bytes
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of some input tensors of a source."""
+
+    source: str
+    fate: str
+    tensors: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the writer needs; can be shown before anything is written."""
+
+    recipe: MergeRecipe
+    seed: Source
+    experts: tuple[Source, ...]
+    """The sources that become experts and whose shared tensors are combined."""
+    vocabulary: Vocabulary
+    dtype: str
+    tensors: tuple[OutputTensor, ...]
+    shards: tuple[Shard, ...]
+
+    @cached_property
+    def jobs(self) -> tuple[Job, ...]:
+        return tuple(job for tensor in self.tensors for job in self._jobs_of(tensor))
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Seed first, whether or not it is an expert."""
+        return self.experts if self.seed in self.experts else (self.seed, *self.experts)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the result's head is its embedding."""
+        return all(source.config["tie_word_embeddings"] for source in (self.seed, *self.experts))
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.expert_names)
+
+    @property
+    def chunks(self) -> int:
+        """Pieces that each source's feed-forward block is cut into."""
+        return {"whole": 1, "split": self.recipe.num_chunks, "blend": len(self.experts)}[self.recipe.expert_mode]
+
+    @property
+    def expert_names(self) -> list[str]:
+        """In the order of the router's rows. A blended expert is a part of every source."""
+        names = [source.name for source in self.experts]
+        if self.recipe.expert_mode == "whole":
+            return names
+        if self.recipe.expert_mode == "blend":
+            return [f"blend.{chunk}" for chunk in range(self.chunks)]
+        return [f"{name}.{chunk}" for name in names for chunk in range(self.chunks)]
+
+    @property
+    def expert_width(self) -> int:
+        """The intermediate size of one expert."""
+        width: int = self.seed.config["intermediate_size"]
+        return width // self.chunks * (len(self.experts) if self.recipe.expert_mode == "blend" else 1)
+
+    @property
+    def parameters(self) -> int:
+        """All weights of the result."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def active_parameters(self) -> int:
+        """Weights that one token passes through, with K of E experts per layer."""
+        experts = sum(math.prod(tensor.shape) for tensor in self.tensors if ".experts." in tensor.name)
+        idle = self.num_experts - self.recipe.num_experts_per_tok
+        return self.parameters - experts * idle // self.num_experts
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    @property
+    def bytes_to_read(self) -> int:
+        return sum(fate.nbytes for fate in self.fates if fate.fate not in ("not used", "passed over"))
+
+    @property
+    def working_memory(self) -> int:
+        """Bytes that a merge holds beside the interpreter itself, about."""
+        if self.recipe.combine not in WHOLE_TENSOR_METHODS:
+            return 64_000_000
+        largest = max(math.prod(tensor.shape) for tensor in self.tensors if ".mlp." not in tensor.name)
+        # torch and peft; then differences, their pruned copies, the stack and its weighted copy, in float32
+        return 350_000_000 + 4 * largest * 4 * (len(self.experts) + 1)
+
+    @cached_property
+    def fates(self) -> tuple[Fate, ...]:
+        """Every input tensor accounted for, by source."""
+        counts: dict[tuple[str, str], list[int]] = {}
+        for source in self.sources:
+            for name, tensor in source.tensors.items():
+                fate = self._fate(source, name)
+                nbytes = counts.setdefault((source.name, fate), [])
+                nbytes.append(tensor.nbytes)
+        return tuple(Fate(source, fate, len(sizes), sum(sizes)) for (source, fate), sizes in counts.items())
+
+    def _fate(self, source: Source, name: str) -> str:
+        if name.endswith(BUFFERS) or (name == HEAD and source.config["tie_word_embeddings"]):
+            return "passed over"
+        if name.endswith(tuple(pattern.split("}")[1] for pattern in EXPERT_TENSORS)):
+            return "expert" if source in self.experts else "not used"
+        if self.recipe.combine == "seed":
+            return "copied" if source is self.seed else "not used"
+        needs_seed = self.recipe.combine in WHOLE_TENSOR_METHODS
+        return "averaged" if source in self.experts or needs_seed else "not used"
+
+    def rows_of(self, name: str) -> int:
+        """Rows of a shared tensor of the result."""
+        if name in (EMBEDDING, HEAD):
+            return self.vocabulary.size
+        return self.seed.tensors[name].shape[0]
+
+    def source_layout(self, name: str) -> Mapping[str, tuple[Segment, ...]]:
+        """Per source, which of its rows of a shared tensor belong to which of the result's."""
+        if name in (EMBEDDING, HEAD):
+            return self.vocabulary.segments
+        return {source.name: (Segment(0, 0, self.rows_of(name)),) for source in self.sources}
+
+    def _jobs_of(self, tensor: OutputTensor) -> Iterator[Job]:
+        for pattern in _MOE_TENSORS:
+            front, _, back = pattern.partition("{layer}")
+            if tensor.name.startswith(front) and tensor.name.endswith(back):
+                layer = int(tensor.name.removeprefix(front).removesuffix(back))
+                if pattern == ROUTER:
+                    yield RouterRows(tensor, (Extent(tensor.start, tensor.nbytes),), 0, tensor.shape[0], layer)
+                elif pattern == GATE_UP_EXPERTS:
+                    yield from self._gate_up_jobs(tensor, layer)
+                else:
+                    yield from self._down_jobs(tensor, layer)
+                return
+        rows = tensor.shape[0]
+        whole = self.recipe.combine in WHOLE_TENSOR_METHODS
+        for start, stop in _portions(0, rows, rows if whole else max(1, _JOB_BYTES // tensor.row_bytes)):
+            extent = Extent(tensor.start + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
+            yield SharedRows(tensor, (extent,), start, stop)
+
+    @cached_property
+    def _gate_up_runs(self) -> tuple[Segment, ...]:
+        """Runs of rows from the sources' gates, then ups, to the experts' rows. The same in every layer."""
+        sources, width = len(self.experts), self.seed.config["intermediate_size"]
+        # A gap after each tensor, so that no run leads from one into the next.
+        index = np.arange(2 * sources)[:, None] * (width + 1) + np.arange(width)
+        index = index.reshape(2, sources, width)
+        pattern = EXPERT_LAYOUTS[self.recipe.expert_mode].gate_up
+        return runs(einops.rearrange(index, pattern, c=self.chunks).reshape(-1))
+
+    def _gate_up_jobs(self, tensor: OutputTensor, layer: int) -> Iterator[Job]:
+        width = self.seed.config["intermediate_size"]
+        row_bytes = tensor.row_bytes // tensor.shape[1]
+        for run in self._gate_up_runs:
+            which, row = divmod(run.source, width + 1)
+            two, source = divmod(which, len(self.experts))
+            name = (GATE, UP)[two].format(layer=layer)
+            for start, stop in _portions(row, row + run.count, max(1, _JOB_BYTES // row_bytes)):
+                offset = tensor.start + (run.out + start - row) * row_bytes
+                extents = (Extent(offset, (stop - start) * row_bytes),)
+                fold = layer if self.recipe.fold_norms else None
+                yield ExpertRows(tensor, extents, start, stop, source, name, fold)
+
+    def _down_jobs(self, tensor: OutputTensor, layer: int) -> Iterator[Job]:
+        name, hidden = DOWN.format(layer=layer), tensor.shape[1]
+        row_bytes = tensor.row_bytes // hidden  # of one expert
+        sources: Sequence[tuple[int, ...]] = [(index,) for index in range(len(self.experts))]
+        if self.recipe.expert_mode == "blend":
+            sources = [tuple(range(len(self.experts)))]
+        per_group = self.num_experts // len(sources)
+        for group, members in enumerate(sources):
+            experts = range(group * per_group, (group + 1) * per_group)
+            for start, stop in _portions(0, hidden, max(1, _JOB_BYTES // (row_bytes * per_group))):
+                size = (stop - start) * row_bytes
+                first = tensor.start + start * row_bytes
+                extents = tuple(Extent(first + expert * tensor.row_bytes, size) for expert in experts)
+                if self.chunks == 1:
+                    yield ExpertRows(tensor, extents, start, stop, members[0], name)
+                else:
+                    yield ExpertColumns(tensor, extents, start, stop, members, name)
+
+
+def make_plan(recipe: MergeRecipe, sources: Sequence[Source], vocabulary: Vocabulary) -> Plan:
+    """Lays out the result of merging checked sources (seed first)."""
+    seed = sources[0]
+    experts = tuple(sources if recipe.seed_expert else sources[1:])
+    dtype = SAFETENSORS_NAMES[recipe.dtype] if recipe.dtype else seed.dtype
+    sketch = Plan(recipe, seed, experts, vocabulary, dtype, (), ())
+    groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for name, shape in _output_shapes(sketch):
+        nbytes = math.prod(shape) * STORED[dtype].itemsize
+        if groups[-1] and filled + nbytes > recipe.shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append((name, shape))
+        filled += nbytes
+    tensors: list[OutputTensor] = []
+    shards = []
+    for number, group in enumerate(groups):
+        name = f"model-{number + 1:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else "model.safetensors"
+        header, starts, nbytes = _header(group, dtype)
+        shards.append(Shard(name, header, nbytes))
+        tensors += [OutputTensor(n, dtype, shape, number, starts[n]) for n, shape in group]
+    return Plan(recipe, seed, experts, vocabulary, dtype, tuple(tensors), tuple(shards))
+
+
+def _output_shapes(plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of the result, in the order in which a token meets them."""
+    config = {**plan.seed.config, "vocab_size": plan.vocabulary.size, "tie_word_embeddings": plan.tied}
+    shared = {name: shape for name, shape in expected_tensors(config).items() if ".mlp." not in name}
+    sizes = {**dimensions(config), "E": plan.num_experts, "I": plan.expert_width, "2I": 2 * plan.expert_width}
+    moe = {name: tuple(sizes[letter] for letter in letters.split()) for name, letters in _MOE_TENSORS.items()}
+    of_layer = [name for name in (*SHARED_TENSORS, *ATTENTION_BIASES) if "{layer}" in name]
+    yield EMBEDDING, shared[EMBEDDING]
+    for layer in range(config["num_hidden_layers"]):
+        names = [name.format(layer=layer) for name in of_layer]
+        yield from ((name, shared[name]) for name in names if name in shared)
+        yield from ((name.format(layer=layer), shape) for name, shape in moe.items())
+    yield from ((name, shared[name]) for name in ("model.norm.weight", HEAD) if name in shared)
+
+
+def _header(group: Sequence[tuple[str, tuple[int, ...]]], dtype: str) -> tuple[bytes, dict[str, int], int]:
+    """A safetensors header as bytes, where each tensor starts in the file, and the file's size."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in group:
+        end = offset + math.prod(shape) * STORED[dtype].itemsize
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begins at a multiple of 8
+    header = len(text).to_bytes(8, "little") + text
+    starts = {name: len(header) + entries[name]["data_offsets"][0] for name, _ in group}  # type: ignore[index]
+    return header, starts, len(header) + offset
+
+
+def _portions(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((first, min(first + size, stop)) for first in range(start, stop, size))

@@ -1,0 +1,113 @@
+"""What a person sees of a check and of a merge: tables and the progress bar, drawn by rich."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from btx_merge.dtypes import TORCH_NAMES
+from btx_merge.merging import Check, Report
+from btx_merge.plan import Fate
+
+
+class ProgressBar:
+    """Bytes, rate and time left, on stderr; nothing at all where it is not shown."""
+
+    def __init__(self, shown: bool):
+        self._progress = Progress(
+            "merging",
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+        )
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start(self, total: int) -> None:
+        """Shows the bar for `total` bytes."""
+        self._task = self._progress.add_task("merging", total=total)
+        self._progress.start()
+
+    def advance(self, nbytes: int) -> None:
+        """Adds bytes that are done. Called from several threads."""
+        self._progress.advance(self._task, nbytes)
+
+
+def print_check(checked: Check) -> None:
+    """The sources with their distance from the seed, and the size of the merge."""
+    plan = checked.plan
+    groups = list(dict.fromkeys(item.group for item in checked.divergence))
+    table = Table("source", "model", "dtype", title="Sources: distance from the seed (cosine to it)", title_justify="left")
+    for group in groups:
+        table.add_column(group, justify="right")
+    figures = {(item.source, item.group): f"{item.distance:.3f} ({item.cosine:.3f})" for item in checked.divergence}
+    for source in plan.sources:
+        model = source.located.public_name + (f"@{source.located.revision[:8]}" if source.located.revision else "")
+        if source.base:
+            model += f" on {source.base.public_name}"
+        cells = [figures.get((source.name, group), "") for group in groups]
+        table.add_row(source.name, model, TORCH_NAMES.get(source.dtype, source.dtype), *cells)
+    console = Console()
+    console.print(table)
+    recipe = plan.recipe
+    lines = {
+        "experts": f"{plan.num_experts} ({recipe.expert_mode}): {', '.join(plan.expert_names)}",
+        "shared weights": recipe.combine + (", norms folded into the experts" if recipe.fold_norms else ""),
+        "routers": f"{recipe.router_init}, {recipe.num_experts_per_tok} experts per token",
+        "parameters": f"{_count(plan.parameters)} in all, {_count(plan.active_parameters)} active per token",
+        "vocabulary": f"{plan.vocabulary.size:,} rows, {len(plan.vocabulary.new_tokens)} tokens new to the seed",
+        "output": f"{TORCH_NAMES[plan.dtype]}, {len(plan.shards)} weights file{'s' * (len(plan.shards) > 1)}",
+        "to read / to write": f"{_size(plan.bytes_to_read)} / {_size(plan.bytes_to_write)}",
+        "working memory": f"about {_size(plan.working_memory)}",
+    }
+    console.print(_facts(lines))
+
+
+def print_report(report: Report) -> None:
+    """What became of every input tensor, and what it cost."""
+    console = Console()
+    console.print(_fates(report.fates))
+    plan = report.checked.plan
+    rate = plan.bytes_to_write / max(report.seconds, 1e-9)
+    lines = {
+        "written": f"{report.output}: {_size(plan.bytes_to_write)}, {plan.num_experts} experts, "
+        f"{_count(plan.parameters)} parameters, {_count(plan.active_parameters)} active per token",
+        "took": f"{report.seconds:.1f} s ({_size(int(rate))}/s), peak memory {_size(report.peak_memory)}",
+    }
+    if plan.recipe.router_init in ("random", "zeros"):
+        lines["next"] = "the routers are untrained: finetune them before you judge the model"
+    console.print(_facts(lines))
+
+
+def _fates(fates: tuple[Fate, ...]) -> Table:
+    kinds = list(dict.fromkeys(fate.fate for fate in fates))
+    table = Table("source", title="What became of every input tensor", title_justify="left")
+    for kind in (*kinds, "refused"):
+        table.add_column(kind, justify="right")
+    for source in dict.fromkeys(fate.source for fate in fates):
+        cells = {fate.fate: f"{fate.tensors} ({_size(fate.nbytes)})" for fate in fates if fate.source == source}
+        table.add_row(source, *(cells.get(kind, "0") for kind in kinds), "0")
+    return table
+
+
+def _facts(lines: dict[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for key, value in lines.items():
+        table.add_row(key, value)
+    return table
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -1,0 +1,183 @@
+"""Where every tensor of a checkpoint file lies: safetensors and torch's own format, read without their data.
+
+Both formats end up as `StoredTensor`: a range of bytes in a file. The rest of the package knows no formats.
+A file is never trusted: what its header promises is held against its size, and every error names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from btx_merge.dtypes import STORED, TORCH_NAMES, Raw
+from btx_merge.errors import InputError, Problem
+
+_MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
+_WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor as it lies in a file: row-major, `nbytes` bytes from `start`."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, that is of one index of the first dimension."""
+        return self.nbytes // max(1, self.shape[0]) if self.shape else self.nbytes
+
+    def read_rows(self, start: int, stop: int) -> Raw:
+        """Rows [start, stop) as flat bytes."""
+        nbytes = (stop - start) * self.row_bytes
+        out = np.empty(nbytes, np.uint8)
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start + start * self.row_bytes)
+            view, filled = memoryview(out), 0
+            while filled < nbytes:
+                got = file.readinto(view[filled:])
+                if not got:
+                    raise InputError([_problem(self.file, f"ends inside tensor {self.name}", "", _FETCH_AGAIN)])
+                filled += got
+        return out
+
+
+_FETCH_AGAIN = "Download or copy the file again."
+
+
+def _problem(file: Path, found: str, expected: str = "", remedy: str = "") -> Problem:
+    return Problem(file.parent.name, file.name, found, expected, remedy)
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise ValueError(f"the key {key} stands there twice")
+        seen[key] = value
+    return seen
+
+
+def read_safetensors(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, from its header.
+
+    Raises:
+        InputError: the file is truncated, or its header is no JSON, names a tensor twice, or lies about
+            offsets or shapes. All such problems of the file in one error.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        head = stream.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
+            found = f"{size:,} bytes, too few for the {length:,} bytes of header that it announces"
+            if len(head) < 8:
+                found = f"{size} bytes, not even a header"
+            raise InputError([_problem(file, found, "a safetensors file", _FETCH_AGAIN)])
+        try:
+            header = json.loads(stream.read(length), object_pairs_hook=_refuse_duplicates)
+            if not isinstance(header, dict):
+                raise ValueError("it is no JSON object")
+        except ValueError as error:
+            remedy = "Save the checkpoint again with save_pretrained, or download it again."
+            raise InputError([_problem(file, f"unreadable header: {error}", "", remedy)]) from error
+    header.pop("__metadata__", None)
+    problems, tensors = [], {}
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            numbers = (*shape, begin, end)
+            if not all(isinstance(number, int) and number >= 0 for number in numbers):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            problems.append(_problem(file, f"the header's entry for {name} is malformed: {entry!r}"))
+            continue
+        tensors[name] = StoredTensor(name, file, dtype, shape, 8 + length + begin, end - begin)
+    problems += _layout_problems(file, size, 8 + length, list(tensors.values()))
+    if problems:
+        raise InputError(problems)
+    return tensors
+
+
+def _layout_problems(file: Path, size: int, data_start: int, tensors: list[StoredTensor]) -> list[Problem]:
+    """Offsets must follow each other without gap or overlap, fit the shapes, and end where the file ends."""
+    problems = []
+    expected_start = data_start
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
+        width = STORED[tensor.dtype].itemsize if tensor.dtype in STORED else _WIDTHS.get(tensor.dtype)
+        if width is not None and tensor.nbytes != math.prod(tensor.shape) * width:
+            found = f"the header gives {tensor.name} {tensor.nbytes:,} bytes"
+            expected = f"{math.prod(tensor.shape) * width:,} for shape {list(tensor.shape)} in {tensor.dtype}"
+            problems.append(_problem(file, found, expected, _FETCH_AGAIN))
+        if tensor.start != expected_start:
+            found = f"the header puts {tensor.name} at byte {tensor.start:,}"
+            problems.append(_problem(file, found, f"byte {expected_start:,}", _FETCH_AGAIN))
+        expected_start = tensor.start + tensor.nbytes
+    if expected_start > size:
+        problems.append(_problem(file, f"truncated: {size:,} bytes", f"{expected_start:,}", _FETCH_AGAIN))
+    elif expected_start < size and not problems:
+        found = f"{size - expected_start:,} bytes behind the last tensor"
+        problems.append(_problem(file, found, f"{expected_start:,} bytes in all", _FETCH_AGAIN))
+    return problems
+
+
+def read_torch(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a `pytorch_model.bin` or `adapter_model.bin`, as ranges of the zip file that it is.
+
+    torch's restricted unpickler (`weights_only`) reads the index under fake tensors: no code of the file
+    runs, no data is loaded.
+
+    Raises:
+        InputError: not torch's zip format, something else than plain tensors in it, or truncated.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    names = {getattr(torch, torch_name): name for name, torch_name in TORCH_NAMES.items()}
+    resave = "Save it as safetensors: load it in transformers and call save_pretrained."
+    try:
+        with FakeTensorMode():
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a bad file; each means the same to us
+        first_line = str(error).strip().split("\n")[0]
+        problem = _problem(file, f"torch cannot read it with weights_only ({first_line})", "", resave)
+        raise InputError([problem]) from error
+    problems: list[Problem] = []
+    tensors: dict[str, StoredTensor] = {}
+    size = os.path.getsize(file)
+    if not isinstance(loaded, dict):
+        raise InputError([_problem(file, f"holds a {type(loaded).__name__}", "names and tensors", resave)])
+    for name, tensor in loaded.items():
+        if not isinstance(tensor, torch.Tensor):
+            problems.append(_problem(file, f"{name} is a {type(tensor).__name__}", "a tensor", resave))
+            continue
+        offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+        if offset is None or not tensor.is_contiguous():
+            found = f"{name} does not lie in one piece (old format, or a transposed view)"
+            problems.append(_problem(file, found, "", resave))
+            continue
+        dtype = names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        start = offset + tensor.storage_offset() * tensor.element_size()
+        nbytes = tensor.numel() * tensor.element_size()
+        if start + nbytes > size:
+            problems.append(_problem(file, f"{name} ends behind the file's {size:,} bytes", "", _FETCH_AGAIN))
+        tensors[name] = StoredTensor(name, file, dtype, tuple(tensor.shape), start, nbytes)
+    if problems:
+        raise InputError(problems)
+    return tensors
+
+
+def read_tensor_file(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint file of either format."""
+    return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)

@@ -1,0 +1,180 @@
+"""Which row of which source's embedding belongs to which row of the result's.
+
+Tokens are matched by their string. Ids of the seed stay; tokens that sources added get the ids after them, and
+their rows are averaged over the sources that own them. Rows without a token (padding) are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.segments import Segment, runs
+from btx_merge.sources import Source
+
+_SHOWN = 3  # examples in an error
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What of a tokenizer the merge needs."""
+
+    folder: Path
+    model: Mapping[str, Any]
+    """tokenizer.json's `model`: the base vocabulary and how text is cut, which nobody changes by adding tokens."""
+    ids: Mapping[str, int]
+    """Every token's id, base and added."""
+    added: Mapping[str, Mapping[str, Any]]
+    """The added tokens' entries by their string."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The result's vocabulary and where its rows come from."""
+
+    size: int
+    """Rows of the result's embedding."""
+    segments: Mapping[str, tuple[Segment, ...]]
+    """Per source, the rows that it owns."""
+    new_tokens: tuple[Mapping[str, Any], ...] = ()
+    """Entries of tokenizer.json's `added_tokens` that the seed lacks, in the order of their new ids."""
+    ids: Mapping[str, int] | None = None
+    """The union; None where the seed has no tokenizer or all are the same."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether every source has the same rows, so that the embedding is a tensor like any other."""
+        return all(segments == (Segment(0, 0, self.size),) for segments in self.segments.values())
+
+
+def plan_vocabulary(sources: Sequence[Source]) -> Vocabulary:
+    """The union of the sources' vocabularies; the first source is the seed.
+
+    Raises:
+        InputError: a source's base vocabulary is another, gives an id of the seed's to another token, has more
+            tokens than rows, or other rows than the seed and no tokenizer to tell what they are.
+    """
+    rows = {source.name: source.config["vocab_size"] for source in sources}
+    tokenizers = _read_tokenizers(sources)
+    seed = sources[0]
+    seed_tokenizer = tokenizers[seed.name]
+    problems = []
+    for source in sources:
+        tokenizer = tokenizers[source.name]
+        if tokenizer is None and rows[source.name] != rows[seed.name]:
+            found = f"{rows[source.name]:,} rows and no tokenizer"
+            expected = f"{rows[seed.name]:,} rows as in the seed, or a tokenizer.json that names the others"
+            problems.append(Problem(source.name, "vocabulary", found, expected))
+        elif tokenizer is not None:
+            problems += _token_problems(source, tokenizer, seed_tokenizer)
+    if problems:
+        raise InputError(problems)
+    size = max(rows.values())
+    same_rows = len(set(rows.values())) == 1
+    if seed_tokenizer is None or (same_rows and all(t in (None, seed_tokenizer) for t in tokenizers.values())):
+        return Vocabulary(size, {name: (Segment(0, 0, count),) for name, count in rows.items()})
+    return _union(rows, seed_tokenizer, tokenizers)
+
+
+def _union(
+    rows: Mapping[str, int], seed: Tokenizer, tokenizers: Mapping[str, Tokenizer | None]
+) -> Vocabulary:
+    ids = dict(seed.ids)
+    new_tokens = []
+    for tokenizer in tokenizers.values():
+        for token, entry in tokenizer.added.items() if tokenizer else ():
+            if token not in ids:
+                ids[token] = max(ids.values()) + 1
+                new_tokens.append({**entry, "id": ids[token]})
+    size = max(*rows.values(), max(ids.values()) + 1)
+    source_rows = np.full((len(rows), size), -1)  # of every row of the result; -1 where the source owns nothing
+    taken = np.fromiter(ids.values(), int, len(ids))
+    for source_row, (name, count) in zip(source_rows, rows.items(), strict=True):
+        own = (tokenizers[name] or seed).ids
+        padding = np.setdiff1d(np.arange(count), np.fromiter(own.values(), int, len(own)))
+        source_row[padding] = padding
+        source_row[taken] = -1  # a token's row is never taken from another source's padding
+        for token, row in own.items():
+            source_row[ids[token]] = row
+    unowned = np.flatnonzero((source_rows < 0).all(axis=0))  # a source moved the token that had this row
+    for source_row, count in zip(source_rows, rows.values(), strict=True):
+        source_row[unowned[unowned < count]] = unowned[unowned < count]
+    segments = {name: runs(source_row) for name, source_row in zip(rows, source_rows, strict=True)}
+    return Vocabulary(size, segments, tuple(new_tokens), ids)
+
+
+def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer | None) -> list[Problem]:
+    where = str(Path(tokenizer.folder.name) / "tokenizer.json")
+    rows = source.config["vocab_size"]
+    problems = []
+    if tokenizer.ids and max(tokenizer.ids.values()) >= rows:
+        found = f"a token has id {max(tokenizer.ids.values()):,}, but the embedding has {rows:,} rows"
+        remedy = "Resize the model to its tokenizer: model.resize_token_embeddings(len(tokenizer))."
+        problems.append(Problem(source.name, where, found, "a row for every token", remedy))
+    if seed is None or tokenizer is seed:
+        return problems
+    tokens = {row: token for token, row in tokenizer.ids.items()}
+    conflicts = [
+        f"{row} is {tokens[row]!r} here and {token!r} in the seed"
+        for token, row in seed.ids.items()
+        if row in tokens and tokens[row] != token
+    ]
+    if conflicts:
+        found = f"{len(conflicts)} ids name other tokens than in the seed: {'; '.join(conflicts[:_SHOWN])}"
+        remedy = "Only added tokens may differ; use experts that kept the seed's vocabulary."
+        problems.append(Problem(source.name, where, found, "the seed's tokens under the seed's ids", remedy))
+    elif tokenizer.model != seed.model:
+        new = [token for token in tokenizer.ids if token not in seed.ids and token not in tokenizer.added]
+        found = "its base vocabulary or its merges differ from the seed's"
+        if new:
+            found += f" ({len(new)} other tokens: {', '.join(map(repr, new[:_SHOWN]))})"
+        remedy = "Only tokens added with add_tokens can be joined."
+        problems.append(Problem(source.name, where, found, "the seed's", remedy))
+    return problems
+
+
+def _read_tokenizers(sources: Sequence[Source]) -> dict[str, Tokenizer | None]:
+    """Every source's tokenizer; byte-identical files are read once, and then are one object."""
+    read: dict[bytes, Tokenizer] = {}
+    out: dict[str, Tokenizer | None] = {}
+    problems = []
+    for source in sources:
+        folder = source.tokenizer_folder
+        if folder is None:
+            out[source.name] = None
+            continue
+        try:
+            file = folder / "tokenizer.json"
+            key = file.read_bytes() if file.exists() else _convert_slow(folder)
+            if key not in read:
+                read[key] = _parse(folder, key)
+            out[source.name] = read[key]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            found = f"unreadable tokenizer: {type(error).__name__}: {error}"
+            remedy = "Save it again with tokenizer.save_pretrained."
+            problems.append(Problem(source.name, f"{folder.name}/tokenizer.json", found, "", remedy))
+    if problems:
+        raise InputError(problems)
+    return out
+
+
+def _parse(folder: Path, content: bytes) -> Tokenizer:
+    data = json.loads(content)
+    vocab = data["model"]["vocab"]
+    base = {piece: row for row, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+    added = {entry["content"]: entry for entry in data.get("added_tokens") or []}
+    return Tokenizer(folder, data["model"], base | {token: entry["id"] for token, entry in added.items()}, added)
+
+
+def _convert_slow(folder: Path) -> bytes:
+    """tokenizer.json of a folder that has only sentencepiece's tokenizer.model, made by transformers."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return str(tokenizer.backend_tokenizer.to_str()).encode()

@@ -1,0 +1,253 @@
+"""Carries out a plan: streams the bytes, resumes, and finishes in one step.
+
+All is written into `OUTPUT.btx-partial` beside the target. A journal there names every finished job with the
+checksums of its bytes; a later run of the same plan verifies and keeps those. When nothing is missing the folder
+takes the target's name. So whatever has the target's name is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from btx_merge.combine import Block, shared_rows
+from btx_merge.dtypes import all_finite, from_float32
+from btx_merge.errors import InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
+from btx_merge.experts import expert_columns, expert_rows
+from btx_merge.plan import ExpertColumns, ExpertRows, Job, Plan, RouterRows, SharedRows
+from btx_merge.router_init import initial_router
+
+JOURNAL = "btx_journal.jsonl"
+_LOCK = "btx_lock"
+_READ_BYTES = 1 << 20
+
+Progress = Callable[[int], None]
+"""Called, from several threads, with the number of bytes that became final."""
+
+
+class _Stopped(Exception):
+    """Another worker failed or the user interrupted; not an error of its own."""
+
+
+def blocks(job: Job, plan: Plan) -> Iterator[Block]:
+    """The bytes of a job in order, each for one of its extents."""
+    if isinstance(job, ExpertRows):
+        yield from expert_rows(job, plan)
+    elif isinstance(job, ExpertColumns):
+        yield from expert_columns(job, plan)
+    elif isinstance(job, SharedRows):
+        yield from shared_rows(job, plan)
+    elif isinstance(job, RouterRows):
+        hidden, std = job.tensor.shape[1], plan.recipe.router_std or plan.seed.config["initializer_range"]
+        router = initial_router(plan.recipe, job.layer, plan.num_experts, hidden, std)
+        yield 0, from_float32(router, plan.dtype)
+
+
+class Staging:
+    """The folder beside the target in which a merge is written. Use as a context: it is locked meanwhile."""
+
+    def __init__(self, output: Path, plan: Plan, fingerprint: str):
+        self.output = output
+        self.folder = output.with_name(output.name + ".btx-partial")
+        self.plan = plan
+        self.fingerprint = fingerprint
+        self.restarted = False
+        """Whether an unfinished merge of something else was found and thrown away."""
+        self.kept_bytes = 0
+        """Bytes of an earlier run that were verified and kept."""
+        self._finished: set[str] = set()
+        self._journal_lock = threading.Lock()
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Staging:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.folder / _LOCK)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            found = "another merge is writing it now"
+            raise InputError([Problem("output", str(self.folder), found, "", "Wait for it or stop it.")]) from error
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def path(self, job: Job) -> Path:
+        """The file that a job writes to."""
+        return self.folder / self.plan.shards[job.tensor.shard].name
+
+    def prepare(self) -> None:
+        """Finds out what an earlier run finished, and makes room for the rest.
+
+        Raises:
+            InputError: the disk has too little room, or the folder holds something else.
+        """
+        recorded = self._read_journal()
+        if recorded is None:
+            self._start_over()
+        jobs = {job.key: job for job in self.plan.jobs}
+        for key, checksums in (recorded or {}).items():
+            if key in jobs and self._checksums(jobs[key]) == checksums:
+                self._finished.add(key)
+                self.kept_bytes += jobs[key].nbytes
+        self._check_room()
+        for shard in self.plan.shards:
+            with (self.folder / shard.name).open("ab") as file:
+                file.truncate(shard.nbytes)
+                if hasattr(os, "posix_fallocate"):
+                    with contextlib.suppress(OSError):  # a file system that cannot reserve still can write
+                        os.posix_fallocate(file.fileno(), 0, shard.nbytes)
+            with (self.folder / shard.name).open("r+b") as file:
+                file.write(shard.header)
+
+    def run(self, workers: int, progress: Progress) -> None:
+        """Writes everything that is not finished yet.
+
+        Raises:
+            NonFiniteError: a NaN or an Inf was met, and the recipe does not allow it.
+            MergeError: the disk refused.
+            MergeInterrupted: Ctrl-C.
+        """
+        progress(self.kept_bytes)
+        with ThreadPoolExecutor(workers, "btx-writer") as pool:
+            futures = [
+                pool.submit(self._work, job, progress) for job in self.plan.jobs if job.key not in self._finished
+            ]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            except KeyboardInterrupt:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise MergeInterrupted(
+                    "Interrupted. Nothing is lost: the same command continues where this one stopped."
+                ) from None
+            failures = [error for future in done if (error := future.exception()) is not None]
+            self._stop.set()
+            pool.shutdown(cancel_futures=True)
+        for failure in failures:
+            if isinstance(failure, OSError):
+                raise MergeError(f"{failure.filename or self.folder}: {failure.strerror}") from failure
+            raise failure
+
+    def finish(self, overwrite: bool) -> None:
+        """Gives the folder the target's name. What had it before is removed only then."""
+        for path in self.folder.iterdir():
+            if path.name not in (_LOCK, JOURNAL):
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        old = self.output.with_name(self.output.name + ".btx-old")
+        if self.output.exists() and any(self.output.iterdir()):
+            assert overwrite
+            shutil.rmtree(old, ignore_errors=True)
+            self.output.rename(old)
+        elif self.output.exists():
+            self.output.rmdir()
+        try:
+            self.folder.rename(self.output)
+        except OSError:
+            if old.exists():
+                old.rename(self.output)
+            raise
+        for name in (JOURNAL, _LOCK):
+            (self.output / name).unlink(missing_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _work(self, job: Job, progress: Progress) -> None:
+        """One job: its bytes into the file, then a line in the journal."""
+        checksums = [0] * len(job.extents)
+        written = [0] * len(job.extents)
+        check = not self.plan.recipe.allow_nonfinite
+        with self.path(job).open("r+b", buffering=0) as file:
+            try:
+                for number, raw in blocks(job, self.plan):
+                    if self._stop.is_set():
+                        raise _Stopped
+                    if check and not all_finite(raw, job.tensor.dtype):
+                        raise NonFiniteError(
+                            f"{job.tensor.name}: a value leaves the range of {job.tensor.dtype}. "
+                            "Choose a wider --dtype; --allow-nonfinite goes on all the same."
+                        )
+                    file.seek(job.extents[number].start + written[number])
+                    _write_all(file.fileno(), memoryview(raw))
+                    checksums[number] = zlib.crc32(raw, checksums[number])
+                    written[number] += raw.nbytes
+                    progress(raw.nbytes)
+            except _Stopped:
+                return
+            except BaseException:
+                self._stop.set()
+                raise
+        assert written == [extent.nbytes for extent in job.extents], job.key
+        line = json.dumps({"job": job.key, "crc32": checksums}) + "\n"
+        with self._journal_lock, (self.folder / JOURNAL).open("a", encoding="utf-8") as journal:
+            journal.write(line)
+
+    def _read_journal(self) -> dict[str, list[int]] | None:
+        """Finished jobs and their checksums; None where there is no journal of this plan."""
+        try:
+            lines = (self.folder / JOURNAL).read_text(encoding="utf-8").split("\n")
+            if json.loads(lines[0]) != {"plan": self.fingerprint}:
+                return None
+        except (OSError, ValueError):
+            return None
+        finished = {}
+        for line in lines[1:]:
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be torn
+                entry = json.loads(line)
+                finished[entry["job"]] = entry["crc32"]
+        return finished
+
+    def _checksums(self, job: Job) -> list[int] | None:
+        """What the file holds where the job writes; None where the file ends before."""
+        out = []
+        try:
+            with self.path(job).open("rb", buffering=0) as file:
+                for extent in job.extents:
+                    file.seek(extent.start)
+                    left, checksum = extent.nbytes, 0
+                    while left:
+                        piece = file.read(min(left, _READ_BYTES))
+                        if not piece:
+                            return None
+                        checksum = zlib.crc32(piece, checksum)
+                        left -= len(piece)
+                    out.append(checksum)
+        except OSError:
+            return None
+        return out
+
+    def _start_over(self) -> None:
+        """Empties the folder of another plan's files and begins a journal."""
+        present = {path.name for path in self.folder.iterdir()} - {_LOCK}
+        journal = self.folder / JOURNAL
+        if present and JOURNAL not in present:
+            found, remedy = "holds files, but no unfinished merge", "Move it away."
+            raise InputError([Problem("output", str(self.folder), found, "", remedy)])
+        self.restarted = bool(present)
+        for name in present - {JOURNAL}:  # the journal last: it marks the folder as ours
+            path = self.folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        journal.write_text(json.dumps({"plan": self.fingerprint}) + "\n", encoding="utf-8")
+
+    def _check_room(self) -> None:
+        present = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
+        needed = self.plan.bytes_to_write - present
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            found, expected = f"{free / 1e9:.2f} GB free", f"{needed / 1e9:.2f} GB for the merge"
+            remedy = "Make room, or write to another disk."
+            raise InputError([Problem("output", str(self.output.parent), found, expected, remedy)])
+
+
+def _write_all(descriptor: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(descriptor, view) :]

@@ -1,0 +1,149 @@
+"""A merge from start to finish: train a small Llama and three experts, merge them, measure, generate.
+
+    python examples/demo.py
+
+Everything is made on this machine: the texts from what Python and our dependencies install, the tokenizer,
+the seed, the experts. It is kept under `demo/`; what is finished is not done again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+import demo_common as common
+from demo_common import DOMAINS, ROOT, Corpus, console
+
+DEMO = ROOT / "demo"
+
+
+@dataclass(frozen=True)
+class Settings:
+    vocab_size: int = 2048
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    layers: int = 4
+    heads: int = 6
+    kv_heads: int = 2
+    initializer_range: float = 0.05
+    window: int = 128
+    batch_size: int = 4
+    seed_steps: int = 1000
+    seed_learning_rate: float = 3e-3
+    expert_steps: int = 400
+    expert_learning_rate: float = 1.5e-3
+
+
+SETTINGS = Settings()
+
+
+def train_tokenizer(corpora: dict[str, Corpus]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, learned on the training texts of all domains."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SETTINGS.vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text for corpus in corpora.values() for text in corpus.train), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=SETTINGS.window,
+    )
+
+
+def new_seed(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=SETTINGS.hidden_size,
+        intermediate_size=SETTINGS.intermediate_size,
+        num_hidden_layers=SETTINGS.layers,
+        num_attention_heads=SETTINGS.heads,
+        num_key_value_heads=SETTINGS.kv_heads,
+        max_position_embeddings=SETTINGS.window,
+        initializer_range=SETTINGS.initializer_range,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    set_seed(0)
+    return LlamaForCausalLM(config)
+
+
+def main() -> None:
+    clock = common.Clock()
+
+    console.rule("[bold]Three domains", align="left")
+    with clock.part("texts") as was_cached:
+        corpora, was_cached[0] = common.load_cached_corpora(DEMO / "texts")
+    common.print_corpora(corpora)
+
+    console.rule("[bold]A seed, and one expert per domain", align="left")
+    key = common.fingerprint(corpora, SETTINGS, train_tokenizer, new_seed, common.pack, common.train)
+
+    def build_tokenizer(folder: Path) -> None:
+        train_tokenizer(corpora).save_pretrained(folder)
+
+    with clock.part("tokenizer") as was_cached:
+        was_cached[0] = common.cached(DEMO / "tokenizer", key, build_tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "tokenizer")
+
+    def build_seed(folder: Path) -> None:
+        model = new_seed(tokenizer)
+        console.print(f"the seed has {model.num_parameters() / 1e6:.1f} million parameters")
+        documents = [text for corpus in corpora.values() for text in corpus.train]
+        common.train(
+            model,
+            common.pack(documents, tokenizer, SETTINGS.window),
+            "seed",
+            max_steps=SETTINGS.seed_steps,
+            per_device_train_batch_size=SETTINGS.batch_size,
+            learning_rate=SETTINGS.seed_learning_rate,
+            warmup_steps=50,
+        )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    with clock.part("seed") as was_cached:
+        was_cached[0] = common.cached(DEMO / "seed", key, build_seed)
+
+    for domain in DOMAINS:
+
+        def build_expert(folder: Path, domain: str = domain) -> None:
+            model = AutoModelForCausalLM.from_pretrained(DEMO / "seed")
+            common.train(
+                model,
+                common.pack(corpora[domain].train, tokenizer, SETTINGS.window),
+                f"expert {domain}",
+                max_steps=SETTINGS.expert_steps,
+                per_device_train_batch_size=SETTINGS.batch_size,
+                learning_rate=SETTINGS.expert_learning_rate,
+                warmup_steps=20,
+            )
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+        with clock.part(f"expert {domain}") as was_cached:
+            was_cached[0] = common.cached(DEMO / domain, key, build_expert)
+
+    common.merge_and_show(DEMO, corpora, SETTINGS.window, clock)
+
+
+if __name__ == "__main__":
+    main()

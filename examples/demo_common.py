@@ -1,0 +1,553 @@
+"""What the two demos share: three text domains, the cache, the call of `btx`, the measuring, the printing.
+
+Shapes: N windows, T tokens per window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+# Everything the demos read lies on this machine: no library is to ask a server first.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
+import torch
+import transformers
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+ROOT = Path(__file__).resolve().parent.parent
+DOMAINS = ("code", "english", "math")
+PROMPTS = {
+    "code": "    def __init__(self, name, value=None):\n",
+    "english": "The return value is",
+    "math": "Returns the derivative of the function.\n\nExamples\n========\n\n>>> from sympy import",
+}
+console = Console(highlight=False)
+progress_console = Console(stderr=True)
+
+
+# --- texts ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of one domain. A file's text is in one of the two lists, never in both."""
+
+    train: list[str]
+    heldout: list[str]
+
+
+HELDOUT_FILES = 12
+HELDOUT_CHARS = 4_000
+"""Every held-out file gives at most its first characters, and no file with less than half of that is one."""
+TRAIN_CHARS = 1_200_000
+TRAIN_CHARS_PER_FILE = 40_000
+
+
+def load_corpora() -> dict[str, Corpus]:
+    """Three domains from what Python and our dependencies install: different texts from different files.
+
+    code     the standard library's sources without docstrings and comments
+    english  the paragraphs of prose in Python's manual (`pydoc_data`) and in the library's docstrings
+    math     the docstrings of sympy and mpmath: formulas in LaTeX, worked examples
+    """
+    sources = {"code": _code_files, "english": _english_files, "math": _math_files}
+    seen: set[str] = set()
+    return {domain: _split(sources[domain](), seen) for domain in DOMAINS}
+
+
+def _split(files: Iterable[tuple[str, Callable[[], str]]], seen: set[str]) -> Corpus:
+    """Held-out first, then train, in an order that looks random and is the same on every run.
+
+    What held-out has, train loses: a block of text that was seen before is dropped.
+    """
+    corpus, chars = Corpus([], []), 0
+    for _, read in sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest()):
+        if chars >= TRAIN_CHARS:
+            break
+        text = _without_seen_blocks(read(), seen)
+        if len(corpus.heldout) < HELDOUT_FILES and len(text) > HELDOUT_CHARS / 2:
+            corpus.heldout.append(text[:HELDOUT_CHARS])
+        elif len(text) > 200:
+            corpus.train.append(text[:TRAIN_CHARS_PER_FILE])
+            chars += len(corpus.train[-1])
+    return corpus
+
+
+def _without_seen_blocks(text: str, seen: set[str]) -> str:
+    kept = []
+    for block in re.split(r"\n\s*\n", text):
+        words = " ".join(block.split())
+        if len(words) >= 80:  # shorter ones repeat by nature: "Examples", "return self"
+            if words in seen:
+                continue
+            seen.add(words)
+        kept.append(block.rstrip())
+    return "\n\n".join(kept).strip("\n")
+
+
+def _python_files(root: Path, skip: tuple[str, ...]) -> Iterator[Path]:
+    for path in root.rglob("*.py"):
+        if not set(path.relative_to(root).parts) & set(skip):
+            yield path
+
+
+def _stdlib_files() -> Iterator[tuple[str, Path]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = (
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "encodings",
+        "pydoc_data",
+    )
+    for path in _python_files(root, skip):
+        yield str(path.relative_to(root)), path
+
+
+def _code_files() -> Iterator[tuple[str, Callable[[], str]]]:
+    for name, path in _stdlib_files():
+        yield name, lambda path=path: _code_only(path)  # type: ignore[misc]
+
+
+def _english_files() -> Iterator[tuple[str, Callable[[], str]]]:
+    from pydoc_data.topics import topics
+
+    for name, text in topics.items():
+        yield f"topics/{name}", lambda text=text: _prose_only([text])  # type: ignore[misc]
+    for name, path in _stdlib_files():
+        yield name, lambda path=path: _prose_only(_docstrings(path))  # type: ignore[misc]
+
+
+def _math_files() -> Iterator[tuple[str, Callable[[], str]]]:
+    for package in ("sympy", "mpmath"):
+        spec = find_spec(package)
+        assert spec is not None and spec.origin is not None, f"torch depends on {package}"
+        root = Path(spec.origin).parent
+        for path in _python_files(root, skip=("tests", "testing", "benchmarks", "parsing", "utilities")):
+            name = f"{package}/{path.relative_to(root)}"
+            yield name, lambda path=path: "\n\n".join(_docstrings(path))  # type: ignore[misc]
+
+
+def _parse(path: Path) -> tuple[str, ast.Module]:
+    try:
+        text = path.read_text("utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old files have invalid escapes
+            return text, ast.parse(text)
+    except (SyntaxError, ValueError):  # a file that is broken on purpose, or in another encoding
+        return "", ast.Module([], [])
+
+
+def _code_only(path: Path) -> str:
+    text, tree = _parse(path)
+    lines = text.split("\n")
+    for node in ast.walk(tree):
+        # A string that stands alone as a statement: a docstring, or a note.
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            start, end = node.lineno - 1, node.end_lineno or node.lineno
+            lines[start:end] = ["#"] * (end - start)
+    return "\n".join(line.rstrip() for line in lines if not line.lstrip().startswith("#"))
+
+
+def _docstrings(path: Path) -> list[str]:
+    """The long strings of a file: its docstrings, and what is written to become one."""
+    _, tree = _parse(path)
+    strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
+    return [inspect.cleandoc(s) for s in strings if isinstance(s, str) and len(s) > 200 and s.count("\n") > 2]
+
+
+def _prose_only(texts: list[str]) -> str:
+    paragraphs = (" ".join(block.split()) for text in texts for block in re.split(r"\n\s*\n", text))
+    return "\n\n".join(p for p in paragraphs if _is_prose(p))
+
+
+def _is_prose(paragraph: str) -> bool:
+    if len(paragraph) < 60 or not paragraph[0].isupper() or paragraph[-1] not in ".:":
+        return False
+    return sum(c.isalpha() or c == " " for c in paragraph) > 0.92 * len(paragraph)
+
+
+def load_cached_corpora(folder: Path) -> tuple[dict[str, Corpus], bool]:
+    """The corpora as they were read before, where this file and the installed sources are the same."""
+    versions = [sys.version, *(version(package) for package in ("sympy", "mpmath"))]
+
+    def build(partial: Path) -> None:
+        texts = {domain: asdict(corpus) for domain, corpus in load_corpora().items()}
+        (partial / "corpora.json").write_text(json.dumps(texts), "utf-8")
+
+    was_cached = cached(folder, fingerprint(Path(__file__).read_text("utf-8"), versions), build)
+    texts = json.loads((folder / "corpora.json").read_text("utf-8"))
+    return {domain: Corpus(**texts[domain]) for domain in DOMAINS}, was_cached
+
+
+def print_corpora(corpora: dict[str, Corpus]) -> None:
+    table = Table("domain", box=None, pad_edge=False)
+    for heading in ("train files", "KB", "held-out files", "KB"):
+        table.add_column(heading, justify="right")
+    for domain, corpus in corpora.items():
+        cells = [domain]
+        for documents in (corpus.train, corpus.heldout):
+            cells += [str(len(documents)), f"{sum(map(len, documents)) / 1000:.0f}"]
+        table.add_row(*cells)
+    console.print(table)
+
+
+# --- cache ------------------------------------------------------------------------------------------------
+
+KEY_FILE = "demo_key.txt"
+
+
+def fingerprint(*parts: object) -> str:
+    """A key for work: what goes into it. Pass a function to have its source text counted."""
+    texts = [inspect.getsource(part) if callable(part) else repr(part) for part in parts]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """A key for a checkpoint: the bytes of everything that decides what the model computes."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".json", ".py"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while piece := file.read(1 << 24):
+                    digest.update(piece)
+    return digest.hexdigest()
+
+
+def cached(folder: Path, key: str, build: Callable[[Path], None]) -> bool:
+    """Have `build` fill `folder`, unless it was filled under this key before. Returns whether it was.
+
+    The work is done in a sibling that gets its name at the end: whatever bears the name is complete.
+    """
+    key_file = folder / KEY_FILE
+    if key_file.exists() and key_file.read_text() == key:
+        return True
+    partial = folder.with_name(f".{folder.name}.partial")
+    for leftover in (partial, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    build(partial)
+    (partial / KEY_FILE).write_text(key)
+    partial.rename(folder)
+    return False
+
+
+@dataclass
+class Clock:
+    """Notes how long each part took; a part that had nothing to do calls `was_cached`."""
+
+    parts: list[tuple[str, float, bool]] = field(default_factory=list)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[list[bool]]:
+        start, was_cached = time.perf_counter(), [False]
+        yield was_cached
+        self.parts.append((name, time.perf_counter() - start, was_cached[0]))
+
+    def print(self) -> None:
+        table = Table("part", box=None, pad_edge=False)
+        table.add_column("seconds", justify="right")
+        table.add_column("")
+        for name, seconds, was_cached in self.parts:
+            table.add_row(name, f"{seconds:.1f}", "[dim]cached[/]" if was_cached else "")
+        table.add_row("[bold]all[/]", f"[bold]{sum(seconds for _, seconds, _ in self.parts):.1f}[/]", "")
+        console.print(table)
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+
+def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, window: int) -> torch.Tensor:
+    """The documents, each closed by the end-of-text token, as one stream cut into windows: [N, T]."""
+    stream: list[int] = []
+    for ids in tokenizer(documents, add_special_tokens=False)["input_ids"]:
+        stream += [*ids, tokenizer.eos_token_id]
+    usable = len(stream) // window * window
+    return torch.tensor(stream[:usable]).view(-1, window)
+
+
+def train(model: Any, windows: torch.Tensor, label: str, **arguments: Any) -> None:
+    """A plain `transformers.Trainer` run; `arguments` are `TrainingArguments`. One line says how it went."""
+    settings: dict[str, Any] = {
+        "output_dir": "unused",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        "logging_steps": 10,
+        "lr_scheduler_type": "cosine",
+        "adam_beta2": 0.95,
+        "seed": 0,
+    }
+    dataset = [{"input_ids": window, "labels": window} for window in windows]
+    trainer = Trainer(model, TrainingArguments(**(settings | arguments)), train_dataset=dataset)  # type: ignore[arg-type]
+    trainer.remove_callback(PrinterCallback)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("step {task.completed}/{task.total}  loss {task.fields[loss]}"),
+        TimeRemainingColumn(),
+        console=progress_console,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as progress:
+        trainer.add_callback(_ShowProgress(progress, label))
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tokens = trainer.state.global_step * trainer.args.train_batch_size * windows.shape[1]
+    tokens *= trainer.args.gradient_accumulation_steps
+    console.print(f"{label}: {tokens:,} tokens, training loss {losses[0]:.2f} → {losses[-1]:.2f}")
+
+
+class _ShowProgress(TrainerCallback):
+    def __init__(self, progress: Progress, label: str) -> None:
+        self.progress = progress
+        self.task = progress.add_task(label, loss="…", total=None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.update(self.task, completed=state.global_step, total=state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.progress.update(self.task, loss=f"{float(logs['loss']):.2f}")
+
+
+# --- merging ----------------------------------------------------------------------------------------------
+
+
+def merge(seed: Path, experts: dict[str, Path], output: Path) -> None:
+    """Show the `btx merge` command line and run it."""
+    command = ["btx", "merge", "--seed", str(seed.relative_to(ROOT))]
+    for name, folder in experts.items():
+        command += ["--expert", f"{name}={folder.relative_to(ROOT)}"]
+    command += ["-o", str(output.relative_to(ROOT)), "--overwrite"]
+    console.print(f"[bold]$ {shlex.join(command)}[/]", soft_wrap=True)
+    btx = Path(sys.executable).parent / command[0]
+    if not btx.exists():
+        sys.exit(f"{btx} is missing: install the package into this environment with `pip install -e .`")
+    done = subprocess.run([str(btx), *command[1:]], cwd=ROOT, check=False)
+    if done.returncode != 0:
+        sys.exit(done.returncode)
+
+
+# --- measuring --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a model makes of one held-out text."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """Per token: comparable only between models with the same tokenizer."""
+        return math.exp(self.nats / self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+
+@torch.inference_mode()
+def score(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> Score:
+    """Score a text in windows of equal length, so without padding, every token but each window's first."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    starts = range(0, len(ids) - window + 1, window)
+    nats = 0.0
+    for batch_starts in torch.tensor(starts).split(8):
+        batch = torch.tensor([ids[s : s + window] for s in batch_starts.tolist()])  # [N, T]
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()  # [N, T-1, V]
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+        )
+        nats += loss.item()
+    scored = [text[offsets[s + 1][0] : offsets[s + window - 1][1]] for s in starts]
+    return Score(nats, len(starts) * (window - 1), sum(len(part.encode()) for part in scored))
+
+
+Scores = dict[str, dict[str, Score]]
+"""By model, then by domain."""
+
+
+def score_all(
+    checkpoints: dict[str, Path],
+    load: Callable[[Path], Any],
+    tokenizer: PreTrainedTokenizerBase,
+    texts: dict[str, str],
+    window: int,
+    cache: Path,
+) -> tuple[Scores, bool]:
+    """Score every checkpoint on every text; the very same tokens for all. A checkpoint is scored once."""
+    scores: Scores = {}
+    was_cached = True
+    seed_key = folder_fingerprint(checkpoints["seed"])  # an adapter's scores depend on the seed, too
+    for name, folder in checkpoints.items():
+
+        def build(partial: Path, folder: Path = folder) -> None:
+            model = load(folder).eval()
+            measured = {
+                domain: asdict(score(model, tokenizer, text, window)) for domain, text in texts.items()
+            }
+            (partial / "scores.json").write_text(json.dumps(measured))
+
+        key = fingerprint(seed_key, folder_fingerprint(folder), texts, window, score)
+        was_cached &= cached(cache / name, key, build)
+        measured = json.loads((cache / name / "scores.json").read_text())
+        scores[name] = {domain: Score(**measured[domain]) for domain in texts}
+    return scores, was_cached
+
+
+def print_scores(scores: Scores) -> None:
+    """One row per model, one column per domain, the best of every column marked."""
+    table = Table(title="Held-out text: perplexity per token, bits per byte", box=SIMPLE_HEAD)
+    table.add_column("model")
+    for domain in DOMAINS:
+        table.add_column(f"{domain}  ", justify="right")
+    table.add_column("mean of bits  ", justify="right")
+    best = {domain: best_model(scores, domain) for domain in DOMAINS}
+    lowest = min(scores, key=lambda name: mean_bits(scores[name]))
+    for name, by_domain in scores.items():
+        cells = [name]
+        for domain, score in by_domain.items():
+            cells.append(_mark(f"{score.perplexity:.2f}  {score.bits_per_byte:.3f}", name == best[domain]))
+        cells.append(_mark(f"{mean_bits(by_domain):.3f}", name == lowest))
+        table.add_row(*cells, end_section=name in ("seed", DOMAINS[-1]))
+    console.print(table)
+    console.print("Lower is better, * is the best of its column.")
+
+
+def _mark(cell: str, best: bool) -> str:
+    return f"[bold green]{cell} *[/]" if best else f"{cell}  "
+
+
+def best_model(scores: Scores, domain: str) -> str:
+    return min(scores, key=lambda name: scores[name][domain].bits_per_byte)
+
+
+def mean_bits(by_domain: dict[str, Score]) -> float:
+    return sum(score.bits_per_byte for score in by_domain.values()) / len(by_domain)
+
+
+def conclusion(scores: Scores, merged: str = "merge") -> str:
+    """What the numbers say, in words."""
+    winners = [f"{best_model(scores, domain)} on {domain}" for domain in DOMAINS]
+    at_home = sum(best_model(scores, domain) == domain for domain in DOMAINS)
+    means = {name: mean_bits(by_domain) for name, by_domain in scores.items()}
+    others = {name: mean for name, mean in means.items() if name != merged}
+    best_other = min(others, key=lambda name: others[name])
+    to_seed = means[merged] / means["seed"] - 1
+    to_best = means[merged] / others[best_other] - 1
+    lines = [f"Best are {', '.join(winners)}: {at_home} of {len(DOMAINS)} experts win in their own domain."]
+    line = f"Over all domains the merge needs {abs(to_seed):.1%} {_more(to_seed)} bits than the seed"
+    if best_other != "seed":
+        line += f" and {abs(to_best):.1%} {_more(to_best)} than the best single model ({best_other})"
+    lines.append(line + ".")
+    if to_best > 0:
+        lines.append(
+            "Its router is still random: it has to be trained before the merge can use its experts well."
+        )
+    else:
+        lines.append("Its router is still random: training it is what comes next.")
+    return "\n".join(lines)
+
+
+def _more(difference: float) -> str:
+    return "more" if difference > 0 else "fewer"
+
+
+# --- generating -------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def print_continuations(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int = 48) -> None:
+    set_seed(0)
+    for domain, prompt in PROMPTS.items():
+        inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_p=0.9
+        )
+        new_ids = output[0, inputs["input_ids"].shape[1] :]
+        continuation = str(tokenizer.decode(new_ids, skip_special_tokens=True))
+        console.print(f"[bold]{domain}[/]")
+        console.print(Text(prompt, style="dim") + Text(continuation, style="green"))
+        console.print()
+
+
+def merge_and_show(
+    folder: Path,
+    corpora: dict[str, Corpus],
+    window: int,
+    clock: Clock,
+    load: Callable[[Path], Any] = AutoModelForCausalLM.from_pretrained,
+    heldout_chars: int | None = None,
+) -> None:
+    """The second half of both demos: merge what lies in `folder`, score it, let it write."""
+    experts = {domain: folder / domain for domain in DOMAINS}
+    console.rule("[bold]The merge", align="left")
+    with clock.part("merge"):
+        merge(folder / "seed", experts, folder / "btx")
+
+    console.rule("[bold]What it is worth", align="left")
+    import btx_merge  # noqa: F401  teaches the Auto classes the merged checkpoint's architecture
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "btx")
+    texts = {domain: "\n\n\n".join(corpora[domain].heldout)[:heldout_chars] for domain in DOMAINS}
+    checkpoints = {"seed": folder / "seed", **experts, "merge": folder / "btx"}
+    with clock.part("scores") as was_cached:
+        scores, was_cached[0] = score_all(checkpoints, load, tokenizer, texts, window, folder / "scores")
+    print_scores(scores)
+    console.print(conclusion(scores))
+
+    console.rule("[bold]What it writes", align="left")
+    with clock.part("continuations"):
+        print_continuations(AutoModelForCausalLM.from_pretrained(folder / "btx").eval(), tokenizer)
+
+    console.rule("[bold]Time", align="left")
+    clock.print()

@@ -1,0 +1,92 @@
+"""Configuration of a Branch-Train-MiX model: a Llama whose feed-forward blocks are experts behind a router."""
+
+from typing import Any
+
+import transformers
+
+if int(transformers.__version__.split(".")[0]) < 5:
+    raise ImportError(
+        f"A BTX model needs transformers 5 or newer, and this is {transformers.__version__}: "
+        "pip install -U transformers"
+    )
+
+from transformers import LlamaConfig
+
+ROUTER_TYPES = ("top_k",)
+
+
+class BTXConfig(LlamaConfig):
+    """A `LlamaConfig` with experts (arXiv 2403.07816).
+
+    Args:
+        num_local_experts: experts per layer (E), at least 1. Also named `num_experts`.
+        num_experts_per_tok: experts that each token is sent to (K), in [1, E].
+        router_type: `top_k`, softmax over the K largest router logits.
+        router_aux_loss_coef: coefficient of the load balancing loss (the paper's alpha), at least 0. It joins the
+            loss in training only.
+        output_router_logits: whether the model returns its router logits.
+        expert_names: one name per expert, in the order of the router's rows; or None.
+        kwargs: everything that `LlamaConfig` takes. `intermediate_size` is the width of one expert.
+
+    Raises:
+        ValueError: a value that is out of range, also when it is assigned later.
+    """
+
+    model_type = "btx"
+    attribute_map = {"num_experts": "num_local_experts"}
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
+
+    def __init__(
+        self,
+        num_local_experts: int = 4,
+        num_experts_per_tok: int = 2,
+        router_type: str = "top_k",
+        router_aux_loss_coef: float = 0.01,
+        output_router_logits: bool = False,
+        expert_names: list[str] | None = None,
+        **kwargs: Any,
+    ):
+        self.num_local_experts = kwargs.pop("num_experts", num_local_experts)
+        self.num_experts_per_tok = num_experts_per_tok
+        self.router_type = router_type
+        self.router_aux_loss_coef = router_aux_loss_coef
+        self.output_router_logits = output_router_logits
+        self.expert_names = expert_names
+        super().__init__(**kwargs)
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(key, value)
+        expected = self._complaint(self.attribute_map.get(key, key), value)
+        if expected:
+            raise ValueError(f"{key} is {value!r}; expected {expected}.")
+
+    def _complaint(self, key: str, value: Any) -> str | None:
+        """What was expected of an own field; None where the value is good. Unset fields are not compared with."""
+        experts = self.__dict__.get("num_local_experts")
+        per_token = self.__dict__.get("num_experts_per_tok", 1)
+        names = self.__dict__.get("expert_names")
+        if key == "num_local_experts" and not (_is_int(value) and value >= per_token):
+            return f"an integer of at least {per_token}"
+        if key == "num_experts_per_tok" and not (_is_int(value) and 1 <= value <= (experts or value)):
+            return f"an integer in [1, {experts}], the number of experts"
+        if key == "router_type" and value not in ROUTER_TYPES:
+            return f"one of {', '.join(ROUTER_TYPES)}"
+        if key == "router_aux_loss_coef" and not (isinstance(value, (int, float)) and value >= 0):
+            return "a number of at least 0"
+        if key == "output_router_logits" and not isinstance(value, bool):
+            return "a bool"
+        if key in ("expert_names", "num_local_experts") and names is not None and len(names) != experts:
+            return f"one expert name for each of the {experts} experts"
+        return None
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+BTXConfig.register_for_auto_class()
