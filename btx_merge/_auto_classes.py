@@ -1,7 +1,8 @@
 """`import btx_merge` makes transformers' Auto classes know BTX, and yet imports neither transformers nor torch.
 
-The command must answer in a fraction of the time that those two take. So the registration waits until
-somebody imports the Auto classes: a finder on `sys.meta_path` sees that import and registers after it.
+The command must answer in a fraction of the time that those two take. So `btx_merge.modeling`, which registers
+its classes, is imported when somebody looks up the model type "btx" for the first time. A finder on
+`sys.meta_path` waits for the mapping in which transformers does that.
 """
 
 from __future__ import annotations
@@ -9,68 +10,65 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
+
+_WATCHED = "transformers.models.auto.configuration_auto"
 
 
-def _register_config(auto: ModuleType) -> None:
-    from btx_merge.modeling.configuration_btx import BTXConfig
+def _watch_lookups(auto: ModuleType) -> None:
+    """Lets the first look-up of "btx" in CONFIG_MAPPING import the model code."""
+    plain: type[Any] = type(auto.CONFIG_MAPPING)
 
-    auto.AutoConfig.register("btx", BTXConfig, exist_ok=True)
+    class WithBTX(plain):  # type: ignore[misc]
+        def __contains__(self, key: object) -> bool:
+            _import_if_btx(key)
+            return bool(plain.__contains__(self, key))  # `super()` would ask for the class it had before
 
+        def __getitem__(self, key: str) -> Any:
+            _import_if_btx(key)
+            return plain.__getitem__(self, key)
 
-def _register_models(auto: ModuleType) -> None:
-    from btx_merge.modeling.modeling_btx import BTXConfig, BTXForCausalLM, BTXModel
+    def _import_if_btx(key: object) -> None:
+        if key == "btx" and type(auto.CONFIG_MAPPING) is WithBTX:
+            auto.CONFIG_MAPPING.__class__ = plain
+            importlib.import_module("btx_merge.modeling")
 
-    auto.AutoModel.register(BTXConfig, BTXModel, exist_ok=True)
-    auto.AutoModelForCausalLM.register(BTXConfig, BTXForCausalLM, exist_ok=True)
-
-
-_REGISTRATIONS: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.models.auto.configuration_auto": _register_config,
-    "transformers.models.auto.modeling_auto": _register_models,
-}
+    auto.CONFIG_MAPPING.__class__ = WithBTX
 
 
 class _AfterImport(MetaPathFinder, Loader):
-    """Runs the registration of a module right after the module's own code."""
+    """Finds the watched module as everyone else does, and looks after it when it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _REGISTRATIONS:
+        if fullname != _WATCHED:
             return None
         sys.meta_path.remove(self)
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            sys.meta_path.insert(0, self)
-        if spec is None or spec.loader is None:
-            return None
-        self._loaders[fullname] = spec.loader
-        spec.loader = self
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            self._loader, spec.loader = spec.loader, self
         return spec
 
-    def __init__(self) -> None:
-        self._loaders: dict[str, Loader] = {}
-
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loaders[spec.name].create_module(spec)
+        return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        loader = self._loaders[module.__name__]
         assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = loader  # as if it had never been otherwise
-        loader.exec_module(module)
-        _REGISTRATIONS[module.__name__](module)
+        module.__spec__.loader = module.__loader__ = self._loader  # as if it had never been otherwise
+        self._loader.exec_module(module)
+        _watch_lookups(module)
 
 
 def register_with_transformers() -> None:
-    """Registers BTX now where the Auto classes are imported, otherwise when they will be. Harmless if repeated."""
-    for name, register in _REGISTRATIONS.items():
-        if name in sys.modules:
-            register(sys.modules[name])
-    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+    """Makes the Auto classes know BTX, now or when they are imported. Harmless if repeated."""
+    if "btx_merge.modeling" in sys.modules:
+        return
+    if _WATCHED in sys.modules:
+        _watch_lookups(sys.modules[_WATCHED])
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())

@@ -50,7 +50,7 @@ per token ({recipe.num_experts_per_tok} of {plan.num_experts} experts), made by
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "."  # this folder, or this repository's id
-tokenizer = AutoTokenizer.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype="auto")
 inputs = tokenizer("The answer is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))

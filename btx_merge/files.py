@@ -35,6 +35,8 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# paths of the machine that saved it, and code
+_PRIVATE_KEYS = ("auto_map", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
 
 
@@ -44,7 +46,9 @@ def write_files(plan: Plan, folder: Path) -> None:
     _write_json(folder / "config.json", output_config(plan, chat))
     if len(plan.shards) > 1:
         _write_json(folder / "model.safetensors.index.json", _index(plan))
-    if generation := _read_optional(chat, "generation_config.json"):
+    folders = (chat.located.folder, *([chat.base.folder] if chat.base else []))
+    generation = next(filter(None, (_read_json(path / "generation_config.json") for path in folders)), None)
+    if generation:
         generation.pop("_from_model_config", None)
         _write_json(folder / "generation_config.json", _with_union_ids(plan, chat, generation))
     _write_tokenizer(plan, chat, folder)
@@ -135,23 +139,22 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
         file = (origin if about_text else template) / name
         if file.exists():
             shutil.copyfile(file, folder / name)
-    if not plan.vocabulary.new_tokens:
-        return
-    file = folder / "tokenizer.json"
-    data = json.loads(file.read_text(encoding="utf-8"))
-    data["added_tokens"] = [*(data.get("added_tokens") or []), *plan.vocabulary.new_tokens]
-    _write_json(file, data)
-    config_file = folder / "tokenizer_config.json"
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.exists() else {}
-    if "added_tokens_decoder" in config:
-        keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-        config["added_tokens_decoder"] = {
-            str(entry["id"]): {key: entry[key] for key in keys if key in entry} for entry in data["added_tokens"]
-        }
-        _write_json(config_file, config)
-    # tokenizer.model and added_tokens.json describe the vocabulary without the new tokens
-    for name in ("tokenizer.model", "added_tokens.json"):
-        (folder / name).unlink(missing_ok=True)
+    config = _read_json(folder / "tokenizer_config.json")
+    for key in _PRIVATE_KEYS:
+        config.pop(key, None)
+    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")  # what tokenizer.json says, nothing assumed
+    if plan.vocabulary.new_tokens:
+        data = _read_json(folder / "tokenizer.json")
+        data["added_tokens"] = [*(data.get("added_tokens") or []), *plan.vocabulary.new_tokens]
+        _write_json(folder / "tokenizer.json", data)
+        if "added_tokens_decoder" in config:
+            keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+            config["added_tokens_decoder"] = {
+                str(entry["id"]): {key: entry[key] for key in keys if key in entry} for entry in data["added_tokens"]
+            }
+        for name in ("tokenizer.model", "added_tokens.json"):  # they would not know the new tokens
+            (folder / name).unlink(missing_ok=True)
+    _write_json(folder / "tokenizer_config.json", config)
 
 
 def _with_union_ids(plan: Plan, chat: Source, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,12 +175,10 @@ def _with_union_ids(plan: Plan, chat: Source, values: Mapping[str, Any]) -> dict
     return out
 
 
-def _read_optional(source: Source, name: str) -> dict[str, Any] | None:
-    for folder in (source.located.folder, *([source.base.folder] if source.base else [])):
-        if (folder / name).exists():
-            values: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))
-            return values
-    return None
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file."""
+    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return values
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

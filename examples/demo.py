@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import demo_common as common
+from demo_common import DOMAINS, ROOT, Corpus, console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -21,9 +23,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     set_seed,
 )
-
-import demo_common as common
-from demo_common import DOMAINS, ROOT, Corpus, console
 
 DEMO = ROOT / "demo"
 

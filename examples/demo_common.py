@@ -27,12 +27,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Everything the demos read lies on this machine: no library is to ask a server first.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "true"
+# Read at import. All that the demos use lies on this machine, so no library is to ask a server for it.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "true",
+}
 
 import torch
-import transformers
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -49,14 +52,11 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
 ROOT = Path(__file__).resolve().parent.parent
 DOMAINS = ("code", "english", "math")
 PROMPTS = {
-    "code": "    def __init__(self, name, value=None):\n",
-    "english": "The return value is",
+    "code": "    def __init__(self, name, value=None):",
+    "english": "This function returns",
     "math": "Returns the derivative of the function.\n\nExamples\n========\n\n>>> from sympy import",
 }
 console = Console(highlight=False)
@@ -162,7 +162,7 @@ def _english_files() -> Iterator[tuple[str, Callable[[], str]]]:
 def _math_files() -> Iterator[tuple[str, Callable[[], str]]]:
     for package in ("sympy", "mpmath"):
         spec = find_spec(package)
-        assert spec is not None and spec.origin is not None, f"torch depends on {package}"
+        assert spec and spec.origin, f"torch depends on {package}"
         root = Path(spec.origin).parent
         for path in _python_files(root, skip=("tests", "testing", "benchmarks", "parsing", "utilities")):
             name = f"{package}/{path.relative_to(root)}"
@@ -317,7 +317,7 @@ def train(model: Any, windows: torch.Tensor, label: str, **arguments: Any) -> No
         "use_cpu": True,
         "dataloader_pin_memory": False,
         "disable_tqdm": True,
-        "logging_steps": 10,
+        "logging_steps": 0.1,  # a tenth of the steps
         "lr_scheduler_type": "cosine",
         "adam_beta2": 0.95,
         "seed": 0,
@@ -401,15 +401,21 @@ def score(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, window: int
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     starts = range(0, len(ids) - window + 1, window)
     nats = 0.0
-    for batch_starts in torch.tensor(starts).split(8):
-        batch = torch.tensor([ids[s : s + window] for s in batch_starts.tolist()])  # [N, T]
+    for i in range(0, len(starts), 8):
+        batch = torch.tensor([ids[start : start + window] for start in starts[i : i + 8]])  # [N, T]
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()  # [N, T-1, V]
         loss = torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
         )
         nats += loss.item()
-    scored = [text[offsets[s + 1][0] : offsets[s + window - 1][1]] for s in starts]
+    scored = [text[offsets[start + 1][0] : offsets[start + window - 1][1]] for start in starts]
     return Score(nats, len(starts) * (window - 1), sum(len(part.encode()) for part in scored))
+
+
+def load(checkpoint: Path) -> Any:
+    """A model ready to be used; transformers puts a PEFT adapter onto its base by itself."""
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint)
+    return model.eval()
 
 
 Scores = dict[str, dict[str, Score]]
@@ -418,7 +424,6 @@ Scores = dict[str, dict[str, Score]]
 
 def score_all(
     checkpoints: dict[str, Path],
-    load: Callable[[Path], Any],
     tokenizer: PreTrainedTokenizerBase,
     texts: dict[str, str],
     window: int,
@@ -431,7 +436,7 @@ def score_all(
     for name, folder in checkpoints.items():
 
         def build(partial: Path, folder: Path = folder) -> None:
-            model = load(folder).eval()
+            model = load(folder)
             measured = {
                 domain: asdict(score(model, tokenizer, text, window)) for domain, text in texts.items()
             }
@@ -525,7 +530,6 @@ def merge_and_show(
     corpora: dict[str, Corpus],
     window: int,
     clock: Clock,
-    load: Callable[[Path], Any] = AutoModelForCausalLM.from_pretrained,
     heldout_chars: int | None = None,
 ) -> None:
     """The second half of both demos: merge what lies in `folder`, score it, let it write."""
@@ -541,13 +545,13 @@ def merge_and_show(
     texts = {domain: "\n\n\n".join(corpora[domain].heldout)[:heldout_chars] for domain in DOMAINS}
     checkpoints = {"seed": folder / "seed", **experts, "merge": folder / "btx"}
     with clock.part("scores") as was_cached:
-        scores, was_cached[0] = score_all(checkpoints, load, tokenizer, texts, window, folder / "scores")
+        scores, was_cached[0] = score_all(checkpoints, tokenizer, texts, window, folder / "scores")
     print_scores(scores)
     console.print(conclusion(scores))
 
     console.rule("[bold]What it writes", align="left")
     with clock.part("continuations"):
-        print_continuations(AutoModelForCausalLM.from_pretrained(folder / "btx").eval(), tokenizer)
+        print_continuations(load(folder / "btx"), tokenizer)
 
     console.rule("[bold]Time", align="left")
     clock.print()

@@ -1,6 +1,15 @@
-"""The model code that travels inside every merged checkpoint. It needs torch and transformers only."""
+"""The model code that travels inside every merged checkpoint. It needs torch and transformers only.
+
+Importing this package registers the classes with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_btx import BTXConfig
 from .modeling_btx import BTXForCausalLM, BTXModel, BTXPreTrainedModel
 
 __all__ = ["BTXConfig", "BTXForCausalLM", "BTXModel", "BTXPreTrainedModel"]
+
+AutoConfig.register(BTXConfig.model_type, BTXConfig, exist_ok=True)
+AutoModel.register(BTXConfig, BTXModel, exist_ok=True)
+AutoModelForCausalLM.register(BTXConfig, BTXForCausalLM, exist_ok=True)

@@ -116,22 +116,20 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
             init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
             init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """As in transformers, without reentrant checkpointing.
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        """Every way of switching checkpointing on ends here.
 
         Raises:
             ValueError: `use_reentrant=True`. It runs the forward pass without gradients, so the recorded router
                 logits would have none, and the balancing loss would silently not train the routers.
         """
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
+        functions = (*args[:1], kwargs.get("gradient_checkpointing_func"))
+        if enable and any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
             raise ValueError(
                 "Reentrant gradient checkpointing would lose the routers' gradients: "
                 "use gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        super().gradient_checkpointing_enable(options, **kwargs)
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
 
 
 class BTXModel(BTXPreTrainedModel, LlamaModel):
