@@ -21,9 +21,29 @@ from btx_merge.tensorfiles import StoredTensor
 # Keys of adapter_config.json that plain LoRA may set. Any other key with a value means something that
 # this module does not compute.
 _PLAIN_KEYS = frozenset(
-    "alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules inference_mode layers_pattern"
-    " layers_to_transform lora_alpha lora_dropout megatron_core modules_to_save peft_type peft_version"
-    " qalora_group_size r rank_pattern revision target_modules task_type use_rslora".split()
+    [
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    ]
 )
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 _PREFIX = "base_model.model."
@@ -107,10 +127,10 @@ def split_adapter(
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732). peft takes the first pattern that matches."""
-    alpha = config.get("lora_alpha", 8)
+    alpha = float(config.get("lora_alpha", 8))
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
+            alpha = float(value)
             break
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 

@@ -78,9 +78,7 @@ def card_metadata(plan: Plan) -> dict[str, Any]:
             if key in cards[0]:
                 metadata[key] = cards[0][key]
     languages = [card.get("language") or [] for card in cards]
-    known = [
-        language for value in languages for language in ([value] if isinstance(value, str) else value)
-    ]
+    known = [language for value in languages for language in ([value] if isinstance(value, str) else value)]
     if known:
         metadata["language"] = list(dict.fromkeys(known))
     return metadata

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -36,51 +36,47 @@ def _option(help: str, *names: str) -> Any:
 
 
 def _recipe_options(
-    recipe: Annotated[Optional[Path], _option("YAML file with the recipe; flags win over it.")] = None,
-    seed: Annotated[Optional[str], _option("Folder or org/name[@revision] that all experts grew from.")] = None,
+    recipe: Annotated[Path | None, _option("YAML file with the recipe; flags win over it.")] = None,
+    seed: Annotated[str | None, _option("Folder or org/name[@revision] that all experts grew from.")] = None,
     expert: Annotated[
-        Optional[list[str]], _option("NAME=MODEL, again for every expert: a checkpoint or a PEFT adapter.")
+        list[str] | None, _option("NAME=MODEL, again for every expert: a checkpoint or a PEFT adapter.")
     ] = None,
-    weight: Annotated[Optional[list[str]], _option("NAME=NUMBER: share in a weighted combining.")] = None,
-    base: Annotated[
-        Optional[list[str]], _option("NAME=MODEL: what an adapter was trained on, if not the seed.")
-    ] = None,
+    weight: Annotated[list[str] | None, _option("NAME=NUMBER: share in a weighted combining.")] = None,
+    base: Annotated[list[str] | None, _option("NAME=MODEL: what an adapter was trained on, if not the seed.")] = None,
     seed_expert: Annotated[
-        Optional[bool],
+        bool | None,
         _option("Whether the seed is an expert too [default: yes].", "--seed-expert/--no-seed-expert"),
     ] = None,
     combine: Annotated[
-        Optional[str], _option(f"{', '.join(COMBINE_METHODS)}: rule for shared weights [default: mean].")
+        str | None, _option(f"{', '.join(COMBINE_METHODS)}: rule for shared weights [default: mean].")
     ] = None,
-    density: Annotated[Optional[float], _option("ties, dare_*: kept part of a difference [default: 0.8].")] = None,
-    scale: Annotated[Optional[float], _option("ties, dare_*: factor on the difference [default: 1].")] = None,
-    expert_mode: Annotated[Optional[str], _option(f"{', '.join(EXPERT_MODES)} [default: whole].")] = None,
-    num_chunks: Annotated[Optional[int], _option("split: experts per source [default: 2].")] = None,
+    density: Annotated[float | None, _option("ties, dare_*: kept part of a difference [default: 0.8].")] = None,
+    scale: Annotated[float | None, _option("ties, dare_*: factor on the difference [default: 1].")] = None,
+    expert_mode: Annotated[str | None, _option(f"{', '.join(EXPERT_MODES)} [default: whole].")] = None,
+    num_chunks: Annotated[int | None, _option("split: experts per source [default: 2].")] = None,
     fold_norms: Annotated[
-        Optional[bool], _option("Experts absorb the ratio of their own norm to the merged one.", "--fold-norms")
+        bool | None, _option("Experts absorb the ratio of their own norm to the merged one.", "--fold-norms")
     ] = None,
-    router_init: Annotated[Optional[str], _option(f"{', '.join(ROUTER_INITS)} [default: random].")] = None,
+    router_init: Annotated[str | None, _option(f"{', '.join(ROUTER_INITS)} [default: random].")] = None,
     router_std: Annotated[
-        Optional[float], _option("Deviation of random routers [default: the seed's initializer_range].")
+        float | None, _option("Deviation of random routers [default: the seed's initializer_range].")
     ] = None,
-    random_seed: Annotated[Optional[int], _option("Seed of all randomness [default: 0].")] = None,
-    num_experts_per_tok: Annotated[Optional[int], _option("Experts per token [default: 2].")] = None,
+    random_seed: Annotated[int | None, _option("Seed of all randomness [default: 0].")] = None,
+    num_experts_per_tok: Annotated[int | None, _option("Experts per token [default: 2].")] = None,
     router_aux_loss_coef: Annotated[
-        Optional[float], _option("Coefficient of the load balancing loss [default: 0.01].")
+        float | None, _option("Coefficient of the load balancing loss [default: 0.01].")
     ] = None,
-    dtype: Annotated[Optional[str], _option("bfloat16, float16 or float32 [default: the seed's].")] = None,
-    max_shard_size: Annotated[Optional[str], _option("Largest weights file [default: 5GB].")] = None,
+    dtype: Annotated[str | None, _option("bfloat16, float16 or float32 [default: the seed's].")] = None,
+    max_shard_size: Annotated[str | None, _option("Largest weights file [default: 5GB].")] = None,
     tokenizer_source: Annotated[
-        Optional[str], _option("Source of chat template, special tokens, generation config [default: seed].")
+        str | None, _option("Source of chat template, special tokens, generation config [default: seed].")
     ] = None,
-    untie: Annotated[
-        Optional[bool], _option("Mix tied and untied sources; the result is untied.", "--untie")
-    ] = None,
+    untie: Annotated[bool | None, _option("Mix tied and untied sources; the result is untied.", "--untie")] = None,
     allow_nonfinite: Annotated[
-        Optional[bool], _option("Go on where a source holds NaN or Inf.", "--allow-nonfinite")
+        bool | None, _option("Go on where a source holds NaN or Inf.", "--allow-nonfinite")
     ] = None,
     allow_unrelated: Annotated[
-        Optional[bool], _option("Go on where a source did not grow from the seed.", "--allow-unrelated")
+        bool | None, _option("Go on where a source did not grow from the seed.", "--allow-unrelated")
     ] = None,
 ) -> MergeRecipe:
     """The recipe from a file and from flags, which win."""
@@ -181,7 +177,7 @@ def merge_command(
         bool, typer.Option("--overwrite", help="Replace a folder that is there, once the new one is complete.")
     ] = False,
     workers: Annotated[
-        Optional[int], typer.Option(min=1, help="Threads that read and write [default: one per core, at most 4].")
+        int | None, typer.Option(min=1, help="Threads that read and write [default: one per core, at most 4].")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

@@ -27,7 +27,8 @@ def to_float32(raw: Raw, dtype: str) -> Float32:
     """Flat bytes of `dtype` as a flat float32 array. Exact for every stored dtype."""
     values = raw.view(STORED[dtype])
     if dtype == "BF16":
-        return np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
+        shifted: NDArray[np.uint32] = np.left_shift(values, 16, dtype=np.uint32)
+        return shifted.view(np.float32)
     return values.astype(np.float32, copy=False)
 
 

@@ -110,7 +110,8 @@ def resolved_recipe(plan: Plan) -> dict[str, Any]:
 def model_code_folder() -> Path:
     """Where the code that travels with a checkpoint lies; found without importing it (and torch)."""
     spec = importlib.util.find_spec("btx_merge.modeling")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).parent
 
 

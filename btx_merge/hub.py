@@ -51,8 +51,8 @@ def locate(source: str, reference: str) -> Located:
 
 
 def _download(source: str, repo_id: str, revision: str | None) -> Located:
-    from huggingface_hub import snapshot_download
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     def fetch(patterns: list[str], at: str | None) -> Path:
         return Path(snapshot_download(repo_id, revision=at, allow_patterns=patterns))

@@ -45,7 +45,9 @@ def print_check(checked: Check) -> None:
     """The sources with their distance from the seed, and the size of the merge."""
     plan = checked.plan
     groups = list(dict.fromkeys(item.group for item in checked.divergence))
-    table = Table("source", "model", "dtype", title="Sources: distance from the seed (cosine to it)", title_justify="left")
+    table = Table(
+        "source", "model", "dtype", title="Sources: distance from the seed (cosine to it)", title_justify="left"
+    )
     for group in groups:
         table.add_column(group, justify="right")
     figures = {(item.source, item.group): f"{item.distance:.3f} ({item.cosine:.3f})" for item in checked.divergence}

@@ -44,7 +44,7 @@ class StoredTensor:
         out = np.empty(nbytes, np.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start + start * self.row_bytes)
-            view, filled = memoryview(out), 0
+            view, filled = out.data, 0
             while filled < nbytes:
                 got = file.readinto(view[filled:])
                 if not got:

@@ -82,9 +82,7 @@ def plan_vocabulary(sources: Sequence[Source]) -> Vocabulary:
     return _union(rows, seed_tokenizer, tokenizers)
 
 
-def _union(
-    rows: Mapping[str, int], seed: Tokenizer, tokenizers: Mapping[str, Tokenizer | None]
-) -> Vocabulary:
+def _union(rows: Mapping[str, int], seed: Tokenizer, tokenizers: Mapping[str, Tokenizer | None]) -> Vocabulary:
     ids = dict(seed.ids)
     new_tokens = []
     for tokenizer in tokenizers.values():

