@@ -18,6 +18,7 @@ from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.llama import DEFAULTS
 from btx_merge.plan import WHOLE_TENSOR_METHODS, Plan
 from btx_merge.sources import Source
+from btx_merge.vocabulary import tokenizer_json
 
 RECIPE_FILE = "btx_recipe.yaml"
 MODEL_CODE = ("configuration_btx.py", "modeling_btx.py")
@@ -145,16 +146,17 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
         config.pop(key, None)
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")  # what tokenizer.json says, nothing assumed
     if plan.vocabulary.new_tokens:
-        data = _read_json(folder / "tokenizer.json")
+        data = json.loads(tokenizer_json(origin))
         data["added_tokens"] = [*(data.get("added_tokens") or []), *plan.vocabulary.new_tokens]
         _write_json(folder / "tokenizer.json", data)
-        if "added_tokens_decoder" in config:
-            keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-            config["added_tokens_decoder"] = {
-                str(entry["id"]): {key: entry[key] for key in keys if key in entry} for entry in data["added_tokens"]
-            }
         for name in ("tokenizer.model", "added_tokens.json"):  # they would not know the new tokens
             (folder / name).unlink(missing_ok=True)
+    if "added_tokens_decoder" in config:  # as older versions saved it, perhaps by another source's ids
+        added = _read_json(folder / "tokenizer.json").get("added_tokens") or []
+        keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+        config["added_tokens_decoder"] = {
+            str(entry["id"]): {key: entry[key] for key in keys if key in entry} for entry in added
+        } or config["added_tokens_decoder"]
     _write_json(folder / "tokenizer_config.json", config)
 
 

@@ -152,6 +152,8 @@ class Fate:
 
     source: str
     fate: str
+    """expert, averaged, copied (the seed alone), applied (an adapter's), passed over (a buffer, a tied head once
+    more) or not used (by this recipe)."""
     tensors: int
     nbytes: int
 
@@ -240,13 +242,14 @@ class Plan:
     @cached_property
     def fates(self) -> tuple[Fate, ...]:
         """Every input tensor accounted for, by source."""
-        counts: dict[tuple[str, str], list[int]] = {}
+        sizes: dict[tuple[str, str], list[int]] = {}
         for source in self.sources:
             for name, tensor in source.tensors.items():
-                fate = self._fate(source, name)
-                nbytes = counts.setdefault((source.name, fate), [])
-                nbytes.append(tensor.nbytes)
-        return tuple(Fate(source, fate, len(sizes), sum(sizes)) for (source, fate), sizes in counts.items())
+                sizes.setdefault((source.name, self._fate(source, name)), []).append(tensor.nbytes)
+            for delta in source.deltas.values():
+                for factor in (delta.down, delta.up):
+                    sizes.setdefault((source.name, "applied"), []).append(factor.nbytes)
+        return tuple(Fate(source, fate, len(found), sum(found)) for (source, fate), found in sizes.items())
 
     def _fate(self, source: Source, name: str) -> str:
         if name.endswith(BUFFERS) or (name == HEAD and source.config["tie_word_embeddings"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -45,18 +46,17 @@ def print_check(checked: Check) -> None:
     """The sources with their distance from the seed, and the size of the merge."""
     plan = checked.plan
     groups = list(dict.fromkeys(item.group for item in checked.divergence))
-    table = Table(
-        "source", "model", "dtype", title="Sources: distance from the seed (cosine to it)", title_justify="left"
-    )
+    title = "Sources, and their relative distance from the seed"
+    table = Table("source", "model", "dtype", title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     for group in groups:
-        table.add_column(group, justify="right")
-    figures = {(item.source, item.group): f"{item.distance:.3f} ({item.cosine:.3f})" for item in checked.divergence}
+        table.add_column(group, justify="right", overflow="fold")
+    distance = {(item.source, item.group): f"{item.distance:.3f}" for item in checked.divergence}
     for source in plan.sources:
         model = source.located.public_name + (f"@{source.located.revision[:8]}" if source.located.revision else "")
         if source.base:
             model += f" on {source.base.public_name}"
-        cells = [figures.get((source.name, group), "") for group in groups]
-        table.add_row(source.name, model, TORCH_NAMES.get(source.dtype, source.dtype), *cells)
+        cells = [distance.get((source.name, group), "") for group in groups]
+        table.add_row(source.name, model, source.dtype, *cells)
     console = Console()
     console.print(table)
     recipe = plan.recipe
@@ -91,12 +91,12 @@ def print_report(report: Report) -> None:
 
 def _fates(fates: tuple[Fate, ...]) -> Table:
     kinds = list(dict.fromkeys(fate.fate for fate in fates))
-    table = Table("source", title="What became of every input tensor", title_justify="left")
-    for kind in (*kinds, "refused"):
+    table = Table("source", title="What became of every input tensor", title_justify="left", box=SIMPLE)
+    for kind in kinds:
         table.add_column(kind, justify="right")
     for source in dict.fromkeys(fate.source for fate in fates):
         cells = {fate.fate: f"{fate.tensors} ({_size(fate.nbytes)})" for fate in fates if fate.source == source}
-        table.add_row(source, *(cells.get(kind, "0") for kind in kinds), "0")
+        table.add_row(source, *(cells.get(kind, "") for kind in kinds))
     return table
 
 

@@ -148,12 +148,11 @@ def _read_tokenizers(sources: Sequence[Source]) -> dict[str, Tokenizer | None]:
             out[source.name] = None
             continue
         try:
-            file = folder / "tokenizer.json"
-            key = file.read_bytes() if file.exists() else _convert_slow(folder)
+            key = tokenizer_json(folder)
             if key not in read:
                 read[key] = _parse(folder, key)
             out[source.name] = read[key]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
             found = f"unreadable tokenizer: {type(error).__name__}: {error}"
             remedy = "Save it again with tokenizer.save_pretrained."
             problems.append(Problem(source.name, f"{folder.name}/tokenizer.json", found, "", remedy))
@@ -170,8 +169,10 @@ def _parse(folder: Path, content: bytes) -> Tokenizer:
     return Tokenizer(folder, data["model"], base | {token: entry["id"] for token, entry in added.items()}, added)
 
 
-def _convert_slow(folder: Path) -> bytes:
-    """tokenizer.json of a folder that has only sentencepiece's tokenizer.model, made by transformers."""
+def tokenizer_json(folder: Path) -> bytes:
+    """A folder's tokenizer.json; where there is only sentencepiece's tokenizer.model, what transformers makes of it."""
+    if (folder / "tokenizer.json").exists():
+        return (folder / "tokenizer.json").read_bytes()
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
