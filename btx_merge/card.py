@@ -9,6 +9,7 @@ import yaml
 from btx_merge.plan import Plan
 from btx_merge.sources import Source
 
+_LICENCE_KEYS = ("license", "license_name", "license_link")
 _PAPER = "https://arxiv.org/abs/2403.07816"
 
 
@@ -72,11 +73,9 @@ def card_metadata(plan: Plan) -> dict[str, Any]:
         metadata["base_model"] = list(dict.fromkeys(on_hub))
         metadata["base_model_relation"] = "merge"
     cards = [source.card_metadata() for source in plan.sources]
-    licences = {str(card.get("license")) for card in cards}
-    if len(licences) == 1 and cards[0].get("license"):
-        for key in ("license", "license_name", "license_link"):
-            if key in cards[0]:
-                metadata[key] = cards[0][key]
+    licences = [{key: card[key] for key in _LICENCE_KEYS if key in card} for card in cards]
+    if licences[0].get("license") and all(licence == licences[0] for licence in licences):
+        metadata |= licences[0]
     languages = [card.get("language") or [] for card in cards]
     known = [language for value in languages for language in ([value] if isinstance(value, str) else value)]
     if known:

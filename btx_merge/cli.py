@@ -8,6 +8,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,27 +83,43 @@ def _recipe_options(
     """The recipe from a file and from flags, which win."""
     flags = {key: value for key, value in locals().items() if value is not None}
     pairs = {key: _pairs(f"--{key}", flags.pop(key, [])) for key in ("expert", "weight", "base")}
-    values = read_recipe_file(flags.pop("recipe")) if "recipe" in flags else {}
+    file = flags.pop("recipe", None)
+    values = read_recipe_file(file) if file else {}
     values |= flags
-    experts = {
-        name: dict(spec) if isinstance(spec, dict) else {"model": spec}
-        for name, spec in (values.get("experts") or {}).items()
-    }
-    for name, model in pairs["expert"].items():
+    typed = {key: f"--{key.replace('_', '-')}" for key in flags}  # what to call them when they are wrong
+    experts = values.get("experts") or {}
+    if isinstance(experts, dict):
+        experts = {name: dict(spec) if isinstance(spec, dict) else {"model": spec} for name, spec in experts.items()}
+        values["experts"] = experts
+    for name, model in pairs["expert"].items() if isinstance(experts, dict) else ():
         experts.setdefault(name, {})["model"] = model
+        typed |= {f"experts.{name}{key}": f"--expert {name}" for key in ("", ".model")}
+        typed["experts"] = "--expert"
+    problems = []
     for key, kind in (("weight", float), ("base", str)):
-        for name, value in pairs[key].items():
+        for name, value in pairs[key].items() if isinstance(experts, dict) else ():
+            typed[f"experts.{name}.{key}"] = f"--{key} {name}"
             try:
                 if name == "seed" and key == "weight":
                     values["seed_weight"] = kind(value)
+                    typed["seed_weight"] = "--weight seed"
                 else:
                     experts[name][key] = kind(value)
             except KeyError:
-                expected = f"one of {', '.join(experts) or 'the experts, of which there are none'}"
-                raise InputError([Problem("command", f"--{key}", f"no expert {name}", expected)]) from None
+                expected = f"one of {', '.join(map(str, experts)) or 'the experts, of which there are none'}"
+                problems.append(Problem("command", f"--{key}", f"no expert {name}", expected))
             except ValueError:
-                raise InputError([Problem("command", f"--{key}", f"{name}={value}", "a number")]) from None
-    return MergeRecipe.from_dict({**values, "experts": experts}, "recipe")
+                problems.append(Problem("command", f"--{key}", f"{name}={value}", "a number"))
+    try:
+        recipe_of_both = MergeRecipe.from_dict(values, str(file or "command"))
+    except InputError as error:
+        problems += [
+            replace(problem, source="command", where=typed[problem.where]) if problem.where in typed else problem
+            for problem in error.problems
+        ]
+    if problems:
+        raise InputError(problems)
+    return recipe_of_both
 
 
 def _pairs(flag: str, items: list[str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from btx_merge.sources import Source
 Block = tuple[int, Raw]
 """Bytes for one of a job's extents (by its number), behind those that it got before."""
 
-_BLOCK_BYTES = 1 << 20  # stays in a core's cache between being read, checked and written
+_BLOCK_BYTES = 1 << 18  # stays in a core's cache between being read, checked and written
 _torch_lock = threading.Lock()  # peft's functions draw from torch's one generator and may warn
 
 

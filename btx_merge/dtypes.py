@@ -24,12 +24,12 @@ _EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 
 def to_float32(raw: Raw, dtype: str) -> Float32:
-    """Flat bytes of `dtype` as a flat float32 array. Exact for every stored dtype."""
+    """Flat bytes of `dtype` as a flat float32 array of its own. Exact for every stored dtype."""
     values = raw.view(STORED[dtype])
     if dtype == "BF16":
         shifted: NDArray[np.uint32] = np.left_shift(values, 16, dtype=np.uint32)
         return shifted.view(np.float32)
-    return values.astype(np.float32, copy=False)
+    return values.astype(np.float32)
 
 
 def from_float32(values: Float32, dtype: str) -> Raw:

@@ -6,9 +6,10 @@ Its values are validated here, all together; whether the sources fit each other 
 from __future__ import annotations
 
 import difflib
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,20 @@ class MergeRecipe:
     """Whether to go on where a source does not seem to have grown from the seed."""
 
     def __post_init__(self) -> None:
-        specs = {name: _as_spec(name, spec) for name, spec in dict(self.experts).items()}
+        problems: list[Problem] = []
+        specs = {}
+        object.__setattr__(self, "seed", _as_text(self.seed))
+        if not isinstance(self.experts, Mapping):
+            found = f"a {type(self.experts).__name__}"
+            problems.append(Problem("recipe", "experts", found, "`name: model`, one line per expert"))
+        for name, spec in self.experts.items() if not problems else ():
+            try:
+                specs[name] = _as_spec(name, spec)
+            except InputError as error:
+                problems += error.problems
         object.__setattr__(self, "experts", specs)
-        if problems := _value_problems(self):
+        problems += _value_problems(self, complete=not problems)
+        if problems:
             raise InputError(problems)
 
     @property
@@ -109,19 +121,15 @@ class MergeRecipe:
         Raises:
             InputError: an unknown key, a missing seed, or a value that cannot be meant.
         """
-        known = {item.name: item for item in fields(cls)}
-        problems = [_unknown(origin, key, list(known)) for key in values if key not in known]
-        if not values.get("seed"):
-            problems.append(Problem(origin, "seed", "missing", "the model that all experts grew from"))
-        if not isinstance(values.get("experts", {}), Mapping):
-            problems.append(Problem(origin, "experts", "not a mapping", "`name: model`, one line per expert"))
-        for key, value in values.items():
-            default = known[key].default if key in known else MISSING
-            if default is not MISSING and default is not None and not _same_kind(value, default):
-                problems.append(Problem(origin, key, f"{value!r}", f"a {type(default).__name__}"))
+        known = [item.name for item in fields(cls)]
+        problems = [_unknown(origin, str(key), known) for key in values if key not in known]
+        try:
+            recipe = cls(**{"seed": "", **{key: value for key, value in values.items() if key in known}})
+        except InputError as error:
+            problems += [replace(problem, source=origin) for problem in error.problems]
         if problems:
             raise InputError(problems)
-        return cls(**values)
+        return recipe
 
     @classmethod
     def from_yaml(cls, file: str | Path, **overrides: Any) -> MergeRecipe:
@@ -133,6 +141,18 @@ class MergeRecipe:
         return asdict(self)
 
 
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML's own loader takes the last of two equal keys: an expert would vanish without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                twice = f"the key {key} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, twice, node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe_file(file: str | Path) -> dict[str, Any]:
     """The values of a recipe file, with the folders that it names relative to itself made absolute.
 
@@ -141,19 +161,22 @@ def read_recipe_file(file: str | Path) -> dict[str, Any]:
     """
     path = Path(file)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _NoDuplicates)
     except OSError as error:
         raise InputError([Problem("recipe", str(file), error.strerror or str(error))]) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise InputError([Problem("recipe", str(file), f"not YAML: {reason}")]) from error
+        raise InputError([Problem("recipe", str(file), f"unreadable: {reason}")]) from error
     if not isinstance(values, dict):
         raise InputError([Problem("recipe", str(file), "no keys", "at least `seed:` and `experts:`")])
     values.pop("resolved", None)  # what a merge wrote down about itself in btx_recipe.yaml
 
     def anchored(reference: Any) -> Any:
-        beside = path.parent / reference if isinstance(reference, str) else None
-        return str(beside.resolve()) if beside is not None and beside.is_dir() else reference
+        if not isinstance(reference, str):
+            return reference
+        beside = path.parent / reference
+        is_path = reference.startswith("./") or reference.startswith("../") or reference in (".", "..")
+        return str(beside.resolve()) if is_path or beside.is_dir() else reference
 
     values["seed"] = anchored(values.get("seed"))
     for name, spec in (values.get("experts") or {}).items() if isinstance(values.get("experts"), dict) else ():
@@ -166,20 +189,35 @@ def read_recipe_file(file: str | Path) -> dict[str, Any]:
     return values
 
 
-def _as_spec(name: str, spec: Any) -> ExpertSpec:
-    if isinstance(spec, ExpertSpec):
-        return spec
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _as_spec(name: Any, spec: Any) -> ExpertSpec:
+    where = f"experts.{name}"
     if isinstance(spec, (str, Path)):
-        return ExpertSpec(str(spec))
-    known = [item.name for item in fields(ExpertSpec)]
+        spec = {"model": str(spec)}
+    if isinstance(spec, ExpertSpec):
+        spec = asdict(spec)
     if not isinstance(spec, Mapping):
-        raise InputError([Problem("recipe", f"experts.{name}", f"{spec!r}", "a model, or `model:` and `weight:`")])
-    problems = [_unknown("recipe", f"experts.{name}.{key}", known) for key in spec if key not in known]
-    if not spec.get("model"):
-        problems.append(Problem("recipe", f"experts.{name}", "no model", "`model: folder or org/name`"))
+        raise InputError([Problem("recipe", where, f"{spec!r}", "a model, or `model:` and `weight:`")])
+    known = [item.name for item in fields(ExpertSpec)]
+    problems = [_unknown("recipe", f"{where}.{key}", known) for key in spec if key not in known]
+    values = {"weight": 1.0, "base": None, **{key: _as_text(value) for key, value in spec.items()}}
+    if not values.get("model"):
+        problems.append(Problem("recipe", where, "no model", "`model: folder or org/name`"))
+    elif not isinstance(values["model"], str):
+        problems.append(Problem("recipe", f"{where}.model", f"{values['model']!r}", "a folder or org/name"))
+    if not _is_number(values["weight"]) or not 0 <= values["weight"] < math.inf:
+        problems.append(Problem("recipe", f"{where}.weight", f"{values['weight']!r}", "a number, at least 0"))
+    if values["base"] is not None and not (values["base"] and isinstance(values["base"], str)):
+        problems.append(Problem("recipe", f"{where}.base", f"{values['base']!r}", "a folder or org/name"))
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == SEED:
+        expected = "letters, digits, `_`, `-`, `.`; not `seed`, which is the seed's own"
+        problems.append(Problem("recipe", "experts", f"the name {name!r}", expected))
     if problems:
         raise InputError(problems)
-    return ExpertSpec(**spec)
+    return ExpertSpec(**values)
 
 
 def _unknown(origin: str, key: str, known: list[str]) -> Problem:
@@ -188,10 +226,40 @@ def _unknown(origin: str, key: str, known: list[str]) -> Problem:
     return Problem(origin, key, "unknown key", "", remedy)
 
 
-def _same_kind(value: Any, default: Any) -> bool:
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(default, bool) and isinstance(value, bool)
-    return isinstance(value, (int, float)) if isinstance(default, float) else isinstance(value, type(default))
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation to what a person calls it
+    "str": ("text", lambda value: isinstance(value, str)),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    "float": ("a number", _is_number),
+}
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what is expected, and whether a value is that
+    "seed": ("the model that all experts grew from", bool),
+    "seed_weight": ("a number, at least 0", lambda value: 0 <= value < math.inf),
+    "combine": (f"one of {', '.join(COMBINE_METHODS)}", lambda value: value in COMBINE_METHODS),
+    "density": ("in (0, 1]", lambda value: 0 < value <= 1),
+    "scale": ("a finite number", math.isfinite),
+    "expert_mode": (f"one of {', '.join(EXPERT_MODES)}", lambda value: value in EXPERT_MODES),
+    "num_chunks": ("at least 1", lambda value: value >= 1),
+    "router_init": (f"one of {', '.join(ROUTER_INITS)}", lambda value: value in ROUTER_INITS),
+    "router_std": ("above 0", lambda value: 0 < value < math.inf),
+    "random_seed": ("in [0, 2**32)", lambda value: 0 <= value < 2**32),
+    "num_experts_per_tok": ("at least 1", lambda value: value >= 1),
+    "router_aux_loss_coef": ("at least 0", lambda value: 0 <= value < math.inf),
+    "dtype": (f"one of {', '.join(SAFETENSORS_NAMES)}", lambda value: value in SAFETENSORS_NAMES),
+    "max_shard_size": ("a size such as 5GB, 500MB or 5GiB", lambda value: bool(_parse_size(value))),
+}
+
+
+def _exponent_remedy(value: Any) -> str:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return ""
+    return "In YAML a number stands without quotes, and with a point before an exponent: 1.0e-5."
 
 
 def _parse_size(text: str) -> int | None:
@@ -202,47 +270,42 @@ def _parse_size(text: str) -> int | None:
     return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
 
 
-def _value_problems(recipe: MergeRecipe) -> list[Problem]:
+def _value_problems(recipe: MergeRecipe, complete: bool) -> list[Problem]:
+    """What is wrong with single values; then, if nothing is, what does not go together."""
     problems = []
 
-    def expect(ok: bool, key: str, expected: str, remedy: str = "") -> None:
-        if not ok:
-            value = getattr(recipe, key.split(".")[0])
-            problems.append(Problem("recipe", key, f"{value!r}", expected, remedy))
+    def problem(key: str, found: str, expected: str, remedy: str = "") -> None:
+        problems.append(Problem("recipe", key, found, expected, remedy))
 
-    for name, spec in recipe.experts.items():
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or name == SEED:
-            expected = "letters, digits, `_`, `-`, `.`; not `seed`, which is the seed's own"
-            problems.append(Problem("recipe", "experts", f"the name {name!r}", expected))
-        if not isinstance(spec.weight, (int, float)) or spec.weight < 0:
-            problems.append(Problem("recipe", f"experts.{name}.weight", f"{spec.weight!r}", "a number, at least 0"))
+    for item in fields(recipe):
+        value, annotation = getattr(recipe, item.name), str(item.type)
+        kind, is_kind = _KINDS.get(annotation.removesuffix(" | None"), ("", None))
+        if is_kind is None or (value is None and annotation.endswith(" | None")):
+            continue
+        expected, is_fine = _VALUES.get(item.name, (kind, lambda value: True))
+        if value is None and item.name == "seed":
+            problem("seed", "missing", expected)
+        elif not is_kind(value):
+            problem(item.name, f"{value!r}", expected if kind == "text" else kind, _exponent_remedy(value))
+        elif not is_fine(value):
+            problem(item.name, f"{value!r}" if value != "" else "missing", expected)
+    if problems or not complete:
+        return problems
+
     sources = len(recipe.experts) + recipe.seed_expert
-    if not recipe.experts and not recipe.seed_expert:
-        problems.append(Problem("recipe", "experts", "none", "at least one", "Give --expert NAME=MODEL."))
-    choices = {"combine": COMBINE_METHODS, "expert_mode": EXPERT_MODES, "router_init": ROUTER_INITS}
-    for key, allowed in choices.items():
-        expect(getattr(recipe, key) in allowed, key, f"one of {', '.join(allowed)}")
-    expect(recipe.seed_weight >= 0, "seed_weight", "at least 0")
-    expect(0 < recipe.density <= 1, "density", "in (0, 1]")
-    expect(recipe.num_chunks >= 1, "num_chunks", "at least 1")
-    expect(recipe.router_std is None or recipe.router_std > 0, "router_std", "above 0")
-    expect(recipe.random_seed >= 0 and recipe.random_seed < 2**32, "random_seed", "in [0, 2**32)")
-    expect(recipe.router_aux_loss_coef >= 0, "router_aux_loss_coef", "at least 0")
-    expect(recipe.dtype in (None, *SAFETENSORS_NAMES), "dtype", f"one of {', '.join(SAFETENSORS_NAMES)}")
-    expect(bool(_parse_size(recipe.max_shard_size)), "max_shard_size", "a size such as 5GB, 500MB or 5GiB")
     experts = sources * recipe.num_chunks if recipe.expert_mode == "split" else sources
-    expect(
-        1 <= recipe.num_experts_per_tok <= max(1, experts),
-        "num_experts_per_tok",
-        f"in [1, {experts}], for there are {experts} experts",
-        "Give --num-experts-per-tok.",
-    )
+    if not sources:
+        problem("experts", "none", "at least one", "Give --expert NAME=MODEL.")
+    elif recipe.num_experts_per_tok > experts:
+        expected = f"in [1, {experts}], for there are {experts} experts" if experts > 1 else "1, for there is 1 expert"
+        problem("num_experts_per_tok", f"{recipe.num_experts_per_tok}", expected, "Give --num-experts-per-tok.")
     names = (SEED, *recipe.experts)
-    expect(recipe.tokenizer_source in names, "tokenizer_source", f"one of {', '.join(names)}")
+    if recipe.tokenizer_source not in names:
+        problem("tokenizer_source", f"{recipe.tokenizer_source!r}", f"one of {', '.join(names)}")
     weights = [spec.weight for spec in recipe.experts.values()] + [recipe.seed_weight] * recipe.seed_expert
-    if weights and not sum(weights) > 0:
-        problems.append(Problem("recipe", "weight", "all are 0", "at least one above 0"))
+    if sources and not sum(weights) > 0:
+        problem("weight", "all are 0", "at least one above 0")
     elif recipe.combine in ("mean", "seed") and set(weights) - {1.0}:
         remedy = "Say combine: weighted (or ties, dare_ties, dare_linear), or leave the weights out."
-        problems.append(Problem("recipe", "weight", f"weights, which combine: {recipe.combine} ignores", "", remedy))
+        problem("weight", f"weights, which combine: {recipe.combine} ignores", "", remedy)
     return problems

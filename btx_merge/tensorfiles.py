@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import struct
+import threading
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 
 from btx_merge.dtypes import STORED, TORCH_NAMES, Raw
 from btx_merge.errors import InputError, Problem
+from btx_merge.pagecache import forget_range, was_cached
 
 _MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -39,20 +42,30 @@ class StoredTensor:
         return self.nbytes // max(1, self.shape[0]) if self.shape else self.nbytes
 
     def read_rows(self, start: int, stop: int) -> Raw:
-        """Rows [start, stop) as flat bytes."""
-        nbytes = (stop - start) * self.row_bytes
-        out = np.empty(nbytes, np.uint8)
+        """Rows [start, stop) as flat bytes, in a buffer of this thread that its next read overwrites.
+
+        Fresh memory for every block would cost more than reading it.
+        """
+        first, nbytes = self.start + start * self.row_bytes, (stop - start) * self.row_bytes
+        if nbytes > getattr(_buffers, "raw", _NOTHING).size:
+            _buffers.raw = np.empty(nbytes, np.uint8)
+        out: Raw = _buffers.raw[:nbytes]
         with self.file.open("rb", buffering=0) as file:
-            file.seek(self.start + start * self.row_bytes)
-            view, filled = out.data, 0
+            file.seek(first)
+            filled = 0
             while filled < nbytes:
-                got = file.readinto(view[filled:])
+                got = file.readinto(out.data[filled:])
                 if not got:
                     raise InputError([_problem(self.file, f"ends inside tensor {self.name}", "", _FETCH_AGAIN)])
                 filled += got
+            if not was_cached(self.file):
+                forget_range(file.fileno(), first, nbytes)
         return out
 
 
+_buffers = threading.local()
+_NOTHING = np.empty(0, np.uint8)
+_SAVE_AGAIN = "Save it as safetensors: load it in transformers and call save_pretrained."
 _FETCH_AGAIN = "Download or copy the file again."
 
 
@@ -89,7 +102,7 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
             header = json.loads(stream.read(length), object_pairs_hook=_refuse_duplicates)
             if not isinstance(header, dict):
                 raise ValueError("it is no JSON object")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             remedy = "Save the checkpoint again with save_pretrained, or download it again."
             raise InputError([_problem(file, f"unreadable header: {error}", "", remedy)]) from error
     header.pop("__metadata__", None)
@@ -98,7 +111,9 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             numbers = (*shape, begin, end)
-            if not all(isinstance(number, int) and number >= 0 for number in numbers):
+            if not all(type(number) is int and number >= 0 for number in numbers):  # True is no number here
+                raise ValueError
+            if not isinstance(dtype, str) or begin > end:
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             problems.append(_problem(file, f"the header's entry for {name} is malformed: {entry!r}"))
@@ -145,39 +160,66 @@ def read_torch(file: Path) -> dict[str, StoredTensor]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     names = {getattr(torch, torch_name): name for name, torch_name in TORCH_NAMES.items()}
-    resave = "Save it as safetensors: load it in transformers and call save_pretrained."
+    records = _uncompressed_records(file)
     try:
         with FakeTensorMode():
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a bad file; each means the same to us
         first_line = str(error).strip().split("\n")[0]
-        problem = _problem(file, f"torch cannot read it with weights_only ({first_line})", "", resave)
+        problem = _problem(file, f"torch cannot read it with weights_only ({first_line})", "", _SAVE_AGAIN)
         raise InputError([problem]) from error
     problems: list[Problem] = []
     tensors: dict[str, StoredTensor] = {}
-    size = os.path.getsize(file)
     if not isinstance(loaded, dict):
-        raise InputError([_problem(file, f"holds a {type(loaded).__name__}", "names and tensors", resave)])
+        raise InputError([_problem(file, f"holds a {type(loaded).__name__}", "names and tensors", _SAVE_AGAIN)])
     for name, tensor in loaded.items():
-        if not isinstance(tensor, torch.Tensor):
-            problems.append(_problem(file, f"{name} is a {type(tensor).__name__}", "a tensor", resave))
+        if not isinstance(tensor, torch.Tensor) or not isinstance(name, str):
+            kind = "tensor" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            found = f"{name!r} is a {kind}"
+            problems.append(_problem(file, found, "names and tensors", _SAVE_AGAIN))
             continue
-        offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-        if offset is None or not tensor.is_contiguous():
+        storage = tensor.untyped_storage() if tensor.layout == torch.strided else None
+        offset = getattr(storage, "_checkpoint_offset", None)
+        if storage is None or offset is None or not tensor.is_contiguous():
             found = f"{name} does not lie in one piece (old format, or a transposed view)"
-            problems.append(_problem(file, found, "", resave))
+            problems.append(_problem(file, found, "", _SAVE_AGAIN))
             continue
+        if records.get(offset) != storage.nbytes():
+            found = f"{name} takes {storage.nbytes():,} bytes, which do not lie plainly in the file"
+            problems.append(_problem(file, found, "", _SAVE_AGAIN))
         dtype = names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
         start = offset + tensor.storage_offset() * tensor.element_size()
         nbytes = tensor.numel() * tensor.element_size()
-        if start + nbytes > size:
-            problems.append(_problem(file, f"{name} ends behind the file's {size:,} bytes", "", _FETCH_AGAIN))
         tensors[name] = StoredTensor(name, file, dtype, tuple(tensor.shape), start, nbytes)
     if problems:
         raise InputError(problems)
     return tensors
 
 
+def _uncompressed_records(file: Path) -> dict[int, int]:
+    """Where each member of the zip file that is not compressed begins, and its size; nothing of another format.
+
+    Raises:
+        InputError: big-endian numbers, at which torch would crash under fake tensors.
+    """
+    out: dict[int, int] = {}
+    try:
+        with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
+            for member in archive.infolist():
+                if member.filename.endswith("/byteorder") and archive.read(member) != b"little":
+                    raise InputError([_problem(file, "its numbers are big-endian", "little-endian", _SAVE_AGAIN)])
+                stream.seek(member.header_offset + 26)  # the lengths of the name and of the extra field behind it
+                name_length, extra_length = struct.unpack("<HH", stream.read(4))
+                if member.compress_type == zipfile.ZIP_STORED:
+                    out[member.header_offset + 30 + name_length + extra_length] = member.file_size
+    except (zipfile.BadZipFile, NotImplementedError, struct.error):
+        return {}
+    return out
+
+
 def read_tensor_file(file: Path) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint file of either format."""
-    return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    try:
+        return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
+    except OSError as error:
+        raise InputError([_problem(file, error.strerror or str(error), "a file that can be read")]) from error

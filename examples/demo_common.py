@@ -22,8 +22,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from typing import Any
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "true",
 }
@@ -161,9 +161,7 @@ def _english_files() -> Iterator[tuple[str, Callable[[], str]]]:
 
 def _math_files() -> Iterator[tuple[str, Callable[[], str]]]:
     for package in ("sympy", "mpmath"):
-        spec = find_spec(package)
-        assert spec and spec.origin, f"torch depends on {package}"
-        root = Path(spec.origin).parent
+        root = Path(str(distribution(package).locate_file(package)))
         for path in _python_files(root, skip=("tests", "testing", "benchmarks", "parsing", "utilities")):
             name = f"{package}/{path.relative_to(root)}"
             yield name, lambda path=path: "\n\n".join(_docstrings(path))  # type: ignore[misc]
@@ -323,7 +321,7 @@ def train(model: Any, windows: torch.Tensor, label: str, **arguments: Any) -> No
         "seed": 0,
     }
     dataset = [{"input_ids": window, "labels": window} for window in windows]
-    trainer = Trainer(model, TrainingArguments(**(settings | arguments)), train_dataset=dataset)  # type: ignore[arg-type]
+    trainer = Trainer(model, TrainingArguments(**(settings | arguments)), train_dataset=dataset)
     trainer.remove_callback(PrinterCallback)
     with Progress(
         TextColumn("{task.description}"),
@@ -404,9 +402,7 @@ def score(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, window: int
     for i in range(0, len(starts), 8):
         batch = torch.tensor([ids[start : start + window] for start in starts[i : i + 8]])  # [N, T]
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()  # [N, T-1, V]
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
-        )
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
         nats += loss.item()
     scored = [text[offsets[start + 1][0] : offsets[start + window - 1][1]] for start in starts]
     return Score(nats, len(starts) * (window - 1), sum(len(part.encode()) for part in scored))
@@ -437,9 +433,7 @@ def score_all(
 
         def build(partial: Path, folder: Path = folder) -> None:
             model = load(folder)
-            measured = {
-                domain: asdict(score(model, tokenizer, text, window)) for domain, text in texts.items()
-            }
+            measured = {domain: asdict(score(model, tokenizer, text, window)) for domain, text in texts.items()}
             (partial / "scores.json").write_text(json.dumps(measured))
 
         key = fingerprint(seed_key, folder_fingerprint(folder), texts, window, score)
@@ -495,9 +489,7 @@ def conclusion(scores: Scores, merged: str = "merge") -> str:
         line += f" and {abs(to_best):.1%} {_more(to_best)} than the best single model ({best_other})"
     lines.append(line + ".")
     if to_best > 0:
-        lines.append(
-            "Its router is still random: it has to be trained before the merge can use its experts well."
-        )
+        lines.append("Its router is still random: it has to be trained before the merge can use its experts well.")
     else:
         lines.append("Its router is still random: training it is what comes next.")
     return "\n".join(lines)
@@ -515,9 +507,7 @@ def print_continuations(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_
     set_seed(0)
     for domain, prompt in PROMPTS.items():
         inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_p=0.9
-        )
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_p=0.9)
         new_ids = output[0, inputs["input_ids"].shape[1] :]
         continuation = str(tokenizer.decode(new_ids, skip_special_tokens=True))
         console.print(f"[bold]{domain}[/]")

