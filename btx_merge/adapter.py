@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from btx_merge.dtypes import Float32, to_float32
+import numpy as np
+
+from btx_merge.dtypes import STORED, Float32, all_finite, to_float32
 from btx_merge.errors import InputError, Problem
 from btx_merge.tensorfiles import StoredTensor
 
@@ -47,6 +49,7 @@ _PLAIN_KEYS = frozenset(
 )
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 _PREFIX = "base_model.model."
+_SAVE_AGAIN = "Save the adapter again with peft's save_pretrained."
 
 
 def is_plain_lora(config: Mapping[str, Any]) -> bool:
@@ -76,10 +79,32 @@ class LoraDelta:
 
     def rows(self, start: int, stop: int) -> Float32:
         """Rows [start, stop) of the delta in float32."""
-        if self.embedding:
-            return self.scaling * (_whole(self.down)[:, start:stop].T @ _whole(self.up).T)
-        up = to_float32(self.up.read_rows(start, stop), self.up.dtype).reshape(stop - start, -1)
-        return self.scaling * (up @ _whole(self.down))
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf are found and named by who asks
+            if self.embedding:
+                return self.scaling * _product(_whole(self.down)[:, start:stop].T, _whole(self.up).T)
+            up = to_float32(self.up.read_rows(start, stop), self.up.dtype).reshape(stop - start, -1)
+            return self.scaling * _product(up, _whole(self.down))
+
+    def nonfinite_factor(self) -> StoredTensor | None:
+        """The factor that holds a NaN or an Inf, if one does."""
+        factors = (self.down, self.up)
+        return next((f for f in factors if not all_finite(f.read_rows(0, f.shape[0]), f.dtype)), None)
+
+
+def _product(left: Float32, right: Float32) -> Float32:
+    """left @ right in tiles that OpenBLAS, numpy's own, leaves to the calling thread.
+
+    For larger products it starts threads, which fight with the writer's: ten times slower in all.
+    """
+    rows, rank = left.shape
+    columns = max(1, _SINGLE_THREADED // (rows * rank))
+    out = np.empty((rows, right.shape[1]), np.float32)
+    for start in range(0, right.shape[1], columns):
+        np.matmul(left, right[:, start : start + columns], out=out[:, start : start + columns])
+    return out
+
+
+_SINGLE_THREADED = 4 * 65536  # multiplications
 
 
 @functools.lru_cache(maxsize=8)
@@ -101,25 +126,37 @@ def split_adapter(
     problems = []
     for key, tensor in tensors.items():
         name = key.removeprefix(_PREFIX)
+        if ".original_module." in name:
+            continue  # of a resized embedding, before it was trained under modules_to_save
         match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", name)
         if match:
             factors.setdefault(match[1], {})[(match[2] or "") + match[3]] = tensor
         elif ".lora_" in name or not name.endswith((".weight", ".bias")):
-            problems.append(Problem("", tensor.file.name, f"tensor {key}, which plain LoRA does not have"))
+            found = f"tensor {key}, which plain LoRA does not have"
+            problems.append(Problem("", tensor.file.name, found, "lora_A, lora_B and whole weights", _SAVE_AGAIN))
         else:
             # modules_to_save, trained biases, and the resized embedding that peft saves under its adapter
             replaced[re.sub(r"\.(base_layer|modules_to_save)\.", ".", name)] = tensor
     deltas = {}
     for module, parts in factors.items():
         embedding = "embedding_A" in parts
+        if odd := [part for part in parts.values() if part.dtype not in STORED]:
+            found, expected = f"{odd[0].name} has dtype {odd[0].dtype}", f"one of {', '.join(STORED)}"
+            problems.append(Problem("", odd[0].file.name, found, expected, _SAVE_AGAIN))
+            continue
         down, up = parts.get("embedding_A" if embedding else "A"), parts.get("embedding_B" if embedding else "B")
         rank = down.shape[0] if down and len(down.shape) == 2 else None
         if down is None or up is None or len(up.shape) != 2 or rank != up.shape[1] or not rank:
             found = f"{module} has {', '.join(f'lora_{part} {list(t.shape)}' for part, t in parts.items())}"
             file = next(iter(parts.values())).file.name
-            problems.append(Problem("", file, found, "lora_A [r, in] and lora_B [out, r]"))
+            problems.append(Problem("", file, found, "lora_A [r, in] and lora_B [out, r]", _SAVE_AGAIN))
             continue
-        deltas[f"{module}.weight"] = LoraDelta(down, up, _scaling(config, module, rank), embedding)
+        try:
+            scaling = _scaling(config, module, rank)
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            found = f"lora_alpha or alpha_pattern cannot be understood for {module} ({error})"
+            raise InputError([Problem("", "adapter_config.json", found, "numbers", _SAVE_AGAIN)]) from error
+        deltas[f"{module}.weight"] = LoraDelta(down, up, scaling, embedding)
     if problems:
         raise InputError(problems)
     return deltas, replaced
@@ -135,15 +172,34 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def merge_through_peft(base: Path, adapter: Path, out: Path) -> Path:
+def merge_through_peft(name: str, base: Path, adapter: Path, out: Path, rows: int | None) -> Path:
     """The adapter merged into its base by peft, saved under `out`. Needs memory for the whole base.
 
+    `rows` of the embedding are the adapter's own, where it has grown the vocabulary.
+
     The base is loaded without its own code; peft's merge checks that nothing becomes NaN.
+
+    Raises:
+        InputError: peft cannot load it, or it is of a kind that cannot be merged into weights.
     """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
-    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-    merged.save_pretrained(out)
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # the merge has its own
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
+        if rows is not None and rows != model.config.vocab_size:
+            model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter has all of its rows
+        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+        merged.save_pretrained(out)
+    except Exception as error:  # of any kind: peft has dozens of adapter types
+        reason = str(error).strip().split("\n")[0]
+        found = f"peft cannot merge it ({type(error).__name__}: {reason})"
+        remedy = "Merge it into its base yourself, save the whole model, and give that folder."
+        raise InputError([Problem(name, "adapter_config.json", found, "", remedy)]) from error
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
     return out

@@ -2,15 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from btx_merge.divergence import Divergence, measure_divergence
 from btx_merge.dtypes import STORED
 from btx_merge.errors import InputError, Problem
 from btx_merge.llama import BUFFERS, EMBEDDING, HEAD, MUST_AGREE, expected_tensors
-from btx_merge.recipe import MergeRecipe
-from btx_merge.sources import Source
+from btx_merge.recipe import SEED, MergeRecipe
+from btx_merge.sources import Source, open_each
+from btx_merge.vocabulary import Vocabulary, plan_vocabulary
 
 _MANY = 4  # tensors named one by one; more of one kind become one line
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Sources that belong together, and what was found out about them."""
+
+    sources: tuple[Source, ...]
+    """The seed first."""
+    vocabulary: Vocabulary
+    divergence: tuple[Divergence, ...]
+    warnings: tuple[Problem, ...]
+
+
+def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
+    """Opens all sources and holds them against the seed, the first of them.
+
+    A source that cannot be opened keeps none of the others from being looked at, nor does one check keep the
+    next: only what a check needs must be right. `scratch` makes a folder for what peft has to merge itself.
+
+    Raises:
+        InputError: every problem of every source.
+    """
+    sources, problems = open_each(recipe, scratch)
+    seed = next((source for source in sources if source.name == SEED), None)
+    if seed is None:
+        raise InputError(problems)
+    fitting = []
+    for source in sources:
+        own = [*config_problems(source, seed), *tensor_problems(source), *_tying_problems(recipe, source, seed)]
+        problems += own
+        if not own:
+            fitting.append(source)
+    problems += _recipe_problems(recipe, seed)
+    vocabulary: Vocabulary | None = None
+    divergence: list[Divergence] = []
+    unrelated: list[Problem] = []
+    identical: list[Problem] = []
+    if seed in fitting:
+        try:
+            vocabulary = plan_vocabulary(fitting)
+        except InputError as error:
+            problems += error.problems
+        divergence, unrelated, identical = measure_divergence(fitting)
+    if not recipe.allow_unrelated:
+        problems += unrelated
+    if problems or vocabulary is None:
+        raise InputError(problems)
+    warnings = (*_warnings(sources), *unrelated, *identical)
+    return Examined(tuple(sources), vocabulary, tuple(divergence), warnings)
 
 
 def check_sources(recipe: MergeRecipe, sources: Sequence[Source]) -> list[Problem]:
@@ -26,7 +80,7 @@ def check_sources(recipe: MergeRecipe, sources: Sequence[Source]) -> list[Proble
     for source in sources:
         problems += config_problems(source, seed)
         problems += tensor_problems(source)
-    problems += _tying_problems(recipe, sources)
+        problems += _tying_problems(recipe, source, seed)
     problems += _recipe_problems(recipe, seed)
     if problems:
         raise InputError(problems)
@@ -40,12 +94,21 @@ def config_problems(source: Source, seed: Source) -> Iterator[Problem]:
         keys.append("max_position_embeddings")  # this kind of rotary embedding is computed from it
     for key in keys:
         if source.config[key] != seed.config[key]:
-            expected = f"{seed.config[key]!r} as in the seed"
-            remedy = "Experts must be grown from the seed without changing its architecture."
-            yield Problem(source.name, f"config.json: {key}", repr(source.config[key]), expected, remedy)
+            yield from _differing(source.name, f"config.json: {key}", source.config[key], seed.config[key])
     if source.config["mlp_bias"]:
         remedy = "Feed-forward blocks with biases cannot become experts."
         yield Problem(source.name, "config.json: mlp_bias", "True", "False", remedy)
+
+
+def _differing(name: str, where: str, found: Any, wanted: Any) -> Iterator[Problem]:
+    """One problem, or one per key of the rotary parameters."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                yield from _differing(name, f"{where}.{key}", found.get(key), wanted.get(key))
+        return
+    remedy = "Experts must be grown from the seed without changing its architecture."
+    yield Problem(name, where, repr(found), f"{wanted!r} as in the seed", remedy)
 
 
 def tensor_problems(source: Source) -> Iterator[Problem]:
@@ -56,16 +119,18 @@ def tensor_problems(source: Source) -> Iterator[Problem]:
         found.discard(HEAD)
         yield from _head_of_tied_problems(source)
     missing = [name for name in expected if name not in found]
-    remedy = "Save the whole model with save_pretrained."
+    remedy = "Save the whole LlamaForCausalLM with save_pretrained."
     if missing and len({"model." + name for name in found} & set(missing)) > len(missing) // 2:
         remedy = "This is a bare LlamaModel; save the LlamaForCausalLM."
-    yield from _listed(source, "missing", missing, remedy)
-    yield from _listed(source, "unexpected", sorted(found - set(expected)), "A Llama has no such tensors.")
+    yield from _listed(source, "missing", missing, "there, by config.json", remedy)
+    remedy = "If config.json is right, leave these tensors out and save the model again."
+    yield from _listed(source, "unexpected", sorted(found - set(expected)), "a Llama's tensors only", remedy)
     for name in sorted(found & set(expected)):
         tensor = source.tensors[name]
         if tensor.shape != expected[name]:
             wanted = f"{list(expected[name])} by config.json"
-            yield Problem(source.name, f"{tensor.file.name}: {name}", f"shape {list(tensor.shape)}", wanted)
+            remedy = "Weights and config.json must be of one model: save both again with save_pretrained."
+            yield Problem(source.name, f"{tensor.file.name}: {name}", f"shape {list(tensor.shape)}", wanted, remedy)
         if tensor.dtype not in STORED:
             remedy = "A quantised checkpoint: load it, call model.dequantize(), save it, and give that folder."
             found_dtype = f"dtype {tensor.dtype}"
@@ -73,11 +138,11 @@ def tensor_problems(source: Source) -> Iterator[Problem]:
             yield Problem(source.name, f"{tensor.file.name}: {name}", found_dtype, wanted, remedy)
 
 
-def _listed(source: Source, kind: str, names: Sequence[str], remedy: str) -> Iterator[Problem]:
+def _listed(source: Source, kind: str, names: Sequence[str], expected: str, remedy: str) -> Iterator[Problem]:
     for name in names[:_MANY]:
-        yield Problem(source.name, f"tensor {name}", kind, "", remedy)
+        yield Problem(source.name, f"tensor {name}", kind, expected, remedy)
     if len(names) > _MANY:
-        yield Problem(source.name, f"{len(names) - _MANY} more tensors", kind, "", remedy)
+        yield Problem(source.name, f"{len(names) - _MANY} more tensors", kind, expected, remedy)
 
 
 def _head_of_tied_problems(source: Source) -> Iterator[Problem]:
@@ -96,14 +161,12 @@ def _head_of_tied_problems(source: Source) -> Iterator[Problem]:
         yield Problem(source.name, head.file.name, found, "the same numbers, or no such tensor", remedy)
 
 
-def _tying_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> Iterator[Problem]:
-    seed_tied = sources[0].config["tie_word_embeddings"]
-    for source in sources[1:]:
-        tied = source.config["tie_word_embeddings"]
-        if tied != seed_tied and not recipe.untie:
-            remedy = "Give --untie (`untie: true`) to untie them all: a tied source's head is its embedding."
-            where = "config.json: tie_word_embeddings"
-            yield Problem(source.name, where, repr(tied), f"{seed_tied!r} as in the seed", remedy)
+def _tying_problems(recipe: MergeRecipe, source: Source, seed: Source) -> Iterator[Problem]:
+    tied, seed_tied = (item.config["tie_word_embeddings"] for item in (source, seed))
+    if tied != seed_tied and not recipe.untie:
+        remedy = "Give --untie (`untie: true`) to untie them all: a tied source's head is its embedding."
+        where = "config.json: tie_word_embeddings"
+        yield Problem(source.name, where, repr(tied), f"{seed_tied!r} as in the seed", remedy)
 
 
 def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:
@@ -116,7 +179,8 @@ def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:
         found = f"intermediate_size {width} cannot be cut into {chunks} equal chunks"
         key = "num_chunks" if recipe.expert_mode == "split" else "expert_mode: blend"
         divisors = [number for number in range(2, 65) if width % number == 0]
-        yield Problem("recipe", key, found, f"a divisor of it, such as {', '.join(map(str, divisors))}")
+        expected = f"a divisor of it, such as {', '.join(map(str, divisors))}"
+        yield Problem("recipe", key, found, expected, "Choose another number of chunks, or expert_mode: whole.")
 
 
 def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
@@ -125,4 +189,5 @@ def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
         length, wanted = (s.config["max_position_embeddings"] for s in (source, seed))
         if length != wanted:
             where = "config.json: max_position_embeddings"
-            yield Problem(source.name, where, str(length), f"{wanted}, the seed's, which the result keeps")
+            remedy = f"The result keeps {wanted}."
+            yield Problem(source.name, where, str(length), f"{wanted} as in the seed", remedy)

@@ -2,7 +2,7 @@
 
 BTX takes the plain mean over all sources (arXiv 2403.07816, section 3.2). The other rules are options: TIES
 (arXiv 2306.01708) and DARE (arXiv 2311.03099) work on the differences from the seed, through peft. All of them
-accumulate in float32 and round once.
+accumulate in float32, round once, and need memory for a block of rows only.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
 from btx_merge.dtypes import Float32, Raw, from_float32
-from btx_merge.plan import WHOLE_TENSOR_METHODS, Plan, SharedRows
+from btx_merge.plan import DIFFERENCE_METHODS, Plan, SharedRows
 from btx_merge.segments import Segment
 from btx_merge.sources import Source
 
@@ -23,29 +24,36 @@ Block = tuple[int, Raw]
 """Bytes for one of a job's extents (by its number), behind those that it got before."""
 
 _BLOCK_BYTES = 1 << 18  # stays in a core's cache between being read, checked and written
+_DIFFERENCE_BLOCK_BYTES = 1 << 21  # larger, for each block is a call of torch
 _torch_lock = threading.Lock()  # peft's functions draw from torch's one generator and may warn
 
+Rule = Callable[[int, int], Float32]
+"""Rows [start, stop) of a combined tensor in float32, before the cast."""
 
-def portions(start: int, stop: int, row_bytes: int) -> Iterator[tuple[int, int]]:
+
+def portions(start: int, stop: int, row_bytes: int, block_bytes: int = _BLOCK_BYTES) -> Iterator[tuple[int, int]]:
     """Rows in blocks that fit a cache."""
-    size = max(1, _BLOCK_BYTES // row_bytes)
+    size = max(1, block_bytes // row_bytes)
     return ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
 def shared_rows(job: SharedRows, plan: Plan) -> Iterator[Block]:
     """Rows of a combined tensor."""
-    if plan.recipe.combine in WHOLE_TENSOR_METHODS:
-        yield 0, from_float32(merged_rows(plan, job.tensor.name, job.start, job.stop), plan.dtype)
-        return
-    for start, stop in portions(job.start, job.stop, job.tensor.row_bytes):
-        yield 0, from_float32(merged_rows(plan, job.tensor.name, start, stop), plan.dtype)
+    rule = combining_rule(plan, job.tensor.name)
+    block = _DIFFERENCE_BLOCK_BYTES if plan.recipe.combine in DIFFERENCE_METHODS else _BLOCK_BYTES
+    for start, stop in portions(job.start, job.stop, job.tensor.row_bytes, block):
+        yield 0, from_float32(rule(start, stop), plan.dtype)
 
 
-def merged_rows(plan: Plan, name: str, start: int, stop: int) -> Float32:
-    """Rows [start, stop) of a combined tensor in float32, before the cast."""
+def combining_rule(plan: Plan, name: str) -> Rule:
+    """What computes the rows of one shared tensor by the recipe."""
+    if plan.recipe.combine in DIFFERENCE_METHODS:
+        return _difference_rule(plan, name)
+    return lambda start, stop: _mean_rows(plan, name, start, stop)
+
+
+def _mean_rows(plan: Plan, name: str, start: int, stop: int) -> Float32:
     combine = plan.recipe.combine
-    if combine in WHOLE_TENSOR_METHODS:
-        return _merged_differences(plan, name)[start:stop]
     shares = [(plan.seed, 1.0)]
     if combine != "seed":
         shares = [(source, source.weight if combine == "weighted" else 1.0) for source in plan.experts]
@@ -83,40 +91,101 @@ def _within(segments: tuple[Segment, ...], start: int, stop: int) -> Iterator[Se
             yield Segment(first, segment.source + first - segment.out, last - first)
 
 
-def _merged_differences(plan: Plan, name: str) -> Float32:
-    """The seed plus the combined differences of the experts from it, of a whole tensor.
+def _difference_rule(plan: Plan, name: str) -> Rule:
+    """The seed plus the combined differences of the experts from it, through peft.
 
-    The weights are relative: TIES averages over the sources that agree in sign, so they are scaled to a mean
-    of 1 there; dare_linear adds, so they are scaled to a sum of 1, the seed's (whose difference is 0) included.
+    The weights are relative: TIES averages over the sources that agree in sign, so they are scaled to a mean of 1
+    there; dare_linear adds, so they are scaled to a sum of 1, the seed's (whose difference is 0) included.
     """
     import torch
     from peft.utils import merge_utils
 
     recipe = plan.recipe
-    rows = plan.rows_of(name)
-    base, seed_owns = _weighted_sum(plan, name, [(plan.seed, 1.0)], 0, rows)
     others = [source for source in plan.experts if source is not plan.seed]
-    if not seed_owns.all():
-        total, count = _weighted_sum(plan, name, [(source, 1.0) for source in others], 0, rows)
-        lacking = seed_owns == 0
-        base[lacking] = total[lacking] / count[lacking].reshape(-1, *[1] * (total.ndim - 1))
-    if not others:
+    weights = torch.tensor([float(source.weight) for source in others])
+    if not weights.any():
+        return lambda start, stop: _base_rows(plan, name, start, stop)[0]
+    if recipe.combine == "dare_linear":
+        weights /= weights.sum() + (recipe.seed_weight if recipe.seed_expert else 0)
+    else:
+        weights /= weights.mean()
+    smallest = _smallest_kept(plan, name, others) if recipe.combine == "ties" else []
+
+    def rule(start: int, stop: int) -> Float32:
+        base, differences = _differences(plan, name, others, start, stop)
+        for difference, least in zip(differences, smallest, strict=False):
+            difference[_magnitude_bits(difference) < least] = 0
+        tasks = [torch.from_numpy(difference) for difference in differences]
+        with _torch_lock, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The density 1")  # peft's; here it is meant
+            torch.manual_seed(zlib.crc32(f"{recipe.random_seed} {name} {start}".encode()))
+            if recipe.combine == "ties":
+                merged = merge_utils.ties(tasks, weights, density=1.0)  # trimmed above, over the whole tensor
+            elif recipe.combine == "dare_ties":
+                merged = merge_utils.dare_ties(tasks, weights, recipe.density)
+            else:
+                merged = merge_utils.dare_linear(tasks, weights, recipe.density)
+        base += recipe.scale * merged.numpy()
         return base
+
+    return rule
+
+
+def _base_rows(plan: Plan, name: str, start: int, stop: int) -> tuple[Float32, NDArray[np.bool_]]:
+    """The seed's rows, and which it owns; the others are the mean of their owners, from whom nothing differs."""
+    base, weight = _weighted_sum(plan, name, [(plan.seed, 1.0)], start, stop)
+    owned = weight > 0
+    if not owned.all():
+        total, count = _weighted_sum(plan, name, [(source, 1.0) for source in plan.sources], start, stop)
+        base[~owned] = total[~owned] / count[~owned].reshape(-1, *[1] * (total.ndim - 1))
+    return base, owned
+
+
+def _differences(plan: Plan, name: str, others: list[Source], start: int, stop: int) -> tuple[Float32, list[Float32]]:
+    """The base's rows and, per source, its difference from them; 0 in rows that one of the two lacks."""
+    base, seed_owns = _base_rows(plan, name, start, stop)
     differences = []
     for source in others:
-        values, owns = _weighted_sum(plan, name, [(source, 1.0)], 0, rows)
+        values, weight = _weighted_sum(plan, name, [(source, 1.0)], start, stop)
         values -= base
-        values[(owns == 0) | (seed_owns == 0)] = 0  # a row of one side only is no difference
-        differences.append(torch.from_numpy(values))
-    weights = torch.tensor([source.weight for source in others])
-    with _torch_lock, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The density 1")  # peft's; keeping everything is allowed
-        torch.manual_seed(zlib.crc32(f"{recipe.random_seed} {name}".encode()))
-        if recipe.combine == "dare_linear":
-            in_all = weights.sum() + (recipe.seed_weight if recipe.seed_expert else 0)
-            merged = merge_utils.dare_linear(differences, weights / in_all, recipe.density)
-        else:
-            rule = merge_utils.ties if recipe.combine == "ties" else merge_utils.dare_ties
-            merged = rule(differences, weights / weights.mean(), recipe.density)
-    base += recipe.scale * merged.numpy()
-    return base
+        values[(weight == 0) | ~seed_owns] = 0
+        differences.append(values)
+    return base, differences
+
+
+def _smallest_kept(plan: Plan, name: str, others: list[Source]) -> list[int]:
+    """Per source, the bits of the smallest magnitude that TIES keeps of its differences in a whole tensor.
+
+    The `density * size`-th largest, found by counting: first by the upper half of the bits (magnitudes order as
+    their bits do), then by the lower half within the bin that holds it. What equals it is kept as well.
+    """
+    rows = plan.rows_of(name)
+    row_size = plan.seed.tensors[plan.seed.stored_name(name)].row_bytes
+    kept = int(plan.recipe.density * rows * _row_values(plan, name))
+    if kept == 0:
+        return [1 << 32] * len(others)
+    upper = [0] * len(others)
+    rank = [kept] * len(others)
+    for half in ("upper", "lower"):
+        counts = np.zeros((len(others), 1 << 16), np.int64)
+        for start, stop in portions(0, rows, row_size, _DIFFERENCE_BLOCK_BYTES):
+            for index, difference in enumerate(_differences(plan, name, others, start, stop)[1]):
+                bits = _magnitude_bits(difference)
+                chosen = bits >> 16 if half == "upper" else bits[bits >> 16 == upper[index]] & 0xFFFF
+                counts[index] += np.bincount(chosen.reshape(-1), minlength=1 << 16)
+        for index, count in enumerate(counts):
+            from_top = count[::-1].cumsum()
+            place = int(np.searchsorted(from_top, rank[index]))
+            rank[index] -= int(from_top[place - 1]) if place else 0
+            upper[index] = (upper[index] << 16 if half == "lower" else 0) + (1 << 16) - 1 - place
+    return upper
+
+
+def _row_values(plan: Plan, name: str) -> int:
+    shape = plan.seed.tensors[plan.seed.stored_name(name)].shape
+    return shape[1] if len(shape) > 1 else 1
+
+
+def _magnitude_bits(values: Float32) -> NDArray[np.uint32]:
+    """|values| as integers of the same order."""
+    return values.view(np.uint32) & np.uint32(0x7FFFFFFF)

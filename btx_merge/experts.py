@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import einops
 import numpy as np
 
-from btx_merge.combine import Block, merged_rows, portions
+from btx_merge.combine import Block, combining_rule, portions
 from btx_merge.dtypes import Float32, from_float32, to_float32
 from btx_merge.llama import FF_NORM
 from btx_merge.plan import EXPERT_LAYOUTS, ExpertColumns, ExpertRows, Plan
@@ -47,7 +47,7 @@ def norm_ratio(plan: Plan, source: int, layer: int) -> Float32:
     """
     name = FF_NORM.format(layer=layer)
     width = plan.seed.config["hidden_size"]
-    merged = to_float32(from_float32(merged_rows(plan, name, 0, width), plan.dtype), plan.dtype)
+    merged = to_float32(from_float32(combining_rule(plan, name)(0, width), plan.dtype), plan.dtype)
     own = plan.experts[source].rows(name, 0, width)
     shut = np.abs(merged) < _SMALL_GAMMA * np.abs(merged).mean()
     return np.where(shut, np.float32(1), own / np.where(shut, np.float32(1), merged))

@@ -16,7 +16,7 @@ import yaml
 from btx_merge.card import model_card
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.llama import DEFAULTS
-from btx_merge.plan import WHOLE_TENSOR_METHODS, Plan
+from btx_merge.plan import DIFFERENCE_METHODS, Plan
 from btx_merge.sources import Source
 from btx_merge.vocabulary import tokenizer_json
 
@@ -100,7 +100,7 @@ def resolved_recipe(plan: Plan) -> dict[str, Any]:
     values["dtype"] = TORCH_NAMES[plan.dtype]
     if values["router_std"] is None:
         values["router_std"] = plan.seed.config["initializer_range"]
-    tools = ("btx-merge", "numpy", *(("torch", "peft") if plan.recipe.combine in WHOLE_TENSOR_METHODS else ()))
+    tools = ("btx-merge", "numpy", *(("torch", "peft") if plan.recipe.combine in DIFFERENCE_METHODS else ()))
     values["resolved"] = {
         "expert_names": plan.expert_names,
         "tools": {"python": platform.python_version(), **{tool: version(tool) for tool in tools}},

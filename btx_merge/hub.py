@@ -46,7 +46,7 @@ def locate(source: str, reference: str) -> Located:
     if folder.exists() or reference.startswith((".", "/", "~")) or not _REPO_ID.fullmatch(repo_id):
         found = "a file" if folder.exists() else "no such folder"
         expected = "a folder with config.json and weights, or a Hub id `org/name` or `org/name@revision`"
-        raise InputError([Problem(source, reference, found, expected)])
+        raise InputError([Problem(source, reference, found, expected, "Check the path.")])
     return _download(source, repo_id, revision or None)
 
 
@@ -65,6 +65,9 @@ def _download(source: str, repo_id: str, revision: str | None) -> Located:
         folder = fetch(SMALL_FILES, revision)
         commit = folder.name
         fetch(_weight_patterns(folder), commit)
+    except hub.HFValidationError as error:
+        found = f"no such folder, and no name that a repository can have ({_first_line(error)})"
+        raise refused(found, "A Hub id is `org/name`.") from error
     except hub.GatedRepoError as error:
         remedy = "Ask for access on its page on the Hub, then run `hf auth login`."
         raise refused("the repository is gated and this token has no access", remedy) from error
@@ -77,9 +80,14 @@ def _download(source: str, repo_id: str, revision: str | None) -> Located:
         remedy = "Go online (unset HF_HUB_OFFLINE), or give a folder."
         raise refused("not a folder, not in the Hub's cache, and the Hub cannot be reached", remedy) from error
     except (hub.HfHubHTTPError, OSError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise refused(f"the download failed ({first_line})", "Run the same command again: it resumes.") from error
+        raise refused(
+            f"the download failed ({_first_line(error)})", "Run the same command again: it resumes."
+        ) from error
     return Located(folder, repo_id, commit)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _weight_patterns(folder: Path) -> list[str]:

@@ -39,8 +39,8 @@ GATE_UP_EXPERTS = "model.layers.{layer}.mlp.experts.gate_up_proj"
 DOWN_EXPERTS = "model.layers.{layer}.mlp.experts.down_proj"
 _MOE_TENSORS = {ROUTER: "E H", GATE_UP_EXPERTS: "E 2I H", DOWN_EXPERTS: "E H I"}
 
-WHOLE_TENSOR_METHODS = ("ties", "dare_ties", "dare_linear")
-"""Ways to combine that look at a whole tensor of all sources at once."""
+DIFFERENCE_METHODS = ("ties", "dare_ties", "dare_linear")
+"""Ways to combine that work on differences from the seed."""
 _JOB_BYTES = 64_000_000  # of output: the unit of parallel work and of resuming
 
 
@@ -233,11 +233,8 @@ class Plan:
     @property
     def working_memory(self) -> int:
         """Bytes that a merge holds beside the interpreter itself, about."""
-        if self.recipe.combine not in WHOLE_TENSOR_METHODS:
-            return 64_000_000
-        largest = max(math.prod(tensor.shape) for tensor in self.tensors if ".mlp." not in tensor.name)
-        # torch and peft; then differences, their pruned copies, the stack and its weighted copy, in float32
-        return 350_000_000 + 4 * largest * 4 * (len(self.experts) + 1)
+        needs_torch = self.recipe.combine in DIFFERENCE_METHODS
+        return 64_000_000 + needs_torch * (500_000_000 + 30_000_000 * len(self.experts))
 
     @cached_property
     def fates(self) -> tuple[Fate, ...]:
@@ -258,7 +255,7 @@ class Plan:
             return "expert" if source in self.experts else "not used"
         if self.recipe.combine == "seed":
             return "copied" if source is self.seed else "not used"
-        needs_seed = self.recipe.combine in WHOLE_TENSOR_METHODS
+        needs_seed = self.recipe.combine in DIFFERENCE_METHODS
         return "averaged" if source in self.experts or needs_seed else "not used"
 
     def rows_of(self, name: str) -> int:
@@ -286,8 +283,9 @@ class Plan:
                     yield from self._down_jobs(tensor, layer)
                 return
         rows = tensor.shape[0]
-        whole = self.recipe.combine in WHOLE_TENSOR_METHODS
-        for start, stop in _portions(0, rows, rows if whole else max(1, _JOB_BYTES // tensor.row_bytes)):
+        # TIES trims over a whole tensor, so it is one job there
+        size = rows if self.recipe.combine == "ties" else max(1, _JOB_BYTES // tensor.row_bytes)
+        for start, stop in _portions(0, rows, size):
             extent = Extent(tensor.start + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
             yield SharedRows(tensor, (extent,), start, stop)
 

@@ -19,14 +19,24 @@ from btx_merge.adapter import LoraDelta, is_plain_lora, merge_through_peft, spli
 from btx_merge.dtypes import STORED, Float32, Raw, all_finite, to_float32
 from btx_merge.errors import InputError, NonFiniteError, Problem
 from btx_merge.hub import Located, locate
-from btx_merge.llama import EMBEDDING, HEAD, normalise_config
+from btx_merge.llama import DEFAULTS, EMBEDDING, HEAD, normalise_config
 from btx_merge.recipe import SEED, ExpertSpec, MergeRecipe
 from btx_merge.tensorfiles import StoredTensor, read_tensor_file
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_SAVED_EMBEDDINGS = ("embed_tokens.weight", "embed_tokens.base_layer.weight")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_SAVE_AGAIN = "Save it again with save_pretrained, or download it again."
+_COPY_THE_REST = "Give another folder, or copy the missing file there."
+_IS_IT_ITS_BASE = "Was it trained on this model? `base:` in the recipe names another."
+_UNTIE_ADAPTER = "Merge it with peft, untie the result, save it, and give that folder."
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,17 +113,22 @@ class Source:
         raw = self.stored_rows(name, start, stop, finite)
         values = to_float32(raw, tensor.dtype).reshape(stop - start, *tensor.shape[1:])
         if stored in self.deltas:
-            values += self.deltas[stored].rows(start, stop)
+            delta = self.deltas[stored]
+            values += delta.rows(start, stop)
             if finite and not all_finite(values.reshape(-1).view(np.uint8), "F32"):
-                self._report_nonfinite(self.deltas[stored].up, values, start)
+                self._report_nonfinite(delta.nonfinite_factor() or tensor, values, start)
         return values
 
     def _report_nonfinite(self, tensor: StoredTensor, values: Float32, start: int) -> None:
         flat = int(np.flatnonzero(~np.isfinite(values))[0])
-        width = tensor.row_bytes // STORED[tensor.dtype].itemsize
-        where = f"row {start + flat // width}" + (f", column {flat % width}" if width > 1 else "")
+        found = f"holds {values.reshape(-1)[flat]}"
+        if tensor in self.tensors.values():
+            width = tensor.row_bytes // STORED[tensor.dtype].itemsize
+            found += f" at row {start + flat // width}" + (f", column {flat % width}" if width > 1 else "")
+        else:
+            found = "holds NaN or Inf"
         raise NonFiniteError(
-            f"{self.name}: {tensor.file.name}: {tensor.name} holds {values.reshape(-1)[flat]} at {where}. "
+            f"{self.name}: {tensor.file.name}: {tensor.name} {found}. "
             "Repair or leave out this source; --allow-nonfinite goes on all the same."
         )
 
@@ -128,15 +143,13 @@ class Source:
         return metadata if isinstance(metadata, dict) else {}
 
 
-def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> list[Source]:
-    """The seed, then the experts in the recipe's order, opened without reading weights.
+def open_each(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list[Source], list[Problem]]:
+    """The seed, then the experts in the recipe's order, opened without reading weights; and why others were not.
 
     `scratch` makes a folder for what peft has to merge itself (adapters that are not plain LoRA).
-
-    Raises:
-        InputError: whatever is wrong with the files of any source, all together.
     """
-    sources, problems = [], []
+    sources: list[Source] = []
+    problems: list[Problem] = []
     seed = None
     specs = {SEED: ExpertSpec(recipe.seed, recipe.seed_weight), **recipe.experts}
     for name, spec in specs.items():
@@ -144,11 +157,19 @@ def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> list[Sourc
             source = _open(name, spec, seed, scratch)
         except InputError as error:
             problems += [replace(problem, source=name) for problem in error.problems]
-            if name == SEED:
-                seed = None
         else:
             sources.append(source)
             seed = source if name == SEED else seed
+    return sources, problems
+
+
+def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> list[Source]:
+    """All sources of a recipe.
+
+    Raises:
+        InputError: whatever is wrong with the files of any source, all together.
+    """
+    sources, problems = open_each(recipe, scratch)
     if problems:
         raise InputError(problems)
     return sources
@@ -164,14 +185,17 @@ def _open(name: str, spec: ExpertSpec, seed: Source | None, scratch: Callable[[]
     config = _read_json(located.folder / "adapter_config.json")
     file = _first_existing(located.folder, _ADAPTER_FILES)
     if file is None:
-        raise InputError([Problem(name, str(located.folder), "no weights", " or ".join(_ADAPTER_FILES))])
+        expected = " or ".join(_ADAPTER_FILES)
+        raise InputError([Problem(name, str(located.folder), "no weights", expected, _COPY_THE_REST)])
     base = _adapter_base(name, config, spec.base, seed)
+    stored = read_tensor_file(file)
     if not is_plain_lora(config):
-        merged = merge_through_peft(base.located.folder, located.folder, scratch())
+        rows = next((t.shape[0] for key, t in stored.items() if key.endswith(_SAVED_EMBEDDINGS)), None)
+        merged = merge_through_peft(name, base.located.folder, located.folder, scratch(), rows)
         source = _open_checkpoint(name, Located(merged), spec.weight)
         origin = (located.folder / "adapter_config.json", file, *base.files)
         return replace(source, located=located, base=base.located, origin=origin)
-    deltas, replaced = split_adapter(config, read_tensor_file(file))
+    deltas, replaced = split_adapter(config, stored)
     tensors = {**base.tensors, **replaced}
     _check_fit(name, file, base, deltas, replaced, tensors)
     source = replace(base, name=name, located=located, tensors=tensors, deltas=deltas, base=base.located)
@@ -182,7 +206,11 @@ def _open(name: str, spec: ExpertSpec, seed: Source | None, scratch: Callable[[]
 def _adapter_base(name: str, config: Mapping[str, Any], given: str | None, seed: Source | None) -> Source:
     """The model under an adapter: the recipe's, otherwise the seed where the adapter's config agrees."""
     recorded = config.get("base_model_name_or_path")
-    if given is None and seed is not None:
+    if not isinstance(recorded, str | None):
+        found = f"base_model_name_or_path is {recorded!r}"
+        remedy = "Correct it, or give `base:` in the recipe."
+        raise InputError([Problem(name, "adapter_config.json", found, "a folder or a Hub id", remedy)])
+    if given is None and seed is not None and seed.base is None:
         names = {seed.located.public_name, str(seed.located.folder), str(seed.located.folder.resolve())}
         if not recorded or recorded in names or Path(recorded).name == Path(seed.located.public_name).name:
             return seed
@@ -206,16 +234,23 @@ def _check_fit(
     tensors: Mapping[str, StoredTensor],
 ) -> None:
     problems = []
-    for key in {*deltas, *replaced} - set(base.tensors):
+    for key in sorted({*deltas, *replaced} - set(base.tensors)):
         if key == HEAD and base.config["tie_word_embeddings"]:
-            remedy = "Merge it with peft, untie the result, save it, and give that folder."
-            problems.append(Problem(name, file.name, f"changes {HEAD}, which its base ties", "", remedy))
+            if HEAD not in deltas and EMBEDDING in replaced:
+                continue  # peft saves both after a resize; that they are one is for the checks
+            problems.append(Problem(name, file.name, f"changes {HEAD}, which its base ties", "", _UNTIE_ADAPTER))
         else:
-            problems.append(Problem(name, file.name, f"changes {key}, which its base does not have"))
+            problems.append(
+                Problem(name, file.name, f"changes {key}, which its base does not have", "", _IS_IT_ITS_BASE)
+            )
+    alone = EMBEDDING in replaced and EMBEDDING not in deltas and HEAD not in {*deltas, *replaced}
+    if alone and base.config["tie_word_embeddings"]:
+        found = f"replaces {EMBEDDING}, but not {HEAD}, which its base ties to it"
+        problems.append(Problem(name, file.name, found, "", _UNTIE_ADAPTER))
     for key, delta in deltas.items():
         if key in tensors and tensors[key].shape != delta.shape:
             found, expected = f"the delta of {key} is {list(delta.shape)}", f"{list(tensors[key].shape)}"
-            problems.append(Problem(name, file.name, found, expected, "Is this its base?"))
+            problems.append(Problem(name, file.name, found, expected, _IS_IT_ITS_BASE))
     if problems:
         raise InputError(problems)
 
@@ -223,6 +258,7 @@ def _check_fit(
 def _open_checkpoint(name: str, located: Located, weight: float) -> Source:
     raw = _read_json(located.folder / "config.json")
     _refuse_other_models(name, raw)
+    _refuse_odd_values(name, raw)
     tensors = _read_tensors(name, located.folder)
     return Source(name, located, normalise_config(raw), raw, tensors, weight=weight)
 
@@ -236,9 +272,30 @@ def _refuse_other_models(name: str, raw: Mapping[str, Any]) -> None:
         found = f"model_type is {raw.get('model_type')!r}"
         problems.append(Problem(name, "config.json", found, "'llama'", remedy))
     if raw.get("quantization_config") is not None:
-        method = raw["quantization_config"].get("quant_method", "quantised")
+        quantisation = raw["quantization_config"]
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
         remedy = "Load it in transformers, call model.dequantize(), save_pretrained, and give that folder."
         problems.append(Problem(name, "config.json", f"a quantised checkpoint ({method})", "plain weights", remedy))
+    if problems:
+        raise InputError(problems)
+
+
+def _refuse_odd_values(name: str, raw: Mapping[str, Any]) -> None:
+    """Values that no Llama can have; what the config leaves out has a default."""
+    problems = []
+    for key, value in raw.items():
+        if key in _SIZES:
+            fine, expected = type(value) is int and value > 0, "a whole number above 0"
+        elif key in _SWITCHES:
+            fine, expected = isinstance(value, bool), "true or false"
+        elif key in ("rope_scaling", "rope_parameters"):
+            fine, expected = isinstance(value, dict | None), "an object"
+        elif key in ("rms_norm_eps", "rope_theta", "initializer_range"):
+            fine, expected = type(value) in (int, float), "a number"
+        else:
+            continue
+        if not fine and not (value is None and DEFAULTS.get(key, 0) is None):
+            problems.append(Problem(name, f"config.json: {key}", json.dumps(value), expected, _SAVE_AGAIN))
     if problems:
         raise InputError(problems)
 
@@ -251,14 +308,14 @@ def _read_tensors(name: str, folder: Path) -> dict[str, StoredTensor]:
         return read_tensor_file(single)
     if index is None:
         expected = f"{' or '.join(_SINGLE_FILES)}, or shards with their index"
-        raise InputError([Problem(name, str(folder), "no weights", expected)])
+        raise InputError([Problem(name, str(folder), "no weights", expected, _COPY_THE_REST)])
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise InputError([Problem(name, index.name, "no weight_map", "tensor name to file name")])
+        raise InputError([Problem(name, index.name, "no weight_map", "tensor name to file name", _SAVE_AGAIN)])
     tensors: dict[str, StoredTensor] = {}
     problems = []
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
+        if Path(shard).name != shard or shard in ("", ".."):
             found = f"points outside its folder, to {shard}"
             problems.append(Problem(name, index.name, found, "file names", "Do not use this checkpoint as it is."))
             continue
@@ -272,9 +329,10 @@ def _read_tensors(name: str, folder: Path) -> dict[str, StoredTensor]:
             problems += error.problems
             continue
         for key in sorted(found_here.keys() & tensors.keys()):
-            problems.append(Problem(name, shard, f"{key} stands there and in {tensors[key].file.name}", "once"))
+            found = f"{key} stands there and in {tensors[key].file.name}"
+            problems.append(Problem(name, shard, found, "once", _SAVE_AGAIN))
         for key in sorted(key for key, file in weight_map.items() if file == shard and key not in found_here):
-            problems.append(Problem(name, shard, f"lacks {key}", f"it there, by {index.name}"))
+            problems.append(Problem(name, shard, f"lacks {key}", f"it there, by {index.name}", _SAVE_AGAIN))
         tensors |= found_here
     if problems:
         raise InputError(problems)
@@ -290,9 +348,10 @@ def _read_json(file: Path) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         found = "missing" if isinstance(error, FileNotFoundError) else str(error.strerror)
-        raise InputError([Problem("", str(file), found, "a folder saved by save_pretrained")]) from error
-    except ValueError as error:
-        raise InputError([Problem("", str(file), f"not JSON: {error}")]) from error
+        expected = "a folder saved by save_pretrained"
+        raise InputError([Problem("", str(file), found, expected, _COPY_THE_REST)]) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError([Problem("", str(file), f"not JSON: {error}", "a JSON object", _SAVE_AGAIN)]) from error
     if not isinstance(values, dict):
-        raise InputError([Problem("", str(file), "not a JSON object")])
+        raise InputError([Problem("", str(file), "not a JSON object", "one", _SAVE_AGAIN)])
     return values

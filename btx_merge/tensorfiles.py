@@ -116,7 +116,8 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
             if not isinstance(dtype, str) or begin > end:
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            problems.append(_problem(file, f"the header's entry for {name} is malformed: {entry!r}"))
+            found, expected = f"the header's entry for {name} is malformed: {entry!r}", "dtype, shape, data_offsets"
+            problems.append(_problem(file, found, expected, _FETCH_AGAIN))
             continue
         tensors[name] = StoredTensor(name, file, dtype, shape, 8 + length + begin, end - begin)
     problems += _layout_problems(file, size, 8 + length, list(tensors.values()))

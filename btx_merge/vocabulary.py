@@ -70,7 +70,8 @@ def plan_vocabulary(sources: Sequence[Source]) -> Vocabulary:
         if tokenizer is None and rows[source.name] != rows[seed.name]:
             found = f"{rows[source.name]:,} rows and no tokenizer"
             expected = f"{rows[seed.name]:,} rows as in the seed, or a tokenizer.json that names the others"
-            problems.append(Problem(source.name, "vocabulary", found, expected))
+            remedy = "Copy the files of its tokenizer into its folder."
+            problems.append(Problem(source.name, "vocabulary", found, expected, remedy))
         elif tokenizer is not None:
             problems += _token_problems(source, tokenizer, seed_tokenizer)
     if problems:

@@ -9,10 +9,11 @@ the seed, the experts. It is kept under `demo/`; what is finished is not done ag
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import demo_common as common
-from demo_common import DOMAINS, ROOT, Corpus, console
+from demo_common import ROOT, Corpus, console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -40,7 +41,7 @@ class Settings:
     batch_size: int = 4
     seed_steps: int = 1000
     seed_learning_rate: float = 3e-3
-    expert_steps: int = 400
+    expert_steps: int = 300
     expert_learning_rate: float = 1.5e-3
 
 
@@ -85,6 +86,39 @@ def new_seed(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def build_seed(folder: Path, corpora: dict[str, Corpus], tokenizer: PreTrainedTokenizerBase) -> None:
+    model = new_seed(tokenizer)
+    console.print(f"the seed has {model.num_parameters() / 1e6:.1f} million parameters")
+    documents = [text for corpus in corpora.values() for text in corpus.train]
+    common.train(
+        model,
+        common.pack(documents, tokenizer, SETTINGS.window),
+        "seed",
+        max_steps=SETTINGS.seed_steps,
+        per_device_train_batch_size=SETTINGS.batch_size,
+        learning_rate=SETTINGS.seed_learning_rate,
+        warmup_steps=50,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_expert(folder: Path, domain: str, corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The seed, trained further on one domain alone."""
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "seed")
+    common.train(
+        model,
+        common.pack(corpus.train, tokenizer, SETTINGS.window),
+        f"expert {domain}",
+        max_steps=SETTINGS.expert_steps,
+        per_device_train_batch_size=SETTINGS.batch_size,
+        learning_rate=SETTINGS.expert_learning_rate,
+        warmup_steps=20,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def main() -> None:
     clock = common.Clock()
 
@@ -94,52 +128,22 @@ def main() -> None:
     common.print_corpora(corpora)
 
     console.rule("[bold]A seed, and one expert per domain", align="left")
-    key = common.fingerprint(corpora, SETTINGS, train_tokenizer, new_seed, common.pack, common.train)
-
-    def build_tokenizer(folder: Path) -> None:
-        train_tokenizer(corpora).save_pretrained(folder)
-
+    tokenizer_key = common.fingerprint(corpora, SETTINGS, train_tokenizer)
     with clock.part("tokenizer") as was_cached:
-        was_cached[0] = common.cached(DEMO / "tokenizer", key, build_tokenizer)
+        was_cached[0] = common.cached(
+            DEMO / "tokenizer", tokenizer_key, lambda folder: train_tokenizer(corpora).save_pretrained(folder)
+        )
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "tokenizer")
 
-    def build_seed(folder: Path) -> None:
-        model = new_seed(tokenizer)
-        console.print(f"the seed has {model.num_parameters() / 1e6:.1f} million parameters")
-        documents = [text for corpus in corpora.values() for text in corpus.train]
-        common.train(
-            model,
-            common.pack(documents, tokenizer, SETTINGS.window),
-            "seed",
-            max_steps=SETTINGS.seed_steps,
-            per_device_train_batch_size=SETTINGS.batch_size,
-            learning_rate=SETTINGS.seed_learning_rate,
-            warmup_steps=50,
-        )
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
+    seed_key = common.fingerprint(tokenizer_key, new_seed, build_seed, common.pack, common.train)
     with clock.part("seed") as was_cached:
-        was_cached[0] = common.cached(DEMO / "seed", key, build_seed)
+        was_cached[0] = common.cached(DEMO / "seed", seed_key, lambda folder: build_seed(folder, corpora, tokenizer))
 
-    for domain in DOMAINS:
-
-        def build_expert(folder: Path, domain: str = domain) -> None:
-            model = AutoModelForCausalLM.from_pretrained(DEMO / "seed")
-            common.train(
-                model,
-                common.pack(corpora[domain].train, tokenizer, SETTINGS.window),
-                f"expert {domain}",
-                max_steps=SETTINGS.expert_steps,
-                per_device_train_batch_size=SETTINGS.batch_size,
-                learning_rate=SETTINGS.expert_learning_rate,
-                warmup_steps=20,
-            )
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
-
+    expert_key = common.fingerprint(seed_key, build_expert)
+    for domain, corpus in corpora.items():
+        build = partial(build_expert, domain=domain, corpus=corpus, tokenizer=tokenizer)
         with clock.part(f"expert {domain}") as was_cached:
-            was_cached[0] = common.cached(DEMO / domain, key, build_expert)
+            was_cached[0] = common.cached(DEMO / domain, expert_key, build)
 
     common.merge_and_show(DEMO, corpora, SETTINGS.window, clock)
 

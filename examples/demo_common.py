@@ -33,6 +33,9 @@ os.environ |= {
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "true",
+    # Threads that wait for each other give up their core soon: without this, training takes three times as
+    # long where another program keeps one of two cores busy.
+    "GOMP_SPINCOUNT": "1000",
 }
 
 import torch
@@ -254,7 +257,7 @@ def folder_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def cached(folder: Path, key: str, build: Callable[[Path], None]) -> bool:
+def cached(folder: Path, key: str, build: Callable[[Path], object]) -> bool:
     """Have `build` fill `folder`, unless it was filled under this key before. Returns whether it was.
 
     The work is done in a sibling that gets its name at the end: whatever bears the name is complete.
@@ -343,10 +346,13 @@ def train(model: Any, windows: torch.Tensor, label: str, **arguments: Any) -> No
 class _ShowProgress(TrainerCallback):
     def __init__(self, progress: Progress, label: str) -> None:
         self.progress = progress
-        self.task = progress.add_task(label, loss="…", total=None)
+        self.label = label
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.task = self.progress.add_task(self.label, total=state.max_steps, loss="…")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.update(self.task, completed=state.global_step, total=state.max_steps)
+        self.progress.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import distribution, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,10 +100,7 @@ def main() -> None:
     for domain in DOMAINS:
         documents = corpora[domain].train
         key = common.fingerprint(seed_key, documents, SETTINGS, build_expert, common.pack, common.train)
-
-        def build(folder: Path, domain: str = domain, documents: list[str] = documents) -> None:
-            build_expert(folder, domain, documents)
-
+        build = partial(build_expert, domain=domain, documents=documents)
         with clock.part(f"expert {domain}") as was_cached:
             was_cached[0] = common.cached(DEMO / domain, key, build)
 

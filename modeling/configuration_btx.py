@@ -1,5 +1,6 @@
 """Configuration of a Branch-Train-MiX model: a Llama whose feed-forward blocks are experts behind a router."""
 
+import math
 from typing import Any
 
 import transformers
@@ -51,7 +52,10 @@ class BTXConfig(LlamaConfig):
         expert_names: list[str] | None = None,
         **kwargs: Any,
     ):
-        self.num_local_experts = kwargs.pop("num_experts", num_local_experts)
+        if "num_experts" in kwargs:
+            self.num_experts = kwargs.pop("num_experts")  # under the name by which an error should call it
+        else:
+            self.num_local_experts = num_local_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.router_type = router_type
         self.router_aux_loss_coef = router_aux_loss_coef
@@ -60,26 +64,28 @@ class BTXConfig(LlamaConfig):
         super().__init__(**kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
-        super().__setattr__(key, value)
         expected = self._complaint(self.attribute_map.get(key, key), value)
         if expected:
             raise ValueError(f"{key} is {value!r}; expected {expected}.")
+        super().__setattr__(key, value)
 
     def _complaint(self, key: str, value: Any) -> str | None:
         """What was expected of an own field; None where the value is good. Unset fields are not compared with."""
-        experts = self.__dict__.get("num_local_experts")
-        per_token = self.__dict__.get("num_experts_per_tok", 1)
-        names = self.__dict__.get("expert_names")
+        fields = {**self.__dict__, key: value}
+        experts, names = fields.get("num_local_experts"), fields.get("expert_names")
+        per_token = fields.get("num_experts_per_tok", 1)
         if key == "num_local_experts" and not (_is_int(value) and value >= per_token):
             return f"an integer of at least {per_token}"
         if key == "num_experts_per_tok" and not (_is_int(value) and 1 <= value <= (experts or value)):
             return f"an integer in [1, {experts}], the number of experts"
         if key == "router_type" and value not in ROUTER_TYPES:
             return f"one of {', '.join(ROUTER_TYPES)}"
-        if key == "router_aux_loss_coef" and not (isinstance(value, (int, float)) and value >= 0):
+        if key == "router_aux_loss_coef" and not (_is_number(value) and 0 <= value < math.inf):
             return "a number of at least 0"
         if key == "output_router_logits" and not isinstance(value, bool):
             return "a bool"
+        if key == "expert_names" and not (names is None or _is_list_of_text(names)):
+            return "a list of names, or None"
         if key in ("expert_names", "num_local_experts") and names is not None and len(names) != experts:
             return f"one expert name for each of the {experts} experts"
         return None
@@ -87,6 +93,14 @@ class BTXConfig(LlamaConfig):
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_list_of_text(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
 
 
 BTXConfig.register_for_auto_class()

@@ -120,11 +120,12 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         """Every way of switching checkpointing on ends here.
 
         Raises:
-            ValueError: `use_reentrant=True`. It runs the forward pass without gradients, so the recorded router
-                logits would have none, and the balancing loss would silently not train the routers.
+            ValueError: anything but `use_reentrant=False`; torch's default is True. Reentrant checkpointing runs
+                the forward pass without gradients, so the recorded router logits would have none, and the
+                balancing loss would silently not train the routers.
         """
-        functions = (*args[:1], kwargs.get("gradient_checkpointing_func"))
-        if enable and any(getattr(function, "keywords", {}).get("use_reentrant") for function in functions):
+        function = args[0] if args else kwargs.get("gradient_checkpointing_func")
+        if enable and getattr(function, "keywords", {}).get("use_reentrant") is not False:
             raise ValueError(
                 "Reentrant gradient checkpointing would lose the routers' gradients: "
                 "use gradient_checkpointing_kwargs={'use_reentrant': False}."

@@ -84,7 +84,7 @@ def test_seed_takes_the_seeds_bytes(four, tmp_path):
     ],
 )
 def test_the_mean_is_summed_in_float32(tmp_path, dtype, values, mean, naive):
-    """A small difference is lost where the sum is kept in the dtype of the weights (method.md, Traps)."""
+    """A small difference is lost where the sum is kept in the dtype of the weights."""
     in_own_dtype = torch.tensor(0, dtype=dtype)
     for value in values:
         in_own_dtype = in_own_dtype + torch.tensor(value, dtype=dtype)
@@ -112,9 +112,9 @@ RULES = {"ties": merge_utils.ties, "dare_ties": merge_utils.dare_ties, "dare_lin
 def through_peft(
     rule: str, folders: list[Path], name: str, weights: list[float], density: float, scale: float, random_seed: int
 ) -> torch.Tensor:
-    """Seed plus combined differences, a whole tensor at once, with torch's generator seeded by the tensor's name."""
+    """Seed plus combined differences, a whole tensor at once, with torch's generator seeded by the tensor's name and its first row."""
     base, *others = (tensors_of(folder)[name].float() for folder in folders)
-    torch.manual_seed(zlib.crc32(f"{random_seed} {name}".encode()))
+    torch.manual_seed(zlib.crc32(f"{random_seed} {name} 0".encode()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's on density 1
         combined = RULES[rule]([other - base for other in others], torch.tensor(weights), density)
@@ -163,6 +163,17 @@ def test_experts_without_weight_leave_the_seed(family, tmp_path, rule):
     merge(MergeRecipe(str(family.seed), specs, combine=rule), tmp_path / "out")
     ours, seed = shared(tmp_path / "out"), shared(family.seed)
     assert all(torch.equal(ours[name], seed[name]) for name in seed)
+
+
+@pytest.mark.parametrize("density", [0.8, 0.3, 0.01, 1.0])
+def test_ties_trims_over_the_whole_tensor_whatever_the_blocks(four, tmp_path, monkeypatch, density):
+    specs = dict(zip("abc", map(str, four[1:]), strict=True))
+    recipe = MergeRecipe(str(four[0]), specs, combine="ties", density=density)
+    merge(recipe, tmp_path / "large")
+    monkeypatch.setattr("btx_merge.combine._DIFFERENCE_BLOCK_BYTES", 1 << 13)
+    merge(recipe, tmp_path / "small")
+    large, small = shared(tmp_path / "large"), shared(tmp_path / "small")
+    assert all(torch.equal(small[name], large[name]) for name in large)
 
 
 def test_ties_by_hand(tmp_path):
@@ -309,7 +320,7 @@ def test_differences_of_rows_that_the_seed_lacks(grown, tmp_path, rule):
         differences = [torch.zeros(130, 64) for _ in range(2)]
         for difference, own in zip(differences, (own_code, own_math), strict=True):
             difference[:128] = own[:128] - own_seed
-        torch.manual_seed(zlib.crc32(f"0 {name}".encode()))
+        torch.manual_seed(zlib.crc32(f"0 {name} 0".encode()))
         weights = torch.full((2,), 1 / 3 if rule == "dare_linear" else 1.0)
         expected = own_seed + RULES[rule](differences, weights, 0.5)[:128]
         torch.testing.assert_close(ours[:128], expected, rtol=2e-7, atol=1e-9)

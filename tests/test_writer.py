@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import errno
 import json
 import os
@@ -66,6 +65,12 @@ def partial(out: Path) -> Path:
     return out.with_name(out.name + ".btx-partial")
 
 
+def assert_not_a_model(folder: Path) -> None:
+    assert folder.is_dir()
+    with pytest.raises((OSError, ValueError), match=r"config\.json"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def ctrl_c_after(nbytes: int) -> Callable[[int], None]:
     """A progress that presses Ctrl-C when so much is written, and then slows down until that has arrived."""
     total = 0
@@ -74,7 +79,7 @@ def ctrl_c_after(nbytes: int) -> Callable[[int], None]:
         nonlocal total
         before, total = total, total + count
         if before < nbytes <= total:
-            _thread.interrupt_main()
+            os.kill(os.getpid(), signal.SIGINT)
         if total >= nbytes:
             time.sleep(0.05)
 
@@ -139,9 +144,7 @@ def test_killed_at_random_points_and_run_again(sources, uninterrupted, tmp_path,
         if not killed:
             break
         assert not out.exists()
-        assert partial(out).is_dir()
-        with pytest.raises(OSError, match="config.json"):
-            AutoModelForCausalLM.from_pretrained(partial(out))
+        assert_not_a_model(partial(out))
     if not out.exists():
         report = merge(recipe, out)
         assert report.kept_bytes > 0
@@ -267,7 +270,9 @@ def test_what_is_finished_is_verified_before_it_is_kept(sources, uninterrupted, 
 def test_a_missing_shard_is_made_again(sources, uninterrupted, tmp_path):
     options = RECIPES["shards, blended experts"]
     left = interrupted(recipe_of(sources, **options), tmp_path / "out")
-    (left / "model-00001-of-00008.safetensors").unlink()
+    shards = sorted(left.glob("model-*"))
+    assert len(shards) > 3
+    shards[0].unlink()
     assert merge(recipe_of(sources, **options), tmp_path / "out").kept_bytes > 0
     assert files_of(tmp_path / "out") == uninterrupted(**options)
 
@@ -308,7 +313,10 @@ def test_a_changed_source_starts_over_and_says_so(sources, tmp_path, changed):
     copies = tuple(shutil.copytree(folder, tmp_path / "sources" / folder.name) for folder in sources)
     interrupted(recipe_of(copies), tmp_path / "out")
     content = bytearray((copies[0] / changed).read_bytes())
-    content[-2 if changed == "model.safetensors" else -1 :] = b"\x01\x02" if changed == "model.safetensors" else b"}\n"
+    if changed == "model.safetensors":
+        content[-3] ^= 1  # in the norm's last value
+    else:
+        content += b"\n"
     (copies[0] / changed).write_bytes(content)
     notes = []
     merge(recipe_of(copies), tmp_path / "out", on_note=notes.append)
@@ -353,8 +361,7 @@ def test_overwrite_that_fails_leaves_the_old_model(sources, tmp_path):
     with pytest.raises(NonFiniteError, match=expected):
         merge(recipe, tmp_path / "out", overwrite=True)
     assert files_of(tmp_path / "out") == before
-    with pytest.raises(OSError, match="config.json"):
-        AutoModelForCausalLM.from_pretrained(partial(tmp_path / "out"))
+    assert_not_a_model(partial(tmp_path / "out"))
     with pytest.raises(MergeInterrupted):
         merge(recipe_of(sources, random_seed=1), tmp_path / "out", overwrite=True, progress=ctrl_c_after(5_000_000))
     assert files_of(tmp_path / "out") == before
@@ -362,7 +369,7 @@ def test_overwrite_that_fails_leaves_the_old_model(sources, tmp_path):
 
 def test_a_value_that_leaves_the_range_of_the_dtype(sources, tmp_path):
     def enlarge(model):
-        model.model.layers[0].mlp.up_proj.weight.data[1, 1] = 70_000.0  # fp16 ends at 65504
+        model.model.layers[0].mlp.up_proj.weight.data[300, 77] = 70_000.0  # fp16 ends at 65504
 
     large = grow(sources[0], tmp_path / "large", change=enlarge)
     recipe = MergeRecipe(str(sources[0]), {"large": str(large)}, dtype="float16")
