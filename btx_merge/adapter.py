@@ -187,7 +187,7 @@ def merge_through_peft(name: str, base: Path, adapter: Path, out: Path, rows: in
     from transformers.utils import logging
 
     had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # the merge has its own
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the merge has its own
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
         if rows is not None and rows != model.config.vocab_size:
@@ -201,5 +201,5 @@ def merge_through_peft(name: str, base: Path, adapter: Path, out: Path, rows: in
         raise InputError([Problem(name, "adapter_config.json", found, "", remedy)]) from error
     finally:
         if had_bars:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     return out

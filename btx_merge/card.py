@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -62,15 +63,15 @@ transformers 5 is needed. With btx-merge installed, `import btx_merge` replaces 
 
 
 def card_metadata(plan: Plan) -> dict[str, Any]:
-    """The YAML block that the Hub reads. `base_model` names what is on the Hub."""
+    """The YAML block that the Hub reads. `base_model` names published models, never a folder."""
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["btx", "branch-train-mix", "mixture-of-experts", "merge"],
     }
-    on_hub = [source.located.repo_id for source in plan.sources if source.located.repo_id]
-    if on_hub:
-        metadata["base_model"] = list(dict.fromkeys(on_hub))
+    published = [repo_id for source in plan.sources for repo_id in _published(source)]
+    if published:
+        metadata["base_model"] = list(dict.fromkeys(published))
         metadata["base_model_relation"] = "merge"
     cards = [source.card_metadata() for source in plan.sources]
     licences = [{key: card[key] for key in _LICENCE_KEYS if key in card} for card in cards]
@@ -81,6 +82,15 @@ def card_metadata(plan: Plan) -> dict[str, Any]:
     if known:
         metadata["language"] = list(dict.fromkeys(known))
     return metadata
+
+
+def _published(source: Source) -> list[str]:
+    """The source's id on the Hub; of a local folder, the models that its own card says it came from."""
+    if source.located.repo_id:
+        return [source.located.repo_id]
+    given = source.card_metadata().get("base_model") or []
+    candidates = given if isinstance(given, list) else [given]
+    return [str(candidate) for candidate in candidates if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(candidate))]
 
 
 def _source_row(plan: Plan, source: Source) -> str:

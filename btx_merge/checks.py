@@ -90,7 +90,7 @@ def check_sources(recipe: MergeRecipe, sources: Sequence[Source]) -> list[Proble
 def config_problems(source: Source, seed: Source) -> Iterator[Problem]:
     """Keys of config.json in which a source differs from the seed, or which nobody can merge."""
     keys = list(MUST_AGREE)
-    if source.config["rope_parameters"]["rope_type"] not in ("default", "linear"):
+    if source.config["rope_parameters"]["rope_type"] not in ("default", "linear", "llama3"):
         keys.append("max_position_embeddings")  # this kind of rotary embedding is computed from it
     for key in keys:
         if source.config[key] != seed.config[key]:

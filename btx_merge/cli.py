@@ -32,18 +32,20 @@ def _main() -> None:
     """With this, one command more does not change how the others are called."""
 
 
-def _option(help: str, *names: str) -> Any:
-    return typer.Option(*names, help=help, show_default=False)
+def _option(help: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, show_default=False, metavar=metavar)
 
 
 def _recipe_options(
     recipe: Annotated[Path | None, _option("YAML file with the recipe; flags win over it.")] = None,
     seed: Annotated[str | None, _option("Folder or org/name[@revision] that all experts grew from.")] = None,
     expert: Annotated[
-        list[str] | None, _option("NAME=MODEL, again for every expert: a checkpoint or a PEFT adapter.")
+        list[str] | None, _option("Again for every expert: a checkpoint or a PEFT adapter.", metavar="NAME=MODEL")
     ] = None,
-    weight: Annotated[list[str] | None, _option("NAME=NUMBER: share in a weighted combining.")] = None,
-    base: Annotated[list[str] | None, _option("NAME=MODEL: what an adapter was trained on, if not the seed.")] = None,
+    weight: Annotated[list[str] | None, _option("Share in a weighted combining.", metavar="NAME=NUMBER")] = None,
+    base: Annotated[
+        list[str] | None, _option("What an adapter was trained on, if not the seed.", metavar="NAME=MODEL")
+    ] = None,
     seed_expert: Annotated[
         bool | None,
         _option("Whether the seed is an expert too [default: yes].", "--seed-expert/--no-seed-expert"),

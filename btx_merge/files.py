@@ -132,7 +132,8 @@ def _index(plan: Plan) -> dict[str, Any]:
 
 def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
     """The seed's tokenizer with the union's tokens; template and special tokens from the source that is named."""
-    origin = plan.seed.tokenizer_folder
+    # A seed without one has the tokenizer on which all others agree (`vocabulary`).
+    origin = next((source.tokenizer_folder for source in plan.sources if source.tokenizer_folder), None)
     if origin is None:
         return
     template = chat.tokenizer_folder or origin

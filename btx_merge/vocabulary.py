@@ -26,8 +26,8 @@ class Tokenizer:
     """What of a tokenizer the merge needs."""
 
     folder: Path
-    model: Mapping[str, Any]
-    """tokenizer.json's `model`: the base vocabulary and how text is cut, which nobody changes by adding tokens."""
+    base: tuple[Any, Any]
+    """The base vocabulary and its merges, which nobody changes by adding tokens."""
     ids: Mapping[str, int]
     """Every token's id, base and added."""
     added: Mapping[str, Mapping[str, Any]]
@@ -61,19 +61,23 @@ def plan_vocabulary(sources: Sequence[Source]) -> Vocabulary:
             tokens than rows, or other rows than the seed and no tokenizer to tell what they are.
     """
     rows = {source.name: source.config["vocab_size"] for source in sources}
-    tokenizers = _read_tokenizers(sources)
+    tokenizers, problems = _read_tokenizers(sources)
     seed = sources[0]
-    seed_tokenizer = tokenizers[seed.name]
-    problems = []
+    seed_tokenizer = tokenizers.get(seed.name)
+    # A seed without a tokenizer is taken to have the one that all others agree on.
+    reference = seed_tokenizer or next(filter(None, tokenizers.values()), None)
     for source in sources:
+        if source.name not in tokenizers:
+            continue
         tokenizer = tokenizers[source.name]
-        if tokenizer is None and rows[source.name] != rows[seed.name]:
-            found = f"{rows[source.name]:,} rows and no tokenizer"
+        nameless = seed if seed_tokenizer is None else source
+        if None in (tokenizer, seed_tokenizer) and rows[source.name] != rows[seed.name]:
+            found = f"{rows[source.name]:,} rows, and {nameless.name} has no tokenizer"
             expected = f"{rows[seed.name]:,} rows as in the seed, or a tokenizer.json that names the others"
-            remedy = "Copy the files of its tokenizer into its folder."
+            remedy = f"Copy the files of {nameless.name}'s tokenizer into its folder."
             problems.append(Problem(source.name, "vocabulary", found, expected, remedy))
-        elif tokenizer is not None:
-            problems += _token_problems(source, tokenizer, seed_tokenizer)
+        elif tokenizer is not None and reference is not None:
+            problems += _token_problems(source, tokenizer, reference, seed_tokenizer is None)
     if problems:
         raise InputError(problems)
     size = max(rows.values())
@@ -85,13 +89,14 @@ def plan_vocabulary(sources: Sequence[Source]) -> Vocabulary:
 
 def _union(rows: Mapping[str, int], seed: Tokenizer, tokenizers: Mapping[str, Tokenizer | None]) -> Vocabulary:
     ids = dict(seed.ids)
-    new_tokens = []
+    new_tokens: list[Mapping[str, Any]] = []
+    first_new = max(ids.values(), default=-1) + 1
     for tokenizer in tokenizers.values():
         for token, entry in tokenizer.added.items() if tokenizer else ():
             if token not in ids:
-                ids[token] = max(ids.values()) + 1
+                ids[token] = first_new + len(new_tokens)
                 new_tokens.append({**entry, "id": ids[token]})
-    size = max(*rows.values(), max(ids.values()) + 1)
+    size = max(*rows.values(), first_new + len(new_tokens))
     source_rows = np.full((len(rows), size), -1)  # of every row of the result; -1 where the source owns nothing
     taken = np.fromiter(ids.values(), int, len(ids))
     for source_row, (name, count) in zip(source_rows, rows.items(), strict=True):
@@ -108,7 +113,8 @@ def _union(rows: Mapping[str, int], seed: Tokenizer, tokenizers: Mapping[str, To
     return Vocabulary(size, segments, tuple(new_tokens), ids)
 
 
-def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer | None) -> list[Problem]:
+def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer, seed_is_nameless: bool) -> list[Problem]:
+    """`seed` is the tokenizer that the source's is held against: the seed's, or that of another source."""
     where = str(Path(tokenizer.folder.name) / "tokenizer.json")
     rows = source.config["vocab_size"]
     problems = []
@@ -116,7 +122,13 @@ def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer | None
         found = f"a token has id {max(tokenizer.ids.values()):,}, but the embedding has {rows:,} rows"
         remedy = "Resize the model to its tokenizer: model.resize_token_embeddings(len(tokenizer))."
         problems.append(Problem(source.name, where, found, "a row for every token", remedy))
-    if seed is None or tokenizer is seed:
+    if tokenizer is seed:
+        return problems
+    if seed_is_nameless:
+        if tokenizer.ids != seed.ids:
+            found = f"other tokens than in {seed.folder.name}, and the seed has no tokenizer"
+            remedy = "Copy the files of the seed's tokenizer into its folder."
+            problems.append(Problem(source.name, where, found, "the seed's tokens and added ones", remedy))
         return problems
     tokens = {row: token for token, row in tokenizer.ids.items()}
     conflicts = [
@@ -128,7 +140,7 @@ def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer | None
         found = f"{len(conflicts)} ids name other tokens than in the seed: {'; '.join(conflicts[:_SHOWN])}"
         remedy = "Only added tokens may differ; use experts that kept the seed's vocabulary."
         problems.append(Problem(source.name, where, found, "the seed's tokens under the seed's ids", remedy))
-    elif tokenizer.model != seed.model:
+    elif tokenizer.base != seed.base:
         new = [token for token in tokenizer.ids if token not in seed.ids and token not in tokenizer.added]
         found = "its base vocabulary or its merges differ from the seed's"
         if new:
@@ -138,8 +150,8 @@ def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer | None
     return problems
 
 
-def _read_tokenizers(sources: Sequence[Source]) -> dict[str, Tokenizer | None]:
-    """Every source's tokenizer; byte-identical files are read once, and then are one object."""
+def _read_tokenizers(sources: Sequence[Source]) -> tuple[dict[str, Tokenizer | None], list[Problem]]:
+    """Every source's tokenizer, and why others cannot be read. Byte-identical files become one object."""
     read: dict[bytes, Tokenizer] = {}
     out: dict[str, Tokenizer | None] = {}
     problems = []
@@ -153,25 +165,29 @@ def _read_tokenizers(sources: Sequence[Source]) -> dict[str, Tokenizer | None]:
             if key not in read:
                 read[key] = _parse(folder, key)
             out[source.name] = read[key]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-            found = f"unreadable tokenizer: {type(error).__name__}: {error}"
-            remedy = "Save it again with tokenizer.save_pretrained."
-            problems.append(Problem(source.name, f"{folder.name}/tokenizer.json", found, "", remedy))
-    if problems:
-        raise InputError(problems)
-    return out
+        except Exception as error:  # of any kind: transformers reads the old format, with code for every family
+            reason = str(error).strip().split("\n")[0]
+            found = f"unreadable tokenizer ({type(error).__name__}: {reason})"
+            expected, remedy = "what tokenizer.save_pretrained writes", "Save it again, or copy the seed's."
+            problems.append(Problem(source.name, f"{folder.name}/tokenizer.json", found, expected, remedy))
+    return out, problems
 
 
 def _parse(folder: Path, content: bytes) -> Tokenizer:
     data = json.loads(content)
     vocab = data["model"]["vocab"]
     base = {piece: row for row, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+    # "a b" until tokenizers 0.20, ["a", "b"] since
+    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in data["model"].get("merges") or []]
     added = {entry["content"]: entry for entry in data.get("added_tokens") or []}
-    return Tokenizer(folder, data["model"], base | {token: entry["id"] for token, entry in added.items()}, added)
+    ids = base | {token: entry["id"] for token, entry in added.items()}
+    if not all(type(row) is int and row >= 0 for row in ids.values()):
+        raise ValueError("a token's id is no number")
+    return Tokenizer(folder, (vocab, merges), ids, added)
 
 
 def tokenizer_json(folder: Path) -> bytes:
-    """A folder's tokenizer.json; where there is only sentencepiece's tokenizer.model, what transformers makes of it."""
+    """A folder's tokenizer.json, or what transformers makes of sentencepiece's tokenizer.model."""
     if (folder / "tokenizer.json").exists():
         return (folder / "tokenizer.json").read_bytes()
     from transformers import AutoTokenizer

@@ -24,7 +24,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import distribution, version
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, TypeGuard
 
 # Read at import. All that the demos use lies on this machine, so no library is to ask a server for it.
 os.environ |= {
@@ -145,7 +146,7 @@ def _stdlib_files() -> Iterator[tuple[str, Path]]:
         "pydoc_data",
     )
     for path in _python_files(root, skip):
-        yield str(path.relative_to(root)), path
+        yield path.relative_to(root).as_posix(), path
 
 
 def _code_files() -> Iterator[tuple[str, Callable[[], str]]]:
@@ -166,7 +167,7 @@ def _math_files() -> Iterator[tuple[str, Callable[[], str]]]:
     for package in ("sympy", "mpmath"):
         root = Path(str(distribution(package).locate_file(package)))
         for path in _python_files(root, skip=("tests", "testing", "benchmarks", "parsing", "utilities")):
-            name = f"{package}/{path.relative_to(root)}"
+            name = f"{package}/{path.relative_to(root).as_posix()}"
             yield name, lambda path=path: "\n\n".join(_docstrings(path))  # type: ignore[misc]
 
 
@@ -184,11 +185,15 @@ def _code_only(path: Path) -> str:
     text, tree = _parse(path)
     lines = text.split("\n")
     for node in ast.walk(tree):
-        # A string that stands alone as a statement: a docstring, or a note.
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        if _is_docstring(node):
             start, end = node.lineno - 1, node.end_lineno or node.lineno
             lines[start:end] = ["#"] * (end - start)
     return "\n".join(line.rstrip() for line in lines if not line.lstrip().startswith("#"))
+
+
+def _is_docstring(node: ast.AST) -> TypeGuard[ast.Expr]:
+    """A string that stands alone as a statement."""
+    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
 
 
 def _docstrings(path: Path) -> list[str]:
@@ -277,7 +282,7 @@ def cached(folder: Path, key: str, build: Callable[[Path], object]) -> bool:
 
 @dataclass
 class Clock:
-    """Notes how long each part took; a part that had nothing to do calls `was_cached`."""
+    """Notes how long each part took; a part that had nothing to do sets `was_cached`."""
 
     parts: list[tuple[str, float, bool]] = field(default_factory=list)
 
@@ -312,7 +317,6 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, window: int) 
 def train(model: Any, windows: torch.Tensor, label: str, **arguments: Any) -> None:
     """A plain `transformers.Trainer` run; `arguments` are `TrainingArguments`. One line says how it went."""
     settings: dict[str, Any] = {
-        "output_dir": "unused",
         "save_strategy": "no",
         "report_to": "none",
         "use_cpu": True,
@@ -324,9 +328,7 @@ def train(model: Any, windows: torch.Tensor, label: str, **arguments: Any) -> No
         "seed": 0,
     }
     dataset = [{"input_ids": window, "labels": window} for window in windows]
-    trainer = Trainer(model, TrainingArguments(**(settings | arguments)), train_dataset=dataset)
-    trainer.remove_callback(PrinterCallback)
-    with Progress(
+    progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("step {task.completed}/{task.total}  loss {task.fields[loss]}"),
@@ -334,13 +336,17 @@ def train(model: Any, windows: torch.Tensor, label: str, **arguments: Any) -> No
         console=progress_console,
         transient=True,
         disable=not sys.stderr.isatty(),
-    ) as progress:
+    )
+    with TemporaryDirectory() as output_dir, progress:  # the Trainer makes its folder even to save nothing
+        settings |= {"output_dir": output_dir, **arguments}
+        trainer = Trainer(model, TrainingArguments(**settings), train_dataset=dataset)
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_ShowProgress(progress, label))
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tokens = trainer.state.global_step * trainer.args.train_batch_size * windows.shape[1]
     tokens *= trainer.args.gradient_accumulation_steps
-    console.print(f"{label}: {tokens:,} tokens, training loss {losses[0]:.2f} → {losses[-1]:.2f}")
+    console.print(f"{label}: {tokens:,} tokens, training loss {losses[-1]:.2f} at the end")
 
 
 class _ShowProgress(TrainerCallback):

@@ -112,7 +112,7 @@ RULES = {"ties": merge_utils.ties, "dare_ties": merge_utils.dare_ties, "dare_lin
 def through_peft(
     rule: str, folders: list[Path], name: str, weights: list[float], density: float, scale: float, random_seed: int
 ) -> torch.Tensor:
-    """Seed plus combined differences, a whole tensor at once, with torch's generator seeded by the tensor's name and its first row."""
+    """Seed plus combined differences, a whole tensor at once; the generator is seeded by its name and first row."""
     base, *others = (tensors_of(folder)[name].float() for folder in folders)
     torch.manual_seed(zlib.crc32(f"{random_seed} {name} 0".encode()))
     with warnings.catch_warnings():
@@ -342,3 +342,22 @@ def test_nan_in_one_source_stops_every_rule(family, tmp_path):
         assert not (tmp_path / rule).exists()
     merge(MergeRecipe(str(family.seed), {"bad": str(bad)}, combine="seed"), tmp_path / "seed")  # it is not read
     assert_complete(tmp_path / "seed")
+
+
+@pytest.mark.parametrize("rule", ["dare_ties", "dare_linear"])
+def test_dare_in_blocks_drops_by_name_and_first_row(family, tmp_path, monkeypatch, rule):
+    """40 rows of 64 float32 values are a block: each draws with a seed of its own, whoever works on it and when."""
+    monkeypatch.setattr("btx_merge.combine._DIFFERENCE_BLOCK_BYTES", 40 * 64 * 4)
+    options = {"combine": rule, "density": 0.5, "random_seed": 3}
+    for workers in (1, 7):
+        merge(MergeRecipe(str(family.seed), family.experts, **options), tmp_path / f"{workers}", workers=workers)
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "7")
+    base, *others = (tensors_of(folder)[EMBEDDING] for folder in (family.seed, family.code, family.math))
+    weights = torch.full((2,), 1 / 3 if rule == "dare_linear" else 1.0)
+    blocks = []
+    for start in (0, 40, 80, 120):
+        rows = slice(start, start + 40)
+        torch.manual_seed(zlib.crc32(f"3 {EMBEDDING} {start}".encode()))
+        blocks.append(base[rows] + RULES[rule]([other[rows] - base[rows] for other in others], weights, 0.5))
+    ours = tensors_of(tmp_path / "1")[EMBEDDING]
+    torch.testing.assert_close(ours, torch.cat(blocks), rtol=2e-7, atol=1e-9)

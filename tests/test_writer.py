@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -133,10 +134,11 @@ def run_and_die(
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_killed_at_random_points_and_run_again(sources, uninterrupted, tmp_path, name):
+@pytest.mark.parametrize("number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, 20))])
+def test_killed_at_random_points_and_run_again(sources, uninterrupted, tmp_path, name, number):
     recipe, expected = recipe_of(sources, **RECIPES[name]), uninterrupted(**RECIPES[name])
     size = sum(len(content) for file, content in expected.items() if file.endswith(".safetensors"))
-    rng = random.Random(name)
+    rng = random.Random(f"{name} {number}")
     out = tmp_path / "out"
     for fraction in sorted(rng.uniform(0.02, 0.9) for _ in range(4)):
         killed = run_and_die(recipe, out, int(fraction * size), rng.uniform(0, 0.003))
@@ -154,9 +156,9 @@ def test_killed_at_random_points_and_run_again(sources, uninterrupted, tmp_path,
 
 @pytest.mark.parametrize(
     ("event", "number"),
-    [("os.rename", 1), ("os.rename", 2), ("os.remove", 1), ("os.remove", 2), ("shutil.rmtree", 1)],
+    [("os.rename", 1), ("os.rename", 2), ("os.remove", 1), ("os.remove", 2), ("shutil.rmtree", 1), ("open", 9)],
 )
-def test_killed_while_taking_the_target_s_name(sources, uninterrupted, tmp_path, event, number):
+def test_killed_while_finishing(sources, uninterrupted, tmp_path, event, number):
     """An old model lies there. At every moment it or the new one is somewhere, whole."""
     out, old = tmp_path / "out", tmp_path / "out.btx-old"
     out.mkdir()
@@ -424,6 +426,41 @@ def test_a_disk_that_fills_up_meanwhile(sources, uninterrupted, tmp_path, monkey
     assert not (tmp_path / "out").exists()
     report = merge(recipe_of(sources), tmp_path / "out")
     assert report.kept_bytes > 1_000_000
+    assert files_of(tmp_path / "out") == uninterrupted()
+
+
+@pytest.mark.parametrize("stage", ["reserving", "the small files"])
+def test_a_disk_that_refuses_before_and_after_the_weights(sources, uninterrupted, tmp_path, monkeypatch, stage):
+    """A file system without room for so large a file (as FAT has none), and one that is full at the very end."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as full:
+        if stage == "reserving":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, limits[1]))
+        else:
+            full.setattr(shutil, "copyfile", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        try:
+            with pytest.raises(MergeError, match=r"File too large|No space left"):
+                merge(recipe_of(sources), tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out").exists()
+    merge(recipe_of(sources), tmp_path / "out")
+    assert files_of(tmp_path / "out") == uninterrupted()
+
+
+def test_an_output_that_somebody_fills_meanwhile(sources, uninterrupted, tmp_path):
+    """Nothing of theirs is touched, and nothing of ours is lost."""
+
+    def fill(nbytes):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / "thesis.txt").write_text("years of work")
+
+    with pytest.raises((InputError, MergeError), match=r"out"):
+        merge(recipe_of(sources), tmp_path / "out", progress=fill)
+    assert files_of(tmp_path / "out") == {"thesis.txt": b"years of work"}
+    shutil.rmtree(tmp_path / "out")
+    report = merge(recipe_of(sources), tmp_path / "out")
+    assert report.kept_bytes == sum(tensor.nbytes for tensor in report.checked.plan.tensors)
     assert files_of(tmp_path / "out") == uninterrupted()
 
 
