@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -149,10 +150,15 @@ def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
             command(recipe, **values)
         except InputError as error:
             raise _failed(error, [str(problem) for problem in error.problems], 2, as_json) from None
-        except MergeInterrupted as error:
-            raise _failed(error, [str(error)], 130, as_json) from None
+        except (MergeInterrupted, KeyboardInterrupt) as error:
+            line = "Interrupted. Nothing is lost: the same command continues where this one stopped."
+            raise _failed(error, [line], 130, as_json) from None
         except BTXError as error:
             raise _failed(error, [str(error)], 1, as_json) from None
+        except BrokenPipeError:  # whoever read our output has enough
+            raise
+        except OSError as error:
+            raise _failed(error, [f"{error.filename or 'the system'}: {error.strerror}"], 1, as_json) from None
 
     kept = [parameter for name, parameter in own.parameters.items() if name != "recipe"]
     merged = [p.replace(kind=p.KEYWORD_ONLY) for p in (*options.parameters.values(), *kept)]
@@ -161,7 +167,7 @@ def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def _failed(error: BTXError, lines: list[str], code: int, as_json: bool) -> typer.Exit:
+def _failed(error: BaseException, lines: list[str], code: int, as_json: bool) -> typer.Exit:
     if as_json:
         print(json.dumps({"error": type(error).__name__, "problems": lines}, indent=2))
     for line in lines:
@@ -205,6 +211,8 @@ def merge_command(
     from btx_merge.merging import Check, merge
     from btx_merge.tables import ProgressBar, print_report
 
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
     with ProgressBar(shown=not quiet and sys.stderr.isatty()) as bar:
 

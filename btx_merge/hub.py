@@ -1,20 +1,29 @@
 """From what the user wrote (`./folder` or `org/name@revision`) to a folder that holds the files a merge needs.
 
-Only configs, tokenizer and weights are downloaded, never code; a download that broke off resumes from the cache.
+Only configs, tokenizer and weights are downloaded, never code. After a download that broke off, finished files are
+in the cache.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from btx_merge.errors import InputError, Problem
 
-SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "README.md", "*.txt"]
-"""Configs, tokenizer, chat template, model card: all of a repository that is not weights or code."""
+SMALL_FILES = [
+    *("config.json", "generation_config.json", "adapter_config.json", "README.md"),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+    *("model.safetensors.index.json", "pytorch_model.bin.index.json"),
+]
+"""What a merge reads of a repository beside its weights. No code, nothing in folders."""
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_FILE_NAME = re.compile(r"[\w.-]+")  # nothing that a pattern would take for more than one file
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,17 @@ def locate(source: str, reference: str) -> Located:
     Raises:
         InputError: neither a folder nor a Hub id; or the Hub refuses, lacks it or cannot be reached.
     """
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
+    folder = Path(reference)
+    try:
+        folder = folder.expanduser()
+        is_folder, is_there = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError):  # nobody's home, a name too long, a byte that no name has
+        is_folder = is_there = False
+    if is_folder:
         return Located(folder)
     repo_id, _, revision = reference.partition("@")
-    if folder.exists() or reference.startswith((".", "/", "~")) or not _REPO_ID.fullmatch(repo_id):
-        found = "a file" if folder.exists() else "no such folder"
+    if is_there or reference.startswith((".", "/", "~")) or not _REPO_ID.fullmatch(repo_id):
+        found = "a file" if is_there else "no such folder"
         expected = "a folder with config.json and weights, or a Hub id `org/name` or `org/name@revision`"
         raise InputError([Problem(source, reference, found, expected, "Check the path.")])
     return _download(source, repo_id, revision or None)
@@ -53,18 +67,29 @@ def locate(source: str, reference: str) -> Located:
 def _download(source: str, repo_id: str, revision: str | None) -> Located:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     def fetch(patterns: list[str], at: str | None) -> Path:
         return Path(snapshot_download(repo_id, revision=at, allow_patterns=patterns))
 
     def refused(found: str, remedy: str) -> InputError:
         where = repo_id + (f"@{revision}" if revision else "")
-        return InputError([Problem(source, where, found, "", remedy)])
+        return InputError([Problem(source, where, found, "a repository that can be read", remedy)])
 
+    def failed(error: Exception) -> InputError:
+        found = f"the download failed ({type(error).__name__}: {_first_line(error)})"
+        return refused(found, "Run the same command again: finished files are kept.")
+
+    hidden = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hidden:
+        disable_progress_bars()
     try:
         folder = fetch(SMALL_FILES, revision)
         commit = folder.name
-        fetch(_weight_patterns(folder), commit)
+        for names in _weight_choices(folder):
+            fetch([*SMALL_FILES, *names], commit)  # those are there, and no pattern without a match is worth a warning
+            if any((folder / name).exists() for name in names):
+                break
     except hub.HFValidationError as error:
         found = f"no such folder, and no name that a repository can have ({_first_line(error)})"
         raise refused(found, "A Hub id is `org/name`.") from error
@@ -77,12 +102,15 @@ def _download(source: str, repo_id: str, revision: str | None) -> Located:
         remedy = "Check the name (a folder is written ./name); for a private one run `hf auth login`."
         raise refused("no such folder here and no such repository on the Hub", remedy) from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        if isinstance(error.__cause__, hub.HfHubHTTPError):  # it was reached, and said no
+            raise failed(error.__cause__) from error
         remedy = "Go online (unset HF_HUB_OFFLINE), or give a folder."
         raise refused("not a folder, not in the Hub's cache, and the Hub cannot be reached", remedy) from error
-    except (hub.HfHubHTTPError, OSError) as error:
-        raise refused(
-            f"the download failed ({_first_line(error)})", "Run the same command again: it resumes."
-        ) from error
+    except Exception as error:  # HfHubHTTPError, OSError, and those of httpx, which have two names by now
+        raise failed(error) from error
+    finally:
+        if hidden:
+            enable_progress_bars()
     return Located(folder, repo_id, commit)
 
 
@@ -90,14 +118,16 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _weight_patterns(folder: Path) -> list[str]:
-    """The weights to fetch, known from the small files: safetensors where there are any, otherwise .bin."""
+def _weight_choices(folder: Path) -> Iterator[list[str]]:
+    """Names of the weights in the order in which they are preferred: the first of which there are any is enough."""
     if (folder / "adapter_config.json").exists():
-        return ["adapter_model.safetensors", "adapter_model.bin"]
+        yield from (["adapter_model.safetensors"], ["adapter_model.bin"])
+        return
+    yield ["model.safetensors"]
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         try:
             shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError):
-            continue
-        return sorted(str(shard) for shard in shards)
-    return ["model.safetensors", "pytorch_model.bin"]
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            continue  # not there, or what is wrong with it is said when the source is opened
+        yield sorted(shard for shard in shards if isinstance(shard, str) and _FILE_NAME.fullmatch(shard))
+    yield ["pytorch_model.bin"]

@@ -19,13 +19,13 @@ from typing import Any
 from btx_merge.checks import check_sources
 from btx_merge.divergence import Divergence, measure_divergence
 from btx_merge.dtypes import TORCH_NAMES
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.files import write_files
 from btx_merge.plan import Fate, Plan, make_plan
 from btx_merge.recipe import MergeRecipe
 from btx_merge.sources import Source, open_sources
 from btx_merge.vocabulary import plan_vocabulary
-from btx_merge.writer import Progress, Staging
+from btx_merge.writer import Progress, Staging, check_target
 
 
 @dataclass(frozen=True)
@@ -122,21 +122,25 @@ def merge(
     """
     began = time.perf_counter()
     target = Path(output).expanduser().resolve()
-    _check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _checked(recipe, target) as checked:
-        if on_checked:
-            on_checked(checked)
-        plan = checked.plan
-        with Staging(target, plan, _fingerprint(plan)) as staging:
-            staging.prepare()
-            if on_note and staging.restarted:
-                on_note("An unfinished merge of another recipe or of changed sources was there: starting over.")
-            if on_note and staging.kept_bytes:
-                on_note(f"Continuing: {staging.kept_bytes / 1e9:.2f} GB were written before and are verified.")
-            staging.run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
-            write_files(plan, staging.folder)
-            staging.finish(overwrite)
+    check_target(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _checked(recipe, target) as checked:
+            if on_checked:
+                on_checked(checked)
+            plan = checked.plan
+            with Staging(target, plan, _fingerprint(plan)) as staging:
+                staging.prepare()
+                if on_note and staging.restarted:
+                    on_note("An unfinished merge of another recipe or of changed sources was there: starting over.")
+                if on_note and staging.kept_bytes:
+                    on_note(f"Continuing: {staging.kept_bytes / 1e9:.2f} GB were written before and are verified.")
+                staging.run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
+                write_files(plan, staging.folder)
+                staging.finish(overwrite)
+    except OSError as error:
+        remedy = "What is finished is kept: the same command continues."
+        raise MergeError(f"{error.filename or target}: {error.strerror or error}. {remedy}") from error
     return Report(target, checked, time.perf_counter() - began, _peak_memory(), staging.kept_bytes)
 
 
@@ -159,14 +163,6 @@ def _checked(recipe: MergeRecipe, target: Path | None = None) -> Iterator[Check]
             raise InputError(unrelated)
         plan = make_plan(recipe, sources, vocabulary)
         yield Check(plan, tuple(divergence), tuple(warnings + unrelated + identical))
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.is_file():
-        raise InputError([Problem("output", str(target), "a file", "a folder that is empty or not there yet")])
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        remedy = "Give another --output, or --overwrite to replace it when the new model is complete."
-        raise InputError([Problem("output", str(target), "not empty", "an empty or a new folder", remedy)])
 
 
 def _check_apart(target: Path, sources: Sequence[Source]) -> None:

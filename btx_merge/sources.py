@@ -217,6 +217,8 @@ def _adapter_base(name: str, config: Mapping[str, Any], given: str | None, seed:
     reference = given or recorded
     if not reference:
         raise InputError([Problem(name, "adapter_config.json", "names no base", "", "Give `base:` in the recipe.")])
+    if not given and config.get("revision") and not Path(reference).is_dir():
+        reference += f"@{config['revision']}"
     try:
         return _open_checkpoint(name, locate(name, reference), 1.0)
     except InputError as error:

@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from btx_merge.combine import Block, shared_rows
 from btx_merge.dtypes import all_finite, from_float32
-from btx_merge.errors import InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
+from btx_merge.errors import InputError, MergeInterrupted, NonFiniteError, Problem
 from btx_merge.experts import expert_columns, expert_rows
 from btx_merge.plan import ExpertColumns, ExpertRows, Job, Plan, RouterRows, SharedRows
 from btx_merge.router_init import initial_router
@@ -46,6 +46,16 @@ def blocks(job: Job, plan: Plan) -> Iterator[Block]:
         hidden, std = job.tensor.shape[1], plan.recipe.router_std or plan.seed.config["initializer_range"]
         router = initial_router(plan.recipe, job.layer, plan.num_experts, hidden, std)
         yield 0, from_float32(router, plan.dtype)
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuses an output that is no folder, or that holds something which may not be replaced."""
+    file = next((path for path in (target, *target.parents) if path.is_file()), None)
+    if file is not None:
+        raise InputError([Problem("output", str(file), "a file", "a folder that is empty or not there yet")])
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        remedy = "Give another --output, or --overwrite to replace it when the new model is complete."
+        raise InputError([Problem("output", str(target), "not empty", "an empty or a new folder", remedy)])
 
 
 class Staging:
@@ -110,7 +120,7 @@ class Staging:
 
         Raises:
             NonFiniteError: a NaN or an Inf was met, and the recipe does not allow it.
-            MergeError: the disk refused.
+            OSError: the disk refused.
             MergeInterrupted: Ctrl-C.
         """
         progress(self.kept_bytes)
@@ -130,19 +140,21 @@ class Staging:
             self._stop.set()
             pool.shutdown(cancel_futures=True)
         for failure in failures:
-            if isinstance(failure, OSError):
-                raise MergeError(f"{failure.filename or self.folder}: {failure.strerror}") from failure
             raise failure
 
     def finish(self, overwrite: bool) -> None:
-        """Gives the folder the target's name. What had it before is removed only then."""
+        """Gives the folder the target's name. What had it before is removed only then.
+
+        Raises:
+            InputError: something has come into the target's place meanwhile.
+        """
         for path in self.folder.iterdir():
             if path.name not in (_LOCK, JOURNAL):
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
+        check_target(self.output, overwrite)
         old = self.output.with_name(self.output.name + ".btx-old")
         if self.output.exists() and any(self.output.iterdir()):
-            assert overwrite
             shutil.rmtree(old, ignore_errors=True)
             self.output.rename(old)
         elif self.output.exists():

@@ -40,6 +40,7 @@ os.environ |= {
 }
 
 import torch
+from filelock import FileLock
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -266,17 +267,20 @@ def cached(folder: Path, key: str, build: Callable[[Path], object]) -> bool:
     """Have `build` fill `folder`, unless it was filled under this key before. Returns whether it was.
 
     The work is done in a sibling that gets its name at the end: whatever bears the name is complete.
+    A second demo that runs at the same time waits, and finds the work done.
     """
     key_file = folder / KEY_FILE
-    if key_file.exists() and key_file.read_text() == key:
-        return True
     partial = folder.with_name(f".{folder.name}.partial")
-    for leftover in (partial, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    build(partial)
-    (partial / KEY_FILE).write_text(key)
-    partial.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if key_file.exists() and key_file.read_text() == key:
+            return True
+        for leftover in (partial, folder):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
+        build(partial)
+        (partial / KEY_FILE).write_text(key)
+        partial.rename(folder)
     return False
 
 

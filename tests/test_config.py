@@ -125,6 +125,10 @@ def test_save_and_load(tmp_path):
     config.save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     assert values["model_type"] == "btx"
+    assert values["auto_map"] == {"AutoConfig": "configuration_btx.BTXConfig"}
+    assert (tmp_path / "configuration_btx.py").read_text() == (
+        model_code_folder() / "configuration_btx.py"
+    ).read_text()
     assert {key: values[key] for key in OWN_DEFAULTS} == {
         **OWN_DEFAULTS,
         "num_local_experts": 3,

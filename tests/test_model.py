@@ -281,6 +281,18 @@ def test_padding_does_not_count(side):
     assert (unmasked - out.aux_loss).abs() > 1e-3  # it would have counted
 
 
+def test_the_mask_of_a_continued_sequence_is_the_last_tokens_part():
+    """With a cache the mask covers what came before too; the router has seen the new tokens only."""
+    model = tiny_btx(pad_token_id=0)
+    ids = torch.cat([torch.cat([torch.zeros(1, 4, dtype=torch.long), tokens(1, 7)], 1), tokens(1, 11)])
+    mask = (ids != 0).long()
+    with torch.no_grad():
+        cache = model(ids[:, :2], attention_mask=mask[:, :2], use_cache=True).past_key_values
+        out = model(ids[:, 2:], attention_mask=mask, past_key_values=cache, output_router_logits=True)
+    expected = slow_balancing_loss([layer.double() for layer in out.router_logits], 2, [0, 0] + [1] * 16)
+    torch.testing.assert_close(out.aux_loss.double(), expected, atol=0, rtol=1e-5)
+
+
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 

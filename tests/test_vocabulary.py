@@ -218,13 +218,18 @@ def test_grown_and_padded_at_once(padded_seed: Path, tmp_path: Path) -> None:
 
 
 def test_tokens_with_holes_before_them(padded_seed: Path, tmp_path: Path) -> None:
-    """An expert that put its token behind the padding: the result puts it where the next free id is."""
-    expert = grown(padded_seed, tmp_path / "a", [], rows=140)
-    set_token_ids(expert, {"<|far|>": 139})
-    merge_all([padded_seed, expert], tmp_path / "out")
-    a, merged = tensors_of(expert), tensors_of(tmp_path / "out")
+    """An expert that put its token behind the padding: the result puts it where the next free id is.
+
+    Where it was before, only padding is left, and the token's row has no part in that.
+    """
+    far = set_token_ids(grown(padded_seed, tmp_path / "far", [], rows=140), {"<|far|>": 139})
+    longer = grown(padded_seed, tmp_path / "longer", [], rows=140, number=2)
+    merge_all([padded_seed, far, longer], tmp_path / "out")
+    a, b, merged = (tensors_of(folder) for folder in (far, longer, tmp_path / "out"))
     for name in TABLES:
         assert torch.equal(merged[name][128], a[name][139])
+        assert torch.equal(merged[name][139], b[name][139])
+        torch.testing.assert_close(merged[name][138], (a[name][138] + b[name][138]) / 2)
     assert ids_in(tmp_path / "out")["<|far|>"] == 128
 
 
