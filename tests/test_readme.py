@@ -1,0 +1,66 @@
+"""What the README shows runs: its commands and its Python, with tiny checkpoints in the models' places."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from btx_merge.llama import EMBEDDING
+from tests.common import assert_complete, tensors_of
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BTX = Path(sys.executable).with_name("btx")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def folder(family, tmp_path) -> Path:
+    """A folder in which the README's names are tiny checkpoints; ids of the Hub are folders of that name here."""
+    places = {"meta-llama/Llama-3.2-1B": family.seed, "org/llama-code": family.code, "llama-math": family.math}
+    for name, source in places.items():
+        shutil.copytree(source, tmp_path / name)
+    return tmp_path
+
+
+def test_the_commands_and_the_recipe(folder):
+    (recipe,) = blocks("yaml")
+    (folder / "merge.yaml").write_text(recipe)
+    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("btx ")]
+    assert [command.split()[1] for command in commands] == ["merge", "check", "merge"]
+    for command in commands:
+        done = subprocess.run([BTX, *shlex.split(command)[1:]], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if "merge " in command:
+            assert_complete(folder / "llama-btx")
+            shutil.move(folder / "llama-btx", folder / f"done-{len(list(folder.glob('done-*')))}")
+    plain, weighted = (tensors_of(folder / f"done-{number}")[EMBEDDING] for number in (0, 1))
+    assert not plain.equal(weighted)  # the file's weight was read
+
+
+def test_the_python(folder):
+    loading, merging = blocks("python")
+    script = f"{merging}\n{loading}\nprint(type(model).__name__, model.config.expert_names, len(tokenizer))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, env={**os.environ}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "BTXForCausalLM ['seed', 'code'] 128"
+
+
+def test_the_options_table_names_every_key_of_a_recipe():
+    from dataclasses import fields
+
+    from btx_merge import MergeRecipe
+
+    for item in fields(MergeRecipe):
+        assert item.name in README or f"--{item.name.replace('_', '-')}" in README, item.name
