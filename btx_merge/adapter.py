@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,11 +190,14 @@ def merge_through_peft(name: str, base: Path, adapter: Path, out: Path, rows: in
     had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the merge has its own
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
-        if rows is not None and rows != model.config.vocab_size:
-            model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter has all of its rows
-        merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-        merged.save_pretrained(out)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are for who trains
+            warnings.filterwarnings("error", message="Found missing adapter keys")  # and this one is for us
+            model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
+            if rows is not None and rows != model.config.vocab_size:
+                model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter has all of its rows
+            merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+            merged.save_pretrained(out)
     except Exception as error:  # of any kind: peft has dozens of adapter types
         reason = str(error).strip().split("\n")[0]
         found = f"peft cannot merge it ({type(error).__name__}: {reason})"

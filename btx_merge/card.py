@@ -78,7 +78,8 @@ def card_metadata(plan: Plan) -> dict[str, Any]:
     if licences[0].get("license") and all(licence == licences[0] for licence in licences):
         metadata |= licences[0]
     languages = [card.get("language") or [] for card in cards]
-    known = [language for value in languages for language in ([value] if isinstance(value, str) else value)]
+    lists = [value if isinstance(value, list) else [value] for value in languages]
+    known = [language for values in lists for language in values if isinstance(language, str)]
     if known:
         metadata["language"] = list(dict.fromkeys(known))
     return metadata

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from btx_merge.dtypes import STORED
 from btx_merge.errors import InputError, Problem
 from btx_merge.llama import BUFFERS, EMBEDDING, HEAD, MUST_AGREE, expected_tensors
 from btx_merge.recipe import SEED, MergeRecipe
-from btx_merge.sources import Source, open_each
+from btx_merge.sources import Source, open_each, read_json
 from btx_merge.vocabulary import Vocabulary, plan_vocabulary
 
 _MANY = 4  # tensors named one by one; more of one kind become one line
@@ -49,6 +49,7 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
         if not own:
             fitting.append(source)
     problems += _recipe_problems(recipe, seed)
+    problems += _side_file_problems(recipe, sources)
     vocabulary: Vocabulary | None = None
     divergence: list[Divergence] = []
     unrelated: list[Problem] = []
@@ -82,6 +83,7 @@ def check_sources(recipe: MergeRecipe, sources: Sequence[Source]) -> list[Proble
         problems += tensor_problems(source)
         problems += _tying_problems(recipe, source, seed)
     problems += _recipe_problems(recipe, seed)
+    problems += _side_file_problems(recipe, sources)
     if problems:
         raise InputError(problems)
     return list(_warnings(sources))
@@ -181,6 +183,19 @@ def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:
         divisors = [number for number in range(2, 65) if width % number == 0]
         expected = f"a divisor of it, such as {', '.join(map(str, divisors))}"
         yield Problem("recipe", key, found, expected, "Choose another number of chunks, or expert_mode: whole.")
+
+
+def _side_file_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> Iterator[Problem]:
+    """Small files that the result takes over, which are read when all else is written."""
+    for source in sources:
+        folders = (source.located.folder, source.base.folder) if source.base else (source.located.folder,)
+        for folder in folders if source.name == recipe.tokenizer_source else ():
+            for name in ("generation_config.json", "tokenizer_config.json"):
+                if (folder / name).exists():
+                    try:
+                        read_json(folder / name)
+                    except InputError as error:
+                        yield from (replace(problem, source=source.name) for problem in error.problems)
 
 
 def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:

@@ -92,12 +92,12 @@ def _digest(sample: Sample) -> bytes:
 
 
 def _compare(values: NDArray[np.float32], seed: NDArray[np.float32]) -> tuple[float, float]:
-    a, b = (array.astype(np.float64) for array in (values, seed))
-    with np.errstate(invalid="ignore"):  # NaN and Inf are found and named while streaming
-        norm_a, norm_b = np.sqrt(a @ a), np.sqrt(b @ b)
-        if norm_a == 0 or norm_b == 0:
-            return (0.0, 1.0) if norm_a == norm_b else (1.0, 0.0)
-        return float(np.linalg.norm(a - b) / norm_b), float(a @ b / (norm_a * norm_b))
+    finite = np.isfinite(values) & np.isfinite(seed)  # NaN and Inf are found and named while streaming
+    a, b = (array[finite].astype(np.float64) for array in (values, seed))
+    norm_a, norm_b = np.sqrt(a @ a), np.sqrt(b @ b)
+    if norm_a == 0 or norm_b == 0:
+        return (0.0, 1.0) if norm_a == norm_b else (1.0, 0.0)
+    return float(np.linalg.norm(a - b) / norm_b), float(a @ b / (norm_a * norm_b))
 
 
 def _unrelated(measured: Sequence[Divergence]) -> Iterator[Problem]:

