@@ -122,6 +122,7 @@ def split_adapter(
     Raises:
         InputError: half a pair is missing, or a tensor is none of plain LoRA's.
     """
+    _whole.cache_clear()  # the file may be another one than at the last merge of this process
     factors: dict[str, dict[str, StoredTensor]] = {}
     replaced: dict[str, StoredTensor] = {}
     problems = []

@@ -294,6 +294,23 @@ def test_half_precision_of_an_embedding(dtype: torch.dtype, base_of: Callable[..
 # What goes through peft
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"peft_type": "LOHA"},
+        {},
+        {"peft_type": "LORA", "use_dora": True},
+        {"peft_type": "LORA", "init_lora_weights": "olora"},
+        {"peft_type": "LORA", "lora_bias": True},
+        {"peft_type": "LORA", "layer_replication": [[0, 2], [1, 2]]},
+        {"peft_type": "LORA", "a_key_of_the_future": "x"},
+    ],
+)
+def test_only_what_is_known_to_be_plain_is_computed_here(config: dict[str, Any]) -> None:
+    assert not is_plain_lora(config)
+    assert is_plain_lora({"peft_type": "LORA", "use_dora": False, "a_key_of_the_future": None})
+
+
 THROUGH_PEFT: dict[str, Any] = {
     "DoRA": LoraConfig(task_type="CAUSAL_LM", target_modules=LINEAR, r=4, use_dora=True),
     "PiSSA": LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, init_lora_weights="pissa"),
@@ -334,7 +351,7 @@ def test_what_peft_merged_is_removed_again(base_of: Callable[..., Path], tmp_pat
     assert torch.equal(down[1], expected["model.layers.0.mlp.down_proj.weight"])
 
 
-@pytest.mark.parametrize("kind", ["prompt tuning", "nonsense", "adapter with another shape"])
+@pytest.mark.parametrize("kind", ["prompt tuning", "nonsense", "adapter with another shape", "a part missing"])
 def test_what_peft_cannot_merge_is_refused(kind: str, base_of: Callable[..., Path], tmp_path: Path) -> None:
     base = base_of()
     if kind == "prompt tuning":
@@ -343,6 +360,10 @@ def test_what_peft_cannot_merge_is_refused(kind: str, base_of: Callable[..., Pat
         adapter = train(base, tmp_path / "adapter", THROUGH_PEFT["DoRA"])
         if kind == "nonsense":
             edit_json(adapter / "adapter_config.json", peft_type="NONSENSE")
+        elif kind == "a part missing":
+            tensors = load_file(adapter / "adapter_model.safetensors")
+            del tensors["base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector"]
+            save_file(tensors, adapter / "adapter_model.safetensors")
         else:
             edit_json(adapter / "adapter_config.json", r=5)
     with pytest.raises(InputError) as caught:
@@ -399,6 +420,16 @@ def test_a_base_given_in_the_recipe_wins(base_of: Callable[..., Path], tmp_path:
 def _copy(seed: Path, folder: Path) -> Path:
     shutil.copytree(seed, folder)
     return folder / "model.safetensors"
+
+
+def test_a_seed_that_is_an_adapter_itself(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    """It is no base for others: their own base is what they record, or nothing."""
+    base = base_of()
+    seed = make_lora(base, tmp_path / "seed-adapter")
+    adapter = train(base, tmp_path / "adapter", LoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj"], r=2))
+    assert_equal_in_float32(open_adapter(seed, adapter), merged_by_peft(base, adapter), 2)
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=None)
+    assert refused(seed, adapter) == ["adapter_config.json: names no base. Give `base:` in the recipe."]
 
 
 def refused(seed: Path, adapter: Path, **spec: Any) -> list[str]:

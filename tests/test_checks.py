@@ -358,7 +358,7 @@ def test_the_head_that_a_tied_checkpoint_still_holds(tied: Path, tmp_path: Path)
     double = edit_tensors(copied(tied, tmp_path / "double"), add_head)
     report = merge(MergeRecipe(str(tied), {"double": str(double)}), tmp_path / "out")
     assert ("double", "passed over", 1) in [(fate.source, fate.fate, fate.tensors) for fate in report.fates]
-    other = edit_tensors(copied(double, tmp_path / "other"), lambda tensors: tensors["lm_head.weight"].add_(1))
+    other = edit_tensors(copied(double, tmp_path / "other"), lambda tensors: tensors["lm_head.weight"][64].add_(1))
     (problem,) = refusal(tmp_path, tied, experts={"other": other})
     assert str(problem) == (
         "other: model.safetensors: lm_head.weight differs from the embedding although tie_word_embeddings is true; "
@@ -500,6 +500,22 @@ def test_the_divergence_is_the_one_that_is_seen_slowly(family: Family) -> None:
         assert item.cosine == pytest.approx(float(a @ b / (a.norm() * b.norm())), abs=0.002)
 
 
+def test_nonfinite_numbers_do_not_spoil_the_figures(family: Family, tmp_path: Path) -> None:
+    """They are left out, and so what check prints stays JSON."""
+    odd = copied(family.code, tmp_path / "odd")
+    edit_tensors(
+        odd,
+        lambda tensors: [
+            tensor.view(-1)[:2].copy_(torch.tensor([float("nan"), -float("inf")])) for tensor in tensors.values()
+        ],
+    )
+    figures = [check(MergeRecipe(str(family.seed), {"x": str(model)})).divergence for model in (odd, family.code)]
+    for spoilt, clean in zip(*figures, strict=True):
+        assert spoilt.distance == pytest.approx(clean.distance, rel=0.05)
+        assert spoilt.cosine == pytest.approx(clean.cosine, abs=0.01)
+    json.dumps(check(MergeRecipe(str(family.seed), {"x": str(odd)})).to_dict(), allow_nan=False)
+
+
 def test_a_source_finetuned_hard_is_still_a_relative(family: Family, tmp_path: Path) -> None:
     """Every weight moved by its own deviation: cosine 0.7."""
     far = grow(family.seed, tmp_path / "far", noise=1.0)
@@ -547,6 +563,18 @@ def test_chunks_that_do_not_divide(
     assert problem.where == where
     assert problem.found == f"intermediate_size 96 cannot be {found} equal chunks"
     assert problem.expected == f"a divisor of it, such as {expected}"
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]", ""])
+def test_small_files_that_the_result_takes_over(name: str, content: str, family: Family, tmp_path: Path) -> None:
+    """Found before the weights are written, not after; and only where they are needed."""
+    odd = copied(family.code, tmp_path / "odd")
+    (odd / name).write_text(content)
+    assert check(MergeRecipe(str(family.seed), {"odd": str(odd)})).warnings == ()
+    (problem,) = refusal(tmp_path, family.seed, experts={"odd": odd}, tokenizer_source="odd")
+    assert (problem.source, problem.where) == ("odd", str(odd / name))
+    assert problem.found.startswith("not JSON: ") or problem.found == "not a JSON object"
 
 
 # One report

@@ -399,6 +399,24 @@ def test_chat_template_special_tokens_and_generation_config_of_a_named_source(tm
     assert ours.convert_tokens_to_ids(["<code>", "<|im_end|>"]) == [128, 129]
 
 
+@pytest.mark.parametrize("grown", [False, True])
+def test_files_that_list_added_tokens_are_left_out_where_tokens_were_added(tmp_path, grown):
+    """They are copies of what tokenizer.json says, and would not know the new ones."""
+    seed = save_seed(tmp_path / "seed")
+    (seed / "added_tokens.json").write_text('{"</s>": 127}')
+    (seed / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
+    code = grow(
+        seed,
+        tmp_path / "code",
+        change=lambda model: model.resize_token_embeddings(129) if grown else None,
+        tokenizer=tiny_tokenizer(["<code>"] if grown else None),
+    )
+    merge(MergeRecipe(str(seed), {"code": str(code)}), tmp_path / "out")
+    files = set(files_of(tmp_path / "out"))
+    assert files == FILES | {"special_tokens_map.json"} | (set() if grown else {"added_tokens.json"})
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1 <code>").input_ids == [1, 128 if grown else 0]
+
+
 def test_a_merge_without_any_tokenizer(tmp_path):
     seed = save_seed(tmp_path / "seed", tokenizer=False)
     code = grow(seed, tmp_path / "code")

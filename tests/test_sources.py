@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -162,8 +163,8 @@ def test_seed_and_experts_in_every_form_at_once(family: Family, tmp_path: Path) 
         ("-org", "-org: no such folder, and no name that a repository can have ("),
         ("org/name.git", "org/name.git: no such folder, and no name that a repository can have ("),
         ("o" * 97, f"{'o' * 97}: no such folder, and no name that a repository can have ("),
-        ("org/name", "org/name: not a folder, not in the Hub's cache, and the Hub cannot be reached. Go online"),
-        ("org/name@v1", "org/name@v1: not a folder, not in the Hub's cache, and the Hub cannot be reached."),
+        ("org/name", "org/name: not a folder, not in the Hub's cache, and the Hub cannot be reached; expected"),
+        ("org/name@v1", "org/name@v1: not a folder, not in the Hub's cache, and the Hub cannot be reached; expected"),
     ],
 )
 def test_references_to_nothing(reference: str, said: str) -> None:
@@ -412,6 +413,35 @@ def test_the_head_of_a_tied_source_is_its_embedding(tmp_path: Path) -> None:
     expected = tensors_of(tmp_path / "tied")
     assert "lm_head.weight" not in expected
     assert np.array_equal(source.rows("lm_head.weight", 0, 128), expected["model.embed_tokens.weight"].numpy())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("---\nlicense: mit\nlanguage:\n- en\n- 5\n- {a: b}\n---\nText", {"license": "mit"}),
+        ("---\r\nlicense: mit\r\n---\r\n", {"license": "mit"}),
+        ("no front matter", {}),
+        ("---\n[1, 2\n---\n", {}),
+        ("---\n- a\n---\n", {}),
+        ("---\ndate: 2024-99-99\n---\n", {}),
+        ("---\nlanguage: 7\nlicense: mit\n---\n", {"license": "mit"}),
+        (b"---\nlicense: \xff\n---\n", {}),
+        (None, {}),
+    ],
+)
+def test_cards_of_every_kind(
+    text: str | bytes | None, expected: dict[str, Any], family: Family, tmp_path: Path
+) -> None:
+    """A strange card is no reason to stop a merge."""
+    folders = [save_as(tmp_path / name, family.seed, "single safetensors") for name in ("seed", "expert")]
+    for folder in folders if text is not None else ():
+        (folder / "README.md").write_bytes(text.encode() if isinstance(text, str) else text)
+    found = open_one(folders[0]).card_metadata()
+    assert {key: value for key, value in found.items() if key == "license"} == expected
+    merge(MergeRecipe(str(folders[0]), {"expert": str(folders[1])}), tmp_path / "out")
+    metadata = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
+    assert metadata.get("license") == expected.get("license")
+    assert metadata.get("language", ["en"]) == ["en"]
 
 
 def test_public_names_show_no_path(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
