@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from btx_merge.dtypes import Float32, Raw, from_float32
-from btx_merge.plan import DIFFERENCE_METHODS, Plan, SharedRows
+from btx_merge.dtypes import Float32, Raw, all_finite, from_float32
+from btx_merge.errors import NonFiniteError
+from btx_merge.plan import DIFFERENCE_METHODS, Job, Plan, SharedRows
 from btx_merge.segments import Segment
 from btx_merge.sources import Source
 
@@ -37,12 +38,27 @@ def portions(start: int, stop: int, row_bytes: int, block_bytes: int = _BLOCK_BY
     return ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
+def cast(values: Float32, job: Job, plan: Plan) -> Raw:
+    """Values as the bytes of the output's dtype: the one rounding of a merge.
+
+    Raises:
+        NonFiniteError: a value is outside of the dtype's range, and the recipe does not allow it.
+    """
+    raw = from_float32(values, plan.dtype)
+    if not plan.recipe.allow_nonfinite and not all_finite(raw, plan.dtype):
+        raise NonFiniteError(
+            f"{job.tensor.name}: a value leaves the range of {plan.dtype}. "
+            "Choose a wider --dtype; --allow-nonfinite goes on all the same."
+        )
+    return raw
+
+
 def shared_rows(job: SharedRows, plan: Plan) -> Iterator[Block]:
     """Rows of a combined tensor."""
     rule = combining_rule(plan, job.tensor.name)
     block = _DIFFERENCE_BLOCK_BYTES if plan.recipe.combine in DIFFERENCE_METHODS else _BLOCK_BYTES
     for start, stop in portions(job.start, job.stop, job.tensor.row_bytes, block):
-        yield 0, from_float32(rule(start, stop), plan.dtype)
+        yield 0, cast(rule(start, stop), job, plan)
 
 
 def combining_rule(plan: Plan, name: str) -> Rule:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import einops
 import numpy as np
 
-from btx_merge.combine import Block, combining_rule, portions
+from btx_merge.combine import Block, cast, combining_rule, portions
 from btx_merge.dtypes import Float32, from_float32, to_float32
 from btx_merge.llama import FF_NORM
 from btx_merge.plan import EXPERT_LAYOUTS, ExpertColumns, ExpertRows, Plan
@@ -26,7 +26,7 @@ def expert_rows(job: ExpertRows, plan: Plan) -> Iterator[Block]:
             yield 0, source.stored_rows(job.name, start, stop, finite)
             continue
         values = source.rows(job.name, start, stop, finite)
-        yield 0, from_float32(values if ratio is None else values * ratio, plan.dtype)
+        yield 0, cast(values if ratio is None else values * ratio, job, plan)
 
 
 def expert_columns(job: ExpertColumns, plan: Plan) -> Iterator[Block]:
@@ -36,7 +36,7 @@ def expert_columns(job: ExpertColumns, plan: Plan) -> Iterator[Block]:
     for start, stop in portions(job.start, job.stop, job.nbytes // (job.stop - job.start)):
         rows = np.stack([plan.experts[index].rows(job.name, start, stop, finite) for index in job.sources])
         for expert, block in enumerate(einops.rearrange(rows, pattern, c=plan.chunks)):
-            yield expert, from_float32(block, plan.dtype)
+            yield expert, cast(block, job, plan)
 
 
 def norm_ratio(plan: Plan, source: int, layer: int) -> Float32:

@@ -19,9 +19,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from btx_merge.combine import Block, shared_rows
-from btx_merge.dtypes import all_finite, from_float32
-from btx_merge.errors import InputError, MergeInterrupted, NonFiniteError, Problem
+from btx_merge.combine import Block, cast, shared_rows
+from btx_merge.errors import InputError, MergeInterrupted, Problem
 from btx_merge.experts import expert_columns, expert_rows
 from btx_merge.plan import ExpertColumns, ExpertRows, Job, Plan, RouterRows, SharedRows
 from btx_merge.router_init import initial_router
@@ -45,7 +44,7 @@ def blocks(job: Job, plan: Plan) -> Iterator[Block]:
     elif isinstance(job, RouterRows):
         hidden, std = job.tensor.shape[1], plan.recipe.router_std or plan.seed.config["initializer_range"]
         router = initial_router(plan.recipe, job.layer, plan.num_experts, hidden, std)
-        yield 0, from_float32(router, plan.dtype)
+        yield 0, cast(router, job, plan)
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -173,17 +172,11 @@ class Staging:
         """One job: its bytes into the file, then a line in the journal."""
         checksums = [0] * len(job.extents)
         written = [0] * len(job.extents)
-        check = not self.plan.recipe.allow_nonfinite
         with self.path(job).open("r+b", buffering=0) as file:
             try:
                 for number, raw in blocks(job, self.plan):
                     if self._stop.is_set():
                         return  # another worker failed, or the user interrupted
-                    if check and not all_finite(raw, job.tensor.dtype):
-                        raise NonFiniteError(
-                            f"{job.tensor.name}: a value leaves the range of {job.tensor.dtype}. "
-                            "Choose a wider --dtype; --allow-nonfinite goes on all the same."
-                        )
                     file.seek(job.extents[number].start + written[number])
                     _write_all(file.fileno(), raw.data)
                     checksums[number] = zlib.crc32(raw.data, checksums[number])

@@ -143,7 +143,7 @@ class Hub:
 
     def environment(self, home: Path, **changes: str) -> dict[str, str]:
         """For a process that is to use this Hub and a cache of its own."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
         own = {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),

@@ -23,6 +23,8 @@ from btx_merge.dtypes import from_float32
 from btx_merge.sources import Source, open_sources
 from tests.common import edit_json, save_seed, tensors_of, tiny_tokenizer
 
+# What peft and transformers say to who trains is not about us.
+pytestmark = [pytest.mark.filterwarnings("ignore:::peft"), pytest.mark.filterwarnings("ignore:::transformers")]
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
 

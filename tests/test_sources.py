@@ -363,6 +363,7 @@ class T(transformers.PreTrainedTokenizerFast): pass
 """
 
 
+@pytest.mark.filterwarnings("ignore:::transformers")
 def test_code_in_a_folder_never_runs(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither for the seed, nor for an expert, nor for a base that peft merges an adapter into."""
     from peft import LoraConfig, get_peft_model
