@@ -33,7 +33,7 @@ def model_card(plan: Plan) -> str:
 
 # {len(plan.sources)} Llama models merged by Branch-Train-MiX
 
-A Mixture of Experts of {plan.parameters / 1e9:.2f} B parameters, {plan.active_parameters / 1e9:.2f} B of them active
+A Mixture of Experts of {count(plan.parameters)} parameters, {count(plan.active_parameters)} of them active
 per token ({recipe.num_experts_per_tok} of {plan.num_experts} experts), made by
 [Branch-Train-MiX]({_PAPER}) with btx-merge.
 
@@ -62,6 +62,11 @@ transformers 5 is needed. With btx-merge installed, `import btx_merge` replaces 
 """
 
 
+def count(number: int) -> str:
+    """A number of parameters as people write it."""
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
 def card_metadata(plan: Plan) -> dict[str, Any]:
     """The YAML block that the Hub reads. `base_model` names published models, never a folder."""
     metadata: dict[str, Any] = {
@@ -77,6 +82,11 @@ def card_metadata(plan: Plan) -> dict[str, Any]:
     licences = [{key: card[key] for key in _LICENCE_KEYS if key in card} for card in cards]
     if licences[0].get("license") and all(licence == licences[0] for licence in licences):
         metadata |= licences[0]
+        link, seed = str(metadata.get("license_link", "")), plan.seed.located
+        if link and "://" not in link:  # a file beside the seed's card, which does not come along
+            del metadata["license_link"]
+            if seed.repo_id:
+                metadata["license_link"] = f"https://huggingface.co/{seed.repo_id}/blob/{seed.revision}/{link}"
     languages = [card.get("language") or [] for card in cards]
     lists = [value if isinstance(value, list) else [value] for value in languages]
     known = [language for values in lists for language in values if isinstance(language, str)]

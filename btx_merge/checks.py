@@ -12,7 +12,7 @@ from btx_merge.dtypes import STORED
 from btx_merge.errors import InputError, Problem
 from btx_merge.llama import BUFFERS, EMBEDDING, HEAD, MUST_AGREE, expected_tensors
 from btx_merge.recipe import SEED, MergeRecipe
-from btx_merge.sources import Source, open_each, read_json
+from btx_merge.sources import Source, open_sources, read_json
 from btx_merge.vocabulary import Vocabulary, plan_vocabulary
 
 _MANY = 4  # tensors named one by one; more of one kind become one line
@@ -38,7 +38,7 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
     Raises:
         InputError: every problem of every source.
     """
-    sources, problems = open_each(recipe, scratch)
+    sources, problems = open_sources(recipe, scratch)
     seed = next((source for source in sources if source.name == SEED), None)
     if seed is None:
         raise InputError(problems)
@@ -66,27 +66,6 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
         raise InputError(problems)
     warnings = (*_warnings(sources), *unrelated, *identical)
     return Examined(tuple(sources), vocabulary, tuple(divergence), warnings)
-
-
-def check_sources(recipe: MergeRecipe, sources: Sequence[Source]) -> list[Problem]:
-    """Refuses sources that cannot be merged; returns what deserves a warning.
-
-    The first source is the seed, against which the others are held.
-
-    Raises:
-        InputError: every problem of every source.
-    """
-    seed = sources[0]
-    problems: list[Problem] = []
-    for source in sources:
-        problems += config_problems(source, seed)
-        problems += tensor_problems(source)
-        problems += _tying_problems(recipe, source, seed)
-    problems += _recipe_problems(recipe, seed)
-    problems += _side_file_problems(recipe, sources)
-    if problems:
-        raise InputError(problems)
-    return list(_warnings(sources))
 
 
 def config_problems(source: Source, seed: Source) -> Iterator[Problem]:

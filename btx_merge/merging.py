@@ -17,15 +17,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from btx_merge.checks import check_sources
-from btx_merge.divergence import Divergence, measure_divergence
+from btx_merge.checks import examine
+from btx_merge.divergence import Divergence
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.files import write_files
 from btx_merge.plan import Fate, Plan, make_plan
 from btx_merge.recipe import MergeRecipe
-from btx_merge.sources import Source, open_sources
-from btx_merge.vocabulary import plan_vocabulary
+from btx_merge.sources import Source
 from btx_merge.writer import Progress, Staging, check_target
 
 
@@ -125,7 +124,6 @@ def merge(
     target = Path(output).expanduser().resolve()
     check_target(target, overwrite)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with _checked(recipe, target) as checked:
             if on_checked:
                 on_checked(checked)
@@ -151,29 +149,28 @@ def _checked(recipe: MergeRecipe, target: Path | None = None) -> Iterator[Check]
     with ExitStack() as stack:
 
         def scratch() -> Path:
+            if target:
+                target.parent.mkdir(parents=True, exist_ok=True)
             beside = target.parent if target else None
             return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="btx-adapter-", dir=beside)))
 
-        sources = open_sources(recipe, scratch)
+        examined = examine(recipe, scratch)
         if target:
-            _check_apart(target, sources)
-        warnings = check_sources(recipe, sources)
-        vocabulary = plan_vocabulary(sources)
-        divergence, unrelated, identical = measure_divergence(sources)
-        if unrelated and not recipe.allow_unrelated:
-            raise InputError(unrelated)
-        plan = make_plan(recipe, sources, vocabulary)
-        yield Check(plan, tuple(divergence), tuple(warnings + unrelated + identical))
+            _check_apart(target, examined.sources)
+        plan = make_plan(recipe, examined.sources, examined.vocabulary)
+        yield Check(plan, examined.divergence, examined.warnings)
 
 
 def _check_apart(target: Path, sources: Sequence[Source]) -> None:
     """The output may not be, hold or lie in a source's folder: replacing it would destroy what is read."""
     problems = []
     for source in sources:
-        folder = source.located.folder.resolve()
-        if target == folder or target in folder.parents or folder in target.parents:
-            found = f"overlaps with the source {source.name}, {folder}"
-            problems.append(Problem("output", str(target), found, "a folder apart from all sources"))
+        for located in filter(None, (source.located, source.base)):
+            folder = located.folder.resolve()
+            if target == folder or target in folder.parents or folder in target.parents:
+                found = f"overlaps with the source {source.name}, {folder}"
+                remedy = "Give another --output."
+                problems.append(Problem("output", str(target), found, "a folder apart from all sources", remedy))
     if problems:
         raise InputError(problems)
 

@@ -143,7 +143,7 @@ class Source:
         return metadata if isinstance(metadata, dict) else {}
 
 
-def open_each(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list[Source], list[Problem]]:
+def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list[Source], list[Problem]]:
     """The seed, then the experts in the recipe's order, opened without reading weights; and why others were not.
 
     `scratch` makes a folder for what peft has to merge itself (adapters that are not plain LoRA).
@@ -161,18 +161,6 @@ def open_each(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list[So
             sources.append(source)
             seed = source if name == SEED else seed
     return sources, problems
-
-
-def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> list[Source]:
-    """All sources of a recipe.
-
-    Raises:
-        InputError: whatever is wrong with the files of any source, all together.
-    """
-    sources, problems = open_each(recipe, scratch)
-    if problems:
-        raise InputError(problems)
-    return sources
 
 
 def _open(name: str, spec: ExpertSpec, seed: Source | None, scratch: Callable[[], Path]) -> Source:

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from btx_merge.card import count
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.merging import Check, Report
 from btx_merge.plan import Fate
@@ -64,7 +65,7 @@ def print_check(checked: Check) -> None:
         "experts": f"{plan.num_experts} ({recipe.expert_mode}): {', '.join(plan.expert_names)}",
         "shared weights": recipe.combine + (", norms folded into the experts" if recipe.fold_norms else ""),
         "routers": f"{recipe.router_init}, {recipe.num_experts_per_tok} experts per token",
-        "parameters": f"{_count(plan.parameters)} in all, {_count(plan.active_parameters)} active per token",
+        "parameters": f"{count(plan.parameters)} in all, {count(plan.active_parameters)} active per token",
         "vocabulary": f"{plan.vocabulary.size:,} rows, {len(plan.vocabulary.new_tokens)} tokens new to the seed",
         "output": f"{TORCH_NAMES[plan.dtype]}, {len(plan.shards)} weights file{'s' * (len(plan.shards) > 1)}",
         "to read / to write": f"{_size(plan.bytes_to_read)} / {_size(plan.bytes_to_write)}",
@@ -81,7 +82,7 @@ def print_report(report: Report) -> None:
     rate = plan.bytes_to_write / max(report.seconds, 1e-9)
     lines = {
         "written": f"{report.output}: {_size(plan.bytes_to_write)}, {plan.num_experts} experts, "
-        f"{_count(plan.parameters)} parameters, {_count(plan.active_parameters)} active per token",
+        f"{count(plan.parameters)} parameters, {count(plan.active_parameters)} active per token",
         "took": f"{report.seconds:.1f} s ({_size(int(rate))}/s), peak memory {_size(report.peak_memory)}",
     }
     if plan.recipe.router_init in ("random", "zeros"):
@@ -105,10 +106,6 @@ def _facts(lines: dict[str, str]) -> Table:
     for key, value in lines.items():
         table.add_row(key, value)
     return table
-
-
-def _count(number: int) -> str:
-    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
 def _size(nbytes: int) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -75,6 +76,10 @@ class Staging:
 
     def __enter__(self) -> Staging:
         self.folder.mkdir(parents=True, exist_ok=True)
+        present = {path.name for path in self.folder.iterdir()}
+        if present - {_LOCK} and JOURNAL not in present:
+            found, remedy = "holds files, but no unfinished merge", "Move it away."
+            raise InputError([Problem("output", str(self.folder), found, "", remedy)])
         self._lock = FileLock(self.folder / _LOCK)
         try:
             self._lock.acquire(timeout=0)
@@ -152,21 +157,22 @@ class Staging:
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
         check_target(self.output, overwrite)
-        old = self.output.with_name(self.output.name + ".btx-old")
+        old = None
         if self.output.exists() and any(self.output.iterdir()):
-            shutil.rmtree(old, ignore_errors=True)
+            old = Path(tempfile.mkdtemp(prefix=self.output.name + ".btx-old-", dir=self.output.parent))
             self.output.rename(old)
         elif self.output.exists():
             self.output.rmdir()
         try:
             self.folder.rename(self.output)
         except OSError:
-            if old.exists():
+            if old:
                 old.rename(self.output)
             raise
         for name in (JOURNAL, _LOCK):
             (self.output / name).unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if old:
+            shutil.rmtree(old, ignore_errors=True)
 
     def _work(self, job: Job, progress: Progress) -> None:
         """One job: its bytes into the file, then a line in the journal."""
@@ -228,9 +234,6 @@ class Staging:
         """Empties the folder of another plan's files and begins a journal."""
         present = {path.name for path in self.folder.iterdir()} - {_LOCK}
         journal = self.folder / JOURNAL
-        if present and JOURNAL not in present:
-            found, remedy = "holds files, but no unfinished merge", "Move it away."
-            raise InputError([Problem("output", str(self.folder), found, "", remedy)])
         self.restarted = bool(present)
         for name in present - {JOURNAL}:  # the journal last: it marks the folder as ours
             path = self.folder / name

@@ -89,7 +89,10 @@ def open_adapter(seed: Path, adapter: Path, scratch: Path | None = None, **spec:
         return scratch
 
     recipe = MergeRecipe(str(seed), {"expert": {"model": str(adapter), **spec}})
-    return open_sources(recipe, make)[1]
+    sources, problems = open_sources(recipe, make)
+    if problems:
+        raise InputError(problems)
+    return sources[1]
 
 
 def rows_of(source: Source, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralForCausalLM
 
 from btx_merge import Check, InputError, MergeRecipe, NonFiniteError, Problem, Report, check, merge
-from btx_merge.checks import examine
 from btx_merge.llama import DEFAULTS, normalise_config
 from tests.common import assert_complete, edit_json, grow, save_seed, tensors_of
 from tests.conftest import Family
@@ -602,7 +601,7 @@ def test_everything_in_one_report(family: Family, tied: Path, tmp_path: Path) ->
         str(family.seed), {name: str(path) for name, path in experts.items()}, expert_mode="split", num_chunks=5
     )
     with pytest.raises(InputError) as caught:
-        examine(recipe, lambda: tmp_path / "scratch")
+        check(recipe)
     problems = caught.value.problems
     by_source = {problem.source: problem.where for problem in problems}
     assert len(problems) == 8

@@ -199,7 +199,8 @@ def test_model_card_and_recipe_name_what_is_on_the_hub(family, tmp_path, monkeyp
 
 
 APACHE = {"license": "apache-2.0"}
-OTHER = {"license": "other", "license_name": "llama-code", "license_link": "LICENSE"}
+OTHER = {"license": "other", "license_name": "llama-code", "license_link": "https://example.org/licence"}
+BESIDE = {**OTHER, "license_link": "LICENSE"}
 
 
 @pytest.mark.parametrize(
@@ -207,6 +208,8 @@ OTHER = {"license": "other", "license_name": "llama-code", "license_link": "LICE
     [
         ([APACHE, APACHE, APACHE], APACHE),
         ([OTHER, OTHER, OTHER], OTHER),
+        # a file that does not come along: no link rather than one that leads nowhere
+        ([BESIDE, BESIDE, BESIDE], {"license": "other", "license_name": "llama-code"}),
         ([APACHE, APACHE, {"license": "mit"}], {}),
         ([APACHE, APACHE, None], {}),
         ([APACHE, APACHE, {"language": "en"}], {}),

@@ -28,7 +28,10 @@ def open_one(folder: Path, expert: str | Path | None = None) -> Source:
     def scratch() -> Path:
         raise AssertionError("nothing here needs peft to merge it")
 
-    return open_sources(MergeRecipe(str(folder), experts, num_experts_per_tok=1), scratch)[-1]
+    sources, problems = open_sources(MergeRecipe(str(folder), experts, num_experts_per_tok=1), scratch)
+    if problems:
+        raise InputError(problems)
+    return sources[-1]
 
 
 def refusal(folder: Path) -> list[str]:
