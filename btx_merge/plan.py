@@ -41,6 +41,8 @@ _MOE_TENSORS = {ROUTER: "E H", GATE_UP_EXPERTS: "E 2I H", DOWN_EXPERTS: "E H I"}
 
 DIFFERENCE_METHODS = ("ties", "dare_ties", "dare_linear")
 """Ways to combine that work on differences from the seed."""
+_PAGE = 4096
+"""Data begins at a multiple of it, so that reading, writing and mapping the file go by whole pages."""
 _JOB_BYTES = 64_000_000  # of output: the unit of parallel work and of resuming
 
 
@@ -380,7 +382,7 @@ def _header(group: Sequence[tuple[str, tuple[int, ...]]], dtype: str) -> tuple[b
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data begins at a multiple of 8
+    text += b" " * (-(8 + len(text)) % _PAGE)
     header = len(text).to_bytes(8, "little") + text
     starts = {name: len(header) + entries[name]["data_offsets"][0] for name, _ in group}  # type: ignore[index]
     return header, starts, len(header) + offset
