@@ -1,4 +1,4 @@
-"""Reading large files without pushing everything else out of the system's page cache.
+"""Reading and writing large files without pushing everything else out of the system's page cache.
 
 A file that was not cached before it was read is not left there: a merge reads its sources once. That also spares
 the kernel the search for memory for pages that nobody needs again, which on many machines costs more than the
@@ -36,5 +36,6 @@ def was_cached(file: Path) -> bool:
 
 
 def forget_range(descriptor: int, start: int, nbytes: int) -> None:
-    """Lets the kernel drop a range of a file that has been read."""
-    os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)
+    """Lets the kernel drop a range of a file. What is not on the disk yet is not dropped, but begins to be written."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)

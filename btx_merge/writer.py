@@ -7,6 +7,7 @@ takes the target's name. So whatever has the target's name is complete.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
@@ -23,12 +24,14 @@ from filelock import FileLock, Timeout
 from btx_merge.combine import Block, cast, shared_rows
 from btx_merge.errors import InputError, MergeInterrupted, Problem
 from btx_merge.experts import expert_columns, expert_rows
+from btx_merge.pagecache import forget_range
 from btx_merge.plan import ExpertColumns, ExpertRows, Job, Plan, RouterRows, SharedRows
 from btx_merge.router_init import initial_router
 
 JOURNAL = "btx_journal.jsonl"
 _LOCK = "btx_lock"
 _READ_BYTES = 1 << 20
+_LAG = 8  # jobs that are left to the disk before they are let go of
 
 Progress = Callable[[int], None]
 """Called, from several threads, with the number of bytes that became final."""
@@ -73,6 +76,7 @@ class Staging:
         self._finished: set[str] = set()
         self._journal_lock = threading.Lock()
         self._stop = threading.Event()
+        self._behind: collections.deque[Job] = collections.deque()
 
     def __enter__(self) -> Staging:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -191,10 +195,26 @@ class Staging:
             except BaseException:
                 self._stop.set()
                 raise
+            self._pass_on(file.fileno(), job)
         assert written == [extent.nbytes for extent in job.extents], job.key
         line = json.dumps({"job": job.key, "crc32": checksums}) + "\n"
         with self._journal_lock, (self.folder / JOURNAL).open("a", encoding="utf-8") as journal:
             journal.write(line)
+
+    def _pass_on(self, descriptor: int, job: Job) -> None:
+        """Has the kernel write a job's bytes to the disk now, and forget those of a job some time ago.
+
+        Otherwise they wait in memory, which in the end takes as long, and push out what others have cached.
+        """
+        for extent in job.extents:
+            forget_range(descriptor, extent.start, extent.nbytes)  # not on the disk yet: starts the writing
+        self._behind.append(job)
+        if len(self._behind) > _LAG:
+            with contextlib.suppress(IndexError):  # another thread was quicker
+                passed = self._behind.popleft()
+                with self.path(passed).open("rb") as file:
+                    for extent in passed.extents:
+                        forget_range(file.fileno(), extent.start, extent.nbytes)
 
     def _read_journal(self) -> dict[str, list[int]] | None:
         """Finished jobs and their checksums; None where there is no journal of this plan."""
