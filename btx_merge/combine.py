@@ -70,16 +70,31 @@ def combining_rule(plan: Plan, name: str) -> Rule:
 
 def _mean_rows(plan: Plan, name: str, start: int, stop: int) -> Float32:
     combine = plan.recipe.combine
-    shares = [(plan.seed, 1.0)]
-    if combine != "seed":
-        shares = [(source, source.weight if combine == "weighted" else 1.0) for source in plan.experts]
+    if combine == "seed":
+        return _base_rows(plan, name, start, stop)[0]
+    shares = [(source, source.weight if combine == "weighted" else 1.0) for source in plan.experts]
+    return _owners_mean(plan, name, shares, start, stop)[0]
+
+
+def _base_rows(plan: Plan, name: str, start: int, stop: int) -> tuple[Float32, NDArray[np.bool_]]:
+    """The seed's rows, and which it owns; the others are the mean of their owners, from whom nothing differs."""
+    return _owners_mean(plan, name, [(plan.seed, 1.0)], start, stop)
+
+
+def _owners_mean(
+    plan: Plan, name: str, shares: list[tuple[Source, float]], start: int, stop: int
+) -> tuple[Float32, NDArray[np.bool_]]:
+    """The weighted mean of the rows over their owners, and which rows have one among the shares.
+
+    Rows of tokens that only others own are the plain mean of those.
+    """
     total, weight = _weighted_sum(plan, name, shares, start, stop)
-    orphans = weight == 0
-    if orphans.any():  # rows of tokens that only others own: their plain mean
+    owned = weight > 0
+    if not owned.all():
         others, count = _weighted_sum(plan, name, [(source, 1.0) for source in plan.sources], start, stop)
-        total[orphans], weight[orphans] = others[orphans], count[orphans]
+        total[~owned], weight[~owned] = others[~owned], count[~owned]
     total /= weight.reshape(-1, *[1] * (total.ndim - 1))
-    return total
+    return total, owned
 
 
 def _weighted_sum(
@@ -145,16 +160,6 @@ def _difference_rule(plan: Plan, name: str) -> Rule:
         return base
 
     return rule
-
-
-def _base_rows(plan: Plan, name: str, start: int, stop: int) -> tuple[Float32, NDArray[np.bool_]]:
-    """The seed's rows, and which it owns; the others are the mean of their owners, from whom nothing differs."""
-    base, weight = _weighted_sum(plan, name, [(plan.seed, 1.0)], start, stop)
-    owned = weight > 0
-    if not owned.all():
-        total, count = _weighted_sum(plan, name, [(source, 1.0) for source in plan.sources], start, stop)
-        base[~owned] = total[~owned] / count[~owned].reshape(-1, *[1] * (total.ndim - 1))
-    return base, owned
 
 
 def _differences(plan: Plan, name: str, others: list[Source], start: int, stop: int) -> tuple[Float32, list[Float32]]:

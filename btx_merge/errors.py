@@ -57,3 +57,6 @@ class NonFiniteError(MergeError):
 
 class MergeInterrupted(MergeError):
     """The merge was interrupted; what is finished is kept beside the output for the next run."""
+
+    def __init__(self) -> None:
+        super().__init__("Interrupted. Nothing is lost: the same command continues where this one stopped.")

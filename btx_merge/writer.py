@@ -141,9 +141,7 @@ class Staging:
             except KeyboardInterrupt:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
-                raise MergeInterrupted(
-                    "Interrupted. Nothing is lost: the same command continues where this one stopped."
-                ) from None
+                raise MergeInterrupted from None
             failures = [error for future in done if (error := future.exception()) is not None]
             self._stop.set()
             pool.shutdown(cancel_futures=True)
