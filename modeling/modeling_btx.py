@@ -154,6 +154,7 @@ class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
     _tied_weights_keys = LlamaForCausalLM._tied_weights_keys
     _tp_plan = LlamaForCausalLM._tp_plan
     _pp_plan = LlamaForCausalLM._pp_plan
+    _fsdp_plan = getattr(LlamaForCausalLM, "_fsdp_plan", None)
 
     def __init__(self, config: BTXConfig):
         super().__init__(config)
