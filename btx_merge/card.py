@@ -34,7 +34,7 @@ def model_card(plan: Plan) -> str:
 # {len(plan.sources)} Llama models merged by Branch-Train-MiX
 
 A Mixture of Experts of {count(plan.parameters)} parameters, {count(plan.active_parameters)} of them active
-per token ({recipe.num_experts_per_tok} of {plan.num_experts} experts), made by
+per token ({plan.experts_per_token} of {plan.num_experts} experts), made by
 [Branch-Train-MiX]({_PAPER}) with btx-merge.
 
 | source | model | revision | expert |
@@ -43,7 +43,8 @@ per token ({recipe.num_experts_per_tok} of {plan.num_experts} experts), made by
 
 - Experts: {chunked}{folded}
 - Attention, embeddings, norms and head: `{recipe.combine}` over {_combined_over(plan)}.
-- Routers: {router}. **They have not been trained yet**: finetune them before you judge the model.
+- Routers: `{recipe.router_type}`; {router}. **They have not been trained yet**: finetune them before you
+  judge the model.
 - The whole recipe, with all defaults and seeds: `btx_recipe.yaml`.
 
 ## Use

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
-from btx_merge.recipe import COMBINE_METHODS, EXPERT_MODES, ROUTER_INITS, MergeRecipe, read_recipe_file
+from btx_merge.recipe import COMBINE_METHODS, EXPERT_MODES, ROUTER_INITS, ROUTER_TYPES, MergeRecipe, read_recipe_file
 
 app = typer.Typer(
     name="btx",
@@ -66,6 +66,10 @@ def _recipe_options(
         float | None, _option("Deviation of random routers [default: the seed's initializer_range].")
     ] = None,
     random_seed: Annotated[int | None, _option("Seed of all randomness [default: 0].")] = None,
+    router_type: Annotated[str | None, _option(f"{', '.join(ROUTER_TYPES)} [default: top_k].")] = None,
+    router_pre_softmax: Annotated[
+        bool | None, _option("top_k: softmax before the selection, for split experts.", "--router-pre-softmax")
+    ] = None,
     num_experts_per_tok: Annotated[int | None, _option("Experts per token [default: 2].")] = None,
     router_aux_loss_coef: Annotated[
         float | None, _option("Coefficient of the load balancing loss [default: 0.01].")

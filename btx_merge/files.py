@@ -21,11 +21,13 @@ from btx_merge.sources import Source
 from btx_merge.vocabulary import tokenizer_json
 
 RECIPE_FILE = "btx_recipe.yaml"
-MODEL_CODE = ("configuration_btx.py", "modeling_btx.py")
+MODEL_CODE = ("configuration_btx.py", "experts_btx.py", "modeling_btx.py", "routing_btx.py")
 _AUTO_MAP = {
     "AutoConfig": "configuration_btx.BTXConfig",
     "AutoModel": "modeling_btx.BTXModel",
     "AutoModelForCausalLM": "modeling_btx.BTXForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_btx.BTXForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_btx.BTXForTokenClassification",
 }
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -78,7 +80,9 @@ def output_config(plan: Plan, chat: Source) -> dict[str, Any]:
         "intermediate_size": plan.expert_width,
         "num_local_experts": plan.num_experts,
         "num_experts_per_tok": plan.recipe.num_experts_per_tok,
-        "router_type": "top_k",
+        "router_type": plan.recipe.router_type,
+        "router_pre_softmax": plan.recipe.router_pre_softmax,
+        "num_chunks": plan.recipe.num_chunks if plan.recipe.expert_mode == "split" else 1,
         "router_aux_loss_coef": plan.recipe.router_aux_loss_coef,
         "output_router_logits": False,
         "expert_names": plan.expert_names,

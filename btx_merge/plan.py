@@ -218,10 +218,16 @@ class Plan:
         return sum(math.prod(tensor.shape) for tensor in self.tensors)
 
     @property
+    def experts_per_token(self) -> int:
+        """Experts that run for one token in inference."""
+        by_type = {"top_k": self.recipe.num_experts_per_tok, "soft": self.num_experts}
+        return by_type.get(self.recipe.router_type, 1)
+
+    @property
     def active_parameters(self) -> int:
         """Weights that one token passes through, with K of E experts per layer."""
         experts = sum(math.prod(tensor.shape) for tensor in self.tensors if ".experts." in tensor.name)
-        idle = self.num_experts - self.recipe.num_experts_per_tok
+        idle = self.num_experts - self.experts_per_token
         return self.parameters - experts * idle // self.num_experts
 
     @property

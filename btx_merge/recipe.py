@@ -21,6 +21,7 @@ from btx_merge.errors import InputError, Problem
 COMBINE_METHODS = ("mean", "weighted", "seed", "ties", "dare_ties", "dare_linear")
 EXPERT_MODES = ("whole", "split", "blend")
 ROUTER_INITS = ("random", "zeros")
+ROUTER_TYPES = ("top_k", "switch", "soft", "sample_top_1")
 SEED = "seed"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -73,8 +74,12 @@ class MergeRecipe:
     """Standard deviation of random routers; the seed's initializer_range where not given."""
     random_seed: int = 0
     """Seed of the random routers and of DARE's dropping."""
+    router_type: str = "top_k"
+    """How the router chooses: top_k, switch, soft or sample_top_1; see `BTXConfig`. It can be changed later."""
+    router_pre_softmax: bool = False
+    """top_k: softmax before the selection, scaled so that identical experts give their dense layer; for split."""
     num_experts_per_tok: int = 2
-    """Experts that each token is sent to (K)."""
+    """Experts that each token is sent to (K) by top_k."""
     router_aux_loss_coef: float = 0.01
     """Coefficient of the load balancing loss (the paper's alpha)."""
     dtype: str | None = None
@@ -247,6 +252,7 @@ _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what is expected, a
     "router_init": (f"one of {', '.join(ROUTER_INITS)}", lambda value: value in ROUTER_INITS),
     "router_std": ("above 0", lambda value: 0 < value < math.inf),
     "random_seed": ("in [0, 2**32)", lambda value: 0 <= value < 2**32),
+    "router_type": (f"one of {', '.join(ROUTER_TYPES)}", lambda value: value in ROUTER_TYPES),
     "num_experts_per_tok": ("at least 1", lambda value: value >= 1),
     "router_aux_loss_coef": ("at least 0", lambda value: 0 <= value < math.inf),
     "dtype": (f"one of {', '.join(SAFETENSORS_NAMES)}", lambda value: value in SAFETENSORS_NAMES),

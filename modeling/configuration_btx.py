@@ -1,7 +1,8 @@
 """Configuration of a Branch-Train-MiX model: a Llama whose feed-forward blocks are experts behind a router."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import transformers
 
@@ -13,7 +14,7 @@ if int(transformers.__version__.split(".")[0]) < 5:
 
 from transformers import LlamaConfig
 
-ROUTER_TYPES = ("top_k",)
+ROUTER_TYPES = ("top_k", "switch", "soft", "sample_top_1")
 
 
 class BTXConfig(LlamaConfig):
@@ -21,13 +22,30 @@ class BTXConfig(LlamaConfig):
 
     Args:
         num_local_experts: experts per layer (E), at least 1. Also named `num_experts`.
-        num_experts_per_tok: experts that each token is sent to (K), in [1, E].
-        router_type: `top_k`, softmax over the K largest router logits.
+        num_experts_per_tok: experts that each token is sent to by `top_k` (K), in [1, E].
+        router_type: `top_k`, softmax over the K largest router logits; `switch`, the likeliest expert, weighted with
+            its probability; `soft`, all experts; `sample_top_1`, one expert drawn in training by Gumbel-softmax, the
+            likeliest in inference (its first layer is soft).
+        router_pre_softmax: `top_k` only: softmax over all experts before the selection, with the weights scaled by
+            the constant E * num_chunks / K instead of renormalised, so that identical experts with a router of
+            zeros give their dense layer (arXiv 2410.07524).
+        num_chunks: how many experts each source's feed-forward block was cut into, at least 1.
+        expert_capacity_factor: `switch` in training: an expert takes `ceil(factor * N / E)` of N tokens, above 0;
+            later ones pass it by. None for no limit.
+        router_grad: `sparse`, or `dense`: in training every expert runs and the routers get the gradient of the
+            mixture of all, while the output stays that of the chosen (DenseMixer). Inference is the same.
+        router_selection_bias: `top_k` and `switch`: experts are ranked with a bias that
+            `model.update_router_bias` moves towards balance without a loss (arXiv 2408.15664).
         router_aux_loss_coef: coefficient of the load balancing loss (the paper's alpha), at least 0. It joins the
             loss in training only.
+        router_aux_loss_scope: `micro_batch`, or `global_batch`: balance over all ranks and over the micro-batches
+            that are accumulated for one optimizer step (arXiv 2501.11873).
+        router_z_loss_coef: coefficient of the router z-loss (arXiv 2202.08906), at least 0.
         output_router_logits: whether the model returns its router logits.
         expert_names: one name per expert, in the order of the router's rows; or None.
-        kwargs: everything that `LlamaConfig` takes. `intermediate_size` is the width of one expert.
+        active_experts: names or numbers of the experts that tokens are sent to; None for all.
+        kwargs: everything that `LlamaConfig` takes. `intermediate_size` is the width of one expert. `mlp_bias` must
+            be False.
 
     Raises:
         ValueError: a value that is out of range, also when it is assigned later.
@@ -44,7 +62,7 @@ class BTXConfig(LlamaConfig):
         "layers.*.mlp.experts.down_proj": "rowwise",
         "layers.*.mlp.experts": "moe_tp_experts",
     }
-    base_model_ep_plan = {
+    base_model_ep_plan: ClassVar[dict[str, Any]] = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
@@ -55,9 +73,17 @@ class BTXConfig(LlamaConfig):
         num_local_experts: int = 4,
         num_experts_per_tok: int = 2,
         router_type: str = "top_k",
+        router_pre_softmax: bool = False,
+        num_chunks: int = 1,
+        expert_capacity_factor: float | None = 1.5,
+        router_grad: str = "sparse",
+        router_selection_bias: bool = False,
         router_aux_loss_coef: float = 0.01,
+        router_aux_loss_scope: str = "micro_batch",
+        router_z_loss_coef: float = 0.0,
         output_router_logits: bool = False,
         expert_names: list[str] | None = None,
+        active_experts: list[str | int] | None = None,
         **kwargs: Any,
     ):
         if "num_experts" in kwargs:
@@ -66,36 +92,64 @@ class BTXConfig(LlamaConfig):
             self.num_local_experts = num_local_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.router_type = router_type
+        self.router_pre_softmax = router_pre_softmax
+        self.num_chunks = num_chunks
+        self.expert_capacity_factor = expert_capacity_factor
+        self.router_grad = router_grad
+        self.router_selection_bias = router_selection_bias
         self.router_aux_loss_coef = router_aux_loss_coef
+        self.router_aux_loss_scope = router_aux_loss_scope
+        self.router_z_loss_coef = router_z_loss_coef
         self.output_router_logits = output_router_logits
         self.expert_names = expert_names
+        self.active_experts = active_experts
         super().__init__(**kwargs)
 
     def __setattr__(self, key: str, value: Any) -> None:
+        self.check(key, value)
+        super().__setattr__(key, value)
+
+    def check(self, key: str, value: Any) -> None:
+        """Whether a field may have this value, given the others.
+
+        Raises:
+            ValueError: it may not.
+        """
         expected = self._complaint(self.attribute_map.get(key, key), value)
         if expected:
             raise ValueError(f"{key} is {value!r}; expected {expected}.")
-        super().__setattr__(key, value)
+
+    def expert_numbers(self, experts: Sequence[str | int] | None) -> list[int]:
+        """The numbers of experts that are given by name or number, in ascending order; of all for None.
+
+        Raises:
+            ValueError: an expert that there is not, or none.
+        """
+        if experts is None:
+            return list(range(self.num_local_experts))
+        self.check("active_experts", experts)
+        names = self.expert_names or []
+        return sorted({names.index(expert) if isinstance(expert, str) else expert for expert in experts})
 
     def _complaint(self, key: str, value: Any) -> str | None:
-        """What was expected of an own field; None where the value is good. Unset fields are not compared with."""
+        """What was expected of a field; None where the value is good. Unset fields are not compared with."""
         fields = {**self.__dict__, key: value}
         experts, names = fields.get("num_local_experts"), fields.get("expert_names")
         per_token = fields.get("num_experts_per_tok", 1)
+        if key in _SIMPLE:
+            expected, is_good = _SIMPLE[key]
+            return None if is_good(value) else expected
         if key == "num_local_experts" and not (_is_int(value) and value >= per_token):
             return f"an integer of at least {per_token}"
         if key == "num_experts_per_tok" and not (_is_int(value) and 1 <= value <= (experts or value)):
             return f"an integer in [1, {experts}], the number of experts"
-        if key == "router_type" and value not in ROUTER_TYPES:
-            return f"one of {', '.join(ROUTER_TYPES)}"
-        if key == "router_aux_loss_coef" and not (_is_number(value) and 0 <= value < math.inf):
-            return "a number of at least 0"
-        if key == "output_router_logits" and not isinstance(value, bool):
-            return "a bool"
         if key == "expert_names" and not (names is None or _is_list_of_text(names)):
             return "a list of names, or None"
         if key in ("expert_names", "num_local_experts") and names is not None and len(names) != experts:
             return f"one expert name for each of the {experts} experts"
+        if key == "active_experts" and value is not None and not _are_experts(value, experts, names or ()):
+            known = f"name ({', '.join(names)}) or " if names else ""
+            return f"a list of different experts, by {known}number in [0, {experts})"
         return None
 
 
@@ -104,11 +158,45 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_list_of_text(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
 
+
+def _are_experts(value: Any, experts: int | None, names: Sequence[str]) -> bool:
+    if not isinstance(value, (list, tuple)) or not value or len(set(map(str, value))) < len(value):
+        return False
+    return all(
+        item in names if isinstance(item, str) else _is_int(item) and 0 <= item < (experts or 0) for item in value
+    )
+
+
+def _choice(*values: str) -> tuple[str, Callable[[Any], bool]]:
+    return f"one of {', '.join(values)}", lambda value: value in values
+
+
+_BOOL: tuple[str, Callable[[Any], bool]] = ("a bool", lambda value: isinstance(value, bool))
+_COEFFICIENT: tuple[str, Callable[[Any], bool]] = (
+    "a number of at least 0",
+    lambda value: _is_number(value) and value >= 0,
+)
+_SIMPLE: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what is expected of a field, and whether a value is that
+    "router_type": _choice(*ROUTER_TYPES),
+    "router_pre_softmax": _BOOL,
+    "num_chunks": ("an integer of at least 1", lambda value: _is_int(value) and value >= 1),
+    "expert_capacity_factor": (
+        "a number above 0, or None",
+        lambda value: value is None or (_is_number(value) and value > 0),
+    ),
+    "router_grad": _choice("sparse", "dense"),
+    "router_selection_bias": _BOOL,
+    "router_aux_loss_coef": _COEFFICIENT,
+    "router_aux_loss_scope": _choice("micro_batch", "global_batch"),
+    "router_z_loss_coef": _COEFFICIENT,
+    "output_router_logits": _BOOL,
+    "mlp_bias": ("False: experts have no biases", lambda value: value is False),
+}
 
 BTXConfig.register_for_auto_class()

@@ -4,16 +4,15 @@ Legend: B batch, T tokens, N = B * T, H hidden, I intermediate, E experts, K exp
 V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.generation import GenerationMixin
-from transformers.integrations import use_experts_implementation
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -26,61 +25,35 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import can_return_tuple
 
 from .configuration_btx import BTXConfig
-
-
-@use_experts_implementation
-class BTXExperts(nn.Module):
-    """All experts of a layer in two tensors. The forward pass is the plain one; transformers swaps in faster ones."""
-
-    def __init__(self, config: BTXConfig):
-        super().__init__()
-        self.num_experts = config.num_local_experts
-        self.hidden_dim = config.hidden_size
-        self.intermediate_dim = config.intermediate_size
-        # gate rows, then up rows
-        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """[N, H], with the chosen experts and their weights, [N, K] each, to [N, H]."""
-        out = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
-            token, choice = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_out = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            out.index_add_(0, token, (expert_out * top_k_weights[token, choice, None]).to(out.dtype))
-        return out
-
-
-class BTXTopKRouting(nn.Module):
-    """`g = SoftMax(TopK(W x))`, section 3.2. It has no parameters: a LoRA on the gate changes what comes in here."""
-
-    def __init__(self, config: BTXConfig):
-        super().__init__()
-        self.config = config
-
-    def forward(self, router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Router logits [N, E] to weights [N, K] in float32, the logits again (recorded here), experts [N, K]."""
-        top_logits, top_experts = router_logits.float().topk(self.config.num_experts_per_tok, dim=-1)
-        return top_logits.softmax(dim=-1), router_logits, top_experts
+from .experts_btx import BTXExperts
+from .routing_btx import (
+    BTXRouterStatistics,
+    BTXRouting,
+    BTXTokenCount,
+    GlobalBatch,
+    RouterCall,
+    load_balancing_loss,
+    router_z_loss,
+)
 
 
 class BTXSparseMoeBlock(nn.Module):
     """`FF_MoE(x) = sum_i g_i(W x) FF_i(x)`, equation 1."""
 
-    def __init__(self, config: BTXConfig):
+    def __init__(self, config: BTXConfig, layer_idx: int):
         super().__init__()
+        self.config = config
         self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
-        self.routing = BTXTopKRouting(config)
+        self.routing = BTXRouting(config, layer_idx)
         self.experts = BTXExperts(config)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, router_call: RouterCall | None = None, with_statistics: bool = False
+    ) -> torch.Tensor:
         """[B, T, H] to [B, T, H]."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [N, H]
-        weights, _, experts = self.routing(self.gate(tokens))
+        call = router_call or RouterCall(self.config.num_experts_per_tok)
+        weights, _, experts = self.routing(self.gate(tokens), call, with_statistics)
         return self.experts(tokens, experts, weights).reshape(hidden_states.shape)
 
 
@@ -91,9 +64,22 @@ class BTXDecoderLayer(LlamaDecoderLayer):
         super(LlamaDecoderLayer, self).__init__()  # not Llama's own: it would build a dense block to throw away
         self.hidden_size = config.hidden_size
         self.self_attn = LlamaAttention(config=config, layer_idx=layer_idx)
-        self.mlp = BTXSparseMoeBlock(config)  # type: ignore[assignment]
+        self.mlp = BTXSparseMoeBlock(config, layer_idx)  # type: ignore[assignment]
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        router_call: RouterCall | None = None,
+        output_router_statistics: bool = False,
+        output_tokens_per_expert: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attention
+        block = self.mlp(self.post_attention_layernorm(hidden_states), router_call, output_router_statistics)
+        return hidden_states + block
 
 
 class BTXPreTrainedModel(LlamaPreTrainedModel):
@@ -104,10 +90,17 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
     _can_record_outputs = {
         "hidden_states": BTXDecoderLayer,
         "attentions": LlamaAttention,
-        "router_logits": BTXTopKRouting,
+        "router_logits": BTXRouting,
+        "router_statistics": BTXRouterStatistics,  # returns one tensor, which is recorded whole; so does the next
+        "tokens_per_expert": BTXTokenCount,
     }
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     # Otherwise inherited from whatever Llama was built before in this process: a Llama has no experts to set.
     _can_set_experts_implementation_cached_value = True
+
+    def __init__(self, config: BTXConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        self._global_batch = GlobalBatch()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -115,6 +108,117 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         if isinstance(module, BTXExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
             init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, BTXRouting):
+            for name, buffer in module.named_buffers(recurse=False):
+                (init.ones_ if name == "temperature" else init.zeros_)(buffer)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own.
+
+        Raises:
+            ValueError: quantisation that would pass over the experts, which are most of the model. transformers
+                quantises `nn.Linear`; the experts are fused tensors.
+        """
+        requested = kwargs.get("quantization_config")
+        method = requested.get("quant_method") if isinstance(requested, dict) else requested
+        _refuse_partial_quantization(getattr(method, "quant_method", method))
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if getattr(model, "is_quantized", False):
+            plain = any(isinstance(module, BTXExperts) and module.is_plain for module in model.modules())
+            if plain:
+                _refuse_partial_quantization(model.quantization_method, ())
+        return loaded
+
+    def set_active_experts(self, experts: Sequence[str | int] | None, save: bool = False) -> None:
+        """Switches experts off: from now on tokens are only sent to these, and the weights of the rest renormalise.
+
+        Args:
+            experts: names of `config.expert_names` or numbers; None for all.
+            save: whether `save_pretrained` keeps the choice, in `config.active_experts`.
+
+        Raises:
+            ValueError: an expert that there is not, or none.
+        """
+        self.config.expert_numbers(experts)
+        decoder: Any = self.base_model
+        decoder.active_experts = experts
+        if save:
+            self.config.active_experts = experts if experts is None else list(experts)
+
+    def set_router_temperature(self, temperature: float) -> None:
+        """Temperature of the Gumbel-softmax in training, above 0. A state of the run: it is not saved.
+
+        Raises:
+            ValueError: the routing is not `sample_top_1`.
+        """
+        if self.config.router_type != "sample_top_1":
+            raise ValueError(f"router_type is {self.config.router_type!r}; only sample_top_1 has a temperature.")
+        for routing in self._routings():
+            if routing.router_type == "sample_top_1":
+                routing.temperature.fill_(temperature)
+
+    @torch.no_grad()
+    def update_router_bias(self, speed: float = 1e-3) -> None:
+        """Balancing without a loss (arXiv 2408.15664, algorithm 1): to be called after each optimizer step.
+
+        Experts that got less than the mean of the tokens since the last call, on all ranks, are ranked higher by
+        `speed`, the others lower.
+
+        Raises:
+            ValueError: the config does not have `router_selection_bias`.
+        """
+        if not self.config.router_selection_bias:
+            raise ValueError("router_selection_bias is False; load the model with router_selection_bias=True.")
+        decoder: Any = self.base_model
+        if decoder.tokens_per_expert is None:
+            return
+        load, decoder.tokens_per_expert = decoder.tokens_per_expert, None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(load)
+        active = self.config.expert_numbers(decoder.active_experts)
+        load = load[:, active]
+        for routing, step in zip(self._routings(), (load.mean(dim=-1, keepdim=True) - load).sign(), strict=True):
+            bias = routing.e_score_correction_bias
+            bias[active] += speed * step.to(bias.device)
+
+    def _routings(self) -> list[BTXRouting]:
+        return [module for module in self.modules() if isinstance(module, BTXRouting)]
+
+    @property
+    def _trains_routers(self) -> bool:
+        return self.training and bool(self.config.router_aux_loss_coef or self.config.router_z_loss_coef)
+
+    def _router_losses(
+        self,
+        statistics: list[torch.Tensor],
+        attention_mask: torch.Tensor | None,
+        shape: torch.Size,
+        targets: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The balancing loss as it is, and what joins the loss in training: with coefficients, and scaled by this
+        micro-batch's part of an accumulated batch, so that the parts' losses add up to one mean.
+
+        Args:
+            statistics: the layers', L tensors [2A + 1].
+            shape: B, T of the tokens.
+            targets: the labels that are predicted, -100 where none.
+            num_items_in_batch: how many those are in all micro-batches together.
+        """
+        stacked = torch.stack([layer.to(statistics[0].device) for layer in statistics])
+        labelled = None if targets is None or num_items_in_batch is None else (targets != -100).sum()
+        global_means = None
+        if self.config.router_aux_loss_scope == "global_batch" and self.training:
+            real = _real_tokens(attention_mask, shape[1])
+            tokens = stacked.new_tensor(shape.numel()) if real is None else real.sum().to(stacked)
+            global_means = self._global_batch.means(stacked, tokens, labelled, num_items_in_batch)
+        aux_loss = load_balancing_loss(stacked, global_means)
+        added = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * router_z_loss(stacked)
+        if labelled is not None and num_items_in_batch is not None:
+            added = added * (labelled / num_items_in_batch).to(added.device)
+        return aux_loss, added
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         """Every way of switching checkpointing on ends here.
@@ -134,7 +238,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
 
 
 class BTXModel(BTXPreTrainedModel, LlamaModel):
-    """The decoder without a head. Its forward pass is `LlamaModel`'s."""
+    """The decoder without a head. Its forward pass is `LlamaModel`'s, with more said to the routers."""
 
     def __init__(self, config: BTXConfig):
         super(LlamaModel, self).__init__(config)  # the layers are of another class than Llama's
@@ -145,7 +249,72 @@ class BTXModel(BTXPreTrainedModel, LlamaModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.active_experts: Sequence[str | int] | None = config.active_experts
+        self.tokens_per_expert: torch.Tensor | None = None  # [L, E], since the selection bias was last updated
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        num_experts_per_tok: int | None = None,
+        active_experts: Sequence[str | int] | None = None,
+        statistics: "list[torch.Tensor] | None" = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As `LlamaModel.forward`, with `router_logits` on request.
+
+        Args:
+            num_experts_per_tok: K for this call; the config's where not given.
+            active_experts: names or numbers of the experts that this call may use; those of `set_active_experts`
+                where not given.
+            statistics: a list that gets the layers' router statistics, see `BTXRouterStatistics`.
+        """
+        inputs = inputs_embeds if input_ids is None else input_ids
+        if inputs is not None:  # otherwise LlamaModel says what is wrong
+            kwargs["router_call"] = self._router_call(inputs, attention_mask, num_experts_per_tok, active_experts)
+        count_tokens = self.training and self.config.router_selection_bias
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_statistics=statistics is not None,
+            output_tokens_per_expert=count_tokens,
+            **kwargs,
+        )
+        if count_tokens:  # here, where a layer that is recomputed in the backward pass does not come again
+            counts = torch.stack([layer.to(self.device) for layer in outputs["tokens_per_expert"]])
+            self.tokens_per_expert = counts if self.tokens_per_expert is None else self.tokens_per_expert + counts
+        if statistics is not None:
+            statistics.extend(outputs["router_statistics"])
+        return outputs
+
+    def _router_call(
+        self,
+        inputs: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        num_experts_per_tok: int | None,
+        active_experts: Sequence[str | int] | None,
+    ) -> RouterCall:
+        if num_experts_per_tok is None:
+            num_experts_per_tok = self.config.num_experts_per_tok
+        else:
+            self.config.check("num_experts_per_tok", num_experts_per_tok)
+        experts = self.active_experts if active_experts is None else active_experts
+        active = None
+        if experts is not None:
+            active = torch.tensor(self.config.expert_numbers(experts), device=inputs.device)
+        share = _real_tokens(attention_mask, inputs.shape[1])
+        if share is not None:
+            share = share / share.sum().clamp(min=1)
+        return RouterCall(num_experts_per_tok, active, share)
 
 
 class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
@@ -174,6 +343,8 @@ class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        num_experts_per_tok: int | None = None,
+        active_experts: Sequence[str | int] | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
@@ -181,10 +352,14 @@ class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
 
         In training with `labels`, `router_aux_loss_coef * aux_loss` is part of `loss`, whether or not
         `output_router_logits` is set. In evaluation `loss` is the language model's alone.
+
+        Args:
+            num_experts_per_tok, active_experts: for this call, see `BTXModel.forward`. `generate` takes them too.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        coef = self.config.router_aux_loss_coef if self.training and labels is not None else 0
+        in_loss = labels is not None and self._trains_routers
+        statistics: list[torch.Tensor] | None = [] if in_loss or output_router_logits else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -192,24 +367,28 @@ class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=output_router_logits or coef != 0,
+            output_router_logits=output_router_logits,
+            num_experts_per_tok=num_experts_per_tok,
+            active_experts=active_experts,
+            statistics=statistics,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept, :])
-        router_logits = outputs.get("router_logits")
 
         loss, aux_loss = None, None
-        if router_logits is not None:
-            mask = _token_mask(attention_mask, hidden_states)
-            aux_loss = load_balancing_loss(router_logits, self.config.num_experts_per_tok, mask)
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if coef and aux_loss is not None:
-                share = _share_of_batch(labels, kwargs.get("num_items_in_batch"))
-                loss = loss + coef * share * aux_loss.to(loss.device)
-
+        if statistics:
+            targets = kwargs.get("shift_labels")
+            if targets is None and labels is not None:
+                targets = labels[:, 1:]
+            aux_loss, added = self._router_losses(
+                statistics, attention_mask, hidden_states.shape[:2], targets, kwargs.get("num_items_in_batch")
+            )
+            if loss is not None and self.training:
+                loss = loss + added.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -217,49 +396,85 @@ class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=router_logits if output_router_logits else None,
+            router_logits=outputs.get("router_logits"),
         )
 
 
-def load_balancing_loss(
-    router_logits: tuple[torch.Tensor, ...], num_experts_per_tok: int, token_mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The paper's balancing loss without its coefficient: `sum over layers of E * sum_i u_i p_i`, section 3.2.
+class _WithRouterLosses(BTXPreTrainedModel):
+    """A classification head of transformers, whose loss in training is joined by the routers'."""
 
-    u_i is the mean over the tokens of the gate weight g_i (0 for experts that were not chosen), p_i the mean of
-    SoftMax_i(W x). 1 per layer at balance, up to E at collapse. Not transformers' loss for Mixtral, which pools
-    the layers and counts choices instead of weighing them.
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        statistics: list[torch.Tensor] | None = [] if labels is not None and self._trains_routers else None
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            statistics=statistics,
+            return_dict=True,
+            **kwargs,
+        )
+        if statistics:
+            inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
+            outputs.loss = outputs.loss + self._router_losses(statistics, attention_mask, inputs.shape[:2])[1]
+        return outputs
 
-    Args:
-        router_logits: per layer, [N, E].
-        num_experts_per_tok: K.
-        token_mask: [N], 0 where a token is padding and does not count; None where all do.
-    """
-    total = router_logits[0].new_zeros((), dtype=torch.float32)
-    for logits in router_logits:
-        logits = logits.float()
-        top_logits, top_experts = logits.topk(num_experts_per_tok, dim=-1)
-        gates = torch.zeros_like(logits).scatter(-1, top_experts, top_logits.softmax(dim=-1))  # [N, E]
-        weight = logits.new_ones(len(logits)) if token_mask is None else token_mask.to(logits)
-        weight = weight / weight.sum().clamp(min=1)
-        layer = logits.shape[-1] * ((weight @ gates) * (weight @ logits.softmax(dim=-1))).sum()
-        total = total + layer.to(total.device)
-    return total
+
+class BTXForSequenceClassification(_WithRouterLosses, GenericForSequenceClassification, BTXPreTrainedModel):
+    """`BTXModel` with a linear head on the last token that is no padding: [B, num_labels]."""
+
+    def __init__(self, config: BTXConfig):
+        BTXPreTrainedModel.__init__(self, config)  # not the head's own: it would look the base model up by AutoModel
+        self.num_labels: int = config.num_labels or 2
+        self.model = BTXModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()
 
 
-def _token_mask(attention_mask: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor | None:
-    """[N], which of this call's tokens are no padding; from a mask [B, past + T]. Other masks do not tell."""
+class BTXForTokenClassification(_WithRouterLosses, GenericForTokenClassification, BTXPreTrainedModel):
+    """`BTXModel` with a linear head on each token: [B, T, num_labels]."""
+
+    def __init__(self, config: BTXConfig):
+        BTXPreTrainedModel.__init__(self, config)
+        self.num_labels: int = config.num_labels or 2
+        self.model = BTXModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
+        self.post_init()
+
+
+def _real_tokens(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """[N], 1 for each of this call's tokens that is no padding, from a mask [B, past + T]. Other masks do not tell."""
     if attention_mask is None or attention_mask.ndim != 2:
         return None
-    return attention_mask[:, -hidden_states.shape[1] :].reshape(-1)
+    return attention_mask[:, -length:].reshape(-1).float()
 
 
-def _share_of_batch(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
-    """This micro-batch's part of an accumulated batch, so that the parts' losses add up to one mean."""
-    if num_items_in_batch is None:
-        return 1.0
-    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+def _refuse_partial_quantization(method: Any, able: tuple[str, ...] = ("torchao", "fp8")) -> None:
+    name = getattr(method, "value", method)
+    if name is not None and name not in able:
+        raise ValueError(
+            f"Quantisation by {name} would leave the experts as they are, which are most of the model: it "
+            "reaches nn.Linear only, and experts are fused tensors. Load the model in bfloat16, or use torchao with "
+            "a FqnToConfig that names mlp.experts.gate_up_proj and mlp.experts.down_proj."
+        )
 
 
 BTXModel.register_for_auto_class("AutoModel")
 BTXForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+BTXForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+BTXForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

@@ -22,8 +22,10 @@ AUTO_MAP = {
     "AutoConfig": "configuration_btx.BTXConfig",
     "AutoModel": "modeling_btx.BTXModel",
     "AutoModelForCausalLM": "modeling_btx.BTXForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_btx.BTXForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_btx.BTXForTokenClassification",
 }
-MODEL_CODE = {"configuration_btx.py", "modeling_btx.py"}
+MODEL_CODE = {"configuration_btx.py", "experts_btx.py", "modeling_btx.py", "routing_btx.py"}
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,7 @@ RECIPE_OPTIONS = {
     *("--recipe", "--seed", "--expert", "--weight", "--base", "--seed-expert", "--no-seed-expert"),
     *("--combine", "--density", "--scale", "--expert-mode", "--num-chunks", "--fold-norms", "--router-init"),
     *("--router-std", "--random-seed", "--num-experts-per-tok", "--router-aux-loss-coef", "--dtype"),
+    *("--router-type", "--router-pre-softmax"),
     *("--max-shard-size", "--tokenizer-source", "--untie", "--allow-nonfinite", "--allow-unrelated"),
 }
 OPTIONS = {

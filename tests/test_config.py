@@ -12,7 +12,7 @@ import pytest
 import transformers
 from btx_merge.modeling import BTXConfig
 
-from btx_merge.files import model_code_folder
+from btx_merge.files import MODEL_CODE, model_code_folder
 
 BAD = [
     ("num_local_experts", 0, "an integer of at least"),
@@ -25,8 +25,16 @@ BAD = [
     ("num_experts_per_tok", 2.0, "an integer in [1, 4], the number of experts"),
     ("num_experts_per_tok", True, "an integer in [1, 4], the number of experts"),
     ("num_experts_per_tok", "2", "an integer in [1, 4], the number of experts"),
-    ("router_type", "top-k", "one of top_k"),
-    ("router_type", None, "one of top_k"),
+    ("router_type", "top-k", "one of top_k, switch, soft, sample_top_1"),
+    ("router_type", None, "one of top_k, switch, soft, sample_top_1"),
+    *((key, value, "") for key in ("router_pre_softmax", "router_selection_bias") for value in (1, None, "true")),
+    *(("num_chunks", value, "") for value in (0, -2, 1.0, True, None, "2")),
+    *(("expert_capacity_factor", value, "") for value in (0, -1.5, float("nan"), float("inf"), "1.5", True)),
+    *(("router_z_loss_coef", value, "a number of at least 0") for value in (-0.1, float("nan"), "0", True, None)),
+    *(("router_grad", value, "one of sparse, dense") for value in ("full", True, None)),
+    *(("router_aux_loss_scope", value, "one of micro_batch, global_batch") for value in ("global", None)),
+    *(("active_experts", value, "") for value in ([], "a", 1, ["a"], [4], [-1], [1, 1], [True], [0.0], [None])),
+    ("mlp_bias", True, ""),
     ("router_aux_loss_coef", -0.01, "a number of at least 0"),
     ("router_aux_loss_coef", float("nan"), "a number of at least 0"),
     ("router_aux_loss_coef", float("inf"), "a number of at least 0"),
@@ -105,10 +113,49 @@ OWN_DEFAULTS = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "router_type": "top_k",
+    "router_pre_softmax": False,
+    "num_chunks": 1,
+    "expert_capacity_factor": 1.5,
+    "router_z_loss_coef": 0.0,
+    "router_grad": "sparse",
+    "router_selection_bias": False,
+    "router_aux_loss_scope": "micro_batch",
+    "active_experts": None,
     "router_aux_loss_coef": 0.01,
     "output_router_logits": False,
     "expert_names": None,
 }
+
+
+@pytest.mark.parametrize("router_type", ["top_k", "switch", "soft", "sample_top_1"])
+def test_every_field_travels(tmp_path, router_type):
+    values = {
+        "router_type": router_type,
+        "router_pre_softmax": True,
+        "num_chunks": 2,
+        "expert_capacity_factor": None,
+        "router_z_loss_coef": 0.001,
+        "router_grad": "dense",
+        "router_selection_bias": True,
+        "router_aux_loss_scope": "global_batch",
+        "expert_names": ["a", "b", "c", "d"],
+        "active_experts": ["d", "b"],
+    }
+    config = BTXConfig(**values)
+    assert {key: getattr(config, key) for key in values} == values
+    config.save_pretrained(tmp_path)
+    loaded = BTXConfig.from_pretrained(tmp_path)
+    assert {key: getattr(loaded, key) for key in values} == values
+    assert copy.deepcopy(config).to_dict() == config.to_dict()
+
+
+def test_active_experts_by_name_or_index_are_among_the_experts():
+    names = ["a", "b", "c", "d"]
+    assert BTXConfig(expert_names=names, active_experts=["b"]).active_experts == ["b"]
+    assert BTXConfig(expert_names=names, active_experts=[3, 0]).active_experts == [3, 0]
+    assert BTXConfig(active_experts=[3]).active_experts == [3]
+    with pytest.raises(ValueError, match=r"^active_experts is \['e'\]; expected .*a, b, c, d"):
+        BTXConfig(expert_names=names, active_experts=["e"])
 
 
 def test_num_experts_is_another_name():
@@ -141,7 +188,7 @@ def test_save_and_load(tmp_path):
         BTXConfig.from_pretrained(tmp_path, num_experts_per_tok=4)
 
 
-@pytest.mark.parametrize("name", ["configuration_btx.py", "modeling_btx.py"])
+@pytest.mark.parametrize("name", MODEL_CODE)
 def test_the_code_that_travels_needs_torch_and_transformers_only(name):
     """Where a checkpoint is downloaded, nothing else may be there; not einops, and not this package."""
     tree = ast.parse((model_code_folder() / name).read_text())
@@ -152,8 +199,8 @@ def test_the_code_that_travels_needs_torch_and_transformers_only(name):
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             imported.add(node.module.split(".")[0])
         elif isinstance(node, ast.ImportFrom):
-            assert node.module == "configuration_btx"  # a file beside it, which transformers copies too
-    assert imported <= {"math", "typing", "torch", "transformers"}
+            assert f"{node.module}.py" in MODEL_CODE  # a file beside it, which travels too
+    assert imported <= {"collections", "math", "typing", "torch", "transformers"}
 
 
 def test_no_isinstance_of_the_config():

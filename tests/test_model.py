@@ -1,20 +1,17 @@
-"""What the model computes, against a slow reference made of loops and against transformers' Mixtral.
+"""What the model computes, against the slow reference and against transformers' Mixtral.
 
 Legend: B batch, T tokens, N = B * T, H hidden, E experts, K experts per token, L layers, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from btx_merge.modeling import BTXConfig, BTXForCausalLM
-from btx_merge.modeling.modeling_btx import load_balancing_loss
+from btx_merge.modeling import BTXForCausalLM
 from transformers import MixtralConfig, MixtralForCausalLM
 
-EXPERTS = 4
-IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
+from tests.models import EXPERTS, IMPLEMENTATIONS, slow_logits, tiny_btx, tokens, weights_of
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -23,120 +20,6 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-
-
-def tiny_btx(**changes) -> BTXForCausalLM:
-    """Weights large enough for every part to matter: logits of about 1, gates that decide, experts that differ."""
-    values = {
-        "vocab_size": 61,
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-        "num_local_experts": EXPERTS,
-        "num_experts_per_tok": 2,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    torch.manual_seed(0)
-    model = BTXForCausalLM(BTXConfig(**{**values, **changes})).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
-
-
-def tokens(batch: int = 2, length: int = 11) -> torch.Tensor:
-    return torch.randint(3, 61, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-# --- the slow reference: one token, one head, one expert at a time, in float64 ---------------------------------
-
-
-def slow_logits(config: BTXConfig, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    """Logits [B, T, V] of Llama with section 3.2's layer in place of its feed-forward block."""
-    return torch.stack([slow_sequence(config, weights, row) for row in ids])
-
-
-def slow_sequence(config: BTXConfig, weights: dict[str, torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    hidden = [weights["model.embed_tokens.weight"][token] for token in ids]
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-        normed = [rms_norm(config, x, own["input_layernorm.weight"]) for x in hidden]
-        hidden = [x + a for x, a in zip(hidden, slow_attention(config, own, normed), strict=True)]
-        normed = [rms_norm(config, x, own["post_attention_layernorm.weight"]) for x in hidden]
-        hidden = [x + slow_experts(config, own, y) for x, y in zip(hidden, normed, strict=True)]
-    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-    return torch.stack([head @ rms_norm(config, x, weights["model.norm.weight"]) for x in hidden])
-
-
-def rms_norm(config: BTXConfig, x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    return gamma * x / torch.sqrt((x * x).mean() + config.rms_norm_eps)
-
-
-def slow_attention(config: BTXConfig, own: dict[str, torch.Tensor], xs: list[torch.Tensor]) -> list[torch.Tensor]:
-    size = config.head_dim
-    groups = config.num_attention_heads // config.num_key_value_heads
-
-    def project(name: str, x: torch.Tensor) -> torch.Tensor:
-        return own[f"self_attn.{name}.weight"] @ x + own.get(f"self_attn.{name}.bias", 0)
-
-    def rotate(x: torch.Tensor, position: int) -> torch.Tensor:  # pairs (i, i + size / 2)
-        frequency = [10000.0 ** (-2 * i / size) for i in range(size // 2)]
-        if config.rope_parameters["rope_type"] == "llama3":
-            frequency = [llama3(f) for f in frequency]
-        cos = torch.tensor([math.cos(position * f) for f in frequency], dtype=x.dtype)
-        sin = torch.tensor([math.sin(position * f) for f in frequency], dtype=x.dtype)
-        first, second = x[: size // 2], x[size // 2 :]
-        return torch.cat([first * cos - second * sin, second * cos + first * sin])
-
-    def llama3(frequency: float) -> float:
-        length = 2 * math.pi / frequency
-        if length < 16 / 4:
-            return frequency
-        if length > 16 / 1:
-            return frequency / 4
-        share = (16 / length - 1) / (4 - 1)
-        return (1 - share) * frequency / 4 + share * frequency
-
-    out = []
-    for t, x in enumerate(xs):
-        heads = []
-        for head in range(config.num_attention_heads):
-            shared = head // groups
-            query = rotate(project("q_proj", x)[head * size : (head + 1) * size], t)
-            scores, values = [], []
-            for s in range(t + 1):
-                key = rotate(project("k_proj", xs[s])[shared * size : (shared + 1) * size], s)
-                values.append(project("v_proj", xs[s])[shared * size : (shared + 1) * size])
-                scores.append(query @ key / math.sqrt(size))
-            weight = torch.softmax(torch.stack(scores), 0)
-            heads.append(sum(w * v for w, v in zip(weight, values, strict=True)))
-        out.append(project("o_proj", torch.cat(heads)))
-    return out
-
-
-def slow_experts(config: BTXConfig, own: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    logits = own["mlp.gate.weight"] @ x
-    chosen = sorted(range(len(logits)), key=lambda e: -logits[e].item())[: config.num_experts_per_tok]
-    total = sum(torch.exp(logits[e]) for e in chosen)
-    out = torch.zeros_like(x)
-    for e in chosen:
-        gate, up = own["mlp.experts.gate_up_proj"][e].chunk(2)
-        gated = gate @ x
-        block = own["mlp.experts.down_proj"][e] @ (gated * torch.sigmoid(gated) * (up @ x))
-        out = out + torch.exp(logits[e]) / total * block
-    return out
-
-
-def weights_of(model: BTXForCausalLM) -> dict[str, torch.Tensor]:
-    return {name: value.detach().double().requires_grad_() for name, value in model.named_parameters()}
-
 
 VARIANTS = {
     "top 2": {},
@@ -192,167 +75,6 @@ def test_parity_with_mixtral(experts_per_token, tied):
         model.generate(ids[:, :5], max_new_tokens=8, do_sample=False),
         theirs.generate(ids[:, :5], max_new_tokens=8, do_sample=False),
     )
-
-
-# --- the balancing loss ----------------------------------------------------------------------------------------
-
-
-def slow_balancing_loss(layers: list[torch.Tensor], per_token: int, mask: list[int]) -> torch.Tensor:
-    """alpha * E * sum_i u_i p_i without alpha, token by token and expert by expert (section 3.2)."""
-    total = torch.zeros((), dtype=torch.float64)
-    for logits in layers:
-        real = [row for row, keep in zip(logits, mask, strict=True) if keep]
-        experts = logits.shape[1]
-        u, p = [0.0] * experts, [0.0] * experts
-        for row in real:
-            chosen = sorted(range(experts), key=lambda e: -row[e].item())[:per_token]
-            in_chosen, in_all = sum(row[e].exp() for e in chosen), sum(row[e].exp() for e in range(experts))
-            for e in range(experts):
-                u[e] = u[e] + (row[e].exp() / in_chosen if e in chosen else 0) / len(real)
-                p[e] = p[e] + row[e].exp() / in_all / len(real)
-        total = total + experts * sum(u[e] * p[e] for e in range(experts))
-    return total
-
-
-@pytest.mark.parametrize("per_token", [1, 2, 3, 4])
-@pytest.mark.parametrize("mask", [None, [1] * 7, [1, 1, 0, 1, 0, 0, 1], [0, 0, 0, 0, 0, 0, 1]])
-def test_balancing_loss_against_the_slow_reference(per_token, mask):
-    generator = torch.Generator().manual_seed(per_token)
-    layers = [torch.randn(7, EXPERTS, generator=generator, requires_grad=True) for _ in range(3)]
-    slow = [logits.detach().double().requires_grad_() for logits in layers]
-    ours = load_balancing_loss(tuple(layers), per_token, None if mask is None else torch.tensor(mask))
-    expected = slow_balancing_loss(slow, per_token, mask or [1] * 7)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours.double(), expected, atol=0, rtol=1e-6)  # a few roundings of float32
-    ours.backward()
-    expected.backward()
-    for mine, reference in zip(layers, slow, strict=True):
-        torch.testing.assert_close(mine.grad.double(), reference.grad, atol=1e-7, rtol=1e-5)
-        assert reference.grad.abs().max() > 0
-        for row, keep in zip(mine.grad, mask or [1] * 7, strict=True):
-            assert keep or not row.any()
-
-
-@pytest.mark.parametrize("per_token", [1, 2, 3, 4])
-def test_balancing_loss_is_1_per_layer_at_balance(per_token):
-    """Every expert is first, second, ... equally often. For each K, not K itself as with Mixtral's loss."""
-    turns = torch.tensor([[3.0, 1.0, -0.5, -2.0]]).repeat(4, 1)
-    balanced = torch.stack([row.roll(shift) for shift, row in enumerate(turns)])
-    assert load_balancing_loss((balanced,), per_token).item() == pytest.approx(1, abs=1e-6)
-    assert load_balancing_loss((balanced, balanced.flip(0)), per_token).item() == pytest.approx(2, abs=1e-6)
-
-
-def test_balancing_loss_at_collapse():
-    """Every token to expert 2 with certainty: E. With K equal shares of it, still above balance."""
-    collapsed = torch.zeros(5, EXPERTS)
-    collapsed[:, 2] = 50
-    assert load_balancing_loss((collapsed,), 1).item() == pytest.approx(EXPERTS, abs=1e-5)
-    assert load_balancing_loss((collapsed,) * 3, 2).item() == pytest.approx(3 * EXPERTS, abs=1e-5)
-
-
-def test_balancing_loss_of_bf16_logits_is_computed_in_float32():
-    logits = torch.randn(1000, EXPERTS, generator=torch.Generator().manual_seed(0)).bfloat16()
-    ours = load_balancing_loss((logits,), 2)
-    assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, load_balancing_loss((logits.float(),), 2), atol=0, rtol=0)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_does_not_count(side):
-    """Logits, loss and balancing loss of a padded batch are those of its sequences alone."""
-    model = tiny_btx(pad_token_id=0).train()
-    long, short = tokens(1, 11), tokens(1, 7)
-    padding = torch.zeros(1, 4, dtype=torch.long)
-    padded, real = {
-        "left": (torch.cat([padding, short], 1), slice(4, 11)),
-        "right": (torch.cat([short, padding], 1), slice(0, 7)),
-    }[side]
-    ids, mask = torch.cat([long, padded]), torch.ones(2, 11, dtype=torch.long)
-    mask[1] = 0
-    mask[1, real] = 1
-    out = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), output_router_logits=True)
-    alone = [model(sequence, output_router_logits=True) for sequence in (long, short)]
-    torch.testing.assert_close(out.logits[1, real], alone[1].logits[0], atol=1e-5, rtol=0)
-    layers = [torch.cat(pair) for pair in zip(*(one.router_logits for one in alone), strict=True)]
-    expected = slow_balancing_loss([layer.double() for layer in layers], 2, [1] * 18)
-    torch.testing.assert_close(out.aux_loss.double(), expected, atol=0, rtol=1e-5)
-    assert [tuple(layer.shape) for layer in out.router_logits] == [(22, EXPERTS)] * 2
-    unmasked = load_balancing_loss(out.router_logits, 2)
-    assert (unmasked - out.aux_loss).abs() > 1e-3  # it would have counted
-
-
-def test_the_mask_of_a_continued_sequence_is_the_last_tokens_part():
-    """With a cache the mask covers what came before too; the router has seen the new tokens only."""
-    model = tiny_btx(pad_token_id=0)
-    ids = torch.cat([torch.cat([torch.zeros(1, 4, dtype=torch.long), tokens(1, 7)], 1), tokens(1, 11)])
-    mask = (ids != 0).long()
-    with torch.no_grad():
-        cache = model(ids[:, :2], attention_mask=mask[:, :2], use_cache=True).past_key_values
-        out = model(ids[:, 2:], attention_mask=mask, past_key_values=cache, output_router_logits=True)
-    expected = slow_balancing_loss([layer.double() for layer in out.router_logits], 2, [0, 0] + [1] * 16)
-    torch.testing.assert_close(out.aux_loss.double(), expected, atol=0, rtol=1e-5)
-
-
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-
-
-@pytest.mark.parametrize("requested", [None, False, True])
-@pytest.mark.parametrize("in_config", [False, True])
-def test_balancing_joins_the_loss_in_training_whatever_is_put_out(requested, in_config):
-    model = tiny_btx(router_aux_loss_coef=0.5, output_router_logits=in_config)
-    ids = tokens()
-    evaluated = model(ids, labels=ids, output_router_logits=requested)
-    plain = cross_entropy(evaluated.logits, ids)
-    torch.testing.assert_close(evaluated.loss, plain, atol=1e-6, rtol=0)  # never in evaluation
-
-    model.train()
-    trained = model(ids, labels=ids, output_router_logits=requested)
-    balancing = load_balancing_loss(model(ids, output_router_logits=True).router_logits, 2)
-    assert balancing > 2
-    torch.testing.assert_close(trained.loss, plain + 0.5 * balancing, atol=1e-5, rtol=0)
-    shown = in_config if requested is None else requested
-    assert (trained.router_logits is not None) == shown
-    assert (evaluated.router_logits is not None) == shown
-    assert model(ids, output_router_logits=requested).loss is None  # nor without labels
-
-
-def test_balancing_trains_the_routers_only_with_a_coefficient():
-    ids = tokens()
-    gradients = {}
-    for coefficient in (0.0, 0.01, 1.0):
-        model = tiny_btx(router_aux_loss_coef=coefficient).train()
-        loss = model(ids, labels=ids).loss
-        loss.backward()
-        gradients[coefficient] = model.model.layers[0].mlp.gate.weight.grad
-        if coefficient == 0:
-            torch.testing.assert_close(loss, cross_entropy(model(ids).logits, ids), atol=1e-6, rtol=0)
-            assert model(ids, labels=ids).aux_loss is None  # and costs nothing
-    added = gradients[1.0] - gradients[0.0]
-    assert added.abs().max() > 1e-4
-    torch.testing.assert_close(gradients[0.01] - gradients[0.0], 0.01 * added, atol=1e-6, rtol=1e-3)
-
-
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_accumulated_micro_batches_are_the_token_weighted_mean(as_tensor):
-    """As Trainer calls it: every part divides by the number of labelled tokens in all parts."""
-    model = tiny_btx(router_aux_loss_coef=0.3).train()
-    ids = tokens(2, 11)
-    parts = [(ids[:1], ids[:1].clone()), (ids[1:], ids[1:].clone())]
-    parts[1][1][:, :8] = -100
-    counts = [10, 3]  # labels that are predicted
-    separate = [model(part, labels=labels) for part, labels in parts]
-    expected = sum(count / 13 * out.loss for count, out in zip(counts, separate, strict=True))
-    expected.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    items = torch.tensor(13) if as_tensor else 13
-    together = [model(part, labels=labels, num_items_in_batch=items).loss for part, labels in parts]
-    torch.testing.assert_close(sum(together), expected, atol=1e-6, rtol=0)
-    for loss in together:
-        loss.backward()
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-4)
 
 
 # --- checkpointing ---------------------------------------------------------------------------------------------
@@ -460,8 +182,12 @@ def test_another_number_of_experts_per_token_takes_effect_on_a_loaded_model(tmp_
             expected = slow_logits(model.config, weights_of(model), ids)
             torch.testing.assert_close(model(ids).logits.double(), expected, atol=1e-4, rtol=0)
         at_load = BTXForCausalLM.from_pretrained(tmp_path, num_experts_per_tok=1)
+        with_all = model.generate(ids, max_new_tokens=6, do_sample=False)
         model.config.num_experts_per_tok = 1
         torch.testing.assert_close(at_load(ids).logits, model(ids).logits)
+        generated = model.generate(ids, max_new_tokens=6, do_sample=False)
+        torch.testing.assert_close(at_load.generate(ids, max_new_tokens=6, do_sample=False), generated)
+        assert generated.shape != with_all.shape or not torch.equal(generated, with_all)
 
 
 @pytest.mark.parametrize("tied", [False, True])

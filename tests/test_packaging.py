@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import btx_merge
+from btx_merge.files import MODEL_CODE
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
@@ -137,6 +138,7 @@ def test_wheel(wheel):
 SCRIPT = """
 import importlib.util, json, sys
 import btx_merge
+from btx_merge.files import MODEL_CODE
 from btx_merge import MergeRecipe, merge
 from btx_merge.files import model_code_folder
 merge(MergeRecipe(sys.argv[1], {"code": sys.argv[2]}), "out")
@@ -166,7 +168,7 @@ def test_the_installed_wheel_merges_and_loads(installed, family, tmp_path):
     }
     modeling = str(installed / "btx_merge" / "modeling" / "modeling_btx.py")
     assert after == ["btx_merge.modeling.modeling_btx", modeling]
-    for name in ("configuration_btx.py", "modeling_btx.py"):
+    for name in MODEL_CODE:
         assert (tmp_path / "out" / name).read_bytes() == (ROOT / "modeling" / name).read_bytes()
 
 

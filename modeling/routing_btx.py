@@ -1,0 +1,245 @@
+"""Who goes where: the routings of Branch-Train-MiX (arXiv 2403.07816), and the losses that keep routers in order.
+
+Legend: N tokens, E experts, A active experts (all, unless some are switched off), K experts per token, L layers.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .configuration_btx import BTXConfig
+
+
+class RouterCall(NamedTuple):
+    """What one forward pass tells every router."""
+
+    num_experts_per_tok: int
+    active: torch.Tensor | None = None
+    """[A], the experts that may be chosen; None for all."""
+    token_share: torch.Tensor | None = None
+    """[N], what each token counts in means over tokens, 0 for padding; None where all count the same."""
+
+
+class BTXRouterStatistics(nn.Module):
+    """What the router losses need of a layer, and no more, so that no router logits are kept for them."""
+
+    def __init__(self, config: BTXConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self,
+        scores: torch.Tensor,
+        probabilities: torch.Tensor | None,
+        weights: torch.Tensor,
+        chosen: torch.Tensor,
+        token_share: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[2A + 1]: mean gate weights u, mean probabilities p, mean squared log-sum-exp of the scores.
+
+        Args:
+            scores: router logits of the active experts, [N, A].
+            probabilities: their softmax where it is at hand.
+            weights, chosen: of the experts that each token is sent to, [N, K].
+            token_share: of `RouterCall`.
+        """
+        if token_share is None:
+            token_share = scores.new_full(scores.shape[:1], 1 / len(scores))
+        gates = weights
+        if weights.shape != scores.shape:
+            gates = torch.zeros_like(scores).scatter(-1, chosen, weights)
+        if probabilities is None:
+            probabilities = scores.softmax(dim=-1)
+        squared = scores.new_zeros(1)
+        if self.config.router_z_loss_coef:
+            squared = (token_share @ scores.logsumexp(dim=-1).square())[None]
+        return torch.cat([token_share @ gates, token_share @ probabilities, squared])
+
+
+class BTXTokenCount(nn.Module):
+    """How many tokens each expert got. A module, so that transformers records what it returns."""
+
+    @torch.no_grad()
+    def forward(self, chosen: torch.Tensor, call: RouterCall, experts: int) -> torch.Tensor:
+        """From the chosen of all E experts, [N, K], to counts [E] in float32."""
+        counts = torch.zeros(experts, device=chosen.device)
+        real = _real_tokens(chosen, call).to(counts.dtype)
+        return counts.index_add_(0, chosen.flatten(), real.repeat_interleave(chosen.shape[-1]))
+
+
+class BTXRouting(nn.Module):
+    """From router logits to experts and their weights. It learns nothing: a LoRA on the gate changes what comes in.
+
+    The first layer of `sample_top_1` is soft, as in section 4.1.
+    """
+
+    temperature: torch.Tensor
+    e_score_correction_bias: torch.Tensor
+
+    def __init__(self, config: BTXConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.router_type = config.router_type
+        if self.router_type == "sample_top_1":
+            if layer_idx == 0:
+                self.router_type = "soft"
+            else:
+                self.register_buffer("temperature", torch.ones((), dtype=torch.float32), persistent=False)
+        self.has_bias = config.router_selection_bias
+        if self.has_bias:
+            zeros = torch.zeros(config.num_local_experts, dtype=torch.float32)
+            self.register_buffer("e_score_correction_bias", zeros)
+            self.count = BTXTokenCount()
+        self.statistics = BTXRouterStatistics(config)
+
+    def forward(
+        self, router_logits: torch.Tensor, call: RouterCall, with_statistics: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Router logits [N, E] to weights [N, K] in float32, the logits again (recorded here), experts [N, K]."""
+        scores = router_logits.float() if call.active is None else router_logits.float()[:, call.active]  # [N, A]
+        experts = scores.shape[-1]
+        per_token = {"soft": experts, "top_k": min(call.num_experts_per_tok, experts)}.get(self.router_type, 1)
+
+        mixture, probabilities = self._mixture(scores, per_token)
+        chosen = self._choose(mixture if probabilities is None else scores, probabilities, per_token, call)
+        if self.router_type == "top_k" and not self.config.router_pre_softmax:
+            weights = scores.gather(-1, chosen).softmax(dim=-1)  # SoftMax(TopK(W x)) of section 3.2
+        elif self.router_type == "sample_top_1" and not self.training:
+            weights = torch.ones_like(chosen, dtype=scores.dtype)
+        else:
+            weights = mixture.gather(-1, chosen)
+
+        if self.has_bias and self.training:
+            self.count(chosen if call.active is None else call.active[chosen], call, router_logits.shape[-1])
+        overflow = self._overflow(chosen, experts, call)
+        if self.config.router_grad == "dense" and self.training and torch.is_grad_enabled() and per_token < experts:
+            weights, chosen = _straight_through(mixture, weights, chosen), _everything(mixture)
+        if with_statistics:
+            self.statistics(scores, probabilities, weights, chosen, call.token_share)
+        if overflow is not None:
+            weights = weights.masked_fill(overflow, 0)
+        return weights, router_logits, chosen if call.active is None else call.active[chosen]
+
+    def _mixture(self, scores: torch.Tensor, per_token: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weights if every expert ran, [N, A], and the probabilities SoftMax(W x); None where they are sampled."""
+        if self.router_type == "sample_top_1" and self.training:
+            noise = -torch.empty_like(scores).exponential_().log()  # Gumbel(0, 1)
+            return ((scores + noise) / self.temperature).softmax(dim=-1), None
+        probabilities = scores.softmax(dim=-1)
+        if self.router_type == "top_k" and self.config.router_pre_softmax:
+            return probabilities * (scores.shape[-1] * self.config.num_chunks / per_token), probabilities
+        return probabilities, probabilities
+
+    def _choose(
+        self, ranks: torch.Tensor, probabilities: torch.Tensor | None, per_token: int, call: RouterCall
+    ) -> torch.Tensor:
+        """Positions in [0, A) of the chosen experts, [N, K]."""
+        if per_token == ranks.shape[-1]:
+            return _everything(ranks)
+        if self.has_bias and probabilities is not None:
+            bias = self.e_score_correction_bias if call.active is None else self.e_score_correction_bias[call.active]
+            ranks = probabilities.detach() + bias
+        return ranks.topk(per_token, dim=-1).indices
+
+    def _overflow(self, chosen: torch.Tensor, experts: int, call: RouterCall) -> torch.Tensor | None:
+        """[N, 1], the tokens for which their expert has no room left in training; None where room is not limited.
+
+        Capacity of the Switch Transformer (arXiv 2101.03961, equation 3), filled in the order of the tokens.
+        """
+        factor = self.config.expert_capacity_factor
+        if self.router_type != "switch" or factor is None or not self.training:
+            return None
+        real = _real_tokens(chosen, call)
+        exact = torch.float32 if chosen.device.type == "mps" else torch.float64
+        capacity = torch.ceil(factor * real.sum().to(exact) / experts)
+        asked = F.one_hot(chosen[:, 0], experts) * real[:, None]
+        place = asked.cumsum(dim=0).gather(-1, chosen)  # 1 for the first
+        return place > capacity
+
+
+def _everything(mixture: torch.Tensor) -> torch.Tensor:
+    """All A positions for each of the N tokens."""
+    return torch.arange(mixture.shape[-1], device=mixture.device).expand(mixture.shape)
+
+
+def _real_tokens(chosen: torch.Tensor, call: RouterCall) -> torch.Tensor:
+    """[N], 0 for padding."""
+    if call.token_share is None:
+        return torch.ones_like(chosen[:, 0])
+    return (call.token_share > 0).to(chosen.dtype)
+
+
+def _straight_through(mixture: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """[N, A] with the value of the chosen weights and the gradient of the mixture (DenseMixer's idea).
+
+    The experts then run on all tokens, those with weight 0 for the router's gradient alone.
+    """
+    value = torch.zeros_like(mixture).scatter(-1, chosen, weights.detach())
+    return value + (mixture - mixture.detach())
+
+
+def gumbel_temperature(step: float, rate: float = 1e-4, minimum: float = 0.5) -> float:
+    """`max(0.5, exp(-r t))`, the temperature of Sample Top-1 at training step t (section 4.1)."""
+    return max(minimum, math.exp(-rate * step))
+
+
+class GlobalBatch:
+    """Router statistics over all ranks and over the micro-batches of an optimizer step that were seen so far."""
+
+    def __init__(self) -> None:
+        self._total: torch.Tensor | None = None  # tokens, labelled tokens, L (2A + 1) weighted statistics
+
+    @torch.no_grad()
+    def means(
+        self,
+        statistics: torch.Tensor,
+        tokens: torch.Tensor,
+        labelled: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        """Token-weighted means, [L, 2A + 1].
+
+        Args:
+            statistics: of this micro-batch on this rank, [L, 2A + 1].
+            tokens: its real tokens.
+            labelled: its labelled tokens; when they add up to `num_items_in_batch` a new batch begins. None, as
+                `num_items_in_batch`, where this call is the whole batch.
+        """
+        counts = tokens[None] if labelled is None else torch.stack([tokens, labelled.to(tokens)])
+        total = torch.cat([counts, (statistics * tokens).flatten()])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        before, self._total = self._total, None
+        if labelled is not None and num_items_in_batch is not None:
+            if before is not None and before.shape == total.shape and before[1] + total[1] <= num_items_in_batch:
+                total = total + before
+            if total[1] < num_items_in_batch:
+                self._total = total
+        return (total[len(counts) :] / total[0]).reshape(statistics.shape)
+
+
+def load_balancing_loss(statistics: torch.Tensor, global_means: torch.Tensor | None = None) -> torch.Tensor:
+    """The paper's balancing loss without its coefficient: `sum over layers of A * sum_i u_i p_i`, section 3.2.
+
+    1 per layer at balance, up to A at collapse. Not transformers' loss for Mixtral, which pools the layers and
+    counts choices instead of weighing them.
+
+    Args:
+        statistics: of `BTXRouterStatistics`, [L, 2A + 1].
+        global_means: the same over a larger batch (arXiv 2501.11873). The loss then has that batch's value, and the
+            gradient that this part of the batch contributes to it.
+    """
+    experts = statistics.shape[-1] // 2
+    u, p = statistics[:, :experts], statistics[:, experts : 2 * experts]
+    if global_means is None:
+        return experts * (u * p).sum()
+    all_u, all_p = global_means[:, :experts], global_means[:, experts : 2 * experts]
+    return experts * (all_u * all_p + all_p * (u - u.detach()) + all_u * (p - p.detach())).sum()
+
+
+def router_z_loss(statistics: torch.Tensor) -> torch.Tensor:
+    """`sum over layers of mean_n logsumexp(W x_n)^2` (ST-MoE, arXiv 2202.08906, equation 5), without coefficient."""
+    return statistics[:, -1].sum()
