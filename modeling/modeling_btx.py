@@ -129,6 +129,8 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
             plain = any(isinstance(module, BTXExperts) and module.is_plain for module in model.modules())
             if plain:
                 _refuse_partial_quantization(model.quantization_method, ())
+            if "experts_implementation" not in kwargs:
+                model.set_experts_implementation("eager")  # the others need operations that such tensors lack
         return loaded
 
     def set_active_experts(self, experts: Sequence[str | int] | None, save: bool = False) -> None:
@@ -470,7 +472,7 @@ def _refuse_partial_quantization(method: Any, able: tuple[str, ...] = ("torchao"
         raise ValueError(
             f"Quantisation by {name} would leave the experts as they are, which are most of the model: it "
             "reaches nn.Linear only, and experts are fused tensors. Load the model in bfloat16, or use torchao with "
-            "a FqnToConfig that names mlp.experts.gate_up_proj and mlp.experts.down_proj."
+            "a FqnToConfig that names them: r're:.*mlp\\.experts\\.(gate_up|down)_proj'."
         )
 
 
