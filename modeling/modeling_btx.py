@@ -95,12 +95,15 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         "tokens_per_expert": BTXTokenCount,
     }
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
-    # Otherwise inherited from whatever Llama was built before in this process: a Llama has no experts to set.
-    _can_set_experts_implementation_cached_value = True
 
     def __init__(self, config: BTXConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         self._global_batch = GlobalBatch()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """transformers would look for a decorator in this file, or take a Llama's answer for ours."""
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
