@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -47,14 +46,28 @@ def test_the_commands_and_the_recipe(folder):
     assert not plain.equal(weighted)  # the file's weight was read
 
 
-def test_the_python(folder):
-    loading, merging = blocks("python")
-    script = f"{merging}\n{loading}\nprint(type(model).__name__, model.config.expert_names, len(tokenizer))"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, env={**os.environ}, check=False
-    )
+def run(folder: Path, *parts: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", "\n".join(parts)], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "BTXForCausalLM ['seed', 'code'] 128"
+    return done.stdout.splitlines()
+
+
+def test_the_python(folder):
+    loading, merging, *_ = blocks("python")
+    shown = "print(type(model).__name__, model.config.expert_names, len(tokenizer))"
+    assert run(folder, merging, loading, shown)[-1] == "BTXForCausalLM ['seed', 'code'] 128"
+
+
+def test_the_python_on_a_merged_model(folder):
+    """One block after the other, on a merge of the recipe that is shown."""
+    loading, _, *others = blocks("python")
+    (folder / "merge.yaml").write_text(blocks("yaml")[0])
+    subprocess.run([BTX, "merge", "--recipe", "merge.yaml", "-o", "llama-btx", "-q"], cwd=folder, check=True)
+    inputs = "inputs = tokenizer('w1 w2', return_tensors='pt')"
+    shown = "print(model.config.router_type, model(**inputs).logits.isfinite().all().item())"
+    script = [loading, inputs, *(f"{block}\n{shown}" for block in others)]
+    types = [line.split()[0] for line in run(folder, *script) if line.endswith("True")]
+    assert types == ["sample_top_1", "sample_top_1", "top_k"][: len(others)]
 
 
 def test_the_options_table_names_every_key_of_a_recipe():
