@@ -12,7 +12,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
-from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -27,11 +27,10 @@ from transformers.utils import can_return_tuple
 from .configuration_btx import BTXConfig
 from .experts_btx import BTXExperts
 from .routing_btx import (
-    BTXRouterStatistics,
     BTXRouting,
-    BTXTokenCount,
     GlobalBatch,
     RouterCall,
+    RouterRecords,
     load_balancing_loss,
     router_z_loss,
 )
@@ -47,13 +46,11 @@ class BTXSparseMoeBlock(nn.Module):
         self.routing = BTXRouting(config, layer_idx)
         self.experts = BTXExperts(config)
 
-    def forward(
-        self, hidden_states: torch.Tensor, router_call: RouterCall | None = None, with_statistics: bool = False
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, router_call: RouterCall | None = None) -> torch.Tensor:
         """[B, T, H] to [B, T, H]."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [N, H]
         call = router_call or RouterCall(self.config.num_experts_per_tok)
-        weights, _, experts = self.routing(self.gate(tokens), call, with_statistics)
+        weights, _, experts = self.routing(self.gate(tokens), call)
         return self.experts(tokens, experts, weights).reshape(hidden_states.shape)
 
 
@@ -72,13 +69,11 @@ class BTXDecoderLayer(LlamaDecoderLayer):
         self,
         hidden_states: torch.Tensor,
         router_call: RouterCall | None = None,
-        output_router_statistics: bool = False,
-        output_tokens_per_expert: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
         attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attention
-        block = self.mlp(self.post_attention_layernorm(hidden_states), router_call, output_router_statistics)
+        block = self.mlp(self.post_attention_layernorm(hidden_states), router_call)
         return hidden_states + block
 
 
@@ -91,10 +86,19 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         "hidden_states": BTXDecoderLayer,
         "attentions": LlamaAttention,
         "router_logits": BTXRouting,
-        "router_statistics": BTXRouterStatistics,  # returns one tensor, which is recorded whole; so does the next
-        "tokens_per_expert": BTXTokenCount,
     }
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """FSDP2 gives a model that it shards a class derived from its own and from one of torch's, in torch's module.
+
+        `save_pretrained` names the class in `auto_map` and copies the file that defines it, so this one goes by the
+        name of ours.
+        """
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("torch."):
+            ours = next(base for base in cls.__mro__ if not base.__module__.startswith("torch."))
+            cls.__module__, cls.__qualname__, cls.__name__ = ours.__module__, ours.__qualname__, ours.__name__
 
     def __init__(self, config: BTXConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
@@ -214,16 +218,16 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         """
         stacked = torch.stack([layer.to(statistics[0].device) for layer in statistics])
         labelled = None if targets is None or num_items_in_batch is None else (targets != -100).sum()
-        global_means = None
+        global_means, share = None, stacked.new_ones(())
         if self.config.router_aux_loss_scope == "global_batch" and self.training:
             real = _real_tokens(attention_mask, shape[1])
             tokens = stacked.new_tensor(shape.numel()) if real is None else real.sum().to(stacked)
-            global_means = self._global_batch.means(stacked, tokens, labelled, num_items_in_batch)
+            global_means, share = self._global_batch.join(stacked, tokens, labelled, num_items_in_batch)
+        elif labelled is not None and num_items_in_batch is not None:
+            share = (labelled / num_items_in_batch).to(stacked)
         aux_loss = load_balancing_loss(stacked, global_means)
         added = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * router_z_loss(stacked)
-        if labelled is not None and num_items_in_batch is not None:
-            added = added * (labelled / num_items_in_batch).to(added.device)
-        return aux_loss, added
+        return aux_loss, share * added
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         """Every way of switching checkpointing on ends here.
@@ -258,6 +262,7 @@ class BTXModel(BTXPreTrainedModel, LlamaModel):
         self.tokens_per_expert: torch.Tensor | None = None  # [L, E], since the selection bias was last updated
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -268,21 +273,23 @@ class BTXModel(BTXPreTrainedModel, LlamaModel):
         use_cache: bool | None = None,
         num_experts_per_tok: int | None = None,
         active_experts: Sequence[str | int] | None = None,
-        statistics: "list[torch.Tensor] | None" = None,
+        router_records: RouterRecords | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         """As `LlamaModel.forward`, with `router_logits` on request.
 
         Args:
             num_experts_per_tok: K for this call; the config's where not given.
             active_experts: names or numbers of the experts that this call may use; those of `set_active_experts`
                 where not given.
-            statistics: a list that gets the layers' router statistics, see `BTXRouterStatistics`.
+            router_records: what the layers leave for the losses.
         """
+        if self.training and self.config.router_selection_bias and router_records is None:
+            router_records = RouterRecords(with_statistics=False)
         inputs = inputs_embeds if input_ids is None else input_ids
         if inputs is not None:  # otherwise LlamaModel says what is wrong
-            kwargs["router_call"] = self._router_call(inputs, attention_mask, num_experts_per_tok, active_experts)
-        count_tokens = self.training and self.config.router_selection_bias
+            call = self._router_call(inputs, attention_mask, num_experts_per_tok, active_experts)
+            kwargs["router_call"] = call._replace(records=router_records)
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -290,16 +297,22 @@ class BTXModel(BTXPreTrainedModel, LlamaModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_statistics=statistics is not None,
-            output_tokens_per_expert=count_tokens,
+            return_dict=True,
             **kwargs,
         )
-        if count_tokens:  # here, where a layer that is recomputed in the backward pass does not come again
-            counts = torch.stack([layer.to(self.device) for layer in outputs["tokens_per_expert"]])
-            self.tokens_per_expert = counts if self.tokens_per_expert is None else self.tokens_per_expert + counts
-        if statistics is not None:
-            statistics.extend(outputs["router_statistics"])
-        return outputs
+        if router_records is not None:
+            router_records.is_open = False
+            if self.training and router_records.tokens_per_expert:
+                counts = torch.stack([layer.to(self.device) for layer in router_records.tokens_per_expert])
+                before = self.tokens_per_expert
+                self.tokens_per_expert = counts if before is None else before + counts
+        return MoeModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.get("router_logits"),
+        )
 
     def _router_call(
         self,
@@ -316,10 +329,7 @@ class BTXModel(BTXPreTrainedModel, LlamaModel):
         active = None
         if experts is not None:
             active = torch.tensor(self.config.expert_numbers(experts), device=inputs.device)
-        share = _real_tokens(attention_mask, inputs.shape[1])
-        if share is not None:
-            share = share / share.sum().clamp(min=1)
-        return RouterCall(num_experts_per_tok, active, share)
+        return RouterCall(num_experts_per_tok, active, _real_tokens(attention_mask, inputs.shape[1]))
 
 
 class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
@@ -364,7 +374,7 @@ class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         in_loss = labels is not None and self._trains_routers
-        statistics: list[torch.Tensor] | None = [] if in_loss or output_router_logits else None
+        records = RouterRecords(with_statistics=True) if in_loss or output_router_logits else None
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -375,7 +385,7 @@ class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
             output_router_logits=output_router_logits,
             num_experts_per_tok=num_experts_per_tok,
             active_experts=active_experts,
-            statistics=statistics,
+            router_records=records,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
@@ -385,12 +395,12 @@ class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
         loss, aux_loss = None, None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if statistics:
+        if records is not None:
             targets = kwargs.get("shift_labels")
             if targets is None and labels is not None:
                 targets = labels[:, 1:]
             aux_loss, added = self._router_losses(
-                statistics, attention_mask, hidden_states.shape[:2], targets, kwargs.get("num_items_in_batch")
+                records.statistics, attention_mask, hidden_states.shape[:2], targets, kwargs.get("num_items_in_batch")
             )
             if loss is not None and self.training:
                 loss = loss + added.to(loss.device)
@@ -401,7 +411,7 @@ class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.get("router_logits"),
+            router_logits=outputs.router_logits,
         )
 
 
@@ -420,7 +430,7 @@ class _WithRouterLosses(BTXPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        statistics: list[torch.Tensor] | None = [] if labels is not None and self._trains_routers else None
+        records = RouterRecords(with_statistics=True) if labels is not None and self._trains_routers else None
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -429,13 +439,13 @@ class _WithRouterLosses(BTXPreTrainedModel):
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,
-            statistics=statistics,
+            router_records=records,
             return_dict=True,
             **kwargs,
         )
-        if statistics:
+        if records is not None:
             inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
-            outputs.loss = outputs.loss + self._router_losses(statistics, attention_mask, inputs.shape[:2])[1]
+            outputs.loss = outputs.loss + self._router_losses(records.statistics, attention_mask, inputs.shape[:2])[1]
         return outputs
 
 
@@ -463,10 +473,10 @@ class BTXForTokenClassification(_WithRouterLosses, GenericForTokenClassification
 
 
 def _real_tokens(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """[N], 1 for each of this call's tokens that is no padding, from a mask [B, past + T]. Other masks do not tell."""
+    """[N], which of this call's tokens are no padding, from a mask [B, past + T]. Other masks do not tell."""
     if attention_mask is None or attention_mask.ndim != 2:
         return None
-    return attention_mask[:, -length:].reshape(-1).float()
+    return attention_mask[:, -length:].reshape(-1) != 0
 
 
 def _refuse_partial_quantization(method: Any, able: tuple[str, ...] = ("torchao", "fp8")) -> None:

@@ -13,61 +13,31 @@ from torch.nn import functional as F
 from .configuration_btx import BTXConfig
 
 
+class RouterRecords:
+    """What the layers of one forward pass leave for the losses and for the selection bias.
+
+    An object and not a list in `RouterCall`, because accelerate and FSDP hand copies of lists to a layer. It is
+    closed after the pass: a layer that is recomputed in the backward pass leaves nothing more.
+    """
+
+    def __init__(self, with_statistics: bool):
+        self.with_statistics = with_statistics
+        self.statistics: list[torch.Tensor] = []
+        """L tensors of `router_statistics`."""
+        self.tokens_per_expert: list[torch.Tensor] = []
+        """L tensors [E]."""
+        self.is_open = True
+
+
 class RouterCall(NamedTuple):
     """What one forward pass tells every router."""
 
     num_experts_per_tok: int
     active: torch.Tensor | None = None
     """[A], the experts that may be chosen; None for all."""
-    token_share: torch.Tensor | None = None
-    """[N], what each token counts in means over tokens, 0 for padding; None where all count the same."""
-
-
-class BTXRouterStatistics(nn.Module):
-    """What the router losses need of a layer, and no more, so that no router logits are kept for them."""
-
-    def __init__(self, config: BTXConfig):
-        super().__init__()
-        self.config = config
-
-    def forward(
-        self,
-        scores: torch.Tensor,
-        probabilities: torch.Tensor | None,
-        weights: torch.Tensor,
-        chosen: torch.Tensor,
-        token_share: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """[2A + 1]: mean gate weights u, mean probabilities p, mean squared log-sum-exp of the scores.
-
-        Args:
-            scores: router logits of the active experts, [N, A].
-            probabilities: their softmax where it is at hand.
-            weights, chosen: of the experts that each token is sent to, [N, K].
-            token_share: of `RouterCall`.
-        """
-        if token_share is None:
-            token_share = scores.new_full(scores.shape[:1], 1 / len(scores))
-        gates = weights
-        if weights.shape != scores.shape:
-            gates = torch.zeros_like(scores).scatter(-1, chosen, weights)
-        if probabilities is None:
-            probabilities = scores.softmax(dim=-1)
-        squared = scores.new_zeros(1)
-        if self.config.router_z_loss_coef:
-            squared = (token_share @ scores.logsumexp(dim=-1).square())[None]
-        return torch.cat([token_share @ gates, token_share @ probabilities, squared])
-
-
-class BTXTokenCount(nn.Module):
-    """How many tokens each expert got. A module, so that transformers records what it returns."""
-
-    @torch.no_grad()
-    def forward(self, chosen: torch.Tensor, call: RouterCall, experts: int) -> torch.Tensor:
-        """From the chosen of all E experts, [N, K], to counts [E] in float32."""
-        counts = torch.zeros(experts, device=chosen.device)
-        real = _real_tokens(chosen, call).to(counts.dtype)
-        return counts.index_add_(0, chosen.flatten(), real.repeat_interleave(chosen.shape[-1]))
+    real_tokens: torch.Tensor | None = None
+    """[N] bool, False for padding; None where nothing is. No floats: FSDP2's mixed precision would round them."""
+    records: RouterRecords | None = None
 
 
 class BTXRouting(nn.Module):
@@ -92,11 +62,9 @@ class BTXRouting(nn.Module):
         if self.has_bias:
             zeros = torch.zeros(config.num_local_experts, dtype=torch.float32)
             self.register_buffer("e_score_correction_bias", zeros)
-            self.count = BTXTokenCount()
-        self.statistics = BTXRouterStatistics(config)
 
     def forward(
-        self, router_logits: torch.Tensor, call: RouterCall, with_statistics: bool = False
+        self, router_logits: torch.Tensor, call: RouterCall
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Router logits [N, E] to weights [N, K] in float32, the logits again (recorded here), experts [N, K]."""
         scores = router_logits.float() if call.active is None else router_logits.float()[:, call.active]  # [N, A]
@@ -112,16 +80,27 @@ class BTXRouting(nn.Module):
         else:
             weights = mixture.gather(-1, chosen)
 
-        if self.has_bias and self.training:
-            self.count(chosen if call.active is None else call.active[chosen], call, router_logits.shape[-1])
+        records, first_chosen = call.records, chosen
         overflow = self._overflow(chosen, experts, call)
         if self.config.router_grad == "dense" and self.training and torch.is_grad_enabled() and per_token < experts:
             weights, chosen = _straight_through(mixture, weights, chosen), _everything(mixture)
-        if with_statistics:
-            self.statistics(scores, probabilities, weights, chosen, call.token_share)
+        if records is not None and records.with_statistics:
+            statistics = router_statistics(
+                scores, probabilities, weights, chosen, call, self.config.router_z_loss_coef > 0
+            )
+            if records.is_open:
+                records.statistics.append(statistics)
+        if records is not None and records.is_open and self.has_bias:
+            records.tokens_per_expert.append(self._tokens_per_expert(first_chosen, call))
         if overflow is not None:
             weights = weights.masked_fill(overflow, 0)
         return weights, router_logits, chosen if call.active is None else call.active[chosen]
+
+    @torch.no_grad()
+    def _tokens_per_expert(self, chosen: torch.Tensor, call: RouterCall) -> torch.Tensor:
+        counts = torch.zeros_like(self.e_score_correction_bias)
+        real = _real_tokens(chosen, call).to(counts.dtype).repeat_interleave(chosen.shape[-1])
+        return counts.index_add_(0, (chosen if call.active is None else call.active[chosen]).flatten(), real)
 
     def _mixture(self, scores: torch.Tensor, per_token: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The weights if every expert ran, [N, A], and the probabilities SoftMax(W x); None where they are sampled."""
@@ -167,9 +146,38 @@ def _everything(mixture: torch.Tensor) -> torch.Tensor:
 
 def _real_tokens(chosen: torch.Tensor, call: RouterCall) -> torch.Tensor:
     """[N], 0 for padding."""
-    if call.token_share is None:
+    if call.real_tokens is None:
         return torch.ones_like(chosen[:, 0])
-    return (call.token_share > 0).to(chosen.dtype)
+    return call.real_tokens.to(chosen.dtype)
+
+
+def router_statistics(
+    scores: torch.Tensor,
+    probabilities: torch.Tensor | None,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    call: RouterCall,
+    with_z: bool,
+) -> torch.Tensor:
+    """[2A + 1]: mean gate weights u, mean probabilities p, mean squared log-sum-exp of the scores; without padding.
+
+    This is all that the losses need of a layer, so no router logits are kept for them.
+
+    Args:
+        scores: router logits of the active experts, [N, A].
+        probabilities: their softmax where it is at hand.
+        weights, chosen: of the experts that each token is sent to, [N, K].
+        with_z: whether the last is wanted; otherwise it is 0.
+    """
+    counted = scores.new_ones(scores.shape[:1]) if call.real_tokens is None else call.real_tokens.to(scores)
+    token_share = counted / counted.sum().clamp(min=1)
+    gates = weights
+    if weights.shape != scores.shape:
+        gates = torch.zeros_like(scores).scatter(-1, chosen, weights)
+    if probabilities is None:
+        probabilities = scores.softmax(dim=-1)
+    squared = (token_share @ scores.logsumexp(dim=-1).square())[None] if with_z else scores.new_zeros(1)
+    return torch.cat([token_share @ gates, token_share @ probabilities, squared])
 
 
 def _straight_through(mixture: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -193,14 +201,17 @@ class GlobalBatch:
         self._total: torch.Tensor | None = None  # tokens, labelled tokens, L (2A + 1) weighted statistics
 
     @torch.no_grad()
-    def means(
+    def join(
         self,
         statistics: torch.Tensor,
         tokens: torch.Tensor,
         labelled: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
-    ) -> torch.Tensor:
-        """Token-weighted means, [L, 2A + 1].
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token-weighted means [L, 2A + 1], and the factor that makes the parts' losses one loss.
+
+        The factor is this part's share of the tokens. Where the ranks' losses are averaged, without
+        `num_items_in_batch`, it is relative to a rank's equal share.
 
         Args:
             statistics: of this micro-batch on this rank, [L, 2A + 1].
@@ -209,16 +220,19 @@ class GlobalBatch:
                 `num_items_in_batch`, where this call is the whole batch.
         """
         counts = tokens[None] if labelled is None else torch.stack([tokens, labelled.to(tokens)])
-        total = torch.cat([counts, (statistics * tokens).flatten()])
+        total, ranks = torch.cat([counts, (statistics * tokens).flatten()]), 1
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
+            ranks = torch.distributed.get_world_size()
         before, self._total = self._total, None
+        factor: torch.Tensor | float = ranks
         if labelled is not None and num_items_in_batch is not None:
             if before is not None and before.shape == total.shape and before[1] + total[1] <= num_items_in_batch:
                 total = total + before
             if total[1] < num_items_in_batch:
                 self._total = total
-        return (total[len(counts) :] / total[0]).reshape(statistics.shape)
+            factor = total[1] / num_items_in_batch
+        return (total[len(counts) :] / total[0]).reshape(statistics.shape), factor * tokens / total[0]
 
 
 def load_balancing_loss(statistics: torch.Tensor, global_means: torch.Tensor | None = None) -> torch.Tensor:
@@ -228,7 +242,7 @@ def load_balancing_loss(statistics: torch.Tensor, global_means: torch.Tensor | N
     counts choices instead of weighing them.
 
     Args:
-        statistics: of `BTXRouterStatistics`, [L, 2A + 1].
+        statistics: of `router_statistics`, [L, 2A + 1].
         global_means: the same over a larger batch (arXiv 2501.11873). The loss then has that batch's value, and the
             gradient that this part of the batch contributes to it.
     """

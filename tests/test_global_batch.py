@@ -85,8 +85,8 @@ def train(model: Any, batches: Sequence[Sequence[int]], **options: Any) -> list[
 )
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable. is deprecated")
 def test_accumulated_micro_batches(changes, checkpointing):
-    """Three of one batch, then a batch of two, then one by itself: each batch begins anew."""
-    batches = [[0, 1, 2], [2, 0], [1]]
+    """A small batch, a larger one that it would fit into, two more: each begins anew."""
+    batches = [[2], [0, 1, 2], [2, 0], [1]]
     results = {}
     for coefficient in (0.5, 0.0):
         model = tiny_btx(**changes, router_aux_loss_scope="global_batch", router_aux_loss_coef=coefficient).train()
