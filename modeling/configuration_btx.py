@@ -136,9 +136,15 @@ class BTXConfig(LlamaConfig):
         fields = {**self.__dict__, key: value}
         experts, names = fields.get("num_local_experts"), fields.get("expert_names")
         per_token = fields.get("num_experts_per_tok", 1)
-        if key in _SIMPLE:
-            expected, is_good = _SIMPLE[key]
-            return None if is_good(value) else expected
+        if key in _SIMPLE and not _SIMPLE[key][1](value):
+            return _SIMPLE[key][0]
+        ranked = fields.get("router_type") in (None, "top_k", "switch")
+        if key in ("router_type", "router_selection_bias") and fields.get("router_selection_bias") and not ranked:
+            return (
+                "top_k or switch where router_selection_bias is on"
+                if key == "router_type"
+                else "False except with top_k or switch"
+            )
         if key == "num_local_experts" and not (_is_int(value) and value >= per_token):
             return f"an integer of at least {per_token}"
         if key == "num_experts_per_tok" and not (_is_int(value) and 1 <= value <= (experts or value)):
@@ -147,7 +153,10 @@ class BTXConfig(LlamaConfig):
             return "a list of names, or None"
         if key in ("expert_names", "num_local_experts") and names is not None and len(names) != experts:
             return f"one expert name for each of the {experts} experts"
-        if key == "active_experts" and value is not None and not _are_experts(value, experts, names or ()):
+        active = fields.get("active_experts")
+        if key in ("active_experts", "expert_names", "num_local_experts") and not _are_experts(active, experts, names):
+            if key != "active_experts":
+                return f"one that has the active experts {active}"
             known = f"name ({', '.join(names)}) or " if names else ""
             return f"a list of different experts, by {known}number in [0, {experts})"
         return None
@@ -165,11 +174,14 @@ def _is_list_of_text(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
 
 
-def _are_experts(value: Any, experts: int | None, names: Sequence[str]) -> bool:
+def _are_experts(value: Any, experts: int | None, names: Sequence[str] | None) -> bool:
+    if value is None:
+        return True
     if not isinstance(value, (list, tuple)) or not value or len(set(map(str, value))) < len(value):
         return False
     return all(
-        item in names if isinstance(item, str) else _is_int(item) and 0 <= item < (experts or 0) for item in value
+        item in (names or ()) if isinstance(item, str) else _is_int(item) and 0 <= item < (experts or 0)
+        for item in value
     )
 
 

@@ -3,6 +3,8 @@
 Legend: N tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -42,3 +44,14 @@ class BTXExperts(nn.Module):
             expert_out = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
             out.index_add_(0, token, (expert_out * top_k_weights[token, choice, None]).to(out.dtype))
         return out
+
+
+def refuse_partial_quantization(method: Any, able: tuple[str, ...] = ("torchao", "fp8")) -> None:
+    """Raises a ValueError for a method of quantisation that is not able to reach fused experts."""
+    name = getattr(method, "value", method)
+    if name is not None and name not in able:
+        raise ValueError(
+            f"Quantisation by {name} would leave the experts as they are, which are most of the model: it "
+            "reaches nn.Linear only, and experts are fused tensors. Load the model in bfloat16, or use torchao with "
+            "a FqnToConfig that names them: r're:.*mlp\\.experts\\.(gate_up|down)_proj'."
+        )

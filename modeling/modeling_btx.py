@@ -4,6 +4,7 @@ Legend: B batch, T tokens, N = B * T, H hidden, I intermediate, E experts, K exp
 V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,13 +26,14 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils import can_return_tuple
 
 from .configuration_btx import BTXConfig
-from .experts_btx import BTXExperts
+from .experts_btx import BTXExperts, refuse_partial_quantization
 from .routing_btx import (
     BTXRouting,
     GlobalBatch,
     RouterCall,
     RouterRecords,
     load_balancing_loss,
+    real_tokens,
     router_z_loss,
 )
 
@@ -129,13 +131,13 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         """
         requested = kwargs.get("quantization_config")
         method = requested.get("quant_method") if isinstance(requested, dict) else requested
-        _refuse_partial_quantization(getattr(method, "quant_method", method))
+        refuse_partial_quantization(getattr(method, "quant_method", method))
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if getattr(model, "is_quantized", False):
             plain = any(isinstance(module, BTXExperts) and module.is_plain for module in model.modules())
             if plain:
-                _refuse_partial_quantization(model.quantization_method, ())
+                refuse_partial_quantization(model.quantization_method, ())
             if "experts_implementation" not in kwargs:
                 model.set_experts_implementation("eager")  # the others need operations that such tensors lack
         return loaded
@@ -150,9 +152,9 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         Raises:
             ValueError: an expert that there is not, or none.
         """
-        self.config.expert_numbers(experts)
+        numbers = self.config.expert_numbers(experts)
         decoder: Any = self.base_model
-        decoder.active_experts = experts
+        decoder.active_experts = numbers
         if save:
             self.config.active_experts = experts if experts is None else list(experts)
 
@@ -160,8 +162,10 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         """Temperature of the Gumbel-softmax in training, above 0. A state of the run: it is not saved.
 
         Raises:
-            ValueError: the routing is not `sample_top_1`.
+            ValueError: the routing is not `sample_top_1`, or the temperature is not above 0.
         """
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature is {temperature!r}; expected a number above 0.")
         if self.config.router_type != "sample_top_1":
             raise ValueError(f"router_type is {self.config.router_type!r}; only sample_top_1 has a temperature.")
         for routing in self._routings():
@@ -181,14 +185,15 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         if not self.config.router_selection_bias:
             raise ValueError("router_selection_bias is False; load the model with router_selection_bias=True.")
         decoder: Any = self.base_model
-        if decoder.tokens_per_expert is None:
-            return
+        routings = self._routings()
         load, decoder.tokens_per_expert = decoder.tokens_per_expert, None
+        if load is None:  # nothing was trained on here, but perhaps on other ranks
+            load = torch.zeros(len(routings), self.config.num_local_experts, device=self.device)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load)
-        active = self.config.expert_numbers(decoder.active_experts)
+        active = decoder.active_experts or self.config.expert_numbers(self.config.active_experts)
         load = load[:, active]
-        for routing, step in zip(self._routings(), (load.mean(dim=-1, keepdim=True) - load).sign(), strict=True):
+        for routing, step in zip(routings, (load.mean(dim=-1, keepdim=True) - load).sign(), strict=True):
             bias = routing.e_score_correction_bias
             bias[active] += speed * step.to(bias.device)
 
@@ -220,7 +225,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         labelled = None if targets is None or num_items_in_batch is None else (targets != -100).sum()
         global_means, share = None, stacked.new_ones(())
         if self.config.router_aux_loss_scope == "global_batch" and self.training:
-            real = _real_tokens(attention_mask, shape[1])
+            real = real_tokens(attention_mask, shape[1])
             tokens = stacked.new_tensor(shape.numel()) if real is None else real.sum().to(stacked)
             global_means, share = self._global_batch.join(stacked, tokens, labelled, num_items_in_batch)
         elif labelled is not None and num_items_in_batch is not None:
@@ -258,7 +263,7 @@ class BTXModel(BTXPreTrainedModel, LlamaModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self.active_experts: Sequence[str | int] | None = config.active_experts
+        self.active_experts: list[int] | None = None  # by number; the config's where not set
         self.tokens_per_expert: torch.Tensor | None = None  # [L, E], since the selection bias was last updated
         self.post_init()
 
@@ -325,11 +330,12 @@ class BTXModel(BTXPreTrainedModel, LlamaModel):
             num_experts_per_tok = self.config.num_experts_per_tok
         else:
             self.config.check("num_experts_per_tok", num_experts_per_tok)
-        experts = self.active_experts if active_experts is None else active_experts
+        experts = self.config.active_experts if self.active_experts is None else self.active_experts
+        experts = self.config.expert_numbers(experts if active_experts is None else active_experts)
         active = None
-        if experts is not None:
-            active = torch.tensor(self.config.expert_numbers(experts), device=inputs.device)
-        return RouterCall(num_experts_per_tok, active, _real_tokens(attention_mask, inputs.shape[1]))
+        if len(experts) < self.config.num_local_experts:
+            active = torch.tensor(experts, device=inputs.device)
+        return RouterCall(num_experts_per_tok, active, real_tokens(attention_mask, inputs.shape[1]))
 
 
 class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
@@ -470,23 +476,6 @@ class BTXForTokenClassification(_WithRouterLosses, GenericForTokenClassification
         self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
-
-
-def _real_tokens(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """[N], which of this call's tokens are no padding, from a mask [B, past + T]. Other masks do not tell."""
-    if attention_mask is None or attention_mask.ndim != 2:
-        return None
-    return attention_mask[:, -length:].reshape(-1) != 0
-
-
-def _refuse_partial_quantization(method: Any, able: tuple[str, ...] = ("torchao", "fp8")) -> None:
-    name = getattr(method, "value", method)
-    if name is not None and name not in able:
-        raise ValueError(
-            f"Quantisation by {name} would leave the experts as they are, which are most of the model: it "
-            "reaches nn.Linear only, and experts are fused tensors. Load the model in bfloat16, or use torchao with "
-            "a FqnToConfig that names them: r're:.*mlp\\.experts\\.(gate_up|down)_proj'."
-        )
 
 
 BTXModel.register_for_auto_class("AutoModel")

@@ -58,7 +58,7 @@ class BTXRouting(nn.Module):
                 self.router_type = "soft"
             else:
                 self.register_buffer("temperature", torch.ones((), dtype=torch.float32), persistent=False)
-        self.has_bias = config.router_selection_bias
+        self.has_bias = config.router_selection_bias and self.router_type in ("top_k", "switch")
         if self.has_bias:
             zeros = torch.zeros(config.num_local_experts, dtype=torch.float32)
             self.register_buffer("e_score_correction_bias", zeros)
@@ -99,7 +99,7 @@ class BTXRouting(nn.Module):
     @torch.no_grad()
     def _tokens_per_expert(self, chosen: torch.Tensor, call: RouterCall) -> torch.Tensor:
         counts = torch.zeros_like(self.e_score_correction_bias)
-        real = _real_tokens(chosen, call).to(counts.dtype).repeat_interleave(chosen.shape[-1])
+        real = _counted(chosen, call).to(counts.dtype).repeat_interleave(chosen.shape[-1])
         return counts.index_add_(0, (chosen if call.active is None else call.active[chosen]).flatten(), real)
 
     def _mixture(self, scores: torch.Tensor, per_token: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -131,7 +131,7 @@ class BTXRouting(nn.Module):
         factor = self.config.expert_capacity_factor
         if self.router_type != "switch" or factor is None or not self.training:
             return None
-        real = _real_tokens(chosen, call)
+        real = _counted(chosen, call)
         exact = torch.float32 if chosen.device.type == "mps" else torch.float64
         capacity = torch.ceil(factor * real.sum().to(exact) / experts)
         asked = F.one_hot(chosen[:, 0], experts) * real[:, None]
@@ -139,12 +139,19 @@ class BTXRouting(nn.Module):
         return place > capacity
 
 
+def real_tokens(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """[N], which of this call's tokens are no padding, from a mask [B, past + T]. Other masks do not tell."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -length:].reshape(-1) != 0
+
+
 def _everything(mixture: torch.Tensor) -> torch.Tensor:
     """All A positions for each of the N tokens."""
     return torch.arange(mixture.shape[-1], device=mixture.device).expand(mixture.shape)
 
 
-def _real_tokens(chosen: torch.Tensor, call: RouterCall) -> torch.Tensor:
+def _counted(chosen: torch.Tensor, call: RouterCall) -> torch.Tensor:
     """[N], 0 for padding."""
     if call.real_tokens is None:
         return torch.ones_like(chosen[:, 0])
@@ -210,8 +217,8 @@ class GlobalBatch:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Token-weighted means [L, 2A + 1], and the factor that makes the parts' losses one loss.
 
-        The factor is this part's share of the tokens. Where the ranks' losses are averaged, without
-        `num_items_in_batch`, it is relative to a rank's equal share.
+        A micro-batch counts by its labelled tokens, a rank's part of it by its tokens. Where the ranks' losses are
+        averaged, without `num_items_in_batch`, the factor is relative to a rank's equal share.
 
         Args:
             statistics: of this micro-batch on this rank, [L, 2A + 1].
@@ -224,15 +231,15 @@ class GlobalBatch:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
             ranks = torch.distributed.get_world_size()
+        factor = ranks * tokens / total[0]
         before, self._total = self._total, None
-        factor: torch.Tensor | float = ranks
         if labelled is not None and num_items_in_batch is not None:
+            factor = tokens / total[0] * total[1] / num_items_in_batch
             if before is not None and before.shape == total.shape and before[1] + total[1] <= num_items_in_batch:
                 total = total + before
             if total[1] < num_items_in_batch:
                 self._total = total
-            factor = total[1] / num_items_in_batch
-        return (total[len(counts) :] / total[0]).reshape(statistics.shape), factor * tokens / total[0]
+        return (total[len(counts) :] / total[0]).reshape(statistics.shape), factor
 
 
 def load_balancing_loss(statistics: torch.Tensor, global_means: torch.Tensor | None = None) -> torch.Tensor:

@@ -154,3 +154,13 @@ def test_bad_active_experts(active, message):
 def test_names_of_a_model_without_names():
     with pytest.raises(ValueError, match=re.escape("'code'")):
         tiny_btx().set_active_experts(["code"])
+
+
+def test_what_the_config_says_holds_until_the_model_is_told_otherwise():
+    model = tiny_btx(expert_names=NAMES)
+    with torch.no_grad():
+        everyone, one = model(tokens()).logits, model(tokens(), active_experts=[2]).logits
+        model.config.active_experts = [2]
+        torch.testing.assert_close(model(tokens()).logits, one, atol=0, rtol=0)
+        model.set_active_experts(None)
+        torch.testing.assert_close(model(tokens()).logits, everyone, atol=0, rtol=0)

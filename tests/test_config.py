@@ -88,6 +88,24 @@ def test_number_of_experts_and_their_names_belong_together():
     config.num_local_experts = 1
 
 
+def test_active_experts_are_experts_that_there_are():
+    config = BTXConfig(expert_names=["a", "b", "c", "d"], active_experts=["d", 0])
+    for key, value in {"expert_names": ["a", "b", "c", "x"], "num_local_experts": 3}.items():
+        with pytest.raises(ValueError, match=rf"^{key} is .*; expected one"):
+            setattr(config, key, value)
+    with pytest.raises(ValueError, match=re.escape("expert_names is None; expected one that has the active experts")):
+        config.expert_names = None
+    assert config.expert_numbers(config.active_experts) == [0, 3]
+
+
+def test_a_selection_bias_needs_a_selection():
+    with pytest.raises(ValueError, match="router_selection_bias is True; expected False except with top_k or switch"):
+        BTXConfig(router_type="soft", router_selection_bias=True)
+    config = BTXConfig(router_selection_bias=True)
+    with pytest.raises(ValueError, match="router_type is 'soft'; expected top_k or switch where"):
+        config.router_type = "soft"
+
+
 def test_good_values():
     config = BTXConfig(
         num_local_experts=8,
@@ -136,7 +154,7 @@ def test_every_field_travels(tmp_path, router_type):
         "expert_capacity_factor": None,
         "router_z_loss_coef": 0.001,
         "router_grad": "dense",
-        "router_selection_bias": True,
+        "router_selection_bias": router_type in ("top_k", "switch"),
         "router_aux_loss_scope": "global_batch",
         "expert_names": ["a", "b", "c", "d"],
         "active_experts": ["d", "b"],

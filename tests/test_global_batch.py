@@ -203,7 +203,10 @@ def test_two_ranks_accumulate(ranks):
         for step, calls, value, own in zip(batch, steps, values, parts, strict=True):
             for rank, (layers, _) in enumerate(calls):
                 ours, plain = ranks[rank]["with"][step], ranks[rank]["without"][step]
-                weight = two_ranks.COEFFICIENT * two_ranks.labelled(rank, step) / two_ranks.items_of(step)
+                tokens = [int(some_routed.mask.sum()) for _, some_routed in calls]
+                both = sum(two_ranks.labelled(other, step) for other in range(two_ranks.RANKS))
+                share = tokens[rank] / sum(tokens) * both / two_ranks.items_of(step)
+                weight = two_ranks.COEFFICIENT * share
                 assert_close(ours["value"], value)
                 assert_close(ours["loss"] - plain["loss"], weight * value)
                 (weight * own[rank]).backward()

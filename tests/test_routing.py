@@ -412,3 +412,9 @@ def test_bf16(routing):
     assert out.aux_loss.dtype == torch.float32
     out.loss.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf")])
+def test_temperatures_that_are_none(temperature):
+    with pytest.raises(ValueError, match=f"temperature is {temperature}; expected a number above 0"):
+        tiny_btx(router_type="sample_top_1").set_router_temperature(temperature)
