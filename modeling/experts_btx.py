@@ -15,8 +15,8 @@ from .configuration_btx import BTXConfig
 
 
 @use_experts_implementation
-class BTXExperts(nn.Module):
-    """All experts of a layer in two tensors. The forward pass is the plain one; transformers swaps in faster ones."""
+class _FusedExperts(nn.Module):
+    """The forward pass is the plain one; transformers swaps in faster ones (`experts_implementation`)."""
 
     def __init__(self, config: BTXConfig):
         super().__init__()
@@ -28,6 +28,27 @@ class BTXExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
         self.act_fn = ACT2FN[config.hidden_act]
 
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """[N, H], with the chosen experts and their weights, [N, K] each, to [N, H]."""
+        out = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            token, choice = torch.where(top_k_index == expert)
+            expert_out = self._run(expert, hidden_states[token], self.gate_up_proj, self.down_proj)
+            out.index_add_(0, token, (expert_out * top_k_weights[token, choice, None]).to(out.dtype))
+        return out
+
+    def _run(self, expert: int, rows: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        gate, up = F.linear(rows, gate_up[expert]).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate) * up, down[expert])
+
+
+class BTXExperts(_FusedExperts):
+    """All experts of a layer in two tensors, gate_up_proj [E, 2I, H] and down_proj [E, H, I]."""
+
+    config: BTXConfig
+
     @property
     def is_plain(self) -> bool:
         """Whether the weights are ordinary tensors, which no quantisation has replaced."""
@@ -36,14 +57,16 @@ class BTXExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """[N, H], with the chosen experts and their weights, [N, K] each, to [N, H]."""
-        out = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
-            token, choice = torch.where(top_k_index == expert)
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_out = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            out.index_add_(0, token, (expert_out * top_k_weights[token, choice, None]).to(out.dtype))
-        return out
+        """As the implementation that was chosen; but one token on a CPU needs no sorting by experts."""
+        one = len(hidden_states) == 1 and hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not one or self.config._experts_implementation != "grouped_mm":
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        gate_up, down = self.gate_up_proj, self.down_proj  # once: under a LoRA each access adds it up
+        out = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
+        for expert, weight in zip(top_k_index[0].tolist(), top_k_weights[0], strict=True):
+            if expert < self.num_experts:  # otherwise another rank's
+                out = out + weight * self._run(expert, hidden_states, gate_up, down)
+        return out.to(hidden_states.dtype)
 
 
 def refuse_partial_quantization(method: Any, able: tuple[str, ...] = ("torchao", "fp8")) -> None:
