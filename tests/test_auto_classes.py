@@ -164,6 +164,24 @@ print(type(AutoModel.from_pretrained("decoder", **trust)).__name__)
             assert (merged.parent / folder / name).read_text() == (merged / name).read_text()
 
 
+def test_classifiers_by_remote_code(merged, tmp_path):
+    lines = run(
+        WITHOUT_BTX_MERGE
+        + """
+import torch
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+for kind in (AutoModelForSequenceClassification, AutoModelForTokenClassification):
+    for folder in ("llama-btx", kind.__name__):
+        model = kind.from_pretrained(folder, num_labels=3, trust_remote_code=True).eval()
+        print(type(model).__name__, *model(torch.tensor([[1, 2, 3, 4]])).logits.shape)
+        model.save_pretrained(kind.__name__)
+""",
+        merged,
+        tmp_path,
+    )
+    assert lines == [*2 * ["BTXForSequenceClassification 1 3"], *2 * ["BTXForTokenClassification 1 4 3"]]
+
+
 def test_saved_again_with_the_package(merged, tmp_path):
     """Everything that loading as remote code needs is saved too, each time."""
     folder = merged
