@@ -293,8 +293,10 @@ class BTXModel(BTXPreTrainedModel, LlamaModel):
             router_records = RouterRecords(with_statistics=False)
         inputs = inputs_embeds if input_ids is None else input_ids
         if inputs is not None:  # otherwise LlamaModel says what is wrong
-            call = self._router_call(inputs, attention_mask, num_experts_per_tok, active_experts)
-            kwargs["router_call"] = call._replace(records=router_records)
+            call = self._router_call(inputs, num_experts_per_tok, active_experts)
+            if self.training or router_records is not None:  # otherwise nobody counts tokens
+                call = call._replace(real_tokens=real_tokens(attention_mask, inputs.shape[1]), records=router_records)
+            kwargs["router_call"] = call
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -322,7 +324,6 @@ class BTXModel(BTXPreTrainedModel, LlamaModel):
     def _router_call(
         self,
         inputs: torch.Tensor,
-        attention_mask: torch.Tensor | None,
         num_experts_per_tok: int | None,
         active_experts: Sequence[str | int] | None,
     ) -> RouterCall:
@@ -335,7 +336,7 @@ class BTXModel(BTXPreTrainedModel, LlamaModel):
         active = None
         if len(experts) < self.config.num_local_experts:
             active = torch.tensor(experts, device=inputs.device)
-        return RouterCall(num_experts_per_tok, active, real_tokens(attention_mask, inputs.shape[1]))
+        return RouterCall(num_experts_per_tok, active)
 
 
 class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
