@@ -1,209 +1,293 @@
-"""Speed and memory of the model, beside transformers' Mixtral and a dense Llama of the same shape.
+"""Time the model beside transformers' Mixtral with the same weights and a dense Llama of the same shape.
 
-Prefill, decode and training step, in turns in one process, on random weights that BTX and Mixtral share. Ratios are
-taken round by round, between calls that follow each other: this survives a noisy machine.
+    python benchmarks/model.py                                      a third of SmolLM2-135M's layers, 4 experts
+    python benchmarks/model.py --dtype bfloat16 --num-hidden-layers 30 --vocab-size 49152
+    python benchmarks/model.py --device cuda --dtype bfloat16 --hidden-size 2048 --intermediate-size 5632
 
-    python benchmarks/model.py [--dtype bfloat16] [--device cuda] [--rounds 7]
+Prefill, decode and training step in turns in one process, on random weights in memory; ratios are taken round by
+round. On a CPU one thread is the default: its CPU seconds are the wall seconds of an idle machine, while two threads
+wait for each other at the end of each operation, for milliseconds where another process has a core.
 """
 
-from __future__ import annotations
-
 import argparse
+import platform
+import re
+import shlex
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from btx_merge.modeling import BTXConfig, BTXForCausalLM
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-import btx_merge  # noqa: F401
-
-Step = Callable[[Any], None]
-Times = dict[str, list[tuple[float, float]]]
-"""By model: wall and CPU seconds of each round."""
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shape = {
-        "hidden_size": 512,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "vocab_size": 8192,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    }
-    run = {"batch_size": 4, "sequence_length": 512, "new_tokens": 24, "rounds": 7, "threads": torch.get_num_threads()}
-    for name, default in {**shape, **run}.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help="default: %(default)s")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--experts-implementation", help="of BTX and Mixtral; transformers' default where not given")
-    options = parser.parse_args()
-    options.shape = {name: getattr(options, name) for name in shape}
-    return options
+SHAPE = {  # SmolLM2-135M has 30 layers and a vocabulary of 49152
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 10,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 16384,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+RUN = {"batch_size": 1, "sequence_length": 512, "new_tokens": 16, "rounds": 5, "threads": 1}
+COEF = 0.01
+MODELS = ("BTX", "Mixtral", "dense Llama")
 
 
-def build(options: argparse.Namespace) -> dict[str, Any]:
-    """BTX, the same without its router loss, Mixtral with the same weights, and a dense Llama."""
+class Cost(NamedTuple):
+    wall: float  # seconds
+    cpu: float  # seconds of all threads
+    peak: int  # bytes on the GPU above those before; 0 on a CPU
+
+
+Step = Callable[[], object]
+Costs = dict[str, list[Cost]]
+
+
+def build(options: argparse.Namespace, **changes: int) -> dict[str, Any]:
+    """BTX and Mixtral share their weights. Both give the same logits, or like would not be compared with like."""
+    common = {name: getattr(options, name) for name in SHAPE} | changes
+    common |= {"rms_norm_eps": 1e-5, "max_position_embeddings": options.sequence_length + options.new_tokens}
+    common |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    sparse = common | {name: getattr(options, name) for name in EXPERTS} | {"router_aux_loss_coef": COEF}
     torch.manual_seed(0)
-    shape = {**options.shape, "initializer_range": 0.05, "max_position_embeddings": 4096}
-    dense = {name: value for name, value in shape.items() if "experts" not in name}
     models: dict[str, Any] = {
-        "BTX": BTXForCausalLM(BTXConfig(**shape)),
-        "BTX without router loss": BTXForCausalLM(BTXConfig(**shape, router_aux_loss_coef=0.0)),
-        "Mixtral": MixtralForCausalLM(
-            MixtralConfig(**shape, rms_norm_eps=1e-6, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
-        ),
-        "Llama": LlamaForCausalLM(LlamaConfig(**dense)),
+        "BTX": BTXForCausalLM(BTXConfig(**sparse)),
+        "Mixtral": MixtralForCausalLM(MixtralConfig(**sparse)),
+        "dense Llama": LlamaForCausalLM(LlamaConfig(**common)),
     }
-    for name in ("BTX without router loss", "Mixtral"):
-        models[name].load_state_dict(models["BTX"].state_dict())
-    ids = prompt(options)[:, :64].cpu()
+    models["Mixtral"].load_state_dict(models["BTX"].state_dict(), assign=True)
+    ids = torch.randint(common["vocab_size"], (1, 64))
     with torch.no_grad():
         ours, theirs = (models[name].eval()(ids).logits for name in ("BTX", "Mixtral"))
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)  # like is compared with like
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     for name, model in models.items():
-        model.to(options.device, getattr(torch, options.dtype))
-        if options.experts_implementation and name != "Llama":
+        for parameter in model.parameters():  # and no buffers: rotary frequencies are float32 in any model
+            parameter.data = parameter.data.to(getattr(torch, options.dtype))
+        model.to(options.device)
+        if options.experts_implementation and name != "dense Llama":
             model.set_experts_implementation(options.experts_implementation)
+    models["Mixtral"].load_state_dict(models["BTX"].state_dict(), assign=True)
     return models
 
 
-def prompt(options: argparse.Namespace) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    shape = (options.batch_size, options.sequence_length)
-    return torch.randint(options.vocab_size, shape, generator=generator).to(options.device)
+@torch.no_grad()
+def prefill(model: Any, ids: torch.Tensor) -> Any:
+    return model.eval()(ids, use_cache=True, logits_to_keep=1)
 
 
-def steps(options: argparse.Namespace) -> dict[str, Step]:
-    ids = prompt(options)
-
-    @torch.no_grad()
-    def prefill(model: Any) -> None:
-        model.eval()(ids, logits_to_keep=1)
+def decode(model: Any, ids: torch.Tensor, options: argparse.Namespace) -> Step:
+    """After a prompt which is not timed. Greedy, without what `generate` does around the model."""
+    start = prefill(model, ids)
 
     @torch.no_grad()
-    def decode(model: Any) -> None:
-        cache = model.eval()(ids[:1, :32], use_cache=True).past_key_values
+    def step() -> None:
+        cache, token = start.past_key_values, start.logits.argmax(-1)
+        model.eval()
         for _ in range(options.new_tokens):
-            cache = model(ids[:1, :1], past_key_values=cache, use_cache=True).past_key_values
+            token = model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)
+        cache.crop(-options.new_tokens)
 
-    def train(model: Any) -> None:
-        model.train()(ids, labels=ids, use_cache=False).loss.backward()
-        model.zero_grad()
-
-    return {"prefill": prefill, "decode": decode, "training step": train}
+    return step
 
 
-def measure(models: dict[str, Any], step: Step, options: argparse.Namespace) -> Times:
-    """In turns, the order reversed every other round, after one round to warm up."""
-    times: Times = {name: [] for name in models}
-    for turn in range(options.rounds + 1):
-        for name in list(models)[:: -1 if turn % 2 else 1]:
-            wait(options)
-            wall, cpu = time.perf_counter(), time.process_time()
-            step(models[name])
-            wait(options)
-            if turn:
-                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    return times
+def train(model: Any, ids: torch.Tensor, balanced: bool = True) -> None:
+    """Forward and backward pass without the optimizer, which costs the same per parameter in any model."""
+    torch.autograd.backward(loss_of(model.train(), ids, balanced))
+    model.zero_grad()
 
 
-def wait(options: argparse.Namespace) -> None:
-    if options.device != "cpu":
+def loss_of(model: Any, ids: torch.Tensor, balanced: bool) -> torch.Tensor:
+    """With the balancing loss of the model, ours or Mixtral's, where it has one."""
+    extra: dict[str, Any] = {}
+    if isinstance(model, BTXForCausalLM):
+        model.config.router_aux_loss_coef = COEF if balanced else 0.0
+    elif isinstance(model, MixtralForCausalLM):
+        extra = {"output_router_logits": balanced}  # there the loss hangs on it
+    loss: torch.Tensor = model(ids, labels=ids, use_cache=False, **extra).loss
+    return loss
+
+
+def measure(step: Step, device: str) -> Cost:
+    cuda, before = device == "cuda", 0
+    if cuda:
         torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    wall, cpu = time.perf_counter(), time.process_time()
+    step()
+    if cuda:
+        torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before if cuda else 0
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu, peak)
 
 
-def flops(options: argparse.Namespace, experts: int, tokens: int, context: float, heads: int) -> float:
-    """Multiplications of a pass over `tokens` with `experts` of a feed-forward block's width each.
+def in_turns(steps: dict[str, Step], options: argparse.Namespace) -> Costs:
+    """Each first once to warm up; then one of each a round, the order reversed every other round."""
+    costs: Costs = {name: [] for name in steps}
+    for number in range(-1, options.rounds):
+        for name in list(steps)[:: -1 if number % 2 else 1]:
+            costs[name].append(measure(steps[name], options.device))
+    return {name: measured[1:] for name, measured in costs.items()}
 
-    Projections of attention, its scores and sums over `context` keys, feed-forward blocks, router, and the head for
-    as many tokens as it is run on.
+
+def routing_parts(options: argparse.Namespace, name: str, ids: torch.Tensor) -> dict[str, Step]:
+    """Training steps of a model without experts and attention: with routing and loss, with routing, with neither.
+
+    Their differences are what routing and loss cost, free of the noise of the large matrix products.
     """
-    h: int = options.hidden_size
-    head_dim = h // options.num_attention_heads
-    projections = 2 * h * h + 2 * h * head_dim * options.num_key_value_heads
-    router = h * options.num_local_experts if experts > 1 else 0
-    layer: float = projections + 2 * context * h + experts * 3 * h * options.intermediate_size + router
-    return float(tokens * layer * options.num_hidden_layers + heads * h * options.vocab_size)
+    steps: dict[str, Step] = {}
+    for part in ("both", "routing", "neither"):
+        model = build(options, intermediate_size=8, vocab_size=64)[name]
+        for layer in model.model.layers:
+            layer.self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+            layer.mlp.experts.forward = lambda hidden, _, weights: hidden * weights.sum(-1, True).to(hidden.dtype)
+            if part == "neither":
+                layer.mlp.forward = lambda hidden, *_, **__: hidden
+        steps[part] = partial(train, model, ids % 64, balanced=part == "both")
+    return steps
 
 
-def flop_ratio(task: str, options: argparse.Namespace) -> float:
-    """Of BTX to dense."""
-    tokens = options.batch_size * options.sequence_length
-    sizes = {
-        "prefill": (tokens, options.sequence_length / 2, options.batch_size),
-        "decode": (1, 32 + options.new_tokens / 2, 1),
-        "training step": (tokens, options.sequence_length / 2, tokens),
-    }[task]
-    return flops(options, options.num_experts_per_tok, *sizes) / flops(options, 1, *sizes)
-
-
-def ratio(times: Times, over: str, under: str, kind: int) -> str:
-    pairs = [one[kind] / other[kind] for one, other in zip(times[over], times[under], strict=True)]
-    return f"{statistics.median(pairs):.2f} [{min(pairs):.2f}-{max(pairs):.2f}]"
-
-
-def report(task: str, times: Times, options: argparse.Namespace) -> None:
-    for name in ("BTX", "Mixtral", "Llama"):
-        wall, cpu = ([pair[kind] for pair in times[name]] for kind in (0, 1))
-        cells = [task, name, f"{statistics.median(wall) * 1000:.0f} [{min(wall) * 1000:.0f}-{max(wall) * 1000:.0f}]"]
-        cells += [f"{statistics.median(cpu) * 1000:.0f}", "1", "1"]
-        kind = 1 if options.device == "cpu" else 0
-        if name == "BTX":
-            cells[-2:] = [ratio(times, "Mixtral", "BTX", kind), ratio(times, "BTX", "Llama", kind)]
-        elif name == "Mixtral":
-            cells[-1] = ratio(times, "Mixtral", "Llama", kind)
-        cells.append(f"{flop_ratio(task, options):.2f}" if name != "Llama" else "1")
-        print(f"| {' | '.join(cells)} |", flush=True)
-
-
-def saved_bytes(model: Any, ids: torch.Tensor) -> int:
-    """What autograd keeps for the backward pass of a training step, parameters aside."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
+def saved_bytes(model: Any, ids: torch.Tensor, balanced: bool) -> int:
+    """What autograd keeps from the forward pass of a training step for the backward pass, parameters aside."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage  # held, so that no other tensor gets its address
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model.train()(ids, labels=ids, use_cache=False).loss
-    size = sum(storage.nbytes() for storage in kept.values())
-    loss.backward()
-    model.zero_grad()
-    return size
+        loss = loss_of(model.train(), ids, balanced)  # while it lives, no two of them have one address
+    return sum(kept.values()) if loss.requires_grad else 0
+
+
+def products(options: argparse.Namespace, experts: int, router: int, context: float, heads: float) -> float:
+    """Multiplications for one token in matrix products, with a language modelling head for `heads` of the tokens.
+
+    Per layer: query and output, key and value; scores and sums over `context` keys; feed-forward blocks; router.
+    """
+    hidden, inner = options.hidden_size, options.intermediate_size
+    narrow = hidden // options.num_attention_heads * options.num_key_value_heads
+    layer = 2 * hidden * hidden + 2 * hidden * narrow + 2 * hidden * context + 3 * experts * hidden * inner
+    return float(options.num_hidden_layers * (layer + hidden * router) + heads * hidden * options.vocab_size)
+
+
+def flops_to_dense(task: str, options: argparse.Namespace) -> float:
+    """Active FLOPs of BTX by those of the dense model. A backward pass doubles both."""
+    tokens = options.sequence_length
+    context = tokens + options.new_tokens / 2 if task == "decode" else tokens / 2
+    rest = (context, 1 / tokens if task == "prefill" else 1)
+    sparse = products(options, options.num_experts_per_tok, options.num_local_experts, *rest)
+    return sparse / products(options, 1, 0, *rest)
+
+
+def spread(values: Sequence[float]) -> str:
+    digits = 1 if max(values) >= 10 else 2 if max(values) >= 0.1 else 3
+    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}-{max(values):.{digits}f}]"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def clock(options: argparse.Namespace) -> str:
+    """Which time the ratios are taken of."""
+    return "cpu" if options.device == "cpu" and options.threads == 1 else "wall"
+
+
+def times(costs: list[Cost], options: argparse.Namespace) -> list[float]:
+    return [getattr(cost, clock(options)) for cost in costs]
+
+
+def ratios(over: list[Cost], under: list[Cost], options: argparse.Namespace) -> list[float]:
+    return [a / b for a, b in zip(times(over, options), times(under, options), strict=True)]
+
+
+def rows_of(task: str, costs: Costs, options: argparse.Namespace) -> list[list[str]]:
+    active, rows = flops_to_dense(task, options), []
+    for name in MODELS:
+        wall, cpu, peak = zip(*costs[name], strict=True)
+        row = [task, name, spread(wall), spread(cpu), *([f"{max(peak) / 1e6:.0f}"] if any(peak) else [])]
+        row.append(spread(ratios(costs["Mixtral"], costs[name], options)) if name == "BTX" else "")
+        to_dense = ratios(costs[name], costs["dense Llama"], options)
+        over = statistics.median(to_dense) / active
+        compared = [spread(to_dense), f"{active:.2f}", f"{over:.2f}, {'yes' if over <= 1.1 else 'no'}"]
+        rows.append(row + (["", "", ""] if name == "dense Llama" else compared))
+    return rows
+
+
+def report(models: dict[str, Any], options: argparse.Namespace) -> str:
+    ids = torch.randint(options.vocab_size, (options.batch_size, options.sequence_length)).to(options.device)
+    tasks: dict[str, dict[str, Step]] = {
+        "prefill": {name: partial(prefill, model, ids) for name, model in models.items()},
+        "decode": {name: decode(model, ids, options) for name, model in models.items()},
+        "training step": {name: partial(train, model, ids) for name, model in models.items()},
+    }
+    tasks["training step"]["without loss"] = partial(train, models["BTX"], ids, balanced=False)
+    costs = {task: in_turns(steps, options) for task, steps in tasks.items()}
+    head = ["task", "model", "wall s", "CPU s", *(["peak MB"] if options.device != "cpu" else [])]
+    head += ["Mixtral's time / its", "its time / dense", "active FLOPs / dense", "time by FLOPs, within 1.1"]
+    text = table(head, [row for task in tasks for row in rows_of(task, costs[task], options)])
+
+    steps = costs["training step"]
+    with_loss = [100 * (ratio - 1) for ratio in ratios(steps["BTX"], steps["without loss"], options)]
+    rows = []
+    for name in MODELS[:2]:
+        parts = in_turns(routing_parts(options, name, ids), options)
+        both, routing, neither = (times(part, options) for part in parts.values())
+        whole = statistics.median(times(steps[name], options)) / 100
+        pairs = ((routing, neither), (both, routing), (both, neither))
+        shares = [spread([(a - b) / whole for a, b in zip(*pair, strict=True)]) for pair in pairs]
+        rows.append([name, *shares, spread(with_loss) if name == "BTX" else ""])
+    head = ["% of a training step", "routing", "balancing loss", "both (goal: < 3)", "loss, by the whole step"]
+    text += "\n" + table(head, rows)
+
+    rows = []
+    logits = ids.numel() * options.num_hidden_layers * options.num_local_experts * models["BTX"].dtype.itemsize
+    for name in MODELS[:2]:
+        plain, balanced = (saved_bytes(models[name], ids, on) for on in (False, True))
+        rows.append([name, f"{plain:,}", f"{balanced - plain:,}", f"{(balanced - plain) / logits:.2f}"])
+    head = ["bytes kept for the backward pass", "without loss", "more with it", f"times the router logits' {logits:,}"]
+    return text + "\n" + table(head, rows)
+
+
+def facts(models: dict[str, Any], options: argparse.Namespace) -> str:
+    known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    cpu = re.search("model name\\s*: (.*)", known)
+    device = torch.cuda.get_device_name() if options.device == "cuda" else cpu[1] if cpu else platform.machine()
+    chosen = (models[name].config._experts_implementation for name in MODELS[:2])
+    lines = {
+        "command": shlex.join(["python", *sys.argv]),
+        "device": f"{device}, {options.threads} threads, {options.dtype}",
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "experts": " and ".join(map(str, dict.fromkeys(chosen))),
+        "task": f"{options.batch_size} x {options.sequence_length} tokens, {options.new_tokens} decoded after them",
+        "ratios of": f"{clock(options)} seconds",
+    }
+    return "".join(f"- {name}: {value}\n" for name, value in lines.items())
 
 
 def main() -> None:
-    options = parse()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (SHAPE | EXPERTS | RUN).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"{default}")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--experts-implementation", help="of BTX and Mixtral (transformers' choice)")
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
     models = build(options)
-    print(f"{options.dtype}, {options.device}, {options.threads} threads, {options.batch_size} x ", end="")
-    print(f"{options.sequence_length} tokens; {', '.join(f'{k} {v}' for k, v in options.shape.items())}\n")
-    unit = "CPU seconds" if options.device == "cpu" else "wall seconds"
-    print(f"Ratios of {unit}, median [smallest-largest] over {options.rounds} rounds.\n")
-    print("| | | wall ms | CPU ms | Mixtral's time / BTX's | times dense | active FLOPs, times dense |")
-    print("|---|---|---|---|---|---|---|")
-    for task, step in steps(options).items():
-        if task != "training step":
-            times = measure({name: model for name, model in models.items() if "without" not in name}, step, options)
-        else:
-            times = measure(models, step, options)
-        report(task, times, options)
-    kind = 1 if options.device == "cpu" else 0
-    print(f"\nStep with router loss / without: {ratio(times, 'BTX', 'BTX without router loss', kind)}")
-    ids = prompt(options)
-    grown = saved_bytes(models["BTX"], ids) - saved_bytes(models["BTX without router loss"], ids)
-    logits = ids.numel() * options.num_local_experts * options.num_hidden_layers * 4
-    print(f"Kept for the backward pass because of the router loss: {grown:,} bytes; the router logits: {logits:,}")
+    print(facts(models, options), flush=True)
+    print(report(models, options), end="")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ class BTXExperts(_FusedExperts):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """As the implementation that was chosen; but one token on a CPU needs no sorting by experts."""
-        one = len(hidden_states) == 1 and hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not one or self.config._experts_implementation != "grouped_mm":
+        sorts = self.config._experts_implementation == "grouped_mm" and not torch.compiler.is_compiling()
+        if not (sorts and hidden_states.device.type == "cpu" and hidden_states.shape[0] == 1):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         gate_up, down = self.gate_up_proj, self.down_proj  # once: under a LoRA each access adds it up
         out = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
