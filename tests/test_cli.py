@@ -206,7 +206,9 @@ def test_what_peft_merges_makes_no_noise(family: Family, tmp_path: Path) -> None
         [parameter.add_(0.01) for parameter in model.parameters() if parameter.requires_grad]
     model.save_pretrained(tmp_path / "dora")
     done = btx("merge", "--seed", family.seed, "--expert", f"dora={tmp_path / 'dora'}", "-o", tmp_path / "out")
-    assert (done.returncode, done.stderr) == (0, "")
+    # torchao, which peft imports where it is installed, speaks of files for other machines and of torch's future
+    noise = [line for line in done.stderr.splitlines() if "torchao" not in line and "torch/utils/_pytree" not in line]
+    assert (done.returncode, noise) == (0, [])
 
 
 def test_a_recipe_file(merged: tuple[Path, Done], family: Family, tmp_path: Path) -> None:
