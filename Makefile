@@ -14,14 +14,15 @@ test: .venv/installed  ## lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
-slow: .venv/installed  ## the tests that take minutes
+slow: .venv/torchao  ## the tests that take minutes, and those with torchao
 	$(BIN)/python -m pytest -m slow
 
 demo-smollm2: .venv/smollm2  ## the same on real weights: SmolLM2-135M and LoRA finetunes of it
 	$(BIN)/python examples/demo_smollm2.py
 
-benchmark: .venv/installed  ## btx merge against cp, and what else ARGS names
+benchmark: .venv/installed  ## btx merge against cp, and what else ARGS names; the model against Mixtral and Llama
 	$(BIN)/python benchmarks/merge.py $(ARGS)
+	$(BIN)/python benchmarks/model.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
@@ -33,6 +34,10 @@ clean:
 .venv/installed: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+.venv/torchao: .venv/installed  # apart from the rest: it speaks at every import
+	$(BIN)/pip install --quiet --constraint constraints.txt torchao
 	@touch $@
 
 .venv/smollm2: .venv/installed

@@ -206,7 +206,7 @@ def test_what_peft_merges_makes_no_noise(family: Family, tmp_path: Path) -> None
         [parameter.add_(0.01) for parameter in model.parameters() if parameter.requires_grad]
     model.save_pretrained(tmp_path / "dora")
     done = btx("merge", "--seed", family.seed, "--expert", f"dora={tmp_path / 'dora'}", "-o", tmp_path / "out")
-    # torchao, which peft imports where it is installed, speaks of files for other machines and of torch's future
+    # torchao, which peft imports where it is installed (`make slow`), speaks of other machines' files
     noise = [line for line in done.stderr.splitlines() if "torchao" not in line and "torch/utils/_pytree" not in line]
     assert (done.returncode, noise) == (0, [])
 

@@ -11,7 +11,7 @@ from transformers.quantizers import quantizer_torchao
 
 from tests.models import tiny_btx, tokens
 
-torchao = pytest.importorskip("torchao.quantization", reason="torchao has no wheel for this platform")
+with_torchao = pytest.mark.slow  # `make slow` installs it
 
 EVERYWHERE = r"re:.*(self_attn\..*|mlp\.experts\.(gate_up|down))_proj"
 
@@ -30,20 +30,26 @@ def test_what_reaches_linear_layers_only_is_refused(config, tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
 
 
+@with_torchao
 def test_torchao_that_passes_over_the_experts_is_refused(tmp_path):
+    import torchao.quantization as torchao
+
     tiny_btx().save_pretrained(tmp_path)
     linear_only = TorchAoConfig(torchao.Int8WeightOnlyConfig())
     with pytest.raises(ValueError, match=r"^Quantisation by torchao would leave the experts"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=linear_only)
 
 
+@with_torchao
 @pytest.mark.skipif(
     "FqnToConfig" not in inspect.getsource(quantizer_torchao),
     reason="this transformers quantises nn.Linear alone",
 )
 @pytest.mark.filterwarnings("ignore::UserWarning:torchao")
 def test_torchao_with_the_experts_named(tmp_path):
-    """8-bit rows: within 3 % of the largest logit, and far from equal."""
+    """8-bit rows: within 3 % of the largest logit, and not equal."""
+    import torchao.quantization as torchao
+
     tiny_btx(dtype=torch.bfloat16).bfloat16().save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     config = TorchAoConfig(torchao.FqnToConfig({EVERYWHERE: torchao.Int8WeightOnlyConfig()}))

@@ -58,16 +58,18 @@ def test_the_python(folder):
     assert run(folder, merging, loading, shown)[-1] == "BTXForCausalLM ['seed', 'code'] 128"
 
 
-def test_the_python_on_a_merged_model(folder):
+@pytest.mark.parametrize("quantised", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_python_on_a_merged_model(folder, quantised):
     """One block after the other, on a merge of the recipe that is shown."""
     loading, _, *others = blocks("python")
+    others = [block for block in others if ("torchao" in block) == quantised]
     (folder / "merge.yaml").write_text(blocks("yaml")[0])
     subprocess.run([BTX, "merge", "--recipe", "merge.yaml", "-o", "llama-btx", "-q"], cwd=folder, check=True)
     inputs = "inputs = tokenizer('w1 w2', return_tensors='pt')"
     shown = "print(model.config.router_type, model(**inputs).logits.isfinite().all().item())"
     script = [loading, inputs, *(f"{block}\n{shown}" for block in others)]
     types = [line.split()[0] for line in run(folder, *script) if line.endswith("True")]
-    assert types == ["sample_top_1", "sample_top_1", "sample_top_1", "top_k"]
+    assert types == (["top_k"] if quantised else 3 * ["sample_top_1"])
 
 
 def test_the_options_table_names_every_key_of_a_recipe():
