@@ -3,6 +3,7 @@
 Legend: N tokens, H hidden, I intermediate, E experts, K experts per token.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,15 +34,15 @@ class _FusedExperts(nn.Module):
     ) -> torch.Tensor:
         """[N, H], with the chosen experts and their weights, [N, K] each, to [N, H]."""
         out = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
+        for expert, weights in enumerate(zip(_each(self.gate_up_proj), _each(self.down_proj), strict=True)):
             token, choice = torch.where(top_k_index == expert)
-            expert_out = self._run(expert, hidden_states[token], self.gate_up_proj, self.down_proj)
+            expert_out = self._run(hidden_states[token], *weights)
             out.index_add_(0, token, (expert_out * top_k_weights[token, choice, None]).to(out.dtype))
         return out
 
-    def _run(self, expert: int, rows: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(rows, gate_up[expert]).chunk(2, dim=-1)
-        return F.linear(self.act_fn(gate) * up, down[expert])
+    def _run(self, rows: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        gate, up = F.linear(rows, gate_up).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate) * up, down)
 
 
 class BTXExperts(_FusedExperts):
@@ -65,8 +66,13 @@ class BTXExperts(_FusedExperts):
         out = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
         for expert, weight in zip(top_k_index[0].tolist(), top_k_weights[0], strict=True):
             if expert < self.num_experts:  # otherwise another rank's
-                out = out + weight * self._run(expert, hidden_states, gate_up, down)
+                out = out + weight * self._run(hidden_states, gate_up[expert], down[expert])
         return out.to(hidden_states.dtype)
+
+
+def _each(weight: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The weights of each. Indexing would add up a gradient as large as all of them for each; quantised have none."""
+    return weight.unbind() if weight.requires_grad else [weight[expert] for expert in range(len(weight))]
 
 
 def refuse_partial_quantization(method: Any, able: tuple[str, ...] = ("torchao", "fp8")) -> None:
