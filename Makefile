@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow demo-smollm2 benchmark format clean
+.PHONY: demo test slow demo-smollm2 benchmark benchmark-model format clean
 
 demo: .venv/installed  ## train a small seed and three experts, merge them, compare and generate
 	$(BIN)/python examples/demo.py
@@ -20,9 +20,11 @@ slow: .venv/torchao  ## the tests that take minutes, and those with torchao
 demo-smollm2: .venv/smollm2  ## the same on real weights: SmolLM2-135M and LoRA finetunes of it
 	$(BIN)/python examples/demo_smollm2.py
 
-benchmark: .venv/installed  ## btx merge against cp, and what else ARGS names; the model against Mixtral and Llama
+benchmark: .venv/installed  ## btx merge against cp, and what else ARGS names
 	$(BIN)/python benchmarks/merge.py $(ARGS)
-	$(BIN)/python benchmarks/model.py
+
+benchmark-model: .venv/installed  ## the model against Mixtral and a dense Llama
+	$(BIN)/python benchmarks/model.py $(ARGS)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -206,9 +206,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
 
     def _router_losses(
         self,
-        statistics: list[torch.Tensor],
-        attention_mask: torch.Tensor | None,
-        shape: torch.Size,
+        records: RouterRecords,
         targets: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,17 +214,15 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         micro-batch's part of an accumulated batch, so that the parts' losses add up to one mean.
 
         Args:
-            statistics: the layers', L tensors [2A + 1].
-            shape: B, T of the tokens.
+            records: of the forward pass, with statistics.
             targets: the labels that are predicted, -100 where none.
             num_items_in_batch: how many those are in all micro-batches together.
         """
-        stacked = torch.stack([layer.to(statistics[0].device) for layer in statistics])
+        stacked = torch.stack([layer.to(records.statistics[0].device) for layer in records.statistics])
         labelled = None if targets is None or num_items_in_batch is None else (targets != -100).sum()
         global_means, share = None, stacked.new_ones(())
         if self.config.router_aux_loss_scope == "global_batch" and self.training:
-            real = real_tokens(attention_mask, shape[1])
-            tokens = stacked.new_tensor(shape.numel()) if real is None else real.sum().to(stacked)
+            tokens = torch.as_tensor(records.tokens).to(stacked)
             global_means, share = self._global_batch.join(stacked, tokens, labelled, num_items_in_batch)
         elif labelled is not None and num_items_in_batch is not None:
             share = (labelled / num_items_in_batch).to(stacked)
@@ -295,7 +291,10 @@ class BTXModel(BTXPreTrainedModel, LlamaModel):
         if inputs is not None:  # otherwise LlamaModel says what is wrong
             call = self._router_call(inputs, num_experts_per_tok, active_experts)
             if self.training or router_records is not None:  # otherwise nobody counts tokens
-                call = call._replace(real_tokens=real_tokens(attention_mask, inputs.shape[1]), records=router_records)
+                real = real_tokens(attention_mask, inputs.shape[1])
+                call = call._replace(real_tokens=real, records=router_records)
+                if router_records is not None:
+                    router_records.tokens = inputs.shape[0] * inputs.shape[1] if real is None else real.sum()
             kwargs["router_call"] = call
         outputs = super().forward(
             input_ids=input_ids,
@@ -406,9 +405,7 @@ class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
             targets = kwargs.get("shift_labels")
             if targets is None and labels is not None:
                 targets = labels[:, 1:]
-            aux_loss, added = self._router_losses(
-                records.statistics, attention_mask, hidden_states.shape[:2], targets, kwargs.get("num_items_in_batch")
-            )
+            aux_loss, added = self._router_losses(records, targets, kwargs.get("num_items_in_batch"))
             if loss is not None and self.training:
                 loss = loss + added.to(loss.device)
         return MoeCausalLMOutputWithPast(
@@ -451,8 +448,7 @@ class _WithRouterLosses(BTXPreTrainedModel):
             **kwargs,
         )
         if records is not None:
-            inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
-            outputs.loss = outputs.loss + self._router_losses(records.statistics, attention_mask, inputs.shape[:2])[1]
+            outputs.loss = outputs.loss + self._router_losses(records)[1]
         return outputs
 
 

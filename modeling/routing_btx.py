@@ -26,6 +26,8 @@ class RouterRecords:
         """L tensors of `router_statistics`."""
         self.tokens_per_expert: list[torch.Tensor] = []
         """L tensors [E]."""
+        self.tokens: torch.Tensor | int = 0
+        """How many of the pass's tokens are no padding."""
         self.is_open = True
 
 
@@ -151,11 +153,9 @@ def _everything(mixture: torch.Tensor) -> torch.Tensor:
     return torch.arange(mixture.shape[-1], device=mixture.device).expand(mixture.shape)
 
 
-def _counted(chosen: torch.Tensor, call: RouterCall) -> torch.Tensor:
-    """[N], 0 for padding."""
-    if call.real_tokens is None:
-        return torch.ones_like(chosen[:, 0])
-    return call.real_tokens.to(chosen.dtype)
+def _counted(rows: torch.Tensor, call: RouterCall) -> torch.Tensor:
+    """[N] of the rows' dtype: 1, and 0 for padding."""
+    return rows.new_ones(rows.shape[:1]) if call.real_tokens is None else call.real_tokens.to(rows.dtype)
 
 
 def router_statistics(
@@ -176,7 +176,7 @@ def router_statistics(
         weights, chosen: of the experts that each token is sent to, [N, K].
         with_z: whether the last is wanted; otherwise it is 0.
     """
-    counted = scores.new_ones(scores.shape[:1]) if call.real_tokens is None else call.real_tokens.to(scores)
+    counted = _counted(scores, call)
     token_share = counted / counted.sum().clamp(min=1)
     gates = weights
     if weights.shape != scores.shape:

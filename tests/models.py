@@ -16,6 +16,14 @@ from btx_merge.modeling import BTXConfig, BTXForCausalLM
 
 EXPERTS = 4
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 def tiny_btx(**changes: Any) -> BTXForCausalLM:

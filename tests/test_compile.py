@@ -10,7 +10,7 @@ import torch
 import transformers
 from btx_merge.modeling import BTXConfig, BTXForCausalLM
 
-from tests.test_model import tiny_btx, tokens
+from tests.models import tiny_btx, tokens
 from tests.test_transformers import assert_same_gradients, gradients
 
 traces_grouped_mm = hasattr(transformers.integrations.moe, "_grouped_mm_fallback")

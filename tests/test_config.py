@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import transformers
-from btx_merge.modeling import BTXConfig
+from btx_merge.modeling import BTXConfig, configuration_btx
 
+from btx_merge import recipe
 from btx_merge.files import MODEL_CODE, model_code_folder
 
 BAD = [
@@ -174,6 +175,11 @@ def test_active_experts_by_name_or_index_are_among_the_experts():
     assert BTXConfig(active_experts=[3]).active_experts == [3]
     with pytest.raises(ValueError, match=r"^active_experts is \['e'\]; expected .*a, b, c, d"):
         BTXConfig(expert_names=names, active_experts=["e"])
+
+
+def test_a_recipe_knows_the_same_routings():
+    """It has a list of its own, because reading a recipe must not import torch."""
+    assert recipe.ROUTER_TYPES == configuration_btx.ROUTER_TYPES
 
 
 def test_num_experts_is_another_name():

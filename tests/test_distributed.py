@@ -23,7 +23,7 @@ from btx_merge.modeling import BTXConfig, BTXForCausalLM
 from transformers import LlamaForCausalLM
 
 from tests.common import tensors_of, tiny_config
-from tests.test_model import EXPERTS, tiny_btx
+from tests.models import EXPERTS, tiny_btx
 
 ROOT = Path(__file__).parent.parent
 EXACT = 1e-5

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.integrations.executorch import convert_and_export_with_cache
 
 from tests.common import VOCAB, tiny_tokenizer
-from tests.test_model import tiny_btx, tokens
+from tests.models import tiny_btx, tokens
 
 NEW = 8
 WAYS = {

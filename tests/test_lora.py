@@ -35,16 +35,10 @@ from tests.test_peft import (
     every_part,
     logits,
     lora_names,
+    pytestmark,  # noqa: F401  the same warnings are not ours
     randomise,
     trainable,
 )
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:::peft"),
-    pytest.mark.filterwarnings("ignore:::transformers"),
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated"),
-]
-
 
 # --- saving, loading, merging ------------------------------------------------------------------------------------
 

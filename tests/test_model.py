@@ -10,16 +10,7 @@ import torch
 from btx_merge.modeling import BTXForCausalLM
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from tests.models import EXPERTS, IMPLEMENTATIONS, slow_logits, tiny_btx, tokens, weights_of
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
+from tests.models import EXPERTS, IMPLEMENTATIONS, LLAMA3_ROPE, slow_logits, tiny_btx, tokens, weights_of
 
 VARIANTS = {
     "top 2": {},

@@ -19,7 +19,7 @@ from btx_merge.modeling import BTXForCausalLM, BTXModel
 from safetensors.torch import load_file, save_file
 
 from tests.common import tensors_of
-from tests.test_model import tiny_btx, tokens
+from tests.models import tiny_btx, tokens
 
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tests.test_model import EXPERTS, LLAMA3_ROPE, tiny_btx, tokens
+from tests.models import EXPERTS, LLAMA3_ROPE, tiny_btx, tokens
 
 
 def dense_and_identical_experts(**changes: Any) -> tuple[LlamaForCausalLM, BTXForCausalLM]:
