@@ -141,17 +141,14 @@ def _pairs(flag: str, items: list[str]) -> dict[str, str]:
     return out
 
 
-def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the recipe's options beside its own, and turns our errors into lines and exit codes."""
-    own = inspect.signature(command, eval_str=True)
-    options = inspect.signature(_recipe_options, eval_str=True)
+def _ends_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns our errors into lines and exit codes. Nobody gets a traceback for a mistake of theirs."""
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
         as_json = values.get("json_output", False)
         try:
-            recipe = _recipe_options(**{key: values.pop(key) for key in options.parameters})
-            command(recipe, **values)
+            command(**values)
         except InputError as error:
             raise _failed(error, [str(problem) for problem in error.problems], 2, as_json) from None
         except (MergeInterrupted, KeyboardInterrupt) as error:
@@ -162,6 +159,19 @@ def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
             raise
         except OSError as error:
             raise _failed(error, [f"{error.filename or 'the system'}: {error.strerror}"], 1, as_json) from None
+
+    return run
+
+
+def _takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the recipe's options beside its own."""
+    own = inspect.signature(command, eval_str=True)
+    options = inspect.signature(_recipe_options, eval_str=True)
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        recipe = _recipe_options(**{key: values.pop(key) for key in options.parameters})
+        command(recipe, **values)
 
     kept = [parameter for name, parameter in own.parameters.items() if name != "recipe"]
     merged = [p.replace(kind=p.KEYWORD_ONLY) for p in (*options.parameters.values(), *kept)]
@@ -179,6 +189,7 @@ def _failed(error: BaseException, lines: list[str], code: int, as_json: bool) ->
 
 
 @app.command("check")
+@_ends_in_one_line
 @_takes_recipe
 def check_command(
     recipe: MergeRecipe,
@@ -197,6 +208,7 @@ def check_command(
 
 
 @app.command("merge")
+@_ends_in_one_line
 @_takes_recipe
 def merge_command(
     recipe: MergeRecipe,
