@@ -1,0 +1,269 @@
+"""Texts by domain: what the user names, whether it can be read, its documents, and windows packed from them.
+
+Neither torch nor transformers is imported here; a tokenizer is whatever transformers gives.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.textfiles import READERS, Record, is_installed, read_file, read_hub, suffix_of
+
+EXTRA = "pip install 'btx-merge[train]'"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
+_CHARS_AT_ONCE = 1_000_000
+
+
+@dataclass(frozen=True)
+class DomainText:
+    """The texts of one domain."""
+
+    name: str
+    references: tuple[str, ...]
+    """Files, folders, globs, or datasets of the Hub: `org/name`, `org/name/config`, each with `@revision` or not."""
+    weight: float = 1.0
+    """Its share of the tokens, relative to the other domains'. Above 0."""
+
+
+def parse_domain_texts(flag: str, items: Iterable[str]) -> tuple[DomainText, ...]:
+    """Domains from what was given to a flag: `NAME=REFERENCE[:WEIGHT]`, again for every reference.
+
+    One name collects its references. A weight may stand at any of them, and counts for the domain.
+
+    Raises:
+        InputError: items that cannot be meant, all of them.
+    """
+    problems: list[Problem] = []
+    references: dict[str, list[str]] = {}
+    weights: dict[str, float] = {}
+    for item in items:
+        name, separator, given = item.partition("=")
+        reference, weight = _split_weight(given)
+        if not (separator and _NAME.fullmatch(name) and reference):
+            expected = "NAME=REFERENCE[:WEIGHT], such as code=code.jsonl or math=math/*.parquet:0.4"
+            problems.append(Problem("command", flag, item, expected))
+            continue
+        if reference in references.setdefault(name, []):
+            problems.append(Problem("command", flag, f"{item}: {reference} is given twice", "each text once"))
+        references[name].append(reference)
+        if weight is not None and not _is_weight(weight):
+            problems.append(Problem("command", flag, f"{item}: the weight {weight:g}", "a number above 0"))
+        elif weight is not None and weights.setdefault(name, weight) != weight:
+            found = f"{name} has the weights {weights[name]:g} and {weight:g}"
+            problems.append(Problem("command", flag, found, "one weight for each domain"))
+    if problems:
+        raise InputError(problems)
+    return tuple(DomainText(name, tuple(given), weights.get(name, 1.0)) for name, given in references.items())
+
+
+def domain_texts_of(origin: str, values: Any, folder: Path) -> tuple[DomainText, ...]:
+    """Domains from the mapping `data:` of a YAML file: `name: reference`, a list of them, or `text:` and `weight:`.
+
+    Args:
+        origin: the file, as errors name it.
+        folder: what relative paths are relative to.
+
+    Raises:
+        InputError: values that cannot be meant, all of them.
+    """
+    expected = "a reference, a list of references, or `text:` and `weight:`"
+    if not isinstance(values, Mapping):
+        raise InputError([Problem(origin, "data", f"{values!r}", "`name: reference`, one line for each domain")])
+    problems, texts = [], []
+    for name, value in values.items():
+        where = f"data.{name}"
+        given = value if isinstance(value, Mapping) else {"text": value}
+        text = given.get("text")
+        listed: list[Any] = text if isinstance(text, list) else [text]
+        weight = given.get("weight", 1.0)
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            problems.append(Problem(origin, "data", f"the name {name!r}", "letters, digits, `_`, `-`, `.`"))
+        if set(given) - {"text", "weight"} or not listed or not all(isinstance(x, str) and x for x in listed):
+            problems.append(Problem(origin, where, f"{value!r}", expected))
+        elif not _is_weight(weight):
+            problems.append(Problem(origin, f"{where}.weight", f"{weight!r}", "a number above 0"))
+        else:
+            references = tuple(_relative_to(folder, reference) for reference in listed)
+            texts.append(DomainText(str(name), references, float(weight)))
+    if problems:
+        raise InputError(problems)
+    return tuple(texts)
+
+
+def check_texts(texts: Iterable[DomainText]) -> list[Problem]:
+    """What is wrong with the texts, as far as it can be seen without reading them."""
+    problems = []
+    for text in texts:
+        for reference in text.references:
+            problems += _problems_of(text.name, reference)
+    return problems
+
+
+def documents(text: DomainText, tokenizer: Any = None) -> Iterator[str]:
+    """Streams a domain's documents, in the order of its references; of a folder or a glob, in the files' order.
+
+    A record's document is its field `text` or `content`, or its `messages` by the tokenizer's chat template. A file of
+    plain text is one document; one that is larger than a few MB is cut between paragraphs. Empty ones are left out.
+
+    Raises:
+        InputError: a file, a line or a record that cannot be read; what came before it has been given out.
+    """
+    for reference in text.references:
+        files = files_of(reference)
+        problems = [] if files else _problems_of(text.name, reference)
+        if problems:
+            raise InputError(problems)
+        streams = (read_file(text.name, file) for file in files) if files else [read_hub(text.name, reference)]
+        for stream in streams:
+            for record in stream:
+                document = _document_of(record, tokenizer)
+                if document.strip():
+                    yield document
+
+
+def packed_windows(
+    documents: Iterable[str], tokenizer: Any, length: int, source: str = "data"
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Windows of `length` tokens in which document follows document: (input_ids, position_ids).
+
+    Positions begin at 0 with each document, and with each window. From them transformers knows, where there is no
+    attention mask and no cache, that no document may look at another. A document has the special tokens that the
+    tokenizer gives it, and ends with eos where the tokenizer has one. What does not fill the last window is left out,
+    unless there is no other: that one is shorter.
+
+    Args:
+        source: the domain's name, for the error.
+
+    Raises:
+        InputError: the documents have no token at all.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    is_first = True
+    for tokens in _tokenized(documents, tokenizer):
+        begin = 0
+        while begin < len(tokens):
+            part = tokens[begin : begin + length - len(ids)]
+            ids += part
+            positions += range(len(part))
+            begin += len(part)
+            if len(ids) == length:
+                yield ids, positions
+                ids, positions, is_first = [], [], False
+    if is_first and ids:
+        yield ids, positions
+    elif is_first:
+        remedy = "Give another file, or leave the domain out."
+        raise InputError([Problem(source, "text", "not a single token", "at least one document with text", remedy)])
+
+
+def files_of(reference: str) -> list[Path]:
+    """The files that a reference stands for, sorted: of a folder those whose suffix is known. Empty for the Hub's."""
+    path = os.path.expanduser(reference)  # os.path's functions say no where pathlib's raise
+    if os.path.isfile(path):
+        return [Path(path)]
+    if os.path.isdir(path):
+        return sorted(file for file in Path(path).rglob("*") if file.is_file() and suffix_of(file) in READERS)
+    return sorted(Path(found) for found in glob.glob(path, recursive=True) if os.path.isfile(found))
+
+
+def _problems_of(name: str, reference: str) -> list[Problem]:
+    files = files_of(reference)
+    known = f"one of {', '.join(READERS)}"
+    if not files:
+        if os.path.isdir(os.path.expanduser(reference)):
+            return [Problem(name, reference, "a folder without a file of text in it", known)]
+        if glob.has_magic(reference):
+            return [Problem(name, reference, "no file matches", "", "Check the pattern.")]
+        looks_like_path = reference.startswith((".", "/", "~")) or suffix_of(Path(reference)) in READERS
+        if looks_like_path or not _HUB_DATASET.fullmatch(reference):
+            expected = "a file, a folder, a glob, or a dataset of the Hub, `org/name`"
+            return [Problem(name, reference, "no such file or folder", expected, "Check the path.")]
+        return [] if is_installed("datasets") else [_not_installed(name, reference, "datasets")]
+    problems = []
+    for file in files:
+        if suffix_of(file) not in READERS:
+            problems.append(Problem(name, str(file), f"the suffix {file.suffix or 'none'}", known, "Rename the file."))
+        elif not file.stat().st_size:
+            problems.append(Problem(name, str(file), "an empty file", "", "Remove it, or write it again."))
+        elif suffix_of(file) == ".parquet" and not is_installed("pyarrow"):
+            problems.append(_not_installed(name, str(file), "pyarrow"))
+    return problems
+
+
+def _not_installed(name: str, where: str, package: str) -> Problem:
+    return Problem(name, where, f"{package} is needed to read this, and is not installed", "", f"{EXTRA}.")
+
+
+def _document_of(record: Record, tokenizer: Any) -> str:
+    values = record.values
+    for field in ("text", "content"):
+        if isinstance(values.get(field), str):
+            return str(values[field])
+    messages = values.get("messages")
+    if isinstance(messages, list) and messages:
+        if getattr(tokenizer, "chat_template", None) is None:
+            found = "messages, and the model's tokenizer has no chat template"
+            raise record.refused(found, "", "Give the model one, or texts instead of messages.")
+        try:
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as error:  # whatever the template's own code raises
+            reason = f"{type(error).__name__}: {str(error).strip()}"
+            raise record.refused(f"messages that the chat template does not take ({reason})") from error
+    fields = ", ".join(f"{key} ({type(value).__name__})" for key, value in values.items()) or "none"
+    raise record.refused(f"the fields {fields}", "`text` or `content` with a string, or `messages` with a list")
+
+
+def _tokenized(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Token ids of each document; several at a time, which is faster."""
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    for group in _grouped(documents):
+        for tokens in tokenizer(group, verbose=False)["input_ids"]:
+            # A chat template writes the special tokens itself.
+            doubled = bos is not None and tokens[:2] == [bos, bos]
+            ended = eos is None or tokens[-1:] == [eos]
+            yield [*tokens[doubled:], *([] if ended else [eos])]
+
+
+def _grouped(documents: Iterable[str]) -> Iterator[list[str]]:
+    group: list[str] = []
+    chars = 0
+    for document in documents:
+        group.append(document)
+        chars += len(document)
+        if len(group) == 64 or chars >= _CHARS_AT_ONCE:
+            yield group
+            group, chars = [], 0
+    if group:
+        yield group
+
+
+def _split_weight(given: str) -> tuple[str, float | None]:
+    """A reference and its weight; a file whose own name ends like a weight has none."""
+    reference, colon, number = given.rpartition(":")
+    if not colon or os.path.exists(os.path.expanduser(given)):
+        return given, None
+    try:
+        return reference, float(number)
+    except ValueError:
+        return given, None
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _relative_to(folder: Path, reference: str) -> str:
+    """The reference, seen from a file's folder where it leads to something there."""
+    beside = str(folder / os.path.expanduser(reference))
+    is_path = reference.startswith(("./", "../")) or bool(files_of(beside)) or os.path.isdir(beside)
+    return beside if is_path else reference
