@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from btx_merge.cli_train import train_command
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
 from btx_merge.recipe import COMBINE_METHODS, EXPERT_MODES, ROUTER_INITS, ROUTER_TYPES, MergeRecipe, read_recipe_file
 
@@ -248,6 +249,11 @@ def merge_command(
         print(json.dumps(report.to_dict(), indent=2))
     elif not quiet:
         print_report(report)
+
+
+app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    _ends_in_one_line(train_command)
+)
 
 
 def _warn(warnings: tuple[Problem, ...]) -> None:

@@ -165,16 +165,9 @@ def read_recipe_file(file: str | Path) -> dict[str, Any]:
         InputError: the file is missing, is no YAML or no mapping.
     """
     path = Path(file)
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _NoDuplicates)
-    except OSError as error:
-        raise InputError([Problem("recipe", str(file), error.strerror or str(error))]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError([Problem("recipe", str(file), f"unreadable: {reason}")]) from error
-    if not isinstance(values, dict):
-        raise InputError([Problem("recipe", str(file), "no keys", "at least `seed:` and `experts:`")])
-    values.pop("resolved", None)  # what a merge wrote down about itself in btx_recipe.yaml
+    values = read_yaml(path, "recipe", "at least `seed:` and `experts:`")
+    for written in ("resolved", "training"):  # what btx wrote down about itself in btx_recipe.yaml
+        values.pop(written, None)
 
     def anchored(reference: Any) -> Any:
         if not isinstance(reference, str):
@@ -191,6 +184,24 @@ def read_recipe_file(file: str | Path) -> dict[str, Any]:
             }
         else:
             values["experts"][name] = anchored(spec)
+    return values
+
+
+def read_yaml(file: Path, source: str, expected: str) -> dict[str, Any]:
+    """The mapping in a YAML file, in which no key stands twice.
+
+    Raises:
+        InputError: the file is missing, is no YAML or no mapping.
+    """
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), _NoDuplicates)
+    except OSError as error:
+        raise InputError([Problem(source, str(file), error.strerror or str(error))]) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError([Problem(source, str(file), f"unreadable: {reason}")]) from error
+    if not isinstance(values, dict):
+        raise InputError([Problem(source, str(file), "no keys", expected)])
     return values
 
 

@@ -1,0 +1,163 @@
+"""`btx train`: a recipe from a file and from flags, then `finetuning.train`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.finetuning import LORA_TARGETS, OPTION_NAMES, TRAIN_MODES, TrainRecipe
+from btx_merge.recipe import read_yaml
+from btx_merge.texts import domain_texts_of, parse_domain_texts
+
+
+def _option(help: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, show_default=False, metavar=metavar)
+
+
+def train_command(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help="Folder or org/name[@revision] of a merged model.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")] = ...,  # type: ignore
+    config: Annotated[Path | None, _option("YAML file: data, and any option by name; flags win over it.")] = None,
+    data: Annotated[
+        list[str] | None,
+        _option("Again for every text: file, folder, glob or Hub dataset.", metavar="NAME=TEXT[:WEIGHT]"),
+    ] = None,
+    train: Annotated[str | None, _option(f"{', '.join(TRAIN_MODES)} [default: shared].")] = None,
+    max_length: Annotated[int | None, _option("Tokens of a window [default: 1024, or the model's].")] = None,
+    holdout: Annotated[float | None, _option("Part of each domain that is scored instead [default: 0.02].")] = None,
+    shuffle: Annotated[int | None, _option("Windows among which the next is drawn [default: 256].")] = None,
+    router_grad: Annotated[str | None, _option("sparse or dense [default: the model's].")] = None,
+    router_aux_loss_coef: Annotated[
+        float | None, _option("Coefficient of the balancing loss [default: the model's].")
+    ] = None,
+    router_aux_loss_scope: Annotated[
+        str | None, _option("global_batch or micro_batch [default: global_batch].")
+    ] = None,
+    lora_target: Annotated[str | None, _option(f"{', '.join(LORA_TARGETS)} [default: shared].")] = None,
+    lora_r: Annotated[int | None, _option("Rank [default: 16].")] = None,
+    lora_alpha: Annotated[float | None, _option("Scale, times the rank [default: 32].")] = None,
+    fsdp_size: Annotated[int | None, _option("Ranks that parameters are sharded over [default: 1].")] = None,
+    ep_size: Annotated[int | None, _option("Ranks that experts are spread over [default: 1].")] = None,
+    max_steps: Annotated[str | None, _option("Optimizer steps.", metavar="INTEGER")] = None,
+    learning_rate: Annotated[str | None, _option("Peak [default: 1e-4].", metavar="FLOAT")] = None,
+    per_device_train_batch_size: Annotated[str | None, _option("Windows [default: 4].", metavar="INTEGER")] = None,
+    gradient_accumulation_steps: Annotated[
+        str | None, _option("Micro-batches of a step [default: 1].", metavar="INTEGER")
+    ] = None,
+    warmup_steps: Annotated[
+        str | None, _option("[default: 100, at most a tenth of the steps].", metavar="NUMBER")
+    ] = None,
+    lr_scheduler_type: Annotated[str | None, _option("[default: cosine down to a tenth].", metavar="NAME")] = None,
+    weight_decay: Annotated[str | None, _option("[default: 0.1].", metavar="FLOAT")] = None,
+    logging_steps: Annotated[str | None, _option("[default: 10].", metavar="NUMBER")] = None,
+    eval_steps: Annotated[str | None, _option("[default: before and after].", metavar="NUMBER")] = None,
+    save_steps: Annotated[str | None, _option("[default: 100].", metavar="NUMBER")] = None,
+    seed: Annotated[str | None, _option("[default: 0].", metavar="INTEGER")] = None,
+    report_to: Annotated[
+        list[str] | None, _option("tensorboard, wandb, ..., none [default: tensorboard].", metavar="NAME")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that is there, once the result is complete.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Finetune a merged model. All of transformers.TrainingArguments are options too, as --adam-beta2 0.98."""
+    given = {key: value for key, value in locals().items() if value is not None}
+    values = read_train_file(config) if config else {}
+    flags = {name: given[name] for name in (*OPTION_NAMES, *_SHOWN_ARGUMENTS) if name in given}
+    further = context.args
+    if model and model.startswith("--"):  # the model stands in the file, and this is the first further argument
+        further = [model, *further]
+    elif model:
+        values["model"] = model
+    values |= flags | _further_arguments(further)
+    if data:
+        values["data"] = parse_domain_texts("--data", data)
+    recipe = recipe_of(values, str(config or "command"))
+
+    from btx_merge.finetuning import train as finetune
+
+    report = finetune(
+        recipe,
+        output,
+        resume=resume,
+        overwrite=overwrite,
+        show=(lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True)),
+        warn=lambda line: print(f"warning: {line}", file=sys.stderr, flush=True),
+    )
+    if json_output:
+        print(json.dumps({"output": str(report.output), "seconds": report.seconds, **report.entry}, indent=2))
+    elif not quiet:
+        print(f"written  {report.output}")
+        print(f"took     {report.seconds:.1f} s")
+
+
+_SHOWN_ARGUMENTS = (
+    *("max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps"),
+    *("lr_scheduler_type", "weight_decay", "logging_steps", "eval_steps", "save_steps", "seed", "report_to"),
+)
+
+
+def read_train_file(file: Path) -> dict[str, Any]:
+    """The values of a YAML file for `btx train`; relative paths in it are seen from the file.
+
+    Raises:
+        InputError: the file is missing, or is no YAML of this kind.
+    """
+    values = read_yaml(file, "train", "`data:` and options of btx train")
+    if "data" in values:
+        values["data"] = domain_texts_of(str(file), values["data"], file.parent)
+    reference = values.get("model")
+    if isinstance(reference, str) and (file.parent / reference).is_dir():
+        values["model"] = str((file.parent / reference).resolve())
+    return values
+
+
+def recipe_of(values: Mapping[str, Any], origin: str) -> TrainRecipe:
+    """A recipe from plain values: our own options, and arguments of the Trainer.
+
+    Raises:
+        InputError: an unknown name, or a value that cannot be meant.
+    """
+    from btx_merge.train_arguments import check_names
+
+    own = {name: values[name] for name in ("model", "data", *OPTION_NAMES) if values.get(name) is not None}
+    arguments = {name: value for name, value in values.items() if name not in ("model", "data", *OPTION_NAMES)}
+    problems = check_names(arguments, origin, OPTION_NAMES)
+    try:
+        recipe = TrainRecipe(**{"model": "", **own}, arguments=arguments)
+    except InputError as error:
+        problems += [replace(problem, source=origin) for problem in error.problems]
+    if problems:
+        raise InputError(problems)
+    return recipe
+
+
+def _further_arguments(words: list[str]) -> dict[str, Any]:
+    """`--adam-beta2 0.98 --adam_beta1=0.8 --tf32`: what is no option of our own, by name."""
+    out: dict[str, Any] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, separator, value = word.removeprefix("--").partition("=")
+            name = name.replace("-", "_")
+            out[name] = value if separator else "true"
+        elif not name:
+            raise InputError([Problem("command", word, "what is this for?", "options begin with --")])
+        else:
+            out[name] = word if out[name] == "true" else [*_listed(out[name]), word]
+    return out
+
+
+def _listed(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,260 @@
+"""Finetuning a merged model: what to train, on which texts, with which settings of `transformers.Trainer`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from btx_merge.errors import InputError, MergeError, Problem
+from btx_merge.hub import Located, locate
+from btx_merge.texts import DomainText, check_texts
+from btx_merge.writer import check_target
+
+TRAIN_MODES = ("routers", "shared", "all", "lora")
+LORA_TARGETS = {"routers": "routers", "shared": "routers + shared", "experts": "experts"}
+SUFFIX = ".btx-training"
+COMPLETE = "complete"
+"""The file that is written last: a checkpoint without it was torn by whatever ended the process."""
+KEPT = "Finished checkpoints are kept: --resume continues from the last."
+_RUN_FILE = "run.json"
+_RESULT = "result"
+_FREE_TO_CHANGE = {  # of the arguments, what may differ when a run is continued
+    *("logging_steps", "logging_first_step", "save_steps", "save_total_limit", "eval_steps", "report_to", "run_name"),
+    *("disable_tqdm", "log_level", "project"),
+}
+
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """Everything that determines a finetuning.
+
+    Raises:
+        InputError: a value that cannot be meant; all of them in one error.
+    """
+
+    model: str
+    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    data: tuple[DomainText, ...] = ()
+    """The mixture."""
+    train: str = "shared"
+    """routers; shared (routers and everything that was averaged: the paper's variant with frozen experts); all; lora.
+    """
+    max_length: int | None = None
+    """Tokens of a window; 1024, or what the model can take where that is less."""
+    holdout: float = 0.02
+    """Part of each domain's documents that is not trained on but scored, in [0, 0.5]."""
+    shuffle: int = 256
+    """Windows of each domain among which the next one is drawn, at least 1."""
+    router_grad: str | None = None
+    """sparse or dense, see `BTXConfig`; the model's where not given."""
+    router_aux_loss_coef: float | None = None
+    """Coefficient of the balancing loss; the model's where not given."""
+    router_aux_loss_scope: str = "global_batch"
+    """global_batch: balance over all ranks and accumulated micro-batches; micro_batch: over each."""
+    lora_target: str = "shared"
+    """lora: routers, shared (routers and attention) or experts."""
+    lora_r: int = 16
+    """lora: rank."""
+    lora_alpha: float = 32
+    """lora: what is learned is scaled by lora_alpha / lora_r."""
+    fsdp_size: int = 1
+    """Ranks that the parameters are sharded over (FSDP2)."""
+    ep_size: int = 1
+    """Ranks that the experts are spread over."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of `transformers.TrainingArguments`, by name. `max_steps` must be there."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        for name, (expected, is_fine) in _VALUES.items():
+            value = getattr(self, name)
+            if not is_fine(value):
+                problems.append(Problem("recipe", name, f"{value!r}" if value else "missing", expected))
+        if self.ep_size > 1 and self.train == "lora":
+            problems.append(Problem("recipe", "ep_size", "together with lora", "1"))
+        if problems:
+            raise InputError(problems)
+
+
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+
+
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what is expected, and whether a value is that
+    "model": ("a merged checkpoint", lambda value: bool(value) and isinstance(value, str)),
+    "data": ("at least one domain, --data NAME=REFERENCE", bool),
+    "train": (f"one of {', '.join(TRAIN_MODES)}", lambda value: value in TRAIN_MODES),
+    "max_length": ("at least 2", lambda value: value is None or _is_count(value, 2)),
+    "holdout": ("in [0, 0.5]", lambda value: _is_number(value) and value <= 0.5),
+    "shuffle": ("at least 1", _is_count),
+    "router_grad": ("sparse or dense", lambda value: value in (None, "sparse", "dense")),
+    "router_aux_loss_coef": ("a number of at least 0", lambda value: value is None or _is_number(value)),
+    "router_aux_loss_scope": (
+        "global_batch or micro_batch",
+        lambda value: value in ("global_batch", "micro_batch"),
+    ),
+    "lora_target": (f"one of {', '.join(LORA_TARGETS)}", lambda value: value in LORA_TARGETS),
+    "lora_r": ("at least 1", _is_count),
+    "lora_alpha": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    "fsdp_size": ("at least 1", _is_count),
+    "ep_size": ("at least 1", _is_count),
+}
+OPTION_NAMES = tuple(item.name for item in fields(TrainRecipe) if item.name not in ("model", "data", "arguments"))
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a finetuning did."""
+
+    output: Path
+    entry: Mapping[str, Any]
+    """What btx_recipe.yaml says about it."""
+    history: tuple[Mapping[str, Any], ...]
+    """What was logged, step by step."""
+    seconds: float
+
+
+def train(
+    recipe: TrainRecipe,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    show: Show | None = None,
+    warn: Show | None = None,
+) -> TrainReport:
+    """Finetunes a merged model and writes the result, a complete model or a LoRA adapter, into the folder `output`.
+
+    Meanwhile checkpoints lie in `OUTPUT.btx-training`, which goes when the result is complete.
+
+    Args:
+        resume: whether to go on where an interrupted run of the same recipe stopped.
+        overwrite: whether `output` may be replaced; that happens when the result is complete.
+        show: called with the lines that a person follows the run by.
+        warn: called with what deserves a look.
+
+    Raises:
+        InputError: a reason not to train, or a text that cannot be read; checkpoints of the run are kept.
+        MergeError: the disk refused; checkpoints are kept.
+        MergeInterrupted: Ctrl-C or SIGTERM; the step in work was finished and saved.
+    """
+    from btx_merge.train_run import Run  # torch and transformers
+
+    began = time.perf_counter()
+    target = Path(output).expanduser().resolve()
+    work = target.with_name(target.name + SUFFIX)
+    located = _check(recipe, target, work, resume, overwrite)
+    show, warn = show or (lambda line: None), warn or (lambda line: None)
+    run = Run(recipe, located, work, show, warn)
+    if run.is_main:
+        _begin(work, recipe, run.settings, resume)
+    run.wait()
+    try:
+        run.train(resume)
+        entry = run.finish(work / _RESULT)
+        if run.is_main:
+            _publish(work, target, overwrite)
+        run.wait()
+    except OSError as error:
+        raise MergeError(f"{error.filename or work}: {error.strerror or error}. {KEPT}") from error
+    return TrainReport(target, entry, tuple(run.history), time.perf_counter() - began)
+
+
+def _check(recipe: TrainRecipe, target: Path, work: Path, resume: bool, overwrite: bool) -> Located:
+    """All that can be known before anything heavy is imported. The model's folder."""
+    problems = check_texts(recipe.data)
+    try:
+        check_target(target, overwrite)
+    except InputError as error:
+        problems += error.problems
+    try:
+        located = locate("model", recipe.model)
+        problems += _problems_of_model(located)
+        if located.folder.resolve() in (target, work) or target in located.folder.resolve().parents:
+            problems.append(Problem("output", str(target), "is where the model lies", "", "Give another --output."))
+    except InputError as error:
+        problems += error.problems
+    if resume and last_checkpoint(work) is None:
+        remedy = "Leave out --resume, which begins anew."
+        problems.append(Problem("output", str(work), "no finished checkpoint to resume", "", remedy))
+    if not resume and work.exists() and any(work.iterdir()):
+        remedy = "--resume continues it; remove the folder to begin anew."
+        problems.append(Problem("output", str(work), "holds a run that was not finished", "", remedy))
+    if problems:
+        raise InputError(problems)
+    return located
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _problems_of_model(located: Located) -> list[Problem]:
+    try:
+        config = json.loads((located.folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"no JSON ({error})"
+        return [Problem("model", str(located.folder / "config.json"), str(reason), "a checkpoint of `btx merge`")]
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "btx":
+        remedy = "Merge first: btx merge."
+        return [Problem("model", "config.json: model_type", f"{kind!r}", "'btx'", remedy)]
+    problems = []
+    if not (located.folder / "tokenizer.json").exists() and not (located.folder / "tokenizer.model").exists():
+        problems.append(Problem("model", str(located.folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
+    weights = sum(file.stat().st_size for file in located.folder.glob("*.safetensors"))
+    if not weights:
+        problems.append(Problem("model", str(located.folder), "no weights", "*.safetensors"))
+    return problems
+
+
+def _begin(work: Path, recipe: TrainRecipe, settings: Mapping[str, Any], resume: bool) -> None:
+    """Writes down which run the folder is of; a run that is continued must be the same.
+
+    Raises:
+        InputError: what differs.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    values = json.loads(json.dumps({**asdict(recipe), "arguments": dict(settings)}))
+    file = work / _RUN_FILE
+    if not resume:
+        file.write_text(json.dumps(values, indent=2), encoding="utf-8")
+        return
+    for torn in work.glob("checkpoint-*"):
+        if not (torn / COMPLETE).exists():
+            shutil.rmtree(torn)
+    before = json.loads(file.read_text(encoding="utf-8"))
+    flat = [{**run, **run["arguments"]} for run in (before, values)]
+    problems = [
+        Problem("resume", name, f"{flat[1].get(name)!r}", f"{flat[0].get(name)!r}, as the run began")
+        for name in dict.fromkeys([*flat[0], *flat[1]])
+        if name not in ("arguments", *_FREE_TO_CHANGE) and flat[0].get(name) != flat[1].get(name)
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def _publish(work: Path, target: Path, overwrite: bool) -> None:
+    from btx_merge.train_output import publish
+
+    publish(work / _RESULT, target, overwrite)
+    shutil.rmtree(work)
+
+
+def tools() -> dict[str, str]:
+    """What a run was made with."""
+    return {name: version(name) for name in ("btx-merge", "torch", "transformers", "accelerate", "peft")}

@@ -1,0 +1,158 @@
+"""What a training step tells about its routing and its domains, and a picture of the whole run.
+
+Legend: B rows, T tokens, N = B * T, K experts per token, E experts, L layers, D domains, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from btx_merge.modeling.routing_btx import BTXRouting
+
+DEAD = 0.01
+"""Part of its ideal share of the choices below which an expert of a layer counts as dead."""
+LOAD_PER_LAYER = "load_per_layer"
+
+
+class Meter:
+    """Measures training steps: routing by hooks on the routers, losses by domain from the logits."""
+
+    def __init__(self, model: nn.Module, domains: Sequence[str], on_note: Callable[[str], None]):
+        config: Any = model.config
+        self.domains = domains
+        self.experts = [str(name) for name in config.expert_names or range(config.num_local_experts)]
+        self.on_note = on_note
+        self._layers = [module for module in model.modules() if isinstance(module, BTXRouting)]
+        for layer, routing in enumerate(self._layers):
+            routing.register_forward_hook(lambda _, __, out, layer=layer: self._routed(layer, *out))
+        self._is_watching = False
+        self._dead: set[tuple[int, int]] = set()
+        self._start()
+
+    def _start(self) -> None:
+        rows, columns = len(self._layers), len(self.experts)
+        self._choices: Any = torch.zeros(rows, columns)
+        self._entropy: Any = torch.zeros(rows)
+        self._tokens = 0
+        self._losses: Any = torch.zeros(2, len(self.domains))  # sums, then counts
+        self._balance: list[torch.Tensor] = []
+
+    @contextmanager
+    def watching(self, is_watching: bool) -> Iterator[None]:
+        """Routers are only looked at inside: a layer that is computed again for its gradient is not counted twice."""
+        self._is_watching = is_watching
+        yield
+        self._is_watching = False
+
+    @torch.no_grad()
+    def _routed(self, layer: int, weights: torch.Tensor, logits: torch.Tensor, experts: torch.Tensor) -> None:
+        """Weights [N, K] and logits [N, E] of a layer; an expert of weight 0 was not chosen."""
+        if not self._is_watching:
+            return
+        counts = torch.bincount(experts[weights > 0], minlength=len(self.experts))
+        self._choices[layer] += counts.to(self._choices)
+        logs = logits.float().log_softmax(dim=-1)
+        self._entropy[layer] -= (logs.exp() * logs).sum().to(self._entropy)
+        if layer == 0:
+            self._tokens += logits.shape[0]
+
+    @torch.no_grad()
+    def add(self, outputs: Any, labels: torch.Tensor, domains: torch.Tensor) -> None:
+        """Losses of a pass by domain: logits [B, T, V], labels [B, T], domains [B]."""
+        for logits, row, domain in zip(outputs["logits"], labels, domains.tolist(), strict=True):
+            loss = F.cross_entropy(logits[:-1].float(), row[1:], reduction="sum")
+            self._losses[0, domain] += loss.to(self._losses)
+            self._losses[1, domain] += int((row[1:] != -100).sum())
+        if outputs.get("aux_loss") is not None:
+            self._balance.append(outputs["aux_loss"].detach())
+
+    def take(self, device: torch.device) -> tuple[dict[str, float], list[list[float]]]:
+        """What was measured since the last call, on all ranks: values to log, and the load [L, E] as shares."""
+        balance = self._balance[-1].to(device, torch.float32) if self._balance else torch.zeros((), device=device)
+        parts = [self._choices, self._entropy, torch.tensor([float(self._tokens)]), self._losses]
+        flat = torch.cat([*(part.flatten().to(device) for part in parts), balance[None]])
+        ranks = 1
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(flat)
+            ranks = dist.get_world_size()
+        sizes = [*(part.numel() for part in parts), 1]
+        pieces: Any = torch.split(flat.cpu(), sizes)
+        choices, entropy, tokens, losses = (
+            piece.reshape(part.shape) for piece, part in zip(pieces[:-1], parts, strict=True)
+        )
+        load = choices / choices.sum(dim=-1, keepdim=True).clamp(min=1)
+        log = {f"load/{name}": share for name, share in zip(self.experts, load.mean(dim=0).tolist(), strict=True)}
+        worst = (load * len(self.experts) - 1).abs().amax(dim=-1).tolist()
+        log |= {f"load_deviation/layer_{layer}": value for layer, value in enumerate(worst)}
+        log["router_entropy"] = float(entropy.mean() / tokens.clamp(min=1))
+        log["dead_experts"] = self._warn_of_dead(load)
+        if self._balance:
+            log["aux_loss"] = float(pieces[-1]) / ranks
+        for name, total, count in zip(self.domains, *losses.tolist(), strict=True):
+            if count:
+                log[f"perplexity/{name}"] = perplexity(total / count)
+        self._start()
+        return log, load.tolist()
+
+    def _warn_of_dead(self, load: torch.Tensor) -> int:
+        """How many experts of a layer get next to nothing; each is named when it dies."""
+        ideal = 1 / len(self.experts)
+        dead = {(layer, expert) for layer, expert in (load < DEAD * ideal).nonzero().tolist()}
+        for layer, expert in sorted(dead - self._dead):
+            share = float(load[layer, expert])
+            name = self.experts[expert]
+            self.on_note(f"layer {layer}: the expert {name} is dead: {share:.2%} of the choices, ideal {ideal:.0%}")
+        self._dead = dead
+        return len(dead)
+
+
+def perplexity(loss: float) -> float:
+    """Infinite where it would be too large for a number."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def draw(history: Sequence[dict[str, Any]], experts: Sequence[str], file: Path, has_load: bool = True) -> None:
+    """The picture of a run: losses, perplexity by domain, load by expert, load by layer at the end."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [entry for entry in history if "loss" in entry]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2).flatten()
+
+    def curve(ax: Any, key: str, label: str, entries: Sequence[dict[str, Any]] = steps, style: str = "-") -> None:
+        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+        if points:
+            ax.plot(*zip(*points, strict=True), style, label=label)
+
+    curve(axes[0], "loss", "loss")
+    curve(axes[0], "aux_loss", "balancing loss, without coefficient")
+    names = dict.fromkeys(key for entry in steps for key in entry if key.startswith("perplexity/"))
+    for key in names:
+        curve(axes[1], key, key.partition("/")[2])
+        curve(axes[1], f"eval_{key}", f"{key.partition('/')[2]}, held out", history, "o")
+    for name in experts:
+        curve(axes[2], f"load/{name}", name)
+    axes[2].axhline(1 / len(experts), color="grey", linewidth=1, linestyle=":")
+    last = next((entry[LOAD_PER_LAYER] for entry in reversed(history) if LOAD_PER_LAYER in entry), None)
+    if last:
+        shown = axes[3].imshow(torch.tensor(last).T.tolist(), aspect="auto", vmin=0, cmap="viridis")
+        axes[3].set_yticks(range(len(experts)), experts)
+        figure.colorbar(shown, ax=axes[3])
+    titles = ("loss", "perplexity by domain", "load by expert (dotted: ideal)", "load by layer at the end")
+    for ax, title, label in zip(axes, titles, ("step", "step", "step", "layer"), strict=True):
+        ax.set_title(title)
+        ax.set_xlabel(label)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize="small")
+    figure.savefig(file, dpi=110)

@@ -1,0 +1,145 @@
+"""The result of a finetuning: the checkpoint that it began with, other bytes where something was trained.
+
+All is written into a folder beside the target, which takes the target's name when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.files import MODEL_CODE, RECIPE_FILE, model_code_folder
+from btx_merge.writer import check_target
+
+PICTURE = "training.png"
+ROUTING = "routing.jsonl"
+_UNTRAINED = re.compile(r" \*\*They have not been trained yet\*\*:.*?judge the model\.", re.DOTALL)
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HEADER = struct.Struct("<Q")
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple[Path, int, str, list[int]]]:
+    """Every tensor of a checkpoint: its file, where it begins there, its dtype by safetensors' name, its shape."""
+    out = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            (size,) = _HEADER.unpack(stream.read(_HEADER.size))
+            header = json.loads(stream.read(size))
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin = _HEADER.size + size + entry["data_offsets"][0]
+                out[name] = (file, begin, entry["dtype"], entry["shape"])
+    return out
+
+
+def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
+    """Refuses a checkpoint in which a trained tensor has no place.
+
+    Raises:
+        InputError: tensors that are missing, or of another shape or kind.
+    """
+    stored, problems = stored_tensors(folder), []
+    for name, tensor in trained.items():
+        _, _, dtype, shape = stored.get(name, (None, 0, "", []))
+        if shape != list(tensor.shape) or dtype not in _TORCH:
+            found = f"{name}: {dtype} {shape}" if dtype else f"{name} is missing"
+            problems.append(Problem("model", str(folder), found, f"a float tensor {list(tensor.shape)}"))
+    if problems:
+        raise InputError(problems)
+
+
+def write_model(source: Path, folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
+    """Copies a checkpoint and puts the trained tensors in their places, in the dtype that they had there."""
+    for file in source.iterdir():
+        if file.is_file() and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+    for name in MODEL_CODE:  # a checkpoint from the Hub comes without
+        if not (folder / name).exists():
+            shutil.copyfile(model_code_folder() / name, folder / name)
+    stored = stored_tensors(folder)
+    for name, tensor in trained.items():
+        file, begin, dtype, _ = stored[name]
+        with file.open("rb+") as stream:
+            stream.seek(begin)
+            stream.write(tensor.to(_TORCH[dtype]).view(torch.uint8).numpy().tobytes())
+
+
+def write_records(folder: Path, entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
+    """The recipe's and the card's part of a training, and the load of every layer at each logging step."""
+    from btx_merge.train_metrics import LOAD_PER_LAYER
+
+    lines = [
+        json.dumps({"step": item["step"], "load": item[LOAD_PER_LAYER]}) for item in history if LOAD_PER_LAYER in item
+    ]
+    (folder / ROUTING).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    recipe = folder / RECIPE_FILE
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
+    values["training"] = [*(values.get("training") or []), dict(entry)]
+    recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else "# A finetuned Branch-Train-MiX model\n"
+    text = _UNTRAINED.sub(" Trained: see [below](#training).", text)
+    card.write_text(text.rstrip() + "\n\n" + training_section(entry, history), encoding="utf-8")
+
+
+def training_section(entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
+    """What the card says: what was trained, on what mixture, with which curve."""
+    held_out = entry["held_out_perplexity"]
+    total = sum(domain["weight"] for domain in entry["data"])
+    rows = []
+    for domain in entry["data"]:
+        before, after = held_out["before"].get(domain["name"]), held_out["after"].get(domain["name"])
+        figures = [f"{value:.4g}" if value is not None else "" for value in (before, after)]
+        texts = ", ".join(f"`{reference}`" for reference in domain["references"])
+        rows.append([domain["name"], texts, f"{domain['weight'] / total:.0%}", *figures])
+    table = _table(["domain", "texts", "share", "held-out perplexity before", "after"], rows)
+    logged = [item for item in history if "loss" in item]
+    shown = logged[:: max(1, -(-len(logged) // 10))]
+    if logged and shown[-1] is not logged[-1]:
+        shown.append(logged[-1])
+    keys = [key for key in ("loss", "aux_loss", "dead_experts") if logged and key in logged[-1]]
+    titles = {"loss": "loss", "aux_loss": "balancing loss", "dead_experts": "dead experts"}
+    curve = _table(
+        ["step", *(titles[key] for key in keys)],
+        [[str(item["step"]), *(f"{item[key]:.4g}" if key in item else "" for key in keys)] for item in shown],
+    )
+    arguments = entry["arguments"]
+    return f"""## Training
+
+`btx train --train {entry["train"]}`: {entry["trained_parameters"]:,} parameters, {entry["steps"]} steps,
+{entry["tokens"]:,} tokens in windows of {entry["max_length"]}, learning rate {arguments["learning_rate"]:g}.
+
+{table}
+{curve}
+![losses, perplexities and loads of the run]({PICTURE})
+"""
+
+
+def publish(staged: Path, target: Path, overwrite: bool) -> None:
+    """Gives a complete folder the target's name. What had it before goes only then."""
+    for file in staged.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+    check_target(target, overwrite)
+    old = None
+    if target.exists():
+        old = target.with_name(f"{target.name}.btx-old")
+        target.rename(old)
+    staged.rename(target)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])

@@ -1,0 +1,259 @@
+"""One finetuning on one rank: model, mixture, trainer, result."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, TrainerCallback
+
+from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
+from btx_merge.finetuning import LORA_TARGETS, Show, TrainRecipe, last_checkpoint, tools
+from btx_merge.hub import Located
+from btx_merge.modeling import BTXForCausalLM
+from btx_merge.train_arguments import DEFAULTS, training_arguments
+from btx_merge.train_data import DomainStream, MixedWindows, collate, row_of
+from btx_merge.train_metrics import Meter, draw
+from btx_merge.train_output import PICTURE, check_stored, write_model, write_records
+from btx_merge.trainer import BTXTrainer, ConsoleLines, StopOnSignal, trained_tensors, whole
+from btx_merge.training import GumbelAnnealing, RouterBiasUpdate
+
+_MAX_LENGTH = 1024
+_MOST_HELD_OUT = 64
+"""Windows of each domain's held-out part that are scored."""
+
+
+def is_trained(mode: str, name: str) -> bool:
+    """Whether a parameter is trained in a mode, by its name."""
+    if mode == "routers":
+        return name.endswith(".mlp.gate.weight")
+    return mode == "all" or ".mlp.experts." not in name
+
+
+class Run:
+    """From a recipe to a result. Everything that all ranks must do together is done here, by each of them."""
+
+    def __init__(self, recipe: TrainRecipe, located: Located, work: Path, show: Show, warn: Show):
+        self.recipe = recipe
+        self.located = located
+        self.work = work
+        self.args: Any = training_arguments(recipe.arguments, str(work))  # it meets the other ranks
+        self.is_main = self.args.process_index == 0
+        silent: Show = lambda line: None  # noqa: E731
+        self.show, self.warn = (show, warn) if self.is_main else (silent, silent)
+        chosen: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]
+        self.settings = {name: chosen[name] for name in (*DEFAULTS, "warmup_steps", "eval_steps", *recipe.arguments)}
+        self._check_ranks()
+
+    def _check_ranks(self) -> None:
+        recipe, problems = self.recipe, []
+        parts, ranks = recipe.fsdp_size * recipe.ep_size, self.args.world_size
+        if parts > 1 and parts != ranks:
+            found = f"fsdp_size {recipe.fsdp_size} times ep_size {recipe.ep_size} on {ranks} ranks"
+            remedy = f"Start it by `torchrun --nproc-per-node {parts} --no-python btx train ...`."
+            problems.append(Problem("recipe", "fsdp_size", found, "as many ranks", remedy))
+        if recipe.ep_size > 1 and self.args.device.type == "cpu":
+            remedy = "Use GPUs, or --fsdp-size."
+            problems.append(Problem("recipe", "ep_size", "Trainer has no expert parallelism on a CPU", "1", remedy))
+        if problems:
+            raise InputError(problems)
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+
+    def train(self, resume: bool) -> None:
+        """Trains, or goes on training.
+
+        Raises:
+            InputError: a text cannot be read; the steps before are saved.
+            MergeInterrupted: Ctrl-C or SIGTERM; likewise.
+        """
+        self.model = self._load_model()
+        self.streams = self._streams()
+        held_out = self._held_out()
+        if held_out:
+            self.args.eval_on_start = not resume
+            if "eval_strategy" not in self.recipe.arguments:
+                self.args.eval_strategy = "steps"
+        self.trainer = self._trainer(held_out)
+        self._announce()
+        stop = StopOnSignal() if threading.current_thread() is threading.main_thread() else None
+        if stop:
+            self.trainer.add_callback(stop)
+        try:
+            self.trainer.train(resume_from_checkpoint=str(last_checkpoint(self.work)) if resume else None)
+        except InputError:
+            if self.trainer.state.global_step:
+                self.trainer.save_now()
+            raise
+        finally:
+            if stop:
+                stop.restore()
+        if stop and stop.is_stopped and self.trainer.state.global_step < self.args.max_steps:
+            raise MergeInterrupted
+        scored = [entry["step"] for entry in self.history if any(key.startswith("eval_perplexity/") for key in entry)]
+        if held_out and (not scored or scored[-1] != self.trainer.state.global_step):
+            self.trainer.evaluate()
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return self.trainer.state.log_history
+
+    def finish(self, folder: Path) -> Mapping[str, Any]:
+        """Writes the result into a new folder. All ranks gather; one writes."""
+        entry = self._entry()
+        trained = {name: whole(tensor) for name, tensor in trained_tensors(self.model).items()}
+        if not self.is_main:
+            return entry
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        if self.recipe.train == "lora":
+            self.model.save_pretrained(folder)
+        else:
+            write_model(self.located.folder, folder, trained)
+        write_records(folder, entry, self.history)
+        draw(self.history, self.trainer.meter.experts, folder / PICTURE)
+        if (self.work / "runs").is_dir():  # TensorBoard's
+            shutil.copytree(self.work / "runs", folder / "runs", dirs_exist_ok=True)
+        return entry
+
+    def _load_model(self) -> Any:
+        """What is trained is in float32, the rest as it is stored where autocast brings them together."""
+        recipe, args = self.recipe, self.args
+        config = {
+            name: getattr(recipe, name)
+            for name in ("router_grad", "router_aux_loss_coef", "router_aux_loss_scope")
+            if getattr(recipe, name) is not None
+        }
+        sharded = recipe.fsdp_size * recipe.ep_size > 1
+        if sharded:
+            from transformers.distributed import DistributedConfig
+
+            sizes = {name: size for name in ("fsdp_size", "ep_size") if (size := getattr(recipe, name)) > 1}
+            config["distributed_config"] = DistributedConfig(**sizes)
+        mixed = (args.bf16 or args.fp16) and not sharded
+        model = BTXForCausalLM.from_pretrained(
+            self.located.folder, dtype="auto" if mixed else torch.float32, use_cache=False, **config
+        )
+        if recipe.train == "lora":
+            from peft import get_peft_model
+
+            from btx_merge.lora import lora_config
+
+            lora = lora_config(LORA_TARGETS[recipe.lora_target], model, r=recipe.lora_r, lora_alpha=recipe.lora_alpha)
+            adapted = get_peft_model(model, lora)
+            adapted.peft_config["default"].base_model_name_or_path = recipe.model
+            model = adapted
+        else:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(is_trained(recipe.train, name))
+                if parameter.requires_grad and parameter.dtype != torch.float32:
+                    parameter.data = parameter.data.float()
+            check_stored(self.located.folder, trained_tensors(model))
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise InputError([Problem("recipe", "train", f"{recipe.train} matches no parameter of the model")])
+        return model
+
+    def _streams(self) -> list[DomainStream]:
+        config, recipe = self.model.config, self.recipe
+        length = recipe.max_length or min(_MAX_LENGTH, config.max_position_embeddings)
+        tokenizer = AutoTokenizer.from_pretrained(self.located.folder)
+        if len(tokenizer) > config.vocab_size:
+            found = f"{len(tokenizer)} tokens in the tokenizer"
+            raise InputError([Problem("model", "tokenizer", found, f"at most {config.vocab_size}, the embedding's")])
+        return [DomainStream(text, tokenizer, length, recipe.holdout) for text in recipe.data]
+
+    def _held_out(self) -> dict[str, list[dict[str, Any]]]:
+        out = {}
+        for domain, stream in enumerate(self.streams):
+            windows = stream.held_out(_MOST_HELD_OUT)
+            if windows:
+                out[stream.text.name] = [row_of(window, domain) for window in windows]
+            elif self.recipe.holdout:
+                self.warn(f"{stream.text.name}: too little text to hold a part of it out")
+        return out
+
+    def _trainer(self, held_out: dict[str, list[dict[str, Any]]]) -> BTXTrainer:
+        config, domains = self.model.config, [stream.text.name for stream in self.streams]
+        meter = Meter(self.model, domains, self.warn)
+        callbacks: list[TrainerCallback] = [ConsoleLines(self.show, domains, meter.experts)]
+        if config.router_type == "sample_top_1":
+            callbacks.append(GumbelAnnealing(relative=True))
+        if config.router_selection_bias:
+            callbacks.append(RouterBiasUpdate())
+        trainer = BTXTrainer(
+            meter,
+            self.model,
+            args=self.args,
+            train_dataset=MixedWindows(self.streams, self.recipe.shuffle, self.args.seed),
+            eval_dataset=held_out or None,
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+        if self.recipe.fsdp_size > 1 and not trainer.is_sharded:
+            raise MergeError("The parameters were not sharded, though fsdp_size asked for it.")
+        return trainer
+
+    def _announce(self) -> None:
+        """What is trained, before anything is."""
+        parameters = list(self.model.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self.trained_parameters = sum(parameter.numel() for parameter in trained)
+        total = sum(parameter.numel() for parameter in parameters)
+        self.show(
+            f"trains {self.recipe.train}: {self.trained_parameters:,} of {total:,} parameters "
+            f"({self.trained_parameters / total:.2%}), {len(trained)} of {len(parameters)} tensors"
+        )
+
+    def _entry(self) -> dict[str, Any]:
+        """What the recipe and the card say. A file stands there by its name alone, without its path."""
+        recipe, args = self.recipe, self.args
+        length, steps = self.streams[0].length, self.trainer.state.global_step
+        rows = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        losses = [entry["loss"] for entry in self.history if "loss" in entry]
+        scores: dict[str, dict[str, float]] = {"before": {}, "after": {}}
+        for entry in self.history:
+            for key, value in entry.items():
+                if key.startswith("eval_perplexity/"):
+                    domain = key.partition("/")[2]
+                    scores["after"][domain] = value
+                    if entry["step"] == 0:
+                        scores["before"][domain] = value
+        return {
+            "train": recipe.train,
+            **({"lora_target": recipe.lora_target, "lora_r": recipe.lora_r} if recipe.train == "lora" else {}),
+            "steps": steps,
+            "tokens": rows * length,
+            "max_length": length,
+            "trained_parameters": self.trained_parameters,
+            "data": [
+                {
+                    "name": text.name,
+                    "references": [_public(reference) for reference in text.references],
+                    "weight": text.weight,
+                }
+                for text in recipe.data
+            ],
+            "holdout": recipe.holdout,
+            "router_grad": self.model.config.router_grad,
+            "router_aux_loss_coef": self.model.config.router_aux_loss_coef,
+            "router_aux_loss_scope": recipe.router_aux_loss_scope,
+            "arguments": self.settings,
+            "world_size": args.world_size,
+            "losses": {"first": losses[0], "last": losses[-1]} if losses else {},
+            "held_out_perplexity": scores,
+            "tools": tools(),
+        }
+
+
+def _public(reference: str) -> str:
+    is_path = reference.startswith((".", "/", "~")) or os.path.exists(reference)
+    return os.path.basename(reference.rstrip("/")) if is_path else reference

@@ -1,0 +1,226 @@
+"""`transformers.Trainer` for a BTX model: it keeps what is trained and nothing else, and says who goes where."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from btx_merge.errors import MergeError
+from btx_merge.finetuning import COMPLETE, KEPT
+from btx_merge.train_metrics import LOAD_PER_LAYER, Meter, perplexity
+
+TRAINED = "trained.safetensors"
+SELECTION_BIAS = "e_score_correction_bias"
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a run changes: parameters that have a gradient, and the routers' selection bias where there is one."""
+    trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+    return trained | {name: tensor for name, tensor in model.named_buffers() if name.endswith(SELECTION_BIAS)}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in one piece, on the CPU. Where it is sharded, all ranks must ask."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu().contiguous()
+
+
+class BTXTrainer(Trainer):
+    """Trainer with a checkpoint of the trained tensors alone, and with measurements at every logging step."""
+
+    model: nn.Module
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(self, meter: Meter, model: Any, **options: Any):
+        super().__init__(model=model, **options)
+        self.meter = meter
+        self.checkpoints_kept = self.args.save_total_limit
+        self.args.save_total_limit = None  # an old one goes when the new one is complete, which Trainer does not know
+        self.remove_callback(PrinterCallback)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the model's parameters lie on several ranks."""
+        return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """As Trainer's, and measured where the step will be logged."""
+        inputs = dict(inputs)
+        domains = inputs.pop("domain")
+        step = self.state.global_step + 1
+        is_logged = step % self.state.logging_steps == 0 or (self.args.logging_first_step and step == 1)
+        is_measured = model.training and is_logged
+        with self.meter.watching(is_measured):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if is_measured:
+            self.meter.add(outputs, inputs["labels"], domains)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Adds what was measured; to the history also the load of each layer."""
+        load = None
+        if "loss" in logs:
+            measured, load = self.meter.take(self.args.device)
+            logs = logs | measured
+        for domain in self.meter.domains:
+            if f"eval_{domain}_loss" in logs:
+                logs = {f"eval_perplexity/{domain}": perplexity(logs[f"eval_{domain}_loss"]), **logs}
+        super().log(logs, start_time)
+        if load is not None:
+            last: dict[str, Any] = self.state.log_history[-1]
+            last[LOAD_PER_LAYER] = load
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        tensors = {name: whole(tensor) for name, tensor in trained_tensors(self.model).items()}
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / TRAINED)
+
+    def save_now(self) -> None:
+        """A checkpoint of the last step that was finished."""
+        self._save_checkpoint(self.model, None)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir))
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch's writer has no error of its own
+            reason = " ".join(str(error).split())
+            raise MergeError(f"{folder}: the checkpoint could not be written ({reason}). {KEPT}") from error
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()  # every rank has written its part
+        if self.args.should_save:
+            (folder / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+            steps = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
+            for step in steps[: -self.checkpoints_kept] if self.checkpoints_kept else ():
+                shutil.rmtree(folder / f"checkpoint-{step}")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_sharded:  # then each rank has another part, and Trainer saves that of the first
+            os.makedirs(output_dir, exist_ok=True)
+            torch.save(_local(self.optimizer.state_dict()), Path(output_dir) / self._own_optimizer_file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self.is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        saved = torch.load(Path(checkpoint) / self._own_optimizer_file, weights_only=True)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for number, state in saved["state"].items():
+            like = parameters[number]
+            for key, value in state.items():
+                if isinstance(like, DTensor) and value.ndim:
+                    state[key] = DTensor.from_local(
+                        value, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+                    )
+        self.optimizer.load_state_dict(saved)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    @property
+    def _own_optimizer_file(self) -> str:
+        return f"optimizer_{self.args.process_index}_of_{self.args.world_size}.pt"
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / TRAINED)
+        own = trained_tensors(self.model)
+        assert set(saved) == set(own), "the recipe of a run and that of its checkpoints are compared before"
+        with torch.no_grad():
+            for name, tensor in own.items():
+                value = saved[name]
+                if isinstance(tensor, DTensor):
+                    value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
+                tensor.copy_(value)
+
+
+def _local(state: Any) -> Any:
+    """An optimizer's state with this rank's part in the place of each sharded tensor."""
+    if isinstance(state, Mapping):
+        return {key: _local(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_local(value) for value in state]
+    return state.to_local() if isinstance(state, DTensor) else state
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM end the run after the step that is in work, with a checkpoint; a second Ctrl-C at once."""
+
+    def __init__(self) -> None:
+        self.is_stopped = False
+        self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _stop(self, *_: Any) -> None:
+        if self.is_stopped:
+            raise KeyboardInterrupt
+        self.is_stopped = True
+
+    def restore(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """All ranks stop at the same step, whichever of them got the signal."""
+        if dist.is_available() and dist.is_initialized():
+            asked = torch.tensor(float(self.is_stopped), device=args.device)
+            dist.all_reduce(asked)
+            self.is_stopped = bool(asked.item())
+        if self.is_stopped and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+
+class ConsoleLines(TrainerCallback):
+    """One short line for each logging step, under a head that names the columns."""
+
+    def __init__(self, show: Callable[[str], None], domains: Sequence[str], experts: Sequence[str]):
+        self.show = show
+        self._columns = {"loss": "loss", "aux_loss": "balancing"}
+        self._columns |= {f"perplexity/{name}": f"ppl {name}" for name in domains}
+        self._columns |= {f"load/{name}": f"to {name}" for name in experts}
+        self._widths = [max(len(title), 9) for title in ("step", *self._columns.values())]
+        self._has_head = False
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Losses, perplexities and loads; all of it goes to wherever `report_to` says."""
+        logs: dict[str, Any] = kwargs["logs"]
+        for key, value in logs.items():
+            if key.startswith("eval_perplexity/"):
+                name = key.partition("/")[2]
+                self.show(f"step {state.global_step}: perplexity of what is held out of {name}: {value:.4g}")
+        if "loss" not in logs:
+            return
+        if not self._has_head:
+            self._line("step", *self._columns.values())
+            self._has_head = True
+        cells = []
+        for key in self._columns:
+            value = logs.get(key)
+            shape = ".0%" if key.startswith("load/") else ".4g"
+            cells.append("-" if value is None else format(value, shape))
+        self._line(f"{state.global_step}/{state.max_steps}", *cells)
+
+    def _line(self, *cells: str) -> None:
+        self.show("  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)))
