@@ -89,7 +89,11 @@ class Run:
         if stop:
             self.trainer.add_callback(stop)
         try:
-            self.trainer.train(resume_from_checkpoint=str(last_checkpoint(self.work)) if resume else None)
+            checkpoint = last_checkpoint(self.work) if resume else None
+            if checkpoint:
+                self.trainer.continue_from(checkpoint)
+            else:
+                self.trainer.train()
         except InputError:
             if self.trainer.state.global_step:
                 self.trainer.save_now()

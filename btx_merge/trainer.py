@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from btx_merge.errors import MergeError
@@ -24,6 +26,7 @@ from btx_merge.train_metrics import LOAD_PER_LAYER, Meter, perplexity
 
 TRAINED = "trained.safetensors"
 SELECTION_BIAS = "e_score_correction_bias"
+_RUNNING = ("_tr_loss", "_globalstep_last_logged")
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -56,6 +59,16 @@ class BTXTrainer(Trainer):
     def is_sharded(self) -> bool:
         """Whether the model's parameters lie on several ranks."""
         return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
+
+    def continue_from(self, checkpoint: Path) -> None:
+        """Trains on from a checkpoint; from that of the last step it only takes what was trained."""
+        saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if saved.global_step < self.args.max_steps:
+            self.add_callback(_RunningLoss(self, checkpoint))
+            self.train(resume_from_checkpoint=str(checkpoint))
+        else:
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = saved
 
     def compute_loss(
         self,
@@ -108,10 +121,13 @@ class BTXTrainer(Trainer):
         except (OSError, SafetensorError, RuntimeError) as error:  # torch's writer has no error of its own
             reason = " ".join(str(error).split())
             raise MergeError(f"{folder}: the checkpoint could not be written ({reason}). {KEPT}") from error
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        running = {name: float(getattr(self, name)) for name in _RUNNING if hasattr(self, name)}
+        (checkpoint / f"running_{self.args.process_index}.json").write_text(json.dumps(running))
         if dist.is_available() and dist.is_initialized():
             dist.barrier()  # every rank has written its part
         if self.args.should_save:
-            (folder / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
+            (checkpoint / COMPLETE).touch()
             steps = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
             for step in steps[: -self.checkpoints_kept] if self.checkpoints_kept else ():
                 shutil.rmtree(folder / f"checkpoint-{step}")
@@ -161,6 +177,19 @@ def _local(state: Any) -> Any:
     if isinstance(state, list):
         return [_local(value) for value in state]
     return state.to_local() if isinstance(state, DTensor) else state
+
+
+class _RunningLoss(TrainerCallback):
+    """Gives the trainer back what it has summed up since it last logged; it begins at 0 otherwise."""
+
+    def __init__(self, trainer: BTXTrainer, checkpoint: Path):
+        self.trainer = trainer
+        self.saved = json.loads((checkpoint / f"running_{trainer.args.process_index}.json").read_text())
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        for name, value in self.saved.items():
+            before = getattr(self.trainer, name)
+            setattr(self.trainer, name, torch.full_like(before, value) if torch.is_tensor(before) else int(value))
 
 
 class StopOnSignal(TrainerCallback):
