@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow demo-smollm2 benchmark benchmark-model format clean
+.PHONY: demo test slow demo-smollm2 benchmark benchmark-model benchmark-train format clean
 
 demo: .venv/installed  ## train a small seed and three experts, merge them, compare and generate
 	$(BIN)/python examples/demo.py
@@ -25,6 +25,9 @@ benchmark: .venv/installed  ## btx merge against cp, and what else ARGS names
 
 benchmark-model: .venv/installed  ## the model against Mixtral and a dense Llama
 	$(BIN)/python benchmarks/model.py $(ARGS)
+
+benchmark-train: .venv/installed  ## a training step of the routers alone against a full one
+	$(BIN)/python benchmarks/train.py $(ARGS)
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

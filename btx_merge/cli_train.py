@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -95,6 +96,8 @@ def train_command(
         show=(lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True)),
         warn=lambda line: print(f"warning: {line}", file=sys.stderr, flush=True),
     )
+    if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all
+        return
     if json_output:
         print(json.dumps({"output": str(report.output), "seconds": report.seconds, **report.entry}, indent=2))
     elif not quiet:

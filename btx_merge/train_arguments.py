@@ -23,6 +23,7 @@ DEFAULTS: dict[str, Any] = {  # the paper's, where it names them: section 4.1
     "save_total_limit": 2,
     "seed": 0,
     "disable_tqdm": True,
+    "ddp_find_unused_parameters": False,  # experts are fused: a step that leaves one out still uses the tensor
     "dataloader_pin_memory": False,  # windows are small, and without a GPU torch warns of it
 }
 _MIN_LEARNING_RATE = {"min_lr_rate": 0.1}

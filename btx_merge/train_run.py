@@ -196,9 +196,9 @@ class Run:
         trainer = BTXTrainer(
             meter,
             self.model,
-            args=self.args,
+            held_out,
+            self.args,
             train_dataset=MixedWindows(self.streams, self.recipe.shuffle, self.args.seed),
-            eval_dataset=held_out or None,
             data_collator=collate,
             callbacks=callbacks,
         )

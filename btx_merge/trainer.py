@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from btx_merge.errors import MergeError
@@ -26,6 +26,7 @@ from btx_merge.train_metrics import LOAD_PER_LAYER, Meter, perplexity
 
 TRAINED = "trained.safetensors"
 SELECTION_BIAS = "e_score_correction_bias"
+Row = dict[str, Any]
 _RUNNING = ("_tr_loss", "_globalstep_last_logged")
 
 
@@ -48,9 +49,13 @@ class BTXTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
 
-    def __init__(self, meter: Meter, model: Any, **options: Any):
-        super().__init__(model=model, **options)
+    def __init__(self, meter: Meter, model: Any, held_out: Mapping[str, list[Row]], args: Any, **options: Any):
+        # Trainer cannot save the optimizer of a model that was sharded as it was loaded, and refuses; below it is done
+        args.save_only_model = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        super().__init__(model=model, args=args, eval_dataset=dict(held_out), **options)
+        args.save_only_model = False
         self.meter = meter
+        self.held_out = held_out
         self.checkpoints_kept = self.args.save_total_limit
         self.args.save_total_limit = None  # an old one goes when the new one is complete, which Trainer does not know
         self.remove_callback(PrinterCallback)
@@ -95,13 +100,34 @@ class BTXTrainer(Trainer):
         if "loss" in logs:
             measured, load = self.meter.take(self.args.device)
             logs = logs | measured
-        for domain in self.meter.domains:
-            if f"eval_{domain}_loss" in logs:
-                logs = {f"eval_perplexity/{domain}": perplexity(logs[f"eval_{domain}_loss"]), **logs}
         super().log(logs, start_time)
         if load is not None:
             last: dict[str, Any] = self.state.log_history[-1]
             last[LOAD_PER_LAYER] = load
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The perplexity of what is held out of each domain, over all its tokens; each rank scores a part."""
+        self.model.eval()
+        metrics = {}
+        for domain, rows in self.held_out.items():
+            total = torch.zeros(2, device=self.args.device)  # loss, tokens
+            size, ranks = self.args.per_device_eval_batch_size, self.args.world_size
+            for begin in range(0, len(rows), size * ranks):
+                own = rows[begin + self.args.process_index * size :][:size]
+                batch = self._prepare_inputs(self.data_collator(own or rows[:1]))  # sharded, all ranks must call
+                batch.pop("domain")
+                with self.compute_loss_context_manager():
+                    loss = self.model(**batch).loss
+                count = float((batch["labels"][:, 1:] != -100).sum()) if own else 0.0
+                if count:
+                    total += torch.stack([loss.detach().float() * count, torch.tensor(count, device=total.device)])
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(total)
+            metrics[f"eval_perplexity/{domain}"] = perplexity(float(total[0] / total[1].clamp(min=1)))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         tensors = {name: whole(tensor) for name, tensor in trained_tensors(self.model).items()}
@@ -133,10 +159,13 @@ class BTXTrainer(Trainer):
                 shutil.rmtree(folder / f"checkpoint-{step}")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.is_sharded:  # then each rank has another part, and Trainer saves that of the first
-            os.makedirs(output_dir, exist_ok=True)
-            torch.save(_local(self.optimizer.state_dict()), Path(output_dir) / self._own_optimizer_file)
+        if not self.is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        os.makedirs(output_dir, exist_ok=True)  # each rank has a part of the optimizer's state
+        torch.save(_local(self.optimizer.state_dict()), Path(output_dir) / self._own_optimizer_file)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self.is_sharded:
@@ -152,7 +181,7 @@ class BTXTrainer(Trainer):
                         value, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
                     )
         self.optimizer.load_state_dict(saved)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     @property
     def _own_optimizer_file(self) -> str:
