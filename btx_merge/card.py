@@ -8,9 +8,11 @@ from typing import Any
 import yaml
 
 from btx_merge.plan import Plan
+from btx_merge.recipe import REGMEAN_METHODS
 from btx_merge.sources import Source
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
+UNTRAINED = "**They have not been trained yet**: finetune them before you judge the model."
 _PAPER = "https://arxiv.org/abs/2403.07816"
 
 
@@ -24,9 +26,13 @@ def model_card(plan: Plan) -> str:
         "split": f"Each source's feed-forward blocks are split into {plan.chunks} experts.",
         "blend": "Each expert is blended from a part of every source's feed-forward blocks.",
     }[recipe.expert_mode]
-    router = f"random, normal with standard deviation {recipe.router_std or seed.config['initializer_range']}"
-    if recipe.router_init == "zeros":
-        router = "zeros: every expert is equally likely"
+    deviation = recipe.router_std or seed.config["initializer_range"]
+    router = {
+        "random": f"random, normal with standard deviation {deviation}. {UNTRAINED}",
+        "zeros": f"zeros: every expert is equally likely. {UNTRAINED}",
+        "ridge": f"fitted by ridge regression, layer by layer, on {recipe.domain_tokens:,} tokens per domain.",
+        "prompts": "the mean inputs of a few prompts per expert.",
+    }[recipe.router_init]
     folded = " Each expert absorbed its own norm (`fold_norms`)." if recipe.fold_norms else ""
     return f"""---
 {metadata}---
@@ -43,8 +49,7 @@ per token ({plan.experts_per_token} of {plan.num_experts} experts), made by
 
 - Experts: {chunked}{folded}
 - Attention, embeddings, norms and head: `{recipe.combine}` over {_combined_over(plan)}.
-- Routers: `{recipe.router_type}`; {router}. **They have not been trained yet**: finetune them before you
-  judge the model.
+- Routers: `{recipe.router_type}`; {router}
 - The whole recipe, with all defaults and seeds: `btx_recipe.yaml`.
 
 ## Use
@@ -128,6 +133,6 @@ def _combined_over(plan: Plan) -> str:
     if plan.recipe.combine == "seed":
         return "the seed alone"
     names = ", ".join(f"`{source.name}`" for source in plan.experts)
-    if plan.recipe.combine in ("mean", "dare_linear", "ties", "dare_ties"):
+    if plan.recipe.combine in ("mean", "dare_linear", "ties", "dare_ties", *REGMEAN_METHODS):
         return names
     return ", ".join(f"`{source.name}` ({source.weight:g})" for source in plan.experts)

@@ -13,6 +13,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.llama import BUFFERS, EMBEDDING, HEAD, MUST_AGREE, expected_tensors
 from btx_merge.recipe import SEED, MergeRecipe
 from btx_merge.sources import Source, open_sources, read_json
+from btx_merge.texts import check_texts
 from btx_merge.vocabulary import Vocabulary, plan_vocabulary
 
 _MANY = 4  # tensors named one by one; more of one kind become one line
@@ -50,6 +51,7 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
             fitting.append(source)
     problems += _recipe_problems(recipe, seed)
     problems += _side_file_problems(recipe, sources)
+    problems += _fit_problems(recipe, sources)
     vocabulary: Vocabulary | None = None
     divergence: list[Divergence] = []
     unrelated: list[Problem] = []
@@ -66,6 +68,15 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
         raise InputError(problems)
     warnings = (*_warnings(sources), *unrelated, *identical)
     return Examined(tuple(sources), vocabulary, tuple(divergence), warnings)
+
+
+def _fit_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> list[Problem]:
+    """What is fitted needs texts that can be read, and a tokenizer."""
+    problems = check_texts(recipe.domain_text.values())
+    if recipe.is_fitted and not any(source.tokenizer_folder for source in sources):
+        remedy = "Copy the tokenizer's files into the seed's folder."
+        problems.append(Problem(SEED, "tokenizer", "no source has one", "one, to fit on text", remedy))
+    return problems
 
 
 def config_problems(source: Source, seed: Source) -> Iterator[Problem]:

@@ -15,9 +15,20 @@ from typing import Annotated, Any
 
 import typer
 
+from btx_merge.cli_fit import fit_command
+from btx_merge.cli_options import lists, option, pairs
 from btx_merge.cli_train import train_command
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
-from btx_merge.recipe import COMBINE_METHODS, EXPERT_MODES, ROUTER_INITS, ROUTER_TYPES, MergeRecipe, read_recipe_file
+from btx_merge.recipe import (
+    COMBINE_METHODS,
+    EXPERT_MODES,
+    FIT_THROUGH,
+    ROUTER_INITS,
+    ROUTER_TYPES,
+    MergeRecipe,
+    read_recipe_file,
+)
+from btx_merge.texts import parse_domain_texts
 
 app = typer.Typer(
     name="btx",
@@ -34,78 +45,95 @@ def _main() -> None:
     """With this, one command more does not change how the others are called."""
 
 
-def _option(help: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, show_default=False, metavar=metavar)
-
-
 def _recipe_options(
-    recipe: Annotated[Path | None, _option("YAML file with the recipe; flags win over it.")] = None,
-    seed: Annotated[str | None, _option("Folder or org/name[@revision] that all experts grew from.")] = None,
+    recipe: Annotated[Path | None, option("YAML file with the recipe; flags win over it.")] = None,
+    seed: Annotated[str | None, option("Folder or org/name[@revision] that all experts grew from.")] = None,
     expert: Annotated[
-        list[str] | None, _option("Again for every expert: a checkpoint or a PEFT adapter.", metavar="NAME=MODEL")
+        list[str] | None, option("Again for every expert: a checkpoint or a PEFT adapter.", metavar="NAME=MODEL")
     ] = None,
-    weight: Annotated[list[str] | None, _option("Share in a weighted combining.", metavar="NAME=NUMBER")] = None,
+    weight: Annotated[list[str] | None, option("Share in a weighted combining.", metavar="NAME=NUMBER")] = None,
     base: Annotated[
-        list[str] | None, _option("What an adapter was trained on, if not the seed.", metavar="NAME=MODEL")
+        list[str] | None, option("What an adapter was trained on, if not the seed.", metavar="NAME=MODEL")
     ] = None,
     seed_expert: Annotated[
         bool | None,
-        _option("Whether the seed is an expert too [default: yes].", "--seed-expert/--no-seed-expert"),
+        option("Whether the seed is an expert too [default: yes].", "--seed-expert/--no-seed-expert"),
     ] = None,
     combine: Annotated[
-        str | None, _option(f"{', '.join(COMBINE_METHODS)}: rule for shared weights [default: mean].")
+        str | None, option(f"{', '.join(COMBINE_METHODS)}: rule for shared weights [default: mean].")
     ] = None,
-    density: Annotated[float | None, _option("ties, dare_*: kept part of a difference [default: 0.8].")] = None,
-    scale: Annotated[float | None, _option("ties, dare_*: factor on the difference [default: 1].")] = None,
-    expert_mode: Annotated[str | None, _option(f"{', '.join(EXPERT_MODES)} [default: whole].")] = None,
-    num_chunks: Annotated[int | None, _option("split: experts per source [default: 2].")] = None,
+    density: Annotated[float | None, option("ties, dare_*: kept part of a difference [default: 0.8].")] = None,
+    scale: Annotated[float | None, option("ties, dare_*: factor on the difference [default: 1].")] = None,
+    expert_mode: Annotated[str | None, option(f"{', '.join(EXPERT_MODES)} [default: whole].")] = None,
+    num_chunks: Annotated[int | None, option("split: experts per source [default: 2].")] = None,
     fold_norms: Annotated[
-        bool | None, _option("Experts absorb the ratio of their own norm to the merged one.", "--fold-norms")
+        bool | None, option("Experts absorb the ratio of their own norm to the merged one.", "--fold-norms")
     ] = None,
-    router_init: Annotated[str | None, _option(f"{', '.join(ROUTER_INITS)} [default: random].")] = None,
+    router_init: Annotated[str | None, option(f"{', '.join(ROUTER_INITS)} [default: random].")] = None,
     router_std: Annotated[
-        float | None, _option("Deviation of random routers [default: the seed's initializer_range].")
+        float | None, option("Deviation of random routers [default: the seed's initializer_range].")
     ] = None,
-    random_seed: Annotated[int | None, _option("Seed of all randomness [default: 0].")] = None,
-    router_type: Annotated[str | None, _option(f"{', '.join(ROUTER_TYPES)} [default: top_k].")] = None,
+    random_seed: Annotated[int | None, option("Seed of all randomness [default: 0].")] = None,
+    domain_text: Annotated[
+        list[str] | None,
+        option("Again for every expert: text of its domain, for what is fitted.", metavar="NAME=TEXT[:WEIGHT]"),
+    ] = None,
+    domain_tokens: Annotated[int | None, option("Tokens read of each domain [default: 200000].")] = None,
+    prompt: Annotated[
+        list[str] | None, option("Again: a line typical of an expert, for router_init prompts.", metavar="NAME=LINE")
+    ] = None,
+    router_ridge: Annotated[float | None, option("ridge: relative penalty [default: 0.001].")] = None,
+    regmean_ridge: Annotated[
+        float | None, option("regmean: relative penalty on the distance from the mean [default: 0.01].")
+    ] = None,
+    fit_through: Annotated[
+        str | None, option(f"{', '.join(FIT_THROUGH)}: what leads to the next layer to be fitted [default: expert].")
+    ] = None,
+    router_type: Annotated[str | None, option(f"{', '.join(ROUTER_TYPES)} [default: top_k].")] = None,
     router_pre_softmax: Annotated[
-        bool | None, _option("top_k: softmax before the selection, for split experts.", "--router-pre-softmax")
+        bool | None, option("top_k: softmax before the selection, for split experts.", "--router-pre-softmax")
     ] = None,
-    num_experts_per_tok: Annotated[int | None, _option("Experts per token [default: 2].")] = None,
+    num_experts_per_tok: Annotated[int | None, option("Experts per token [default: 2].")] = None,
     router_aux_loss_coef: Annotated[
-        float | None, _option("Coefficient of the load balancing loss [default: 0.01].")
+        float | None, option("Coefficient of the load balancing loss [default: 0.01].")
     ] = None,
-    dtype: Annotated[str | None, _option("bfloat16, float16 or float32 [default: the seed's].")] = None,
-    max_shard_size: Annotated[str | None, _option("Largest weights file [default: 5GB].")] = None,
+    dtype: Annotated[str | None, option("bfloat16, float16 or float32 [default: the seed's].")] = None,
+    max_shard_size: Annotated[str | None, option("Largest weights file [default: 5GB].")] = None,
     tokenizer_source: Annotated[
-        str | None, _option("Source of chat template, special tokens, generation config [default: seed].")
+        str | None, option("Source of chat template, special tokens, generation config [default: seed].")
     ] = None,
-    untie: Annotated[bool | None, _option("Mix tied and untied sources; the result is untied.", "--untie")] = None,
+    untie: Annotated[bool | None, option("Mix tied and untied sources; the result is untied.", "--untie")] = None,
     allow_nonfinite: Annotated[
-        bool | None, _option("Go on where a source holds NaN or Inf.", "--allow-nonfinite")
+        bool | None, option("Go on where a source holds NaN or Inf.", "--allow-nonfinite")
     ] = None,
     allow_unrelated: Annotated[
-        bool | None, _option("Go on where a source did not grow from the seed.", "--allow-unrelated")
+        bool | None, option("Go on where a source did not grow from the seed.", "--allow-unrelated")
     ] = None,
 ) -> MergeRecipe:
     """The recipe from a file and from flags, which win."""
     flags = {key: value for key, value in locals().items() if value is not None}
-    pairs = {key: _pairs(f"--{key}", flags.pop(key, [])) for key in ("expert", "weight", "base")}
+    given = {key: pairs(f"--{key}", flags.pop(key, [])) for key in ("expert", "weight", "base")}
+    texts = parse_domain_texts("--domain-text", flags.pop("domain_text", []))
+    prompts = lists("--prompt", flags.pop("prompt", []))
     file = flags.pop("recipe", None)
     values = read_recipe_file(file) if file else {}
     values |= flags
+    for key, named in (("domain_text", {text.name: text for text in texts}), ("prompts", prompts)):
+        if named:
+            before = values.get(key)
+            values[key] = {**before, **named} if isinstance(before, dict) else named
     typed = {key: f"--{key.replace('_', '-')}" for key in flags}  # what to call them when they are wrong
     experts = values.get("experts") or {}
     if isinstance(experts, dict):
         experts = {name: dict(spec) if isinstance(spec, dict) else {"model": spec} for name, spec in experts.items()}
         values["experts"] = experts
-    for name, model in pairs["expert"].items() if isinstance(experts, dict) else ():
+    for name, model in given["expert"].items() if isinstance(experts, dict) else ():
         experts.setdefault(name, {})["model"] = model
         typed |= {f"experts.{name}{key}": f"--expert {name}" for key in ("", ".model")}
         typed["experts"] = "--expert"
     problems = []
     for key, kind in (("weight", float), ("base", str)):
-        for name, value in pairs[key].items() if isinstance(experts, dict) else ():
+        for name, value in given[key].items() if isinstance(experts, dict) else ():
             typed[f"experts.{name}.{key}"] = f"--{key} {name}"
             try:
                 if name == "seed" and key == "weight":
@@ -128,18 +156,6 @@ def _recipe_options(
     if problems:
         raise InputError(problems)
     return recipe_of_both
-
-
-def _pairs(flag: str, items: list[str]) -> dict[str, str]:
-    out: dict[str, str] = {}
-    for item in items:
-        name, separator, value = item.partition("=")
-        if not (name and separator and value):
-            raise InputError([Problem("command", flag, item, "NAME=VALUE, such as code=./llama-code")])
-        if name in out:
-            raise InputError([Problem("command", flag, f"{name} is given twice", "each name once")])
-        out[name] = value
-    return out
 
 
 def _ends_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
@@ -220,17 +236,22 @@ def merge_command(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that read and write [default: one per core, at most 4].")
     ] = None,
+    statistics: Annotated[
+        Path | None, option("Folder for what a fit learns of the texts: kept there, or taken from there.")
+    ] = None,
+    device: Annotated[str | None, option("Where to fit: cpu, cuda, ... [default: a GPU where there is one].")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge the checkpoints of a recipe into one model."""
     from btx_merge.merging import Check, merge
-    from btx_merge.tables import ProgressBar, print_report
+    from btx_merge.tables import LayerBar, ProgressBar, print_report
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
-    with ProgressBar(shown=not quiet and sys.stderr.isatty()) as bar:
+    shown = not quiet and sys.stderr.isatty()
+    with ProgressBar(shown) as bar, LayerBar(shown) as layers:
 
         def on_checked(checked: Check) -> None:
             _warn(checked.warnings)
@@ -244,6 +265,9 @@ def merge_command(
             progress=bar.advance,
             on_checked=on_checked,
             on_note=lambda line: print(f"note: {line}", file=sys.stderr),
+            statistics=statistics,
+            device=device,
+            on_layer=layers.advance,
         )
     if json_output:
         print(json.dumps(report.to_dict(), indent=2))
@@ -251,6 +275,7 @@ def merge_command(
         print_report(report)
 
 
+app.command("fit")(_ends_in_one_line(fit_command))
 app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     _ends_in_one_line(train_command)
 )

@@ -106,7 +106,7 @@ def _weighted_sum(
     total = np.zeros((stop - start, *plan.seed.tensors[plan.seed.stored_name(name)].shape[1:]), np.float32)
     weights = np.zeros(stop - start, np.float32)
     for source, weight in shares:
-        for segment in _within(layout[source.name], start, stop):
+        for segment in within(layout[source.name], start, stop):
             out = slice(segment.out - start, segment.out - start + segment.count)
             rows = source.rows(name, segment.source, segment.source + segment.count, finite)
             total[out] += rows if weight == 1 else np.float32(weight) * rows
@@ -114,7 +114,7 @@ def _weighted_sum(
     return total, weights
 
 
-def _within(segments: tuple[Segment, ...], start: int, stop: int) -> Iterator[Segment]:
+def within(segments: tuple[Segment, ...], start: int, stop: int) -> Iterator[Segment]:
     """The parts of the segments that lie in the result's rows [start, stop)."""
     for segment in segments:
         first, last = max(start, segment.out), min(stop, segment.out + segment.count)

@@ -18,6 +18,7 @@ from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.llama import DEFAULTS
 from btx_merge.plan import DIFFERENCE_METHODS, Plan
 from btx_merge.sources import Source
+from btx_merge.texts import public_reference
 from btx_merge.vocabulary import tokenizer_json
 
 RECIPE_FILE = "btx_recipe.yaml"
@@ -101,10 +102,14 @@ def resolved_recipe(plan: Plan) -> dict[str, Any]:
         values["experts"][source.name]["model"] = _public_reference(source)
         if values["experts"][source.name]["base"] is not None and source.base:
             values["experts"][source.name]["base"] = source.base.public_name
+    for text in values["domain_text"].values():
+        text["text"] = [public_reference(reference) for reference in text["text"]]
     values["dtype"] = TORCH_NAMES[plan.dtype]
     if values["router_std"] is None:
         values["router_std"] = plan.seed.config["initializer_range"]
-    tools = ("btx-merge", "numpy", *(("torch", "peft") if plan.recipe.combine in DIFFERENCE_METHODS else ()))
+    needs_peft, is_fitted = plan.recipe.combine in DIFFERENCE_METHODS, plan.recipe.is_fitted
+    packages = {"torch": needs_peft or is_fitted, "peft": needs_peft, "transformers": is_fitted}
+    tools = ("btx-merge", "numpy", *(name for name, is_used in packages.items() if is_used))
     values["resolved"] = {
         "expert_names": plan.expert_names,
         "tools": {"python": platform.python_version(), **{tool: version(tool) for tool in tools}},

@@ -181,7 +181,7 @@ def _check(recipe: TrainRecipe, target: Path, work: Path, resume: bool, overwrit
         problems += error.problems
     try:
         located = locate("model", recipe.model)
-        problems += _problems_of_model(located)
+        problems += problems_of_model(located)
         if located.folder.resolve() in (target, work) or target in located.folder.resolve().parents:
             problems.append(Problem("output", str(target), "is where the model lies", "", "Give another --output."))
     except InputError as error:
@@ -203,7 +203,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _problems_of_model(located: Located) -> list[Problem]:
+def problems_of_model(located: Located) -> list[Problem]:
     try:
         config = json.loads((located.folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from btx_merge.checks import examine
 from btx_merge.divergence import Divergence
@@ -26,6 +26,9 @@ from btx_merge.plan import Fate, Plan, make_plan
 from btx_merge.recipe import MergeRecipe
 from btx_merge.sources import Source
 from btx_merge.writer import Progress, Staging, check_target
+
+if TYPE_CHECKING:
+    from btx_merge.fit_walk import LayerFit
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ class Report:
     """Largest resident size of the process so far, in bytes."""
     kept_bytes: int
     """Bytes that an earlier, interrupted run had written."""
+    layers: tuple[LayerFit, ...] = ()
+    """How the routers came out that were fitted by ridge regression."""
 
     @property
     def fates(self) -> tuple[Fate, ...]:
@@ -79,7 +84,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them."""
         figures = {key: getattr(self, key) for key in ("seconds", "peak_memory", "kept_bytes")}
-        return {"output": str(self.output), **figures, **self.checked.to_dict()}
+        layers = [asdict(layer) for layer in self.layers]
+        return {"output": str(self.output), **figures, "layers": layers, **self.checked.to_dict()}
 
 
 def check(recipe: MergeRecipe) -> Check:
@@ -101,6 +107,9 @@ def merge(
     progress: Progress | None = None,
     on_checked: Callable[[Check], None] | None = None,
     on_note: Callable[[str], None] | None = None,
+    statistics: str | Path | None = None,
+    device: str | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
 ) -> Report:
     """Merges the recipe's sources into one BTX model (arXiv 2403.07816) in the folder `output`.
 
@@ -114,6 +123,9 @@ def merge(
             the headers.
         on_checked: called once when all is checked and before anything is written.
         on_note: called with a line about what else a person would want to know.
+        statistics: for what is fitted: a folder for what the pass over the texts collects, or one that has it.
+        device: where to fit: `cpu`, `cuda`, ...; a GPU where there is one.
+        on_layer: called with how many layers of how many are fitted.
 
     Raises:
         InputError: a reason to refuse; nothing has been written.
@@ -136,11 +148,17 @@ def merge(
                     on_note(f"Continuing: {staging.kept_bytes / 1e9:.2f} GB were written before and are verified.")
                 staging.run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
                 write_files(plan, staging.folder)
+                layers: list[LayerFit] = []
+                if plan.recipe.is_fitted:
+                    from btx_merge.fitting import fit_merge  # torch and transformers
+
+                    layers = fit_merge(plan, staging.folder, statistics=statistics, device=device, on_layer=on_layer)
                 staging.finish(overwrite)
     except OSError as error:
         remedy = "What is finished is kept: the same command continues."
         raise MergeError(f"{error.filename or target}: {error.strerror or error}. {remedy}") from error
-    return Report(target, checked, time.perf_counter() - began, _peak_memory(), staging.kept_bytes)
+    seconds = time.perf_counter() - began
+    return Report(target, checked, seconds, _peak_memory(), staging.kept_bytes, tuple(layers))
 
 
 @contextmanager

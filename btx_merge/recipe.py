@@ -17,10 +17,16 @@ import yaml
 
 from btx_merge.dtypes import SAFETENSORS_NAMES
 from btx_merge.errors import InputError, Problem
+from btx_merge.texts import DomainText, domain_texts_of
 
-COMBINE_METHODS = ("mean", "weighted", "seed", "ties", "dare_ties", "dare_linear")
+REGMEAN_METHODS = ("regmean", "regmean_merged")
+"""Ways to combine that are fitted on text."""
+COMBINE_METHODS = ("mean", "weighted", "seed", "ties", "dare_ties", "dare_linear", *REGMEAN_METHODS)
 EXPERT_MODES = ("whole", "split", "blend")
-ROUTER_INITS = ("random", "zeros")
+ROUTER_FITS = ("ridge", "prompts")
+"""Routers that are fitted in closed form."""
+ROUTER_INITS = ("random", "zeros", *ROUTER_FITS)
+FIT_THROUGH = ("expert", "router")
 ROUTER_TYPES = ("top_k", "switch", "soft", "sample_top_1")
 SEED = "seed"
 
@@ -57,7 +63,8 @@ class MergeRecipe:
     seed_weight: float = 1.0
     """The seed's share when the combining is weighted."""
     combine: str = "mean"
-    """How all that is not a feed-forward block is combined: mean, weighted, seed, ties, dare_ties or dare_linear."""
+    """How all that is not a feed-forward block is combined: mean, weighted, seed, ties, dare_ties, dare_linear, or
+    fitted on `domain_text`: regmean (on the sources' own inputs), regmean_merged (on the merged model's)."""
     density: float = 0.8
     """ties, dare_*: the part of each difference from the seed that is kept, in (0, 1]."""
     scale: float = 1.0
@@ -69,11 +76,24 @@ class MergeRecipe:
     fold_norms: bool = False
     """Whether gate and up absorb the ratio of the source's own post-attention norm to the merged one."""
     router_init: str = "random"
-    """random: normal with `router_std`; zeros: every expert equally likely."""
+    """random: normal with `router_std`; zeros: every expert equally likely; ridge: fitted on `domain_text`; prompts:
+    from `prompts`."""
     router_std: float | None = None
     """Standard deviation of random routers; the seed's initializer_range where not given."""
     random_seed: int = 0
     """Seed of the random routers and of DARE's dropping."""
+    domain_text: Mapping[str, DomainText] = field(default_factory=dict)
+    """Expert to text of its domain, for what is fitted: one reference, several, or `text:` and `weight:`."""
+    domain_tokens: int = 200_000
+    """Tokens of each domain that are read, from the beginning of its text. At least 64."""
+    prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Expert to a few lines that are typical of it, for router_init: prompts."""
+    router_ridge: float = 0.001
+    """ridge: penalty, relative to the mean square of the router's input."""
+    regmean_ridge: float = 0.01
+    """regmean, regmean_merged: penalty on the distance from the mean, relative to the mean square of the input."""
+    fit_through: str = "expert"
+    """What tokens pass through while the next layer is fitted: expert (their own domain's) or router (the fitted)."""
     router_type: str = "top_k"
     """How the router chooses: top_k, switch, soft or sample_top_1; see `BTXConfig`. It can be changed later."""
     router_pre_softmax: bool = False
@@ -108,6 +128,11 @@ class MergeRecipe:
             except InputError as error:
                 problems += error.problems
         object.__setattr__(self, "experts", specs)
+        for key, parse in (("domain_text", _as_texts), ("prompts", _as_prompts)):
+            try:
+                object.__setattr__(self, key, parse(getattr(self, key)))
+            except InputError as error:
+                problems += error.problems
         problems += _value_problems(self, complete=not problems)
         if problems:
             raise InputError(problems)
@@ -118,6 +143,16 @@ class MergeRecipe:
         size = _parse_size(self.max_shard_size)
         assert size is not None
         return size
+
+    @property
+    def fits_shared(self) -> bool:
+        """Whether shared weights are fitted on text."""
+        return self.combine in REGMEAN_METHODS
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether anything is fitted in closed form when the merge is written."""
+        return self.fits_shared or self.router_init in ROUTER_FITS
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], origin: str = "recipe") -> MergeRecipe:
@@ -143,7 +178,11 @@ class MergeRecipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, which `from_dict` takes back."""
-        return asdict(self)
+        texts = {
+            name: {"text": list(text.references), "weight": text.weight} for name, text in self.domain_text.items()
+        }
+        prompts = {name: list(lines) for name, lines in self.prompts.items()}
+        return {**asdict(self), "domain_text": texts, "prompts": prompts}
 
 
 class _NoDuplicates(yaml.SafeLoader):
@@ -166,7 +205,7 @@ def read_recipe_file(file: str | Path) -> dict[str, Any]:
     """
     path = Path(file)
     values = read_yaml(path, "recipe", "at least `seed:` and `experts:`")
-    for written in ("resolved", "training"):  # what btx wrote down about itself in btx_recipe.yaml
+    for written in ("resolved", "fits", "training"):  # what btx wrote down about itself in btx_recipe.yaml
         values.pop(written, None)
 
     def anchored(reference: Any) -> Any:
@@ -184,6 +223,9 @@ def read_recipe_file(file: str | Path) -> dict[str, Any]:
             }
         else:
             values["experts"][name] = anchored(spec)
+    if "domain_text" in values:
+        texts = domain_texts_of(str(file), values["domain_text"], path.parent, "domain_text")
+        values["domain_text"] = {text.name: text for text in texts}
     return values
 
 
@@ -203,6 +245,32 @@ def read_yaml(file: Path, source: str, expected: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError([Problem(source, str(file), "no keys", expected)])
     return values
+
+
+def _as_texts(values: Any) -> dict[str, DomainText]:
+    if isinstance(values, Mapping) and all(isinstance(text, DomainText) for text in values.values()):
+        return dict(values)
+    plain = (
+        {name: [str(value)] if isinstance(value, Path) else value for name, value in values.items()}
+        if isinstance(values, Mapping)
+        else values
+    )
+    return {text.name: text for text in domain_texts_of("recipe", plain, Path(), "domain_text")}
+
+
+def _as_prompts(values: Any) -> dict[str, tuple[str, ...]]:
+    if not isinstance(values, Mapping):
+        raise InputError([Problem("recipe", "prompts", f"{values!r}", "`name: [line, line]`, one entry per expert")])
+    problems, prompts = [], {}
+    for name, given in values.items():
+        lines = (given,) if isinstance(given, str) else given
+        if isinstance(lines, (list, tuple)) and lines and all(isinstance(x, str) and x.strip() for x in lines):
+            prompts[str(name)] = tuple(lines)
+        else:
+            problems.append(Problem("recipe", f"prompts.{name}", f"{given!r}", "lines of text"))
+    if problems:
+        raise InputError(problems)
+    return prompts
 
 
 def _as_text(value: Any) -> Any:
@@ -262,6 +330,10 @@ _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what is expected, a
     "num_chunks": ("at least 1", lambda value: value >= 1),
     "router_init": (f"one of {', '.join(ROUTER_INITS)}", lambda value: value in ROUTER_INITS),
     "router_std": ("above 0", lambda value: 0 < value < math.inf),
+    "domain_tokens": ("at least 64", lambda value: value >= 64),
+    "router_ridge": ("above 0", lambda value: 0 < value < math.inf),
+    "regmean_ridge": ("above 0", lambda value: 0 < value < math.inf),
+    "fit_through": (f"one of {', '.join(FIT_THROUGH)}", lambda value: value in FIT_THROUGH),
     "random_seed": ("in [0, 2**32)", lambda value: 0 <= value < 2**32),
     "router_type": (f"one of {', '.join(ROUTER_TYPES)}", lambda value: value in ROUTER_TYPES),
     "num_experts_per_tok": ("at least 1", lambda value: value >= 1),
@@ -322,7 +394,37 @@ def _value_problems(recipe: MergeRecipe, complete: bool) -> list[Problem]:
     weights = [spec.weight for spec in recipe.experts.values()] + [recipe.seed_weight] * recipe.seed_expert
     if sources and not sum(weights) > 0:
         problem("weight", "all are 0", "at least one above 0")
-    elif recipe.combine in ("mean", "seed") and set(weights) - {1.0}:
+    elif recipe.combine in ("mean", "seed", *REGMEAN_METHODS) and set(weights) - {1.0}:
         remedy = "Say combine: weighted (or ties, dare_ties, dare_linear), or leave the weights out."
         problem("weight", f"weights, which combine: {recipe.combine} ignores", "", remedy)
+    return problems + _fit_problems(recipe)
+
+
+def _fit_problems(recipe: MergeRecipe) -> list[Problem]:
+    """Whether what is fitted has its text, and no text is given in vain."""
+    problems = []
+    needs_text = recipe.fits_shared or recipe.router_init == "ridge"
+    needs_prompts = recipe.router_init == "prompts"
+    known = (*((SEED,) if recipe.seed_expert else ()), *recipe.experts)
+    for key, flag, given, needed in (
+        ("domain_text", "--domain-text {}=FILE", recipe.domain_text, needs_text),
+        ("prompts", "--prompt {}=TEXT", recipe.prompts, needs_prompts),
+    ):
+        problems += [
+            Problem("recipe", f"{key}.{name}", f"no expert {name}", f"one of {', '.join(known)}")
+            for name in given
+            if name not in known
+        ]
+        missing = [name for name in recipe.experts if name not in given]
+        if needed and missing:
+            remedy = "Give " + ", ".join(flag.format(name) for name in missing) + "."
+            expected = "for every expert but the seed, which may go without"
+            problems.append(Problem("recipe", key, f"none for {', '.join(missing)}", expected, remedy))
+        elif given and not needed:
+            remedy = "Say router_init: ridge or combine: regmean_merged, or leave it out."
+            remedy = "Say router_init: prompts, or leave them out." if key == "prompts" else remedy
+            problems.append(Problem("recipe", key, "given, but nothing is fitted on it", "", remedy))
+    if recipe.is_fitted and recipe.expert_mode == "blend":
+        remedy = "Choose whole or split, or fit nothing."
+        problems.append(Problem("recipe", "expert_mode", "blend", "experts that belong to a domain", remedy))
     return problems

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from btx_merge.card import count
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.merging import Check, Report
 from btx_merge.plan import Fate
+
+if TYPE_CHECKING:
+    from btx_merge.fit_walk import LayerFit
 
 
 class ProgressBar:
@@ -41,6 +55,44 @@ class ProgressBar:
     def advance(self, nbytes: int) -> None:
         """Adds bytes that are done. Called from several threads."""
         self._progress.advance(self._task, nbytes)
+
+
+class LayerBar:
+    """Layers that are fitted, on stderr; nothing at all where it is not shown."""
+
+    def __init__(self, shown: bool):
+        self._progress = Progress(
+            "fitting",
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> LayerBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, done: int, layers: int) -> None:
+        """Shows how many layers of how many are done."""
+        if self._task is None:
+            self._task = self._progress.add_task("fitting", total=layers)
+            self._progress.start()
+        self._progress.update(self._task, completed=done)
+
+
+def fit_line(layers: Sequence[LayerFit]) -> str:
+    """How the routers came out, over all layers."""
+    mean = sum(layer.accuracy for layer in layers) / len(layers)
+    worst = min(layers, key=lambda layer: layer.accuracy)
+    return (
+        f"{mean:.0%} of held-out tokens go to their own domain's expert first "
+        f"(fewest in layer {worst.layer}: {worst.accuracy:.0%})"
+    )
 
 
 def print_check(checked: Check) -> None:
@@ -85,6 +137,8 @@ def print_report(report: Report) -> None:
         f"{count(plan.parameters)} parameters, {count(plan.active_parameters)} active per token",
         "took": f"{report.seconds:.1f} s ({_size(int(rate))}/s), peak memory {_size(report.peak_memory)}",
     }
+    if report.layers:
+        lines["routers"] = fit_line(report.layers)
     if plan.recipe.router_init in ("random", "zeros"):
         lines["next"] = "the routers are untrained: finetune them before you judge the model"
     console.print(_facts(lines))

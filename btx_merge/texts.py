@@ -65,28 +65,29 @@ def parse_domain_texts(flag: str, items: Iterable[str]) -> tuple[DomainText, ...
     return tuple(DomainText(name, tuple(given), weights.get(name, 1.0)) for name, given in references.items())
 
 
-def domain_texts_of(origin: str, values: Any, folder: Path) -> tuple[DomainText, ...]:
-    """Domains from the mapping `data:` of a YAML file: `name: reference`, a list of them, or `text:` and `weight:`.
+def domain_texts_of(origin: str, values: Any, folder: Path, key: str = "data") -> tuple[DomainText, ...]:
+    """Domains from a mapping of a YAML file: `name: reference`, a list of them, or `text:` and `weight:`.
 
     Args:
         origin: the file, as errors name it.
         folder: what relative paths are relative to.
+        key: the mapping's name in the file.
 
     Raises:
         InputError: values that cannot be meant, all of them.
     """
     expected = "a reference, a list of references, or `text:` and `weight:`"
     if not isinstance(values, Mapping):
-        raise InputError([Problem(origin, "data", f"{values!r}", "`name: reference`, one line for each domain")])
+        raise InputError([Problem(origin, key, f"{values!r}", "`name: reference`, one line for each domain")])
     problems, texts = [], []
     for name, value in values.items():
-        where = f"data.{name}"
+        where = f"{key}.{name}"
         given = value if isinstance(value, Mapping) else {"text": value}
         text = given.get("text")
         listed: list[Any] = text if isinstance(text, list) else [text]
         weight = given.get("weight", 1.0)
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            problems.append(Problem(origin, "data", f"the name {name!r}", "letters, digits, `_`, `-`, `.`"))
+            problems.append(Problem(origin, key, f"the name {name!r}", "letters, digits, `_`, `-`, `.`"))
         if set(given) - {"text", "weight"} or not listed or not all(isinstance(x, str) and x for x in listed):
             problems.append(Problem(origin, where, f"{value!r}", expected))
         elif not _is_weight(weight):
@@ -267,3 +268,9 @@ def _relative_to(folder: Path, reference: str) -> str:
     beside = str(folder / os.path.expanduser(reference))
     is_path = reference.startswith(("./", "../")) or bool(files_of(beside)) or os.path.isdir(beside)
     return beside if is_path else reference
+
+
+def public_reference(reference: str) -> str:
+    """How a published file may name a text: a path of this machine by its last part alone."""
+    is_path = reference.startswith((".", "/", "~")) or os.path.exists(reference)
+    return os.path.basename(reference.rstrip("/")) if is_path else reference

@@ -82,14 +82,24 @@ def write_records(folder: Path, entry: Mapping[str, Any], history: Sequence[Mapp
         json.dumps({"step": item["step"], "load": item[LOAD_PER_LAYER]}) for item in history if LOAD_PER_LAYER in item
     ]
     (folder / ROUTING).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    append_record(folder, "training", entry, training_section(entry, history), " Trained: see [below](#training).")
+
+
+def append_record(folder: Path, key: str, entry: Mapping[str, Any], section: str, sentence: str) -> None:
+    """Adds what was done with a model to the list `key` of its recipe, and to its card.
+
+    Args:
+        section: for the end of the card.
+        sentence: for the place where the card says that the routers are untrained.
+    """
     recipe = folder / RECIPE_FILE
     values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
-    values["training"] = [*(values.get("training") or []), dict(entry)]
+    values[key] = [*(values.get(key) or []), dict(entry)]
     recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else "# A finetuned Branch-Train-MiX model\n"
-    text = _UNTRAINED.sub(" Trained: see [below](#training).", text)
-    card.write_text(text.rstrip() + "\n\n" + training_section(entry, history), encoding="utf-8")
+    text = _UNTRAINED.sub(sentence, text)
+    card.write_text(text.rstrip() + "\n\n" + section, encoding="utf-8")
 
 
 def training_section(entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:

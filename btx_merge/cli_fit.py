@@ -1,0 +1,66 @@
+"""`btx fit`: the routers of a merged model, in closed form."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from btx_merge.cli_options import lists, option
+from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS
+from btx_merge.texts import parse_domain_texts
+
+
+def fit_command(
+    model: Annotated[str, typer.Argument(help="Folder or org/name[@revision] of a merged model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")],
+    method: Annotated[str | None, option(f"{', '.join(ROUTER_FITS)} [default: ridge].")] = None,
+    domain_text: Annotated[
+        list[str] | None,
+        option("Again for every expert: text of its domain.", metavar="NAME=TEXT[:WEIGHT]"),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, option("Again: a line typical of an expert, for prompts.", metavar="NAME=LINE")
+    ] = None,
+    domain_tokens: Annotated[int | None, option("Tokens read of each domain [default: 200000].")] = None,
+    router_ridge: Annotated[float | None, option("Relative penalty [default: 0.001].")] = None,
+    fit_through: Annotated[
+        str | None, option(f"{', '.join(FIT_THROUGH)}: what leads to the next layer [default: expert].")
+    ] = None,
+    statistics: Annotated[
+        Path | None, option("Folder for what the texts tell: kept there, or taken from there.")
+    ] = None,
+    device: Annotated[str | None, option("cpu, cuda, ... [default: a GPU where there is one].")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a folder that is there, once the result is complete.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Fit the routers of a merged model in closed form, without training."""
+    from btx_merge.fitting import FitRecipe, fit
+    from btx_merge.tables import LayerBar, fit_line
+
+    given: dict[str, Any] = {
+        "method": method,
+        "domain_text": parse_domain_texts("--domain-text", domain_text or []),
+        "prompts": lists("--prompt", prompt or []),
+        "domain_tokens": domain_tokens,
+        "router_ridge": router_ridge,
+        "fit_through": fit_through,
+    }
+    recipe = FitRecipe(model, **{name: value for name, value in given.items() if value is not None})
+    with LayerBar(shown=not quiet and sys.stderr.isatty()) as bar:
+        report = fit(recipe, output, statistics=statistics, overwrite=overwrite, device=device, on_layer=bar.advance)
+    if json_output:
+        layers = [asdict(layer) for layer in report.layers]
+        print(json.dumps({"output": str(report.output), "seconds": report.seconds, "layers": layers}, indent=2))
+    elif not quiet:
+        print(f"written  {report.output}")
+        if report.layers:
+            print(f"routers  {fit_line(report.layers)}")
+        print(f"took     {report.seconds:.1f} s")

@@ -1,0 +1,306 @@
+"""Fitting in closed form: the routers of a merged model, or whatever of a new merge its recipe wants fitted."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btx_merge.errors import InputError, MergeError, Problem
+from btx_merge.finetuning import problems_of_model
+from btx_merge.hub import locate
+from btx_merge.plan import Plan
+from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS, SEED
+from btx_merge.texts import DomainText, check_texts, documents, packed_windows, public_reference
+from btx_merge.writer import check_target
+
+if TYPE_CHECKING:
+    from btx_merge.fit_walk import LayerFit, Stream
+
+OnLayer = Callable[[int, int], None]
+"""Called with how many layers of how many are fitted."""
+
+_WINDOW = 512
+"""Tokens of a window, at most."""
+
+
+@dataclass(frozen=True)
+class FitRecipe:
+    """Everything that determines a fit of an existing model's routers.
+
+    Raises:
+        InputError: values that cannot be meant; all of them in one error.
+    """
+
+    model: str
+    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    method: str = "ridge"
+    """ridge, on `domain_text`; or prompts, from `prompts`."""
+    domain_text: tuple[DomainText, ...] = ()
+    """Text for every expert, by its name; the seed may go without."""
+    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Expert to a few lines that are typical of it."""
+    domain_tokens: int = 200_000
+    """Tokens of each domain that are read, at least 64."""
+    router_ridge: float = 0.001
+    """Penalty, relative to the mean square of the router's input. Above 0."""
+    fit_through: str = "expert"
+    """expert: tokens pass through their own domain's; router: through those that the fitted router chooses."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        fine = {
+            "model": (bool(self.model), "a merged checkpoint"),
+            "method": (self.method in ROUTER_FITS, f"one of {', '.join(ROUTER_FITS)}"),
+            "domain_tokens": (self.domain_tokens >= 64, "at least 64"),
+            "router_ridge": (0 < self.router_ridge < math.inf, "above 0"),
+            "fit_through": (self.fit_through in FIT_THROUGH, f"one of {', '.join(FIT_THROUGH)}"),
+        }
+        for name, (is_fine, expected) in fine.items():
+            if not is_fine:
+                problems.append(Problem("recipe", name, f"{getattr(self, name)!r}", expected))
+        unused = "prompts" if self.method == "ridge" else "domain_text"
+        if getattr(self, unused):
+            problems.append(Problem("recipe", unused, f"given, but method {self.method} does not use it"))
+        if problems:
+            raise InputError(problems)
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a fit did."""
+
+    output: Path
+    layers: tuple[LayerFit, ...]
+    """For ridge: how each layer's router came out."""
+    seconds: float
+
+
+def fit(
+    recipe: FitRecipe,
+    output: str | Path,
+    *,
+    statistics: str | Path | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    on_layer: OnLayer | None = None,
+) -> FitReport:
+    """Fits the routers of a merged model without gradients, and writes the model with them into `output`.
+
+    Args:
+        statistics: a folder for what the pass over the texts collects. Where they are there, nothing is passed
+            through the model again: for another `router_ridge`.
+        overwrite: whether `output` may be replaced; that happens when the new model is complete.
+        device: `cpu`, `cuda`, ...; a GPU where there is one.
+
+    Raises:
+        InputError: a reason not to fit, or a text that cannot be read.
+        MergeError: the disk refused, or a value is not finite.
+    """
+    began = time.perf_counter()
+    target = Path(output).expanduser().resolve()
+    problems = check_texts(recipe.domain_text)
+    try:
+        check_target(target, overwrite)
+    except InputError as error:
+        problems += error.problems
+    try:
+        located = locate("model", recipe.model)
+        of_model = problems_of_model(located)
+        problems += of_model or _name_problems(recipe, located.folder)
+        if located.folder.resolve() == target or target in located.folder.resolve().parents:
+            problems.append(Problem("output", str(target), "is where the model lies", "", "Give another --output."))
+    except InputError as error:
+        problems += error.problems
+    if problems:
+        raise InputError(problems)
+
+    from btx_merge.train_output import publish, write_model
+
+    staged = target.with_name(target.name + ".btx-fitting")
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir(parents=True)
+        write_model(located.folder, staged, {})
+        layers = _fit_folder(
+            staged,
+            {text.name: text for text in recipe.domain_text},
+            recipe.prompts,
+            domain_tokens=recipe.domain_tokens,
+            statistics=statistics,
+            device=device,
+            on_layer=on_layer,
+            router=recipe.method,
+            through=recipe.fit_through,
+            router_ridge=recipe.router_ridge,
+        )
+        _record(staged, recipe, layers)
+        publish(staged, target, overwrite)
+    except OSError as error:
+        raise MergeError(f"{error.filename or target}: {error.strerror or error}. The model is untouched.") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return FitReport(target, tuple(layers), time.perf_counter() - began)
+
+
+def fit_merge(
+    plan: Plan, folder: Path, *, statistics: str | Path | None, device: str | None, on_layer: OnLayer | None
+) -> list[LayerFit]:
+    """Fits what a merge's recipe says, in the folder where it was just written with means and any routers."""
+    recipe = plan.recipe
+    return _fit_folder(
+        folder,
+        recipe.domain_text,
+        recipe.prompts,
+        domain_tokens=recipe.domain_tokens,
+        statistics=statistics,
+        device=device,
+        on_layer=on_layer,
+        router=recipe.router_init if recipe.router_init in ROUTER_FITS else None,
+        combine=recipe.combine if recipe.fits_shared else None,
+        plan=plan,
+        through=recipe.fit_through,
+        router_ridge=recipe.router_ridge,
+        regmean_ridge=recipe.regmean_ridge,
+    )
+
+
+def own_experts(name: str, expert_names: Sequence[str]) -> list[int]:
+    """The numbers of a domain's experts: the one of its name, or the chunks that one was split into."""
+    return [i for i, expert in enumerate(expert_names) if name in (expert, expert.rpartition(".")[0])]
+
+
+def _expert_names(config: Mapping[str, Any]) -> list[str]:
+    number = config.get("num_local_experts", 0)
+    return list(config.get("expert_names") or map(str, range(number)))
+
+
+def _name_problems(recipe: FitRecipe, folder: Path) -> list[Problem]:
+    """Whether every expert has its text, and every text its expert."""
+    names = _expert_names(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    texts = [text.name for text in recipe.domain_text]
+    given, flag = (texts, "--domain-text") if recipe.method == "ridge" else (list(recipe.prompts), "--prompt")
+    domains = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    problems = [
+        Problem("model", flag, f"no expert {name}", f"one of {', '.join(domains)}")
+        for name in given
+        if not own_experts(name, names)
+    ]
+    covered = {expert for name in given for expert in own_experts(name, names)}
+    missing = [name for number, name in enumerate(names) if number not in covered and name.split(".")[0] != SEED]
+    if missing:
+        remedy = "Give " + ", ".join(f"{flag} {name}=..." for name in missing) + "."
+        expected = "for every expert but the seed, which may go without"
+        problems.append(Problem("model", flag, f"none for {', '.join(missing)}", expected, remedy))
+    return problems
+
+
+def _fit_folder(
+    folder: Path,
+    texts: Mapping[str, DomainText],
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    domain_tokens: int,
+    statistics: str | Path | None,
+    device: str | None,
+    on_layer: OnLayer | None,
+    combine: str | None = None,
+    plan: Plan | None = None,
+    **options: Any,
+) -> list[LayerFit]:
+    import torch
+
+    from btx_merge.checkpoint import Checkpoint
+    from btx_merge.fit_equations import Statistics
+    from btx_merge.fit_sources import DenseSource
+    from btx_merge.fit_walk import Walk
+    from btx_merge.modeling.configuration_btx import BTXConfig
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    checkpoint = Checkpoint(folder, place)
+    config = BTXConfig.from_pretrained(folder)
+    key = {
+        "model": checkpoint.digest(),
+        "experts": _expert_names(config.to_dict()),
+        "domain_text": {name: [*map(public_reference, text.references), text.weight] for name, text in texts.items()},
+        "prompts": {name: list(lines) for name, lines in prompts.items()},
+        "domain_tokens": domain_tokens,
+        "router": options["router"],
+        "combine": combine,
+        "fit_through": options["through"],
+    }
+    kept = Statistics(Path(statistics).expanduser() if statistics else None, key)
+    streams = _streams(folder, config, texts, prompts, domain_tokens)
+    sources = {}
+    if plan and combine:
+        sources = {source.name: DenseSource(plan, source, place) for source in plan.experts if source.name in texts}
+    walk = Walk(checkpoint, config, streams, kept, combine=combine, sources=sources, **options)
+    layers = walk.run(on_layer or (lambda done, all: None))
+    kept.complete()
+    return layers
+
+
+def _streams(
+    folder: Path,
+    config: Any,
+    texts: Mapping[str, DomainText],
+    prompts: Mapping[str, Sequence[str]],
+    domain_tokens: int,
+) -> list[Stream]:
+    """The tokens of every domain, in windows.
+
+    Raises:
+        InputError: a text that cannot be read, or a tokenizer with more tokens than the model.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    from btx_merge.fit_walk import Stream
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    names = _expert_names(config.to_dict())
+    length = min(_WINDOW, config.max_position_embeddings)
+    streams = []
+    for name, text in texts.items():
+        windows = packed_windows(documents(text, tokenizer), tokenizer, length, name)
+        found = list(itertools.islice(windows, max(1, domain_tokens // length)))
+        ids, positions = (torch.tensor(part) for part in zip(*found, strict=True))
+        streams.append(Stream(name, own_experts(name, names), ids, positions, text.weight))
+    for name, lines in prompts.items():
+        tokens = [tokenizer(line)["input_ids"][: config.max_position_embeddings] for line in lines]
+        ids = torch.tensor([[token for line in tokens for token in line]])
+        positions = torch.tensor([[position for line in tokens for position in range(len(line))]])
+        streams.append(Stream(name, own_experts(name, names), ids, positions, is_prompt=True))
+    largest = max(int(stream.ids.max()) for stream in streams)
+    if largest >= config.vocab_size:
+        found_id = f"the tokenizer gives the id {largest}"
+        raise InputError([Problem("model", "tokenizer", found_id, f"below {config.vocab_size}, the embedding's rows")])
+    return streams
+
+
+def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit]) -> None:
+    """What the result's recipe and card say about the fit."""
+    from btx_merge.train_output import append_record
+
+    used: dict[str, Any] = {"prompts": {name: list(lines) for name, lines in recipe.prompts.items()}}
+    if recipe.method == "ridge":
+        used["domain_text"] = [
+            {"name": text.name, "references": [*map(public_reference, text.references)], "weight": text.weight}
+            for text in recipe.domain_text
+        ]
+    entry = {
+        "method": recipe.method,
+        **used,
+        **{name: getattr(recipe, name) for name in ("domain_tokens", "router_ridge", "fit_through")},
+        "layers": [asdict(layer) for layer in layers],
+        "tools": {name: version(name) for name in ("btx-merge", "torch", "transformers")},
+    }
+    by = "ridge regression on text of each domain" if recipe.method == "ridge" else "a few prompts per expert"
+    append_record(folder, "fits", entry, f"## Routers\n\nFitted in closed form, by {by} (`btx fit`).\n", " Fitted.")
