@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -24,7 +23,6 @@ from btx_merge.finetuning import SUFFIX, TrainRecipe, TrainReport, train
 from btx_merge.texts import DomainText
 from btx_merge.train_metrics import Meter
 from tests.common import assert_complete, edit_json, files_of, raw_bytes, tensors_of
-from tests.conftest import Family
 
 BTX = Path(sys.executable).with_name("btx")
 ARGUMENTS = {
@@ -35,24 +33,6 @@ ARGUMENTS = {
     "report_to": "none",
     "use_cpu": True,
 }
-
-
-@pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Two domains of words of their own."""
-    folder, rng = tmp_path_factory.mktemp("texts"), random.Random(0)
-    for name, first in (("code", 0), ("math", 60)):
-        rows = [[f"w{first + rng.randint(0, 50)}" for _ in range(rng.randint(5, 40))] for _ in range(120)]
-        lines = "".join(json.dumps({"text": " ".join(row)}) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines)
-    return {name: str(folder / f"{name}.jsonl") for name in ("code", "math")}
-
-
-@pytest.fixture(scope="session")
-def merged(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("merged") / "merged"
-    merge(MergeRecipe(str(family.seed), family.experts, max_shard_size="300KB"), folder)
-    return folder
 
 
 def recipe(merged: Path, texts: dict[str, str], **changes: Any) -> TrainRecipe:
@@ -436,3 +416,54 @@ def test_routers_are_looked_at_only_where_a_step_is_logged(merged, texts, tmp_pa
     report = train(recipe(merged, texts, arguments={"logging_steps": 3}), tmp_path / "out")
     assert [line["step"] for line in report.history if "loss" in line] == [3, 6]
     assert looked == [64, 64]  # of two rows of 32
+
+
+# The command
+
+
+def btx_train(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(BTX), "train", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_a_file_and_flags(merged, texts, tmp_path):
+    """Flags win; paths are seen from the file; arguments of the Trainer stand beside our own options."""
+    shutil.copytree(merged, tmp_path / "in/llama-btx")
+    for name, file in texts.items():
+        shutil.copy(file, tmp_path / f"in/{name}.jsonl")
+    (tmp_path / "in/train.yaml").write_text(
+        "model: llama-btx\ndata:\n  code: code.jsonl\n  math: {text: math.jsonl, weight: 3}\ntrain: routers\n"
+        "max_length: 16\nmax_steps: 2\nlogging_steps: 1\nadam_beta2: 0.95\nreport_to: none\nuse_cpu: true\n"
+        "lr_scheduler_kwargs: {min_lr_rate: 0.2}\n"
+    )
+    flags = ("--max-length", "24", "--adam-beta1=0.8", "--adam_epsilon", "1e-7", "-o", tmp_path / "out", "--json")
+    done = btx_train("--config", "in/train.yaml", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    entry = json.loads(done.stdout)
+    assert (entry["train"], entry["max_length"], entry["steps"]) == ("routers", 24, 2)
+    assert [(domain["name"], domain["weight"]) for domain in entry["data"]] == [("code", 1.0), ("math", 3.0)]
+    chosen = entry["arguments"]
+    assert (chosen["adam_beta1"], chosen["adam_beta2"], chosen["adam_epsilon"]) == (0.8, 0.95, 1e-7)
+    assert chosen["lr_scheduler_kwargs"] == {"min_lr_rate": 0.2}
+    assert "trains routers: 384 of" in done.stderr
+
+
+def test_what_the_command_refuses(merged, texts, tmp_path):
+    code = f"--data=code={texts['code']}"
+    out = tmp_path / "out"
+    done = btx_train(merged, code, "-o", out, "--max-step", "3", "--lr", "1", "--trian", "all", "--train", "most")
+    assert done.returncode == 2
+    lines = [line.removeprefix("error: ") for line in done.stderr.splitlines()]
+    assert lines == [
+        "command: max_step: unknown name. Did you mean max_steps?",
+        "command: lr: unknown name. Known are those of transformers.TrainingArguments.",
+        "command: trian: unknown name. Did you mean train?",
+        "command: train: 'most'; expected one of routers, shared, all, lora",
+    ]
+    done = btx_train(merged, code, "--data=math", "-o", out, "--max-steps", "3")
+    assert (done.returncode, done.stderr.count("error: ")) == (2, 1)
+    assert "command: --data: math; expected NAME=REFERENCE[:WEIGHT]" in done.stderr
+    assert list(tmp_path.iterdir()) == []
