@@ -89,8 +89,7 @@ def test_the_python_on_a_merged_model(folder, quantised):
 
 
 def test_the_python_that_trains(folder):
-    loading, _, *others = blocks("python")
-    (training,) = [block for block in others if "TrainRecipe" in block]
+    (training,) = [block for block in blocks("python") if "TrainRecipe" in block]
     (folder / "merge.yaml").write_text(blocks("yaml")[0])
     subprocess.run([BTX, "merge", "--recipe", "merge.yaml", "-o", "llama-btx", "-q"], cwd=folder, check=True)
     write_texts(folder)
