@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, TrainerCallback
+from transformers.utils import logging
 
 from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
 from btx_merge.finetuning import LORA_TARGETS, Show, TrainRecipe, last_checkpoint, tools
@@ -52,6 +54,7 @@ class Run:
         self._check_ranks()
 
     def _check_ranks(self) -> None:
+        """Whether there are as many ranks as the recipe wants."""
         recipe, problems = self.recipe, []
         parts, ranks = recipe.fsdp_size * recipe.ep_size, self.args.world_size
         if parts > 1 and parts != ranks:
@@ -143,6 +146,8 @@ class Run:
 
             sizes = {name: size for name in ("fsdp_size", "ep_size") if (size := getattr(recipe, name)) > 1}
             config["distributed_config"] = DistributedConfig(**sizes)
+        if not sys.stderr.isatty():  # transformers' bars do not ask
+            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         mixed = (args.bf16 or args.fp16) and not sharded
         model = BTXForCausalLM.from_pretrained(
             self.located.folder, dtype="auto" if mixed else torch.float32, use_cache=False, **config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from btx_merge.modeling import BTXForCausalLM
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -328,6 +330,33 @@ def test_a_domain_without_text(merged, texts, tmp_path):
     assert line.startswith("math: text: not a single token")
 
 
+def test_a_run_without_a_checkpoint_is_begun_anew(merged, texts, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_file", no_space)
+        with pytest.raises(MergeError, match="could not be written"):
+            train(recipe(merged, texts), tmp_path / "out")
+    assert (tmp_path / f"out{SUFFIX}/run.json").exists()
+    train(recipe(merged, texts), tmp_path / "out")
+    foreign = tmp_path / f"foreign{SUFFIX}"
+    foreign.mkdir()
+    (foreign / "precious").write_text("mine")
+    (line,) = problems_of(train, recipe(merged, texts), tmp_path / "foreign")
+    assert "holds files, but no unfinished run" in line
+
+
+def test_a_disk_that_is_too_small_is_refused_at_once(merged, texts, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    (line,) = problems_of(train, recipe(merged, texts), tmp_path / "out")
+    assert "0.00 GB free; expected 0.00 GB for the result alone" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lora_is_not_sharded(merged, texts):
+    (line,) = problems_of(recipe, merged, texts, train="lora", fsdp_size=2)
+    assert "lora on sharded parameters" in line
+
+
 def test_sharding_asks_for_ranks(merged, texts, tmp_path):
     (line,) = problems_of(train, recipe(merged, texts, fsdp_size=2), tmp_path / "out")
     assert "on 1 ranks" in line
@@ -401,13 +430,26 @@ def test_a_dead_expert_is_named(merged, texts, tmp_path):
     assert "aux_loss" not in report.history[1]
 
 
-@pytest.mark.parametrize("router_type", ["sample_top_1", "top_k"])
-def test_routings_that_want_a_callback_get_it(merged, texts, tmp_path, router_type):
+def test_sample_top_1_is_annealed_over_the_run(merged, texts, tmp_path, monkeypatch):
     copy = shutil.copytree(merged, tmp_path / "merged")
-    edit_json(copy / "config.json", router_type=router_type)
-    report = train(recipe(copy, texts, train="routers", router_grad="dense"), tmp_path / "out")
+    edit_json(copy / "config.json", router_type="sample_top_1")
+    seen, plain = [], BTXForCausalLM.set_router_temperature
+    monkeypatch.setattr(
+        BTXForCausalLM, "set_router_temperature", lambda self, value: (seen.append(value), plain(self, value))[1]
+    )
+    train(recipe(copy, texts, train="routers"), tmp_path / "out")
+    assert seen == pytest.approx([max(0.5, math.exp(-2 * step / 6)) for step in range(6)])
+
+
+def test_a_selection_bias_is_moved_and_kept(merged, texts, tmp_path):
+    model = BTXForCausalLM.from_pretrained(merged, router_selection_bias=True)
+    model.save_pretrained(tmp_path / "merged")
+    shutil.copy(merged / "tokenizer.json", tmp_path / "merged")
+    shutil.copy(merged / "tokenizer_config.json", tmp_path / "merged")
+    report = train(recipe(tmp_path / "merged", texts, train="routers", router_grad="dense"), tmp_path / "out")
+    moved = {name for name in changed(tmp_path / "merged", tmp_path / "out") if "bias" in name}
+    assert moved == {f"model.layers.{layer}.mlp.routing.e_score_correction_bias" for layer in range(2)}
     assert report.entry["router_grad"] == "dense"
-    assert changed(copy, tmp_path / "out")
 
 
 def test_routers_are_looked_at_only_where_a_step_is_logged(merged, texts, tmp_path, monkeypatch):

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
+from btx_merge.finetuning import train
 from tests.common import assert_complete, raw_bytes, tensors_of
+from tests.test_finetuning import recipe
 
 TORCHRUN = [
     *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--local_addr=127.0.0.1"),
@@ -36,22 +38,28 @@ def run(command: list[str], merged: Path, texts: dict[str, str], *flags: Any) ->
     )
     assert done.returncode == 0, done.stderr[-5000:]
     report: dict[str, Any] = json.loads(done.stdout)  # of one rank alone
-    return {**report, "lines": [line.split()[1:3] for line in done.stderr.splitlines() if re.match(r" +\d+/6 ", line)]}
+    return {**report, "lines": steps_of(done.stderr.splitlines())}
+
+
+def steps_of(lines: list[str]) -> list[list[str]]:
+    """Of the console's lines: loss and balancing loss of each step, to four digits."""
+    return [line.split()[1:3] for line in lines if re.match(r" +\d+/6 ", line)]
 
 
 @pytest.fixture(scope="module")
 def alone(merged, texts, tmp_path_factory):
     """Four rows at once on one process."""
-    out = tmp_path_factory.mktemp("alone") / "out"
-    command = [sys.executable, "-m", "btx_merge", "train"]
-    return run(command, merged, texts, "-o", out, "--per-device-train-batch-size=4"), out
+    out, lines = tmp_path_factory.mktemp("alone") / "out", []
+    settings = {"per_device_train_batch_size": 4, "save_steps": 2}
+    report = train(recipe(merged, texts, arguments=settings), out, show=lines.append)
+    return {**report.entry, "lines": steps_of(lines)}, out
 
 
 def assert_the_same(ours: dict[str, Any], out: Path, alone: Any, merged: Path) -> None:
     """Losses within 1e-5, relative; weights after six steps of about 1e-2 within 1e-3; frozen ones to the byte."""
     expected, folder = alone
     assert len(ours["lines"]) == 6
-    assert ours["lines"] == expected["lines"]  # loss and balancing loss, to four digits
+    assert ours["lines"] == expected["lines"]
     for when in ("first", "last"):
         assert ours["losses"][when] == pytest.approx(expected["losses"][when], rel=1e-5)
     for when, scores in expected["held_out_perplexity"].items():
