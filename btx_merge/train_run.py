@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -45,12 +46,13 @@ class Run:
         self.recipe = recipe
         self.located = located
         self.work = work
-        self.args: Any = training_arguments(recipe.arguments, str(work))  # it meets the other ranks
+        arguments = {**_precision(recipe, located), **recipe.arguments}
+        self.args: Any = training_arguments(arguments, str(work))  # it meets the other ranks
         self.is_main = self.args.process_index == 0
         silent: Show = lambda line: None  # noqa: E731
         self.show, self.warn = (show, warn) if self.is_main else (silent, silent)
         chosen: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]
-        self.settings = {name: chosen[name] for name in (*DEFAULTS, "warmup_steps", "eval_steps", *recipe.arguments)}
+        self.settings = {name: chosen[name] for name in (*DEFAULTS, "warmup_steps", "eval_steps", *arguments)}
         self._check_ranks()
 
     def _check_ranks(self) -> None:
@@ -261,6 +263,14 @@ class Run:
             "held_out_perplexity": scores,
             "tools": tools(),
         }
+
+
+def _precision(recipe: TrainRecipe, located: Located) -> dict[str, bool]:
+    """A GPU computes in bfloat16 what is stored so, where nothing else was asked for."""
+    if {"bf16", "fp16", "use_cpu"} & set(recipe.arguments) or not torch.cuda.is_available():
+        return {}
+    stored = json.loads((located.folder / "config.json").read_text(encoding="utf-8")).get("dtype")
+    return {"bf16": True} if stored == "bfloat16" and torch.cuda.is_bf16_supported() else {}
 
 
 def _public(reference: str) -> str:

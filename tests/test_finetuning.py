@@ -425,7 +425,7 @@ def test_a_dead_expert_is_named(merged, texts, tmp_path):
     assert config["num_experts_per_tok"] == 2
     edit_json(copy / "config.json", num_experts_per_tok=1)
     report = train(recipe(copy, texts, train="routers", **changes), tmp_path / "out", warn=warnings.append)
-    assert warnings == ["layer 1: the expert math is dead: 0.00% of the choices, ideal 33%"]
+    assert warnings == ["step 1, layer 1: the expert math is dead: 0.00% of the choices, ideal 33%"]
     assert [entry["dead_experts"] for entry in report.history if "loss" in entry] == [1] * 6
     assert "aux_loss" not in report.history[1]
 
