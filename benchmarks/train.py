@@ -1,6 +1,6 @@
 """Time and memory of a training step with only the routers trained, beside one with everything trained.
 
-    python benchmarks/train.py                        72 M parameters, 4 experts, float32, 512 tokens
+    python benchmarks/train.py                        148 M parameters, 4 experts, float32, 512 tokens
     python benchmarks/train.py --device cuda --dtype bfloat16 --hidden-size 2048 --intermediate-size 5632
 
 Each way of training has a process of its own, with the model, what `btx train` trains in float32, and AdamW; they take
@@ -30,10 +30,10 @@ from btx_merge.modeling import BTXConfig, BTXForCausalLM
 from btx_merge.train_run import is_trained
 
 SHAPE = {
-    "hidden_size": 512,
-    "intermediate_size": 1408,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
     "num_hidden_layers": 6,
-    "num_attention_heads": 8,
+    "num_attention_heads": 12,
     "num_key_value_heads": 4,
     "vocab_size": 16384,
     "num_local_experts": 4,

@@ -5,13 +5,16 @@ Importing this package makes transformers' Auto classes load merged models witho
 
 from btx_merge._auto_classes import register_with_transformers
 from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
+from btx_merge.finetuning import TrainRecipe, TrainReport, train
 from btx_merge.merging import Check, Report, check, merge
 from btx_merge.recipe import ExpertSpec, MergeRecipe
+from btx_merge.texts import DomainText
 
 __version__ = "0.1.0"
 __all__ = [
     "BTXError",
     "Check",
+    "DomainText",
     "ExpertSpec",
     "InputError",
     "MergeError",
@@ -20,8 +23,11 @@ __all__ = [
     "NonFiniteError",
     "Problem",
     "Report",
+    "TrainRecipe",
+    "TrainReport",
     "check",
     "merge",
+    "train",
 ]
 
 register_with_transformers()

@@ -77,9 +77,10 @@ class TrainRecipe:
         for name, (expected, is_fine) in _VALUES.items():
             value = getattr(self, name)
             if not is_fine(value):
-                problems.append(Problem("recipe", name, f"{value!r}" if value else "missing", expected))
-        if self.ep_size > 1 and self.train == "lora":
-            problems.append(Problem("recipe", "ep_size", "together with lora", "1"))
+                problems.append(Problem("recipe", name, "missing" if value in ("", ()) else f"{value!r}", expected))
+        if self.train == "lora" and not problems and self.fsdp_size * self.ep_size > 1:
+            found, remedy = "lora on sharded parameters", "Copies of the model do: without --fsdp-size and --ep-size."
+            problems.append(Problem("recipe", "train", found, "", remedy))
         if problems:
             raise InputError(problems)
 
@@ -181,7 +182,7 @@ def _check(recipe: TrainRecipe, target: Path, work: Path, resume: bool, overwrit
         problems += error.problems
     try:
         located = locate("model", recipe.model)
-        problems += problems_of_model(located)
+        problems += problems_of_model(located, work)
         if located.folder.resolve() in (target, work) or target in located.folder.resolve().parents:
             problems.append(Problem("output", str(target), "is where the model lies", "", "Give another --output."))
     except InputError as error:
@@ -189,9 +190,11 @@ def _check(recipe: TrainRecipe, target: Path, work: Path, resume: bool, overwrit
     if resume and last_checkpoint(work) is None:
         remedy = "Leave out --resume, which begins anew."
         problems.append(Problem("output", str(work), "no finished checkpoint to resume", "", remedy))
-    if not resume and work.exists() and any(work.iterdir()):
+    if not resume and last_checkpoint(work) is not None:
         remedy = "--resume continues it; remove the folder to begin anew."
         problems.append(Problem("output", str(work), "holds a run that was not finished", "", remedy))
+    elif work.exists() and any(work.iterdir()) and not (work / _RUN_FILE).exists():
+        problems.append(Problem("output", str(work), "holds files, but no unfinished run", "", "Move it away."))
     if problems:
         raise InputError(problems)
     return located
@@ -203,7 +206,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def problems_of_model(located: Located) -> list[Problem]:
+def problems_of_model(located: Located, work: Path) -> list[Problem]:
     try:
         config = json.loads((located.folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -219,6 +222,10 @@ def problems_of_model(located: Located) -> list[Problem]:
     weights = sum(file.stat().st_size for file in located.folder.glob("*.safetensors"))
     if not weights:
         problems.append(Problem("model", str(located.folder), "no weights", "*.safetensors"))
+    room = next(folder for folder in (work, *work.parents) if folder.exists())
+    if weights > (free := shutil.disk_usage(room).free):
+        expected = f"{weights / 1e9:.2f} GB for the result alone"
+        problems.append(Problem("output", str(room), f"{free / 1e9:.2f} GB free", expected, "Make room."))
     return problems
 
 
@@ -232,6 +239,8 @@ def _begin(work: Path, recipe: TrainRecipe, settings: Mapping[str, Any], resume:
     values = json.loads(json.dumps({**asdict(recipe), "arguments": dict(settings)}))
     file = work / _RUN_FILE
     if not resume:
+        for left in work.iterdir():  # by a run that came to no checkpoint
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         file.write_text(json.dumps(values, indent=2), encoding="utf-8")
         return
     for torn in work.glob("checkpoint-*"):

@@ -113,7 +113,7 @@ def fit(
         problems += error.problems
     try:
         located = locate("model", recipe.model)
-        of_model = problems_of_model(located)
+        of_model = problems_of_model(located, target)
         problems += of_model or _name_problems(recipe, located.folder)
         if located.folder.resolve() == target or target in located.folder.resolve().parents:
             problems.append(Problem("output", str(target), "is where the model lies", "", "Give another --output."))

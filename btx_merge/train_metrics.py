@@ -75,7 +75,7 @@ class Meter:
         if outputs.get("aux_loss") is not None:
             self._balance.append(outputs["aux_loss"].detach())
 
-    def take(self, device: torch.device) -> tuple[dict[str, float], list[list[float]]]:
+    def take(self, step: int, device: torch.device) -> tuple[dict[str, float], list[list[float]]]:
         """What was measured since the last call, on all ranks: values to log, and the load [L, E] as shares."""
         balance = self._balance[-1].to(device, torch.float32) if self._balance else torch.zeros((), device=device)
         parts = [self._choices, self._entropy, torch.tensor([float(self._tokens)]), self._losses]
@@ -94,7 +94,7 @@ class Meter:
         worst = (load * len(self.experts) - 1).abs().amax(dim=-1).tolist()
         log |= {f"load_deviation/layer_{layer}": value for layer, value in enumerate(worst)}
         log["router_entropy"] = float(entropy.mean() / tokens.clamp(min=1))
-        log["dead_experts"] = self._warn_of_dead(load)
+        log["dead_experts"] = self._warn_of_dead(step, load)
         if self._balance:
             log["aux_loss"] = float(pieces[-1]) / ranks
         for name, total, count in zip(self.domains, *losses.tolist(), strict=True):
@@ -103,14 +103,15 @@ class Meter:
         self._start()
         return log, load.tolist()
 
-    def _warn_of_dead(self, load: torch.Tensor) -> int:
+    def _warn_of_dead(self, step: int, load: torch.Tensor) -> int:
         """How many experts of a layer get next to nothing; each is named when it dies."""
         ideal = 1 / len(self.experts)
         dead = {(layer, expert) for layer, expert in (load < DEAD * ideal).nonzero().tolist()}
         for layer, expert in sorted(dead - self._dead):
             share = float(load[layer, expert])
             name = self.experts[expert]
-            self.on_note(f"layer {layer}: the expert {name} is dead: {share:.2%} of the choices, ideal {ideal:.0%}")
+            found = f"{share:.2%} of the choices, ideal {ideal:.0%}"
+            self.on_note(f"step {step}, layer {layer}: the expert {name} is dead: {found}")
         self._dead = dead
         return len(dead)
 
@@ -120,7 +121,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def draw(history: Sequence[dict[str, Any]], experts: Sequence[str], file: Path, has_load: bool = True) -> None:
+def draw(history: Sequence[dict[str, Any]], experts: Sequence[str], file: Path) -> None:
     """The picture of a run: losses, perplexity by domain, load by expert, load by layer at the end."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -130,17 +131,18 @@ def draw(history: Sequence[dict[str, Any]], experts: Sequence[str], file: Path, 
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2).flatten()
 
-    def curve(ax: Any, key: str, label: str, entries: Sequence[dict[str, Any]] = steps, style: str = "-") -> None:
-        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+    def curve(ax: Any, key: str, label: str, style: str = "-", color: str | None = None) -> None:
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
         if points:
-            ax.plot(*zip(*points, strict=True), style, label=label)
+            ax.plot(*zip(*points, strict=True), style, label=label, color=color)
 
     curve(axes[0], "loss", "loss")
     curve(axes[0], "aux_loss", "balancing loss, without coefficient")
     names = dict.fromkeys(key for entry in steps for key in entry if key.startswith("perplexity/"))
-    for key in names:
-        curve(axes[1], key, key.partition("/")[2])
-        curve(axes[1], f"eval_{key}", f"{key.partition('/')[2]}, held out", history, "o")
+    for number, key in enumerate(names):
+        domain, color = key.partition("/")[2], f"C{number}"
+        curve(axes[1], key, domain, color=color)
+        curve(axes[1], f"eval_{key}", f"{domain}, held out", "o", color)
     for name in experts:
         curve(axes[2], f"load/{name}", name)
     axes[2].axhline(1 / len(experts), color="grey", linewidth=1, linestyle=":")
@@ -148,6 +150,7 @@ def draw(history: Sequence[dict[str, Any]], experts: Sequence[str], file: Path, 
     if last:
         shown = axes[3].imshow(torch.tensor(last).T.tolist(), aspect="auto", vmin=0, cmap="viridis")
         axes[3].set_yticks(range(len(experts)), experts)
+        axes[3].xaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(shown, ax=axes[3])
     titles = ("loss", "perplexity by domain", "load by expert (dotted: ideal)", "load by layer at the end")
     for ax, title, label in zip(axes, titles, ("step", "step", "step", "layer"), strict=True):

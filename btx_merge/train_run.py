@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer, TrainerCallback
+from transformers.utils import logging
 
 from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
 from btx_merge.finetuning import LORA_TARGETS, Show, TrainRecipe, last_checkpoint, tools
 from btx_merge.hub import Located
 from btx_merge.modeling import BTXForCausalLM
+from btx_merge.texts import public_reference
 from btx_merge.train_arguments import DEFAULTS, training_arguments
 from btx_merge.train_data import DomainStream, MixedWindows, collate, row_of
 from btx_merge.train_metrics import Meter, draw
@@ -43,15 +46,17 @@ class Run:
         self.recipe = recipe
         self.located = located
         self.work = work
-        self.args: Any = training_arguments(recipe.arguments, str(work))  # it meets the other ranks
+        arguments = {**_precision(recipe, located), **recipe.arguments}
+        self.args: Any = training_arguments(arguments, str(work))  # it meets the other ranks
         self.is_main = self.args.process_index == 0
         silent: Show = lambda line: None  # noqa: E731
         self.show, self.warn = (show, warn) if self.is_main else (silent, silent)
         chosen: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]
-        self.settings = {name: chosen[name] for name in (*DEFAULTS, "warmup_steps", "eval_steps", *recipe.arguments)}
+        self.settings = {name: chosen[name] for name in (*DEFAULTS, "warmup_steps", "eval_steps", *arguments)}
         self._check_ranks()
 
     def _check_ranks(self) -> None:
+        """Whether there are as many ranks as the recipe wants."""
         recipe, problems = self.recipe, []
         parts, ranks = recipe.fsdp_size * recipe.ep_size, self.args.world_size
         if parts > 1 and parts != ranks:
@@ -143,6 +148,8 @@ class Run:
 
             sizes = {name: size for name in ("fsdp_size", "ep_size") if (size := getattr(recipe, name)) > 1}
             config["distributed_config"] = DistributedConfig(**sizes)
+        if not sys.stderr.isatty():  # transformers' bars do not ask
+            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         mixed = (args.bf16 or args.fp16) and not sharded
         model = BTXForCausalLM.from_pretrained(
             self.located.folder, dtype="auto" if mixed else torch.float32, use_cache=False, **config
@@ -241,7 +248,7 @@ class Run:
             "data": [
                 {
                     "name": text.name,
-                    "references": [_public(reference) for reference in text.references],
+                    "references": [public_reference(reference) for reference in text.references],
                     "weight": text.weight,
                 }
                 for text in recipe.data
@@ -258,6 +265,9 @@ class Run:
         }
 
 
-def _public(reference: str) -> str:
-    is_path = reference.startswith((".", "/", "~")) or os.path.exists(reference)
-    return os.path.basename(reference.rstrip("/")) if is_path else reference
+def _precision(recipe: TrainRecipe, located: Located) -> dict[str, bool]:
+    """A GPU computes in bfloat16 what is stored so, where nothing else was asked for."""
+    if {"bf16", "fp16", "use_cpu"} & set(recipe.arguments) or not torch.cuda.is_available():
+        return {}
+    stored = json.loads((located.folder / "config.json").read_text(encoding="utf-8")).get("dtype")
+    return {"bf16": True} if stored == "bfloat16" and torch.cuda.is_bf16_supported() else {}

@@ -98,7 +98,7 @@ class BTXTrainer(Trainer):
         """Adds what was measured; to the history also the load of each layer."""
         load = None
         if "loss" in logs:
-            measured, load = self.meter.take(self.args.device)
+            measured, load = self.meter.take(self.state.global_step, self.args.device)
             logs = logs | measured
         super().log(logs, start_time)
         if load is not None:

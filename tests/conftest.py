@@ -9,11 +9,14 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 
+import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from btx_merge import MergeRecipe, merge
 from tests.common import grow, save_seed
 
 
@@ -38,3 +41,22 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     code = grow(seed, root / "llama-code", random_seed=1)
     math = grow(seed, root / "llama-math", random_seed=2, max_shard_size="100KB")  # sharded
     return Family(seed, code, math)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two domains of words of their own."""
+    folder, rng = tmp_path_factory.mktemp("texts"), random.Random(0)
+    for name, first in (("code", 0), ("math", 60)):
+        rows = [[f"w{first + rng.randint(0, 50)}" for _ in range(rng.randint(5, 40))] for _ in range(120)]
+        lines = "".join(json.dumps({"text": " ".join(row)}) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines)
+    return {name: str(folder / f"{name}.jsonl") for name in ("code", "math")}
+
+
+@pytest.fixture(scope="session")
+def merged(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A merge of the family, in several files."""
+    folder = tmp_path_factory.mktemp("merged") / "merged"
+    merge(MergeRecipe(str(family.seed), family.experts, max_shard_size="300KB"), folder)
+    return folder

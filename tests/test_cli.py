@@ -63,10 +63,25 @@ RECIPE_OPTIONS = {
     *("--router-std", "--random-seed", "--num-experts-per-tok", "--router-aux-loss-coef", "--dtype"),
     *("--router-type", "--router-pre-softmax"),
     *("--max-shard-size", "--tokenizer-source", "--untie", "--allow-nonfinite", "--allow-unrelated"),
+    *("--domain-text", "--domain-tokens", "--prompt", "--router-ridge", "--regmean-ridge", "--fit-through"),
 }
+FITTING = {"--statistics", "--device"}
 OPTIONS = {
-    "merge": {*RECIPE_OPTIONS, "--output", "-o", "--overwrite", "--workers", "--quiet", "-q", "--json"},
+    "merge": {*RECIPE_OPTIONS, *FITTING, "--output", "-o", "--overwrite", "--workers", "--quiet", "-q", "--json"},
     "check": {*RECIPE_OPTIONS, "--json"},
+    "fit": {
+        *("model", "--output", "-o", "--method", "--domain-text", "--prompt", "--domain-tokens", "--router-ridge"),
+        *("--fit-through", *FITTING, "--overwrite", "--quiet", "-q", "--json"),
+    },
+    "train": {
+        *("model", "--output", "-o", "--config", "--data", "--train", "--max-length", "--holdout", "--shuffle"),
+        *("--router-grad", "--router-aux-loss-coef", "--router-aux-loss-scope"),
+        *("--lora-target", "--lora-r", "--lora-alpha", "--fsdp-size", "--ep-size"),
+        *("--max-steps", "--learning-rate", "--per-device-train-batch-size", "--gradient-accumulation-steps"),
+        *("--warmup-steps", "--lr-scheduler-type", "--weight-decay", "--logging-steps", "--eval-steps"),
+        *("--save-steps", "--seed", "--report-to"),
+        *("--resume", "--overwrite", "--quiet", "-q", "--json"),
+    },
 }
 
 
@@ -78,13 +93,13 @@ def test_commands_and_options_are_a_contract() -> None:
     } == OPTIONS
 
 
-@pytest.mark.parametrize("command", [[], ["merge"], ["check"]])
+@pytest.mark.parametrize("command", [[], ["merge"], ["check"], ["train"]])
 def test_help(command: list[str]) -> None:
     done = btx(*command, "--help", COLUMNS="300")
     assert (done.returncode, done.stderr) == (0, "")
     shown = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", done.stdout))
     if command:
-        assert shown >= OPTIONS[command[0]]
+        assert shown >= {option for option in OPTIONS[command[0]] if option.startswith("-")}
     else:
         assert all(name in done.stdout for name in OPTIONS)
 
@@ -126,7 +141,7 @@ def test_merge_as_json(family: Family, tmp_path: Path) -> None:
     assert set(report) == {
         *("output", "seconds", "peak_memory", "kept_bytes", "sources", "experts", "dtype", "vocab_size", "parameters"),
         *("active_parameters", "bytes_to_read", "bytes_to_write", "working_memory", "shards", "divergence", "fates"),
-        "warnings",
+        *("warnings", "layers"),
     }
     assert report["output"] == str(tmp_path / "out")
     assert report["experts"] == ["seed", "code", "math"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from btx_merge.modeling import BTXForCausalLM
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +25,6 @@ from btx_merge.finetuning import SUFFIX, TrainRecipe, TrainReport, train
 from btx_merge.texts import DomainText
 from btx_merge.train_metrics import Meter
 from tests.common import assert_complete, edit_json, files_of, raw_bytes, tensors_of
-from tests.conftest import Family
 
 BTX = Path(sys.executable).with_name("btx")
 ARGUMENTS = {
@@ -35,24 +35,6 @@ ARGUMENTS = {
     "report_to": "none",
     "use_cpu": True,
 }
-
-
-@pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Two domains of words of their own."""
-    folder, rng = tmp_path_factory.mktemp("texts"), random.Random(0)
-    for name, first in (("code", 0), ("math", 60)):
-        rows = [[f"w{first + rng.randint(0, 50)}" for _ in range(rng.randint(5, 40))] for _ in range(120)]
-        lines = "".join(json.dumps({"text": " ".join(row)}) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines)
-    return {name: str(folder / f"{name}.jsonl") for name in ("code", "math")}
-
-
-@pytest.fixture(scope="session")
-def merged(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("merged") / "merged"
-    merge(MergeRecipe(str(family.seed), family.experts, max_shard_size="300KB"), folder)
-    return folder
 
 
 def recipe(merged: Path, texts: dict[str, str], **changes: Any) -> TrainRecipe:
@@ -348,6 +330,33 @@ def test_a_domain_without_text(merged, texts, tmp_path):
     assert line.startswith("math: text: not a single token")
 
 
+def test_a_run_without_a_checkpoint_is_begun_anew(merged, texts, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_file", no_space)
+        with pytest.raises(MergeError, match="could not be written"):
+            train(recipe(merged, texts), tmp_path / "out")
+    assert (tmp_path / f"out{SUFFIX}/run.json").exists()
+    train(recipe(merged, texts), tmp_path / "out")
+    foreign = tmp_path / f"foreign{SUFFIX}"
+    foreign.mkdir()
+    (foreign / "precious").write_text("mine")
+    (line,) = problems_of(train, recipe(merged, texts), tmp_path / "foreign")
+    assert "holds files, but no unfinished run" in line
+
+
+def test_a_disk_that_is_too_small_is_refused_at_once(merged, texts, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    (line,) = problems_of(train, recipe(merged, texts), tmp_path / "out")
+    assert "0.00 GB free; expected 0.00 GB for the result alone" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lora_is_not_sharded(merged, texts):
+    (line,) = problems_of(recipe, merged, texts, train="lora", fsdp_size=2)
+    assert "lora on sharded parameters" in line
+
+
 def test_sharding_asks_for_ranks(merged, texts, tmp_path):
     (line,) = problems_of(train, recipe(merged, texts, fsdp_size=2), tmp_path / "out")
     assert "on 1 ranks" in line
@@ -416,18 +425,31 @@ def test_a_dead_expert_is_named(merged, texts, tmp_path):
     assert config["num_experts_per_tok"] == 2
     edit_json(copy / "config.json", num_experts_per_tok=1)
     report = train(recipe(copy, texts, train="routers", **changes), tmp_path / "out", warn=warnings.append)
-    assert warnings == ["layer 1: the expert math is dead: 0.00% of the choices, ideal 33%"]
+    assert warnings == ["step 1, layer 1: the expert math is dead: 0.00% of the choices, ideal 33%"]
     assert [entry["dead_experts"] for entry in report.history if "loss" in entry] == [1] * 6
     assert "aux_loss" not in report.history[1]
 
 
-@pytest.mark.parametrize("router_type", ["sample_top_1", "top_k"])
-def test_routings_that_want_a_callback_get_it(merged, texts, tmp_path, router_type):
+def test_sample_top_1_is_annealed_over_the_run(merged, texts, tmp_path, monkeypatch):
     copy = shutil.copytree(merged, tmp_path / "merged")
-    edit_json(copy / "config.json", router_type=router_type)
-    report = train(recipe(copy, texts, train="routers", router_grad="dense"), tmp_path / "out")
+    edit_json(copy / "config.json", router_type="sample_top_1")
+    seen, plain = [], BTXForCausalLM.set_router_temperature
+    monkeypatch.setattr(
+        BTXForCausalLM, "set_router_temperature", lambda self, value: (seen.append(value), plain(self, value))[1]
+    )
+    train(recipe(copy, texts, train="routers"), tmp_path / "out")
+    assert seen == pytest.approx([max(0.5, math.exp(-2 * step / 6)) for step in range(6)])
+
+
+def test_a_selection_bias_is_moved_and_kept(merged, texts, tmp_path):
+    model = BTXForCausalLM.from_pretrained(merged, router_selection_bias=True)
+    model.save_pretrained(tmp_path / "merged")
+    shutil.copy(merged / "tokenizer.json", tmp_path / "merged")
+    shutil.copy(merged / "tokenizer_config.json", tmp_path / "merged")
+    report = train(recipe(tmp_path / "merged", texts, train="routers", router_grad="dense"), tmp_path / "out")
+    moved = {name for name in changed(tmp_path / "merged", tmp_path / "out") if "bias" in name}
+    assert moved == {f"model.layers.{layer}.mlp.routing.e_score_correction_bias" for layer in range(2)}
     assert report.entry["router_grad"] == "dense"
-    assert changed(copy, tmp_path / "out")
 
 
 def test_routers_are_looked_at_only_where_a_step_is_logged(merged, texts, tmp_path, monkeypatch):
@@ -436,3 +458,54 @@ def test_routers_are_looked_at_only_where_a_step_is_logged(merged, texts, tmp_pa
     report = train(recipe(merged, texts, arguments={"logging_steps": 3}), tmp_path / "out")
     assert [line["step"] for line in report.history if "loss" in line] == [3, 6]
     assert looked == [64, 64]  # of two rows of 32
+
+
+# The command
+
+
+def btx_train(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(BTX), "train", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_a_file_and_flags(merged, texts, tmp_path):
+    """Flags win; paths are seen from the file; arguments of the Trainer stand beside our own options."""
+    shutil.copytree(merged, tmp_path / "in/llama-btx")
+    for name, file in texts.items():
+        shutil.copy(file, tmp_path / f"in/{name}.jsonl")
+    (tmp_path / "in/train.yaml").write_text(
+        "model: llama-btx\ndata:\n  code: code.jsonl\n  math: {text: math.jsonl, weight: 3}\ntrain: routers\n"
+        "max_length: 16\nmax_steps: 2\nlogging_steps: 1\nadam_beta2: 0.95\nreport_to: none\nuse_cpu: true\n"
+        "lr_scheduler_kwargs: {min_lr_rate: 0.2}\n"
+    )
+    flags = ("--max-length", "24", "--adam-beta1=0.8", "--adam_epsilon", "1e-7", "-o", tmp_path / "out", "--json")
+    done = btx_train("--config", "in/train.yaml", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    entry = json.loads(done.stdout)
+    assert (entry["train"], entry["max_length"], entry["steps"]) == ("routers", 24, 2)
+    assert [(domain["name"], domain["weight"]) for domain in entry["data"]] == [("code", 1.0), ("math", 3.0)]
+    chosen = entry["arguments"]
+    assert (chosen["adam_beta1"], chosen["adam_beta2"], chosen["adam_epsilon"]) == (0.8, 0.95, 1e-7)
+    assert chosen["lr_scheduler_kwargs"] == {"min_lr_rate": 0.2}
+    assert "trains routers: 384 of" in done.stderr
+
+
+def test_what_the_command_refuses(merged, texts, tmp_path):
+    code = f"--data=code={texts['code']}"
+    out = tmp_path / "out"
+    done = btx_train(merged, code, "-o", out, "--max-step", "3", "--lr", "1", "--trian", "all", "--train", "most")
+    assert done.returncode == 2
+    lines = [line.removeprefix("error: ") for line in done.stderr.splitlines()]
+    assert lines == [
+        "command: max_step: unknown name. Did you mean max_steps?",
+        "command: lr: unknown name. Known are those of transformers.TrainingArguments.",
+        "command: trian: unknown name. Did you mean train?",
+        "command: train: 'most'; expected one of routers, shared, all, lora",
+    ]
+    done = btx_train(merged, code, "--data=math", "-o", out, "--max-steps", "3")
+    assert (done.returncode, done.stderr.count("error: ")) == (2, 1)
+    assert "command: --data: math; expected NAME=REFERENCE[:WEIGHT]" in done.stderr
+    assert list(tmp_path.iterdir()) == []

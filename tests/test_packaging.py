@@ -27,6 +27,7 @@ def test_public_names():
     assert btx_merge.__all__ == [
         "BTXError",
         "Check",
+        "DomainText",
         "ExpertSpec",
         "InputError",
         "MergeError",
@@ -35,8 +36,11 @@ def test_public_names():
         "NonFiniteError",
         "Problem",
         "Report",
+        "TrainRecipe",
+        "TrainReport",
         "check",
         "merge",
+        "train",
     ]
     assert all(hasattr(btx_merge, name) for name in btx_merge.__all__)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from btx_merge.llama import EMBEDDING
@@ -35,15 +37,29 @@ def test_the_commands_and_the_recipe(folder):
     (recipe,) = blocks("yaml")
     (folder / "merge.yaml").write_text(recipe)
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("btx ")]
-    assert [command.split()[1] for command in commands] == ["merge", "check", "merge"]
+    assert [command.split()[1] for command in commands] == ["merge", "check", "merge", "train"]
     for command in commands:
+        if "train " in command:
+            shutil.copytree(folder / "done-0", folder / "llama-btx")
+            write_texts(folder)
+            command = command.replace("1000", "2 --use-cpu --max-length 32")
         done = subprocess.run([BTX, *shlex.split(command)[1:]], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        if "train " in command:
+            assert_complete(folder / "llama-tuned")
         if "merge " in command:
             assert_complete(folder / "llama-btx")
             shutil.move(folder / "llama-btx", folder / f"done-{len(list(folder.glob('done-*')))}")
     plain, weighted = (tensors_of(folder / f"done-{number}")[EMBEDDING] for number in (0, 1))
     assert not plain.equal(weighted)  # the file's weight was read
+
+
+def write_texts(folder: Path) -> None:
+    """The README's texts, of the tiny tokenizer's words."""
+    rows = [{"text": " ".join(f"w{(7 * row + word) % 120}" for word in range(50))} for row in range(20)]
+    (folder / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "math").mkdir()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "math/part.parquet")
 
 
 def run(folder: Path, *parts: str) -> list[str]:
@@ -62,7 +78,7 @@ def test_the_python(folder):
 def test_the_python_on_a_merged_model(folder, quantised):
     """One block after the other, on a merge of the recipe that is shown."""
     loading, _, *others = blocks("python")
-    others = [block for block in others if ("torchao" in block) == quantised]
+    others = [block for block in others if ("torchao" in block) == quantised and "TrainRecipe" not in block]
     (folder / "merge.yaml").write_text(blocks("yaml")[0])
     subprocess.run([BTX, "merge", "--recipe", "merge.yaml", "-o", "llama-btx", "-q"], cwd=folder, check=True)
     inputs = "inputs = tokenizer('w1 w2', return_tensors='pt')"
@@ -70,6 +86,23 @@ def test_the_python_on_a_merged_model(folder, quantised):
     script = [loading, inputs, *(f"{block}\n{shown}" for block in others)]
     types = [line.split()[0] for line in run(folder, *script) if line.endswith("True")]
     assert types == (["top_k"] if quantised else 3 * ["sample_top_1"])
+
+
+def test_the_python_that_trains(folder):
+    (training,) = [block for block in blocks("python") if "TrainRecipe" in block]
+    (folder / "merge.yaml").write_text(blocks("yaml")[0])
+    subprocess.run([BTX, "merge", "--recipe", "merge.yaml", "-o", "llama-btx", "-q"], cwd=folder, check=True)
+    write_texts(folder)
+    training = training.replace('{"max_steps": 1000}', '{"max_steps": 2, "use_cpu": True}')
+    assert run(folder, training, "print(report.entry['steps'])")[-1] == "2"
+    assert_complete(folder / "llama-shared")
+
+
+def test_the_flags_of_btx_train_are_named():
+    from btx_merge.finetuning import OPTION_NAMES
+
+    for name in OPTION_NAMES:
+        assert f"`--{name.replace('_', '-')}`" in README, name
 
 
 def test_the_options_table_names_every_key_of_a_recipe():

@@ -1,0 +1,120 @@
+"""`btx train` on two processes: by torchrun with gloo, as one process with the same global batch computes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from btx_merge.finetuning import train
+from tests.common import assert_complete, raw_bytes, tensors_of
+from tests.test_finetuning import recipe
+
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--local_addr=127.0.0.1"),
+    *("--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", "-m", "btx_merge", "train"),
+]
+FLAGS = [
+    *("--max-steps=6", "--logging-steps=1", "--max-length=32", "--learning-rate=1e-2", "--report-to=none"),
+    *("--save-steps=2", "--use-cpu"),
+]
+
+
+def run(command: list[str], merged: Path, texts: dict[str, str], *flags: Any) -> dict[str, Any]:
+    data = [f"--data=code={texts['code']}", f"--data=math={texts['math']}:3"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(
+        [*command, str(merged), *data, *FLAGS, *map(str, flags), "--json"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    report: dict[str, Any] = json.loads(done.stdout)  # of one rank alone
+    return {**report, "lines": steps_of(done.stderr.splitlines())}
+
+
+def steps_of(lines: list[str]) -> list[list[str]]:
+    """Of the console's lines: loss and balancing loss of each step, to four digits."""
+    return [line.split()[1:3] for line in lines if re.match(r" +\d+/6 ", line)]
+
+
+@pytest.fixture(scope="module")
+def alone(merged, texts, tmp_path_factory):
+    """Four rows at once on one process."""
+    out, lines = tmp_path_factory.mktemp("alone") / "out", []
+    settings = {"per_device_train_batch_size": 4, "save_steps": 2}
+    report = train(recipe(merged, texts, arguments=settings), out, show=lines.append)
+    return {**report.entry, "lines": steps_of(lines)}, out
+
+
+def assert_the_same(ours: dict[str, Any], out: Path, alone: Any, merged: Path) -> None:
+    """Losses within 1e-5, relative; weights after six steps of about 1e-2 within 1e-3; frozen ones to the byte."""
+    expected, folder = alone
+    assert len(ours["lines"]) == 6
+    assert ours["lines"] == expected["lines"]
+    for when in ("first", "last"):
+        assert ours["losses"][when] == pytest.approx(expected["losses"][when], rel=1e-5)
+    for when, scores in expected["held_out_perplexity"].items():
+        assert ours["held_out_perplexity"][when] == pytest.approx(scores, rel=1e-4)
+    assert_complete(out)
+    theirs, before = tensors_of(folder), tensors_of(merged)
+    for name, tensor in tensors_of(out).items():
+        assert (tensor - theirs[name]).abs().max() <= 1e-3, name
+        if ".experts." in name:
+            assert raw_bytes(tensor) == raw_bytes(before[name])
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_ranks_as_one(merged, texts, tmp_path, alone, sharded):
+    """Each with a copy, then each with a part of the parameters (FSDP2): sharding is asserted by the run itself."""
+    flags = ["-o", tmp_path / "out", "--per-device-train-batch-size=2", *(["--fsdp-size=2"] if sharded else [])]
+    ours = run(TORCHRUN, merged, texts, *flags)
+    assert ours["world_size"] == 2
+    assert_the_same(ours, tmp_path / "out", alone, merged)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_ranks_go_on(merged, texts, tmp_path, alone, sharded):
+    """Rank 1 is killed in step 5; both go on from the checkpoint of step 4."""
+    flags = ["-o", tmp_path / "out", "--per-device-train-batch-size=2", *(["--fsdp-size=2"] if sharded else [])]
+    killer = tmp_path / "killer"
+    killer.mkdir()
+    (killer / "sitecustomize.py").write_text(KILLER)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(killer)}
+    data = [f"--data=code={texts['code']}", f"--data=math={texts['math']}:3"]
+    command = [*TORCHRUN, str(merged), *data, *FLAGS, *map(str, flags)]
+    died = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert died.returncode != 0
+    complete = [path.parent.name for path in tmp_path.glob("out.btx-training/*/complete")]
+    assert sorted(complete) == ["checkpoint-2", "checkpoint-4"], died.stderr[-3000:]
+    ours = run(TORCHRUN, merged, texts, *flags, "--resume")
+    assert len(ours["lines"]) == 2
+    ours["lines"] = [*alone[0]["lines"][:4], *ours["lines"]]
+    assert_the_same(ours, tmp_path / "out", alone, merged)
+
+
+KILLER = """
+import os, signal, sys
+if os.environ.get("RANK") == "1":
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "btx_merge.train_run":
+                sys.meta_path.remove(self)
+                from btx_merge import trainer
+                plain = trainer.BTXTrainer.compute_loss
+                def deadly(self, *arguments, **options):
+                    if self.model.training and self.state.global_step == 4:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return plain(self, *arguments, **options)
+                trainer.BTXTrainer.compute_loss = deadly
+    sys.meta_path.insert(0, Finder())
+"""
