@@ -13,7 +13,8 @@ from typing import Any
 
 from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.hub import Located, locate
-from btx_merge.texts import DomainText, check_texts
+from btx_merge.textfiles import is_installed
+from btx_merge.texts import EXTRA, DomainText, check_texts
 from btx_merge.writer import check_target
 
 TRAIN_MODES = ("routers", "shared", "all", "lora")
@@ -176,6 +177,9 @@ def train(
 def _check(recipe: TrainRecipe, target: Path, work: Path, resume: bool, overwrite: bool) -> Located:
     """All that can be known before anything heavy is imported. The model's folder."""
     problems = check_texts(recipe.data)
+    needed = ["accelerate", "matplotlib", *([] if "report_to" in recipe.arguments else ["tensorboard"])]
+    missing = [package for package in needed if not is_installed(package)]
+    problems += [Problem("command", package, "is not installed", "", f"{EXTRA}.") for package in missing]
     try:
         check_target(target, overwrite)
     except InputError as error:

@@ -352,6 +352,13 @@ def test_a_disk_that_is_too_small_is_refused_at_once(merged, texts, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_packages_that_are_missing_are_named_first(merged, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("btx_merge.finetuning.is_installed", lambda package: False)
+    found = problems_of(train, recipe(merged, texts, arguments={"report_to": None}), tmp_path / "out")
+    assert [line.split(":")[1].strip() for line in found] == ["accelerate", "matplotlib"]
+    assert all("pip install 'btx-merge[train]'" in line for line in found)
+
+
 def test_lora_is_not_sharded(merged, texts):
     (line,) = problems_of(recipe, merged, texts, train="lora", fsdp_size=2)
     assert "lora on sharded parameters" in line
