@@ -375,7 +375,7 @@ def test_ridge_solution_minimises_what_it_says():
     penalty = 0.3 * (x.T @ x).diagonal().mean()
     loss = (x @ weight.T - y).square().sum() + penalty * (weight - prior.detach()).square().sum()
     loss.backward()
-    assert float(weight.grad.abs().max()) < 1e-4 * float(loss)  # of a weight in float32
+    assert float(weight.grad.abs().max()) < 1e-4 * loss.item()  # of a weight in float32
 
 
 def test_prompt_rows_without_a_common_part():

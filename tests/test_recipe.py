@@ -76,6 +76,7 @@ def test_keys_and_defaults_are_a_contract() -> None:
     }
 
 
+METHODS = "mean, weighted, seed, ties, dare_ties, dare_linear, regmean, regmean_merged"
 FULL: dict[str, Any] = {
     "seed": "org/seed@v1",
     "experts": {
@@ -178,8 +179,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("seed_weight", -1, "-1; expected a number, at least 0"),
     ("seed_weight", float("nan"), "nan; expected a number, at least 0"),
     ("seed_weight", True, "True; expected a number"),
-    ("combine", "slerp", "'slerp'; expected one of mean, weighted, seed, ties, dare_ties, dare_linear"),
-    ("combine", ["mean"], "['mean']; expected one of mean, weighted, seed, ties, dare_ties, dare_linear"),
+    ("combine", "slerp", f"'slerp'; expected one of {METHODS}"),
+    ("combine", ["mean"], f"['mean']; expected one of {METHODS}"),
     ("density", 0, "0; expected in (0, 1]"),
     ("density", 1.01, "1.01; expected in (0, 1]"),
     ("density", "most", "'most'; expected a number"),
@@ -188,7 +189,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("num_chunks", 0, "0; expected at least 1"),
     ("num_chunks", 2.5, "2.5; expected a whole number"),
     ("fold_norms", "true", "'true'; expected true or false"),
-    ("router_init", "ones", "'ones'; expected one of random, zeros"),
+    ("router_init", "ones", "'ones'; expected one of random, zeros, ridge, prompts"),
     ("router_type", "top_2", "'top_2'; expected one of top_k, switch, soft, sample_top_1"),
     ("router_std", 0, "0; expected above 0"),
     ("router_std", float("nan"), "nan; expected above 0"),
@@ -441,7 +442,7 @@ def test_a_wrong_flag_is_called_as_it_was_typed() -> None:
         "which is the seed's own",
         "error: command: seed: missing; expected the model that all experts grew from",
         "error: command: --weight seed: -2.0; expected a number, at least 0",
-        "error: command: --combine: 'slerp'; expected one of mean, weighted, seed, ties, dare_ties, dare_linear",
+        f"error: command: --combine: 'slerp'; expected one of {METHODS}",
         "error: command: --density: 7.0; expected in (0, 1]",
         "error: command: --expert-mode: 'half'; expected one of whole, split, blend",
     ]
