@@ -1,4 +1,4 @@
-"""A merge from start to finish: train a small Llama and three experts, merge them, measure, generate.
+"""A merge from start to finish: train a small Llama and three experts, merge them, fit, finetune, measure, generate.
 
     python examples/demo.py
 
@@ -47,6 +47,8 @@ class Settings:
 
 
 SETTINGS = Settings()
+FIT_TOKENS = 100_000
+FINETUNING = {"max_steps": 200, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
 
 
 def train_tokenizer(corpora: dict[str, Corpus]) -> PreTrainedTokenizerFast:
@@ -147,7 +149,7 @@ def main() -> None:
         with clock.part(f"expert {domain}") as was_cached:
             was_cached[0] = common.cached(DEMO / domain, expert_key, build)
 
-    common.merge_and_show(DEMO, corpora, SETTINGS.window, clock)
+    common.merge_and_show(DEMO, corpora, SETTINGS.window, clock, fit_tokens=FIT_TOKENS, finetuning=FINETUNING)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -134,6 +135,16 @@ def cached(folder: Path, key: str, build: Callable[[Path], object]) -> bool:
     return False
 
 
+def cached_output(folder: Path, key: str, build: Callable[..., object]) -> bool:
+    """The same for a `btx` command, which finishes its `output` in one step by itself."""
+    key_file = folder / KEY_FILE
+    if key_file.exists() and key_file.read_text() == key:
+        return True
+    build(output=folder)
+    key_file.write_text(key)
+    return False
+
+
 @contextmanager
 def one_at_a_time() -> Iterator[None]:
     """Both demos write into one folder: a second one waits, then finds the work done."""
@@ -238,19 +249,47 @@ class _ShowProgress(TrainerCallback):
 # --- merging ----------------------------------------------------------------------------------------------
 
 
-def merge(seed: Path, experts: dict[str, Path], output: Path) -> None:
-    """Show the `btx merge` command line and run it."""
-    command = ["btx", "merge", "--seed", str(seed.relative_to(ROOT))]
-    for name, folder in experts.items():
-        command += ["--expert", f"{name}={folder.relative_to(ROOT)}"]
-    command += ["-o", str(output.relative_to(ROOT)), "--overwrite"]
-    console.print(f"[bold]$ {shlex.join(command)}[/]", soft_wrap=True)
-    btx = Path(sys.executable).parent / command[0]
+def run_btx(*words: str) -> None:
+    """Show a `btx` command line and run it."""
+    console.print(f"[bold]$ {shlex.join(['btx', *words])}[/]", soft_wrap=True)
+    btx = Path(sys.executable).parent / "btx"
     if not btx.exists():
         sys.exit(f"{btx} is missing: install the package into this environment with `pip install -e .`")
-    done = subprocess.run([str(btx), *command[1:]], cwd=ROOT, check=False)
+    done = subprocess.run([str(btx), *words], cwd=ROOT, check=False)
     if done.returncode != 0:
         sys.exit(done.returncode)
+
+
+def shown(path: Path) -> str:
+    """A path as the commands give it."""
+    return str(path.relative_to(ROOT))
+
+
+def merge(seed: Path, experts: dict[str, Path], output: Path, *further: str) -> None:
+    sources = [word for name, folder in experts.items() for word in ("--expert", f"{name}={shown(folder)}")]
+    run_btx("merge", "--seed", shown(seed), *sources, *further, "-o", shown(output), "--overwrite")
+
+
+def merge_fitted(seed: Path, experts: dict[str, Path], output: Path, texts: dict[str, Path], tokens: int) -> None:
+    """The same merge with routers and shared weights fitted in closed form."""
+    given = [word for name, file in texts.items() for word in ("--domain-text", f"{name}={shown(file)}")]
+    fit = ("--combine", "regmean_merged", "--router-init", "ridge", "--fit-through", "router")
+    merge(seed, experts, output, *fit, *given, "--domain-tokens", str(tokens))
+
+
+def finetune(model: Path, output: Path, texts: dict[str, Path], **arguments: object) -> None:
+    """Routers and shared weights, trained on all domains together."""
+    given = [word for name, file in texts.items() for word in ("--data", f"{name}={shown(file)}")]
+    options = [word for name, value in arguments.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    run_btx("train", shown(model), *given, *options, "--report-to", "none", "-o", shown(output), "--overwrite")
+
+
+def write_texts(folder: Path, corpora: dict[str, Corpus]) -> dict[str, Path]:
+    """The training texts as a user has them: one JSON line per document."""
+    files = {domain: folder / f"{domain}.jsonl" for domain in DOMAINS}
+    for domain, file in files.items():
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in corpora[domain].train), "utf-8")
+    return files
 
 
 # --- measuring --------------------------------------------------------------------------------------------
@@ -356,25 +395,25 @@ def mean_bits(by_domain: dict[str, Score]) -> float:
     return sum(score.bits_per_byte for score in by_domain.values()) / len(by_domain)
 
 
-def conclusion(scores: Scores, merged: str = "merge") -> str:
+def conclusion(scores: Scores) -> str:
     """What the numbers say, in words."""
     winners = [f"{best_model(scores, domain)} on {domain}" for domain in DOMAINS]
-    at_home = sum(best_model(scores, domain) == domain for domain in DOMAINS)
+    lines = [f"Best are {', '.join(winners)}."]
+    singles = ("seed", *DOMAINS)
+    oracle = {domain: min(scores[name][domain].bits_per_byte for name in singles) for domain in DOMAINS}
     means = {name: mean_bits(by_domain) for name, by_domain in scores.items()}
-    others = {name: mean for name, mean in means.items() if name != merged}
-    best_other = min(others, key=lambda name: others[name])
-    to_seed = means[merged] / means["seed"] - 1
-    to_best = means[merged] / others[best_other] - 1
-    lines = [f"Best are {', '.join(winners)}: {at_home} of {len(DOMAINS)} experts win in their own domain."]
-    line = f"Over all domains the merge needs {abs(to_seed):.1%} {_more(to_seed)} bits than the seed"
-    if best_other != "seed":
-        line += f" and {abs(to_best):.1%} {_more(to_best)} than the best single model ({best_other})"
-    lines.append(line + ".")
-    if to_best > 0:
-        lines.append("Its router is still random: it has to be trained before the merge can use its experts well.")
-    else:
-        lines.append("Its router is still random: training it is what comes next.")
-    return "\n".join(lines)
+    for name in scores.keys() - set(singles):
+        closed = [
+            (scores["seed"][domain].bits_per_byte - scores[name][domain].bits_per_byte)
+            / (scores["seed"][domain].bits_per_byte - oracle[domain])
+            for domain in DOMAINS
+        ]
+        change = means[name] / means["seed"] - 1
+        lines.append(
+            f"{name}: {abs(change):.1%} {_more(change)} bits than the seed, {sum(closed) / len(closed):.0%} of the "
+            "way from the seed to the best expert of each domain."
+        )
+    return "\n".join([lines[0], *sorted(lines[1:], key=lambda line: list(scores).index(line.partition(":")[0]))])
 
 
 def _more(difference: float) -> str:
@@ -402,28 +441,52 @@ def merge_and_show(
     corpora: dict[str, Corpus],
     window: int,
     clock: Clock,
+    *,
+    fit_tokens: int,
+    finetuning: Mapping[str, Any],
     heldout_chars: int | None = None,
 ) -> None:
-    """The second half of both demos: merge what lies in `folder`, score it, let it write."""
+    """The second half of both demos: merge what lies in `folder`, fit, finetune, score it, let it write."""
     experts = {domain: folder / domain for domain in DOMAINS}
+    files = write_texts(ROOT / "demo" / "texts", corpora)
     console.rule("[bold]The merge", align="left")
     with clock.part("merge"):
         merge(folder / "seed", experts, folder / "btx")
+
+    console.rule("[bold]The same with everything fitted in closed form, without training", align="left")
+    inputs = [folder_fingerprint(folder / name) for name in ("seed", *experts)]
+    texts = [corpora[domain].train for domain in DOMAINS]
+    fitted_key = fingerprint(inputs, texts, fit_tokens, merge_fitted, package_fingerprint())
+    with clock.part("fit") as was_cached:
+        build = partial(merge_fitted, folder / "seed", experts, texts=files, tokens=fit_tokens)
+        was_cached[0] = cached_output(folder / "fitted", fitted_key, build)
+
+    console.rule("[bold]And finetuned for a minute", align="left")
+    with clock.part("finetuning") as was_cached:
+        build = partial(finetune, folder / "fitted", texts=files, **finetuning)
+        was_cached[0] = cached_output(folder / "trained", fingerprint(fitted_key, finetuning, finetune), build)
 
     console.rule("[bold]What it is worth", align="left")
     import btx_merge  # noqa: F401  teaches the Auto classes the merged checkpoint's architecture
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "btx")
-    texts = {domain: "\n\n\n".join(corpora[domain].heldout)[:heldout_chars] for domain in DOMAINS}
-    checkpoints = {"seed": folder / "seed", **experts, "merge": folder / "btx"}
+    heldout = {domain: "\n\n\n".join(corpora[domain].heldout)[:heldout_chars] for domain in DOMAINS}
+    merges = {"merge": folder / "btx", "fitted": folder / "fitted", "trained": folder / "trained"}
+    checkpoints = {"seed": folder / "seed", **experts, **merges}
     with clock.part("scores") as was_cached:
-        scores, was_cached[0] = score_all(checkpoints, tokenizer, texts, window, folder / "scores")
+        scores, was_cached[0] = score_all(checkpoints, tokenizer, heldout, window, folder / "scores")
     print_scores(scores)
     console.print(conclusion(scores))
 
     console.rule("[bold]What it writes", align="left")
     with clock.part("continuations"):
-        print_continuations(load(folder / "btx"), tokenizer)
+        print_continuations(load(folder / "trained"), tokenizer)
 
     console.rule("[bold]Time", align="left")
     clock.print()
+
+
+def package_fingerprint() -> str:
+    """A key for the code that fits and trains."""
+    package = ROOT / "btx_merge"
+    return fingerprint([(file.name, file.read_text("utf-8")) for file in sorted(package.glob("*.py"))])

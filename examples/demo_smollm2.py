@@ -43,6 +43,8 @@ class Settings:
 
 
 SETTINGS = Settings()
+FIT_TOKENS = 20_000
+FINETUNING = {"max_steps": 20, "learning_rate": 1e-4, "per_device_train_batch_size": 2, "max_length": 256}
 
 
 def build_seed(folder: Path) -> None:
@@ -106,7 +108,15 @@ def main() -> None:
         with clock.part(f"expert {domain}") as was_cached:
             was_cached[0] = common.cached(DEMO / domain, key, build)
 
-    common.merge_and_show(DEMO, corpora, SETTINGS.window, clock, SETTINGS.heldout_chars)
+    common.merge_and_show(
+        DEMO,
+        corpora,
+        SETTINGS.window,
+        clock,
+        fit_tokens=FIT_TOKENS,
+        finetuning=FINETUNING,
+        heldout_chars=SETTINGS.heldout_chars,
+    )
 
 
 if __name__ == "__main__":

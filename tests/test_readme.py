@@ -36,21 +36,22 @@ def folder(family, tmp_path) -> Path:
 def test_the_commands_and_the_recipe(folder):
     (recipe,) = blocks("yaml")
     (folder / "merge.yaml").write_text(recipe)
+    write_texts(folder)
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("btx ")]
-    assert [command.split()[1] for command in commands] == ["merge", "check", "merge", "train"]
-    for command in commands:
-        if "train " in command:
-            shutil.copytree(folder / "done-0", folder / "llama-btx")
-            write_texts(folder)
-            command = command.replace("1000", "2 --use-cpu --max-length 32")
+    verbs = [command.split()[1] for command in commands]
+    assert verbs == ["merge", "merge", "fit", "check", "merge", "train"]
+    for verb, command in zip(verbs, commands, strict=True):
+        if verb in ("fit", "train"):
+            shutil.copytree(folder / "done-0", folder / "llama-btx", dirs_exist_ok=True)
+        command = command.replace("1000", "2 --use-cpu --max-length 32")
         done = subprocess.run([BTX, *shlex.split(command)[1:]], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        if "train " in command:
-            assert_complete(folder / "llama-tuned")
-        if "merge " in command:
-            assert_complete(folder / "llama-btx")
-            shutil.move(folder / "llama-btx", folder / f"done-{len(list(folder.glob('done-*')))}")
-    plain, weighted = (tensors_of(folder / f"done-{number}")[EMBEDDING] for number in (0, 1))
+        if verb != "check":
+            output = folder / command.rpartition(" -o ")[2]
+            assert_complete(output)
+            shutil.move(output, folder / f"done-{len(list(folder.glob('done-*')))}")
+        shutil.rmtree(folder / "llama-btx", ignore_errors=True)
+    plain, weighted = (tensors_of(folder / f"done-{number}")[EMBEDDING] for number in (0, 3))
     assert not plain.equal(weighted)  # the file's weight was read
 
 
