@@ -6,6 +6,7 @@ Importing this package makes transformers' Auto classes load merged models witho
 from btx_merge._auto_classes import register_with_transformers
 from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
 from btx_merge.finetuning import TrainRecipe, TrainReport, train
+from btx_merge.fitting import FitRecipe, FitReport, fit
 from btx_merge.merging import Check, Report, check, merge
 from btx_merge.recipe import ExpertSpec, MergeRecipe
 from btx_merge.texts import DomainText
@@ -16,6 +17,8 @@ __all__ = [
     "Check",
     "DomainText",
     "ExpertSpec",
+    "FitRecipe",
+    "FitReport",
     "InputError",
     "MergeError",
     "MergeInterrupted",
@@ -26,6 +29,7 @@ __all__ = [
     "TrainRecipe",
     "TrainReport",
     "check",
+    "fit",
     "merge",
     "train",
 ]

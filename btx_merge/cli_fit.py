@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -53,6 +54,7 @@ def fit_command(
         "router_ridge": router_ridge,
         "fit_through": fit_through,
     }
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: in one line, nothing left behind
     recipe = FitRecipe(model, **{name: value for name, value in given.items() if value is not None})
     with LayerBar(shown=not quiet and sys.stderr.isatty()) as bar:
         report = fit(recipe, output, statistics=statistics, overwrite=overwrite, device=device, on_layer=bar.advance)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import einops
 import numpy as np
@@ -51,3 +52,13 @@ def norm_ratio(plan: Plan, source: int, layer: int) -> Float32:
     own = plan.experts[source].rows(name, 0, width)
     shut = np.abs(merged) < _SMALL_GAMMA * np.abs(merged).mean()
     return np.where(shut, np.float32(1), own / np.where(shut, np.float32(1), merged))
+
+
+def expert_names(config: Mapping[str, Any]) -> list[str]:
+    """A merged model's experts; by their numbers where its config has no names for them."""
+    return list(config.get("expert_names") or map(str, range(config.get("num_local_experts", 0))))
+
+
+def own_experts(domain: str, names: Sequence[str]) -> list[int]:
+    """The numbers of a domain's experts: the one of its name, or the chunks that one was split into."""
+    return [number for number, name in enumerate(names) if domain in (name, name.rpartition(".")[0])]

@@ -54,17 +54,14 @@ def scaled_off_diagonal(gram: torch.Tensor) -> torch.Tensor:
 
 
 def best_temperature(
-    rows: torch.Tensor,
-    inputs: Sequence[torch.Tensor],
-    targets: Sequence[torch.Tensor],
-    routed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    rows: torch.Tensor, targets: Sequence[torch.Tensor], routed: Callable[[torch.Tensor, int], torch.Tensor]
 ) -> tuple[float, float]:
     """The factor on a router with which the layer comes nearest to what it should give, and how near that is.
 
     Args:
         rows: the router, [E, H].
-        inputs, targets: per domain what the router reads and what the layer should add, [N, H] each.
-        routed: the layer's output for a router and inputs.
+        targets: what the layer should add, per domain [N, H].
+        routed: what it adds, by a router, on the inputs of a domain, given by its number.
 
     Returns:
         The factor, and the mean over domains of `sum |y - target|^2 / sum |target|^2`.
@@ -72,8 +69,8 @@ def best_temperature(
     best = (float("inf"), 1.0)
     for factor in TEMPERATURES:
         errors = [
-            ((routed(factor * rows, x) - y).square().sum() / y.square().sum().clamp(min=1e-30)).item()
-            for x, y in zip(inputs, targets, strict=True)
+            ((routed(factor * rows, domain) - y).square().sum() / y.square().sum().clamp(min=1e-30)).item()
+            for domain, y in enumerate(targets)
         ]
         best = min(best, (round(sum(errors) / len(errors), 6), factor))  # a tie goes to the softer router
     return best[1], best[0]

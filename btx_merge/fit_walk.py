@@ -15,7 +15,7 @@ Legend: B windows, T tokens in each, N = B * T, H hidden, E experts, V vocabular
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,15 +31,14 @@ from btx_merge.fit_equations import (
     scaled_off_diagonal,
 )
 from btx_merge.fit_sources import DenseSource, row_blocks
+from btx_merge.fit_streams import Stream
 from btx_merge.llama import EMBEDDING, HEAD
 from btx_merge.modeling.configuration_btx import BTXConfig
 from btx_merge.modeling.modeling_btx import BTXDecoderLayer
+from btx_merge.modeling.routing_btx import RouterCall
 
-_TOKENS_AT_ONCE = 8192
-_HELD_OUT = 0.1
-"""Part of each domain's windows, its last, on which the temperature is chosen."""
 _HELD_OUT_TOKENS = 512
-"""Tokens of it that are looked at, per domain and layer."""
+"""Tokens of each domain's held-out windows that the temperature is chosen on, per layer."""
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
@@ -54,50 +53,6 @@ class LayerFit:
     """Part of held-out tokens whose likeliest expert is their domain's."""
     error: float
     """Squared distance of what the experts add from what they should, relative to that, on held-out tokens."""
-
-
-@dataclass(eq=False)
-class Stream:
-    """The tokens of one domain on their way through the model."""
-
-    name: str
-    experts: list[int]
-    """The numbers of its own experts: one, or its chunks."""
-    ids: torch.Tensor
-    """[B, T]"""
-    positions: torch.Tensor
-    """[B, T]; from 0 in each document."""
-    share: float = 1.0
-    """Its weight among the domains."""
-    is_prompt: bool = False
-    merged: torch.Tensor = field(init=False)
-    """Hidden states in the merged model, [B, T, H]."""
-    dense: torch.Tensor = field(init=False)
-    """Hidden states in its own source, where shared weights are fitted."""
-
-    @property
-    def fitted(self) -> slice:
-        """The windows that the equations are made of."""
-        return slice(0, max(1, len(self.ids) - self._held))
-
-    @property
-    def held_out(self) -> slice:
-        """The windows that they are tried on; where there is only one, the same."""
-        return slice(len(self.ids) - self._held if len(self.ids) > 1 else 0, len(self.ids))
-
-    @property
-    def _held(self) -> int:
-        return max(1, round(_HELD_OUT * len(self.ids)))
-
-    @property
-    def per_token(self) -> float:
-        """A token's weight in equations over all domains."""
-        return self.share / self.ids[self.fitted].numel()
-
-    def batches(self, part: slice) -> Iterator[slice]:
-        """Windows that are computed together."""
-        size = max(1, _TOKENS_AT_ONCE // self.ids.shape[1])
-        return (slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size))
 
 
 class Walk:
@@ -220,6 +175,12 @@ class Walk:
         chosen = torch.tensor(stream.experts, device=rows.device).expand(len(rows), -1)
         weights = torch.ones_like(chosen, dtype=rows.dtype)
         return torch.as_tensor(layer.mlp.experts(rows, chosen, weights)).reshape(read.shape)
+
+    def _every_expert(self, layer: BTXDecoderLayer, read: torch.Tensor) -> torch.Tensor:
+        """What each expert gives for inputs [N, H]: [E, N, H]."""
+        one = torch.ones(len(read), 1, device=self.device)
+        numbers = range(self.config.num_local_experts)
+        return torch.stack([layer.mlp.experts(read, torch.full_like(one, e, dtype=torch.long), one) for e in numbers])
 
     # --- shared weights -----------------------------------------------------------------------------------
 
@@ -391,11 +352,15 @@ class Walk:
         inputs = [moments[f"inputs.{stream.name}"] for stream in self.texts]
         targets = [moments[f"targets.{stream.name}"] for stream in self.texts]
 
-        def routed(router: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
-            layer.mlp.gate.weight.data = router
-            return torch.as_tensor(layer.mlp(read[None])[0])
+        call = RouterCall(self.config.num_experts_per_tok)
+        outputs = [self._every_expert(layer, read) for read in inputs]  # once, not for each temperature
 
-        temperature, error = best_temperature(rows, inputs, targets, routed)
+        def routed(router: torch.Tensor, domain: int) -> torch.Tensor:
+            weights, _, chosen = layer.mlp.routing(inputs[domain] @ router.T, call)
+            tokens = torch.arange(len(chosen), device=self.device)[:, None]
+            return torch.as_tensor((weights[..., None] * outputs[domain][chosen, tokens]).sum(dim=1))
+
+        temperature, error = best_temperature(rows, targets, routed)
         right = [
             torch.isin((x @ rows.T).argmax(dim=-1), torch.tensor(stream.experts, device=self.device)).float().mean()
             for stream, x in zip(self.texts, inputs, strict=True)

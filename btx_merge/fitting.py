@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import shutil
@@ -14,21 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btx_merge.errors import InputError, MergeError, Problem
+from btx_merge.experts import expert_names, own_experts
 from btx_merge.finetuning import problems_of_model
 from btx_merge.hub import locate
 from btx_merge.plan import Plan
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS, SEED
-from btx_merge.texts import DomainText, check_texts, documents, packed_windows, public_reference
+from btx_merge.texts import DomainText, check_texts, public_reference
 from btx_merge.writer import check_target
 
 if TYPE_CHECKING:
-    from btx_merge.fit_walk import LayerFit, Stream
+    from btx_merge.fit_walk import LayerFit
 
 OnLayer = Callable[[int, int], None]
 """Called with how many layers of how many are fitted."""
-
-_WINDOW = 512
-"""Tokens of a window, at most."""
 
 
 @dataclass(frozen=True)
@@ -172,19 +169,9 @@ def fit_merge(
     )
 
 
-def own_experts(name: str, expert_names: Sequence[str]) -> list[int]:
-    """The numbers of a domain's experts: the one of its name, or the chunks that one was split into."""
-    return [i for i, expert in enumerate(expert_names) if name in (expert, expert.rpartition(".")[0])]
-
-
-def _expert_names(config: Mapping[str, Any]) -> list[str]:
-    number = config.get("num_local_experts", 0)
-    return list(config.get("expert_names") or map(str, range(number)))
-
-
 def _name_problems(recipe: FitRecipe, folder: Path) -> list[Problem]:
     """Whether every expert has its text, and every text its expert."""
-    names = _expert_names(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    names = expert_names(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     texts = [text.name for text in recipe.domain_text]
     given, flag = (texts, "--domain-text") if recipe.method == "ridge" else (list(recipe.prompts), "--prompt")
     domains = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
@@ -220,6 +207,7 @@ def _fit_folder(
     from btx_merge.checkpoint import Checkpoint
     from btx_merge.fit_equations import Statistics
     from btx_merge.fit_sources import DenseSource
+    from btx_merge.fit_streams import streams_of
     from btx_merge.fit_walk import Walk
     from btx_merge.modeling.configuration_btx import BTXConfig
 
@@ -228,7 +216,7 @@ def _fit_folder(
     config = BTXConfig.from_pretrained(folder)
     key = {
         "model": checkpoint.digest(),
-        "experts": _expert_names(config.to_dict()),
+        "experts": expert_names(config.to_dict()),
         "domain_text": {name: [*map(public_reference, text.references), text.weight] for name, text in texts.items()},
         "prompts": {name: list(lines) for name, lines in prompts.items()},
         "domain_tokens": domain_tokens,
@@ -237,7 +225,7 @@ def _fit_folder(
         "fit_through": options["through"],
     }
     kept = Statistics(Path(statistics).expanduser() if statistics else None, key)
-    streams = _streams(folder, config, texts, prompts, domain_tokens)
+    streams = streams_of(folder, config, texts, prompts, domain_tokens)
     sources = {}
     if plan and combine:
         sources = {source.name: DenseSource(plan, source, place) for source in plan.experts if source.name in texts}
@@ -245,44 +233,6 @@ def _fit_folder(
     layers = walk.run(on_layer or (lambda done, all: None))
     kept.complete()
     return layers
-
-
-def _streams(
-    folder: Path,
-    config: Any,
-    texts: Mapping[str, DomainText],
-    prompts: Mapping[str, Sequence[str]],
-    domain_tokens: int,
-) -> list[Stream]:
-    """The tokens of every domain, in windows.
-
-    Raises:
-        InputError: a text that cannot be read, or a tokenizer with more tokens than the model.
-    """
-    import torch
-    from transformers import AutoTokenizer
-
-    from btx_merge.fit_walk import Stream
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    names = _expert_names(config.to_dict())
-    length = min(_WINDOW, config.max_position_embeddings)
-    streams = []
-    for name, text in texts.items():
-        windows = packed_windows(documents(text, tokenizer), tokenizer, length, name)
-        found = list(itertools.islice(windows, max(1, domain_tokens // length)))
-        ids, positions = (torch.tensor(part) for part in zip(*found, strict=True))
-        streams.append(Stream(name, own_experts(name, names), ids, positions, text.weight))
-    for name, lines in prompts.items():
-        tokens = [tokenizer(line)["input_ids"][: config.max_position_embeddings] for line in lines]
-        ids = torch.tensor([[token for line in tokens for token in line]])
-        positions = torch.tensor([[position for line in tokens for position in range(len(line))]])
-        streams.append(Stream(name, own_experts(name, names), ids, positions, is_prompt=True))
-    largest = max(int(stream.ids.max()) for stream in streams)
-    if largest >= config.vocab_size:
-        found_id = f"the tokenizer gives the id {largest}"
-        raise InputError([Problem("model", "tokenizer", found_id, f"below {config.vocab_size}, the embedding's rows")])
-    return streams
 
 
 def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit]) -> None:

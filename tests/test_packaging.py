@@ -29,6 +29,8 @@ def test_public_names():
         "Check",
         "DomainText",
         "ExpertSpec",
+        "FitRecipe",
+        "FitReport",
         "InputError",
         "MergeError",
         "MergeInterrupted",
@@ -39,6 +41,7 @@ def test_public_names():
         "TrainRecipe",
         "TrainReport",
         "check",
+        "fit",
         "merge",
         "train",
     ]
