@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.errors import InputError, MergeError, Problem
-from btx_merge.hub import Located, locate
+from btx_merge.hub import Located
+from btx_merge.model_folder import find_model
 from btx_merge.textfiles import is_installed
 from btx_merge.texts import EXTRA, DomainText, check_texts
-from btx_merge.writer import check_target
 
 TRAIN_MODES = ("routers", "shared", "all", "lora")
 LORA_TARGETS = {"routers": "routers", "shared": "routers + shared", "experts": "experts"}
@@ -180,17 +180,8 @@ def _check(recipe: TrainRecipe, target: Path, work: Path, resume: bool, overwrit
     needed = ["accelerate", "matplotlib", *([] if "report_to" in recipe.arguments else ["tensorboard"])]
     missing = [package for package in needed if not is_installed(package)]
     problems += [Problem("command", package, "is not installed", "", f"{EXTRA}.") for package in missing]
-    try:
-        check_target(target, overwrite)
-    except InputError as error:
-        problems += error.problems
-    try:
-        located = locate("model", recipe.model)
-        problems += problems_of_model(located, work)
-        if located.folder.resolve() in (target, work) or target in located.folder.resolve().parents:
-            problems.append(Problem("output", str(target), "is where the model lies", "", "Give another --output."))
-    except InputError as error:
-        problems += error.problems
+    located, of_model = find_model(recipe.model, target, overwrite)
+    problems += of_model
     if resume and last_checkpoint(work) is None:
         remedy = "Leave out --resume, which begins anew."
         problems.append(Problem("output", str(work), "no finished checkpoint to resume", "", remedy))
@@ -199,7 +190,7 @@ def _check(recipe: TrainRecipe, target: Path, work: Path, resume: bool, overwrit
         problems.append(Problem("output", str(work), "holds a run that was not finished", "", remedy))
     elif work.exists() and any(work.iterdir()) and not (work / _RUN_FILE).exists():
         problems.append(Problem("output", str(work), "holds files, but no unfinished run", "", "Move it away."))
-    if problems:
+    if problems or located is None:
         raise InputError(problems)
     return located
 
@@ -208,29 +199,6 @@ def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written to its end."""
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def problems_of_model(located: Located, work: Path) -> list[Problem]:
-    try:
-        config = json.loads((located.folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or f"no JSON ({error})"
-        return [Problem("model", str(located.folder / "config.json"), str(reason), "a checkpoint of `btx merge`")]
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "btx":
-        remedy = "Merge first: btx merge."
-        return [Problem("model", "config.json: model_type", f"{kind!r}", "'btx'", remedy)]
-    problems = []
-    if not (located.folder / "tokenizer.json").exists() and not (located.folder / "tokenizer.model").exists():
-        problems.append(Problem("model", str(located.folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
-    weights = sum(file.stat().st_size for file in located.folder.glob("*.safetensors"))
-    if not weights:
-        problems.append(Problem("model", str(located.folder), "no weights", "*.safetensors"))
-    room = next(folder for folder in (work, *work.parents) if folder.exists())
-    if weights > (free := shutil.disk_usage(room).free):
-        expected = f"{weights / 1e9:.2f} GB for the result alone"
-        problems.append(Problem("output", str(room), f"{free / 1e9:.2f} GB free", expected, "Make room."))
-    return problems
 
 
 def _begin(work: Path, recipe: TrainRecipe, settings: Mapping[str, Any], resume: bool) -> None:

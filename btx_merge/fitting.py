@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.experts import expert_names, own_experts
-from btx_merge.finetuning import problems_of_model
-from btx_merge.hub import locate
+from btx_merge.model_folder import find_model
 from btx_merge.plan import Plan
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS, SEED
 from btx_merge.texts import DomainText, check_texts, public_reference
-from btx_merge.writer import check_target
 
 if TYPE_CHECKING:
     from btx_merge.fit_walk import LayerFit
@@ -103,20 +101,11 @@ def fit(
     """
     began = time.perf_counter()
     target = Path(output).expanduser().resolve()
-    problems = check_texts(recipe.domain_text)
-    try:
-        check_target(target, overwrite)
-    except InputError as error:
-        problems += error.problems
-    try:
-        located = locate("model", recipe.model)
-        of_model = problems_of_model(located, target)
-        problems += of_model or _name_problems(recipe, located.folder)
-        if located.folder.resolve() == target or target in located.folder.resolve().parents:
-            problems.append(Problem("output", str(target), "is where the model lies", "", "Give another --output."))
-    except InputError as error:
-        problems += error.problems
-    if problems:
+    located, problems = find_model(recipe.model, target, overwrite)
+    problems += check_texts(recipe.domain_text)
+    if located and not problems:
+        problems = _name_problems(recipe, located.folder)
+    if problems or located is None:
         raise InputError(problems)
 
     from btx_merge.train_output import publish, write_model
@@ -253,4 +242,10 @@ def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit]) -> None
         "tools": {name: version(name) for name in ("btx-merge", "torch", "transformers")},
     }
     by = "ridge regression on text of each domain" if recipe.method == "ridge" else "a few prompts per expert"
-    append_record(folder, "fits", entry, f"## Routers\n\nFitted in closed form, by {by} (`btx fit`).\n", " Fitted.")
+    append_record(
+        folder,
+        "fits",
+        entry,
+        f"## Routers\n\nFitted in closed form, by {by} (`btx fit`).\n",
+        " Fitted since: see [below](#routers).",
+    )
