@@ -36,6 +36,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "mean": {},
     "fold_norms": {"fold_norms": True},
     "ties": {"combine": "ties"},
+    "ties, scale 0.5": {"combine": "ties", "scale": 0.5},
     "dare_ties": {"combine": "dare_ties"},
     "dare_linear": {"combine": "dare_linear"},
     "regmean": {"combine": "regmean"},

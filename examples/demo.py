@@ -48,7 +48,7 @@ class Settings:
 
 SETTINGS = Settings()
 FIT_TOKENS = 100_000
-FINETUNING = {"max_steps": 100, "learning_rate": 3e-4, "per_device_train_batch_size": 8}
+FINETUNING = {"max_steps": 300, "learning_rate": 3e-4, "per_device_train_batch_size": 8}
 
 
 def train_tokenizer(corpora: dict[str, Corpus]) -> PreTrainedTokenizerFast:
