@@ -5,7 +5,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test slow demo-smollm2 benchmark benchmark-model benchmark-train format clean
 
-demo: .venv/installed  ## train a small seed and three experts, merge them, compare and generate
+demo: .venv/installed  ## train a small seed and three experts, merge, fit, finetune, compare and generate
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed  ## lint, types, tests

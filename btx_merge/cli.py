@@ -169,7 +169,7 @@ def _ends_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
         except InputError as error:
             raise _failed(error, [str(problem) for problem in error.problems], 2, as_json) from None
         except (MergeInterrupted, KeyboardInterrupt) as error:
-            raise _failed(error, [str(MergeInterrupted())], 130, as_json) from None
+            raise _failed(error, [str(error) or str(MergeInterrupted())], 130, as_json) from None
         except BTXError as error:
             raise _failed(error, [str(error)], 1, as_json) from None
         except BrokenPipeError:  # whoever read our output has enough

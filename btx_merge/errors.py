@@ -58,5 +58,7 @@ class NonFiniteError(MergeError):
 class MergeInterrupted(MergeError):
     """The merge was interrupted; what is finished is kept beside the output for the next run."""
 
-    def __init__(self) -> None:
-        super().__init__("Interrupted. Nothing is lost: the same command continues where this one stopped.")
+    def __init__(
+        self, text: str = "Interrupted. Nothing is lost: the same command continues where this one stopped."
+    ) -> None:
+        super().__init__(text)

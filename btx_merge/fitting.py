@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from btx_merge.errors import InputError, MergeError, Problem
+from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
 from btx_merge.experts import expert_names, own_experts
 from btx_merge.model_folder import find_model
 from btx_merge.plan import Plan
@@ -97,7 +97,7 @@ def fit(
 
     Raises:
         InputError: a reason not to fit, or a text that cannot be read.
-        MergeError: the disk refused, or a value is not finite.
+        MergeError: the disk refused, or a value is not finite; `MergeInterrupted` for Ctrl-C.
     """
     began = time.perf_counter()
     target = Path(output).expanduser().resolve()
@@ -129,6 +129,8 @@ def fit(
         )
         _record(staged, recipe, layers)
         publish(staged, target, overwrite)
+    except KeyboardInterrupt:
+        raise MergeInterrupted("Interrupted. Nothing was written; the same command begins anew.") from None
     except OSError as error:
         raise MergeError(f"{error.filename or target}: {error.strerror or error}. The model is untouched.") from error
     finally:

@@ -245,7 +245,7 @@ class Plan:
             tokens = self.recipe.domain_tokens * len(self.recipe.domain_text)
             states = tokens * (1 + self.recipe.fits_shared) * int(self.seed.config["hidden_size"])
             layer = self.parameters // int(self.seed.config["num_hidden_layers"])
-            return 700_000_000 + 4 * (layer + states)
+            return 850_000_000 + 4 * (layer + states)
         needs_torch = self.recipe.combine in DIFFERENCE_METHODS
         return 64_000_000 + needs_torch * (500_000_000 + 30_000_000 * len(self.experts))
 

@@ -180,6 +180,23 @@ def _pull_the_plug(done: int, layers: int) -> None:
         raise RuntimeError("pulled")
 
 
+def test_an_interrupted_fit_leaves_nothing_behind(grown, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    folder, texts = grown
+    merge(recipe_of(folder), tmp_path / "btx")
+
+    def interrupt(self, done: int, layers: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("btx_merge.tables.LayerBar.advance", interrupt)
+    given = [word for name, text in texts.items() for word in ("--domain-text", f"{name}={text.references[0]}")]
+    result = CliRunner().invoke(app, ["fit", str(tmp_path / "btx"), "-o", str(tmp_path / "out"), *given])
+    assert result.exit_code == 130
+    assert "begins anew" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["btx"]
+
+
 def test_regmean_is_the_papers_on_the_sources_own_inputs(grown, tmp_path):
     """Equation 2 of arXiv 2212.09849, off-diagonals scaled, plus the penalty, for every projection of every layer."""
     folder, texts = grown
