@@ -102,7 +102,7 @@ def fit(
     began = time.perf_counter()
     target = Path(output).expanduser().resolve()
     located, problems = find_model(recipe.model, target, overwrite)
-    problems += check_texts(recipe.domain_text)
+    problems += [*check_texts(recipe.domain_text), *device_problems(device)]
     if located and not problems:
         problems = _name_problems(recipe, located.folder)
     if problems or located is None:
@@ -158,6 +158,20 @@ def fit_merge(
         router_ridge=recipe.router_ridge,
         regmean_ridge=recipe.regmean_ridge,
     )
+
+
+def device_problems(device: str | None) -> list[Problem]:
+    """Whether a device can be computed on. Imports torch where one is named."""
+    if device is None:
+        return []
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = f"{device}: {str(error).splitlines()[0]}"
+        return [Problem("command", "--device", found, "a device that torch can use here, such as cpu")]
+    return []
 
 
 def _name_problems(recipe: FitRecipe, folder: Path) -> list[Problem]:

@@ -22,6 +22,7 @@ from btx_merge.divergence import Divergence
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.files import write_files
+from btx_merge.fitting import device_problems, fit_merge
 from btx_merge.plan import Fate, Plan, make_plan
 from btx_merge.recipe import MergeRecipe
 from btx_merge.sources import Source
@@ -135,6 +136,8 @@ def merge(
     began = time.perf_counter()
     target = Path(output).expanduser().resolve()
     check_target(target, overwrite)
+    if recipe.is_fitted and (problems := device_problems(device)):
+        raise InputError(problems)
     try:
         with _checked(recipe, target) as checked:
             if on_checked:
@@ -150,8 +153,6 @@ def merge(
                 write_files(plan, staging.folder)
                 layers: list[LayerFit] = []
                 if plan.recipe.is_fitted:
-                    from btx_merge.fitting import fit_merge  # torch and transformers
-
                     layers = fit_merge(plan, staging.folder, statistics=statistics, device=device, on_layer=on_layer)
                 staging.finish(overwrite)
     except OSError as error:

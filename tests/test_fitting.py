@@ -415,6 +415,10 @@ WRONG = {
     "a method that is none": (["--method", "lasso"], "one of ridge, prompts"),
     "prompts for ridge": (["--prompt", "code=x"], "does not use it"),
     "a penalty of nothing": (["--router-ridge", "0"], "above 0"),
+    "a device that is none": (
+        ["--domain-text", "code={code}", "--domain-text", "math={math}", "--device", "toaster"],
+        "--device: toaster",
+    ),
 }
 
 
