@@ -55,6 +55,7 @@ class BTXTrainer(Trainer):
         super().__init__(model=model, args=args, eval_dataset=dict(held_out), **options)
         args.save_only_model = False
         self.meter = meter
+        self.carried_loss = 0.0
         self.held_out = held_out
         self.checkpoints_kept = self.args.save_total_limit
         self.args.save_total_limit = None  # an old one goes when the new one is complete, which Trainer does not know
@@ -93,6 +94,13 @@ class BTXTrainer(Trainer):
         if is_measured:
             self.meter.add(outputs, inputs["labels"], domains)
         return (loss, outputs) if return_outputs else loss
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *arguments: Any, **options: Any) -> None:
+        """Where the loss since the last logging is not an attribute (transformers 5.0), it is made one."""
+        tr_loss += self.carried_loss
+        self.carried_loss = 0.0
+        self._tr_loss = tr_loss
+        super()._maybe_log_save_evaluate(tr_loss, *arguments, **options)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Adds what was measured; to the history also the load of each layer."""
@@ -217,8 +225,11 @@ class _RunningLoss(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         for name, value in self.saved.items():
-            before = getattr(self.trainer, name)
-            setattr(self.trainer, name, torch.full_like(before, value) if torch.is_tensor(before) else int(value))
+            before = getattr(self.trainer, name, None)
+            if before is None:  # transformers 5.0 keeps the sum in a variable of its own
+                self.trainer.carried_loss = value
+            else:
+                setattr(self.trainer, name, torch.full_like(before, value) if torch.is_tensor(before) else int(value))
 
 
 class StopOnSignal(TrainerCallback):

@@ -59,6 +59,10 @@ class BTXExperts(_FusedExperts):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """As the implementation that was chosen; but one token on a CPU needs no sorting by experts."""
+        kind, dtype = hidden_states.device.type, self.gate_up_proj.dtype
+        is_mixed = torch.is_autocast_enabled(kind) and hidden_states.dtype != dtype == torch.get_autocast_dtype(kind)
+        if is_mixed:  # frozen experts lie in autocast's dtype, which it does not bring to grouped_mm in every version
+            return self.forward(hidden_states.to(dtype), top_k_index, top_k_weights).to(hidden_states.dtype)
         sorts = self.config._experts_implementation == "grouped_mm" and not torch.compiler.is_compiling()
         if not (sorts and hidden_states.device.type == "cpu" and hidden_states.shape[0] == 1):
             return super().forward(hidden_states, top_k_index, top_k_weights)
