@@ -43,7 +43,7 @@ class Settings:
 
 
 SETTINGS = Settings()
-FIT_TOKENS = 20_000
+FIT_TOKENS = 12_000
 FINETUNING = {"max_steps": 20, "learning_rate": 1e-4, "per_device_train_batch_size": 2, "max_length": 256}
 
 
