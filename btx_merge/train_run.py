@@ -7,12 +7,15 @@ import shutil
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from transformers import AutoTokenizer, TrainerCallback
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
@@ -66,6 +69,9 @@ class Run:
         if recipe.ep_size > 1 and self.args.device.type == "cpu":
             remedy = "Use GPUs, or --fsdp-size."
             problems.append(Problem("recipe", "ep_size", "Trainer has no expert parallelism on a CPU", "1", remedy))
+        if parts > 1 and "fsdp_size" not in {field.name for field in fields(DistributedConfig)}:
+            found, remedy = f"transformers {transformers.__version__}", "pip install -U transformers"
+            problems.append(Problem("recipe", "fsdp_size", found, "5.23 or newer, which can shard", remedy))
         if problems:
             raise InputError(problems)
 
@@ -144,8 +150,6 @@ class Run:
         }
         sharded = recipe.fsdp_size * recipe.ep_size > 1
         if sharded:
-            from transformers.distributed import DistributedConfig
-
             sizes = {name: size for name in ("fsdp_size", "ep_size") if (size := getattr(recipe, name)) > 1}
             config["distributed_config"] = DistributedConfig(**sizes)
         if not sys.stderr.isatty():  # transformers' bars do not ask
