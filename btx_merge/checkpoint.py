@@ -14,6 +14,18 @@ from btx_merge.tensorfiles import StoredTensor, read_tensor_file
 _SAMPLE_ROWS = 16
 
 
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint's safetensors files, by its name.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= read_tensor_file(file)
+    return tensors
+
+
 class Checkpoint:
     """The tensors of a folder's safetensors files, by name. Values come and go in float32."""
 
@@ -23,9 +35,7 @@ class Checkpoint:
             InputError: a file that cannot be read.
         """
         self.folder, self.device = folder, device
-        self.tensors: dict[str, StoredTensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            self.tensors |= read_tensor_file(file)
+        self.tensors = stored_tensors(folder)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows [start, stop) of a tensor, all by default. Exact."""

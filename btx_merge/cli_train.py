@@ -12,58 +12,55 @@ from typing import Annotated, Any
 
 import typer
 
+from btx_merge.cli_options import option
 from btx_merge.errors import InputError, Problem
 from btx_merge.finetuning import LORA_TARGETS, OPTION_NAMES, TRAIN_MODES, TrainRecipe
 from btx_merge.recipe import read_yaml
 from btx_merge.texts import domain_texts_of, parse_domain_texts
 
 
-def _option(help: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, show_default=False, metavar=metavar)
-
-
 def train_command(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help="Folder or org/name[@revision] of a merged model.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")] = ...,  # type: ignore
-    config: Annotated[Path | None, _option("YAML file: data, and any option by name; flags win over it.")] = None,
+    config: Annotated[Path | None, option("YAML file: data, and any option by name; flags win over it.")] = None,
     data: Annotated[
         list[str] | None,
-        _option("Again for every text: file, folder, glob or Hub dataset.", metavar="NAME=TEXT[:WEIGHT]"),
+        option("Again for every text: file, folder, glob or Hub dataset.", metavar="NAME=TEXT[:WEIGHT]"),
     ] = None,
-    train: Annotated[str | None, _option(f"{', '.join(TRAIN_MODES)} [default: shared].")] = None,
-    max_length: Annotated[int | None, _option("Tokens of a window [default: 1024, or the model's].")] = None,
-    holdout: Annotated[float | None, _option("Part of each domain that is scored instead [default: 0.02].")] = None,
-    shuffle: Annotated[int | None, _option("Windows among which the next is drawn [default: 256].")] = None,
-    router_grad: Annotated[str | None, _option("sparse or dense [default: the model's].")] = None,
+    train: Annotated[str | None, option(f"{', '.join(TRAIN_MODES)} [default: shared].")] = None,
+    max_length: Annotated[int | None, option("Tokens of a window [default: 1024, or the model's].")] = None,
+    holdout: Annotated[float | None, option("Part of each domain that is scored instead [default: 0.02].")] = None,
+    shuffle: Annotated[int | None, option("Windows among which the next is drawn [default: 256].")] = None,
+    router_grad: Annotated[str | None, option("sparse or dense [default: the model's].")] = None,
     router_aux_loss_coef: Annotated[
-        float | None, _option("Coefficient of the balancing loss [default: the model's].")
+        float | None, option("Coefficient of the balancing loss [default: the model's].")
     ] = None,
     router_aux_loss_scope: Annotated[
-        str | None, _option("global_batch or micro_batch [default: global_batch].")
+        str | None, option("global_batch or micro_batch [default: global_batch].")
     ] = None,
-    lora_target: Annotated[str | None, _option(f"{', '.join(LORA_TARGETS)} [default: shared].")] = None,
-    lora_r: Annotated[int | None, _option("Rank [default: 16].")] = None,
-    lora_alpha: Annotated[float | None, _option("Scale, times the rank [default: 32].")] = None,
-    fsdp_size: Annotated[int | None, _option("Ranks that parameters are sharded over [default: 1].")] = None,
-    ep_size: Annotated[int | None, _option("Ranks that experts are spread over [default: 1].")] = None,
-    max_steps: Annotated[str | None, _option("Optimizer steps.", metavar="INTEGER")] = None,
-    learning_rate: Annotated[str | None, _option("Peak [default: 1e-4].", metavar="FLOAT")] = None,
-    per_device_train_batch_size: Annotated[str | None, _option("Windows [default: 4].", metavar="INTEGER")] = None,
+    lora_target: Annotated[str | None, option(f"{', '.join(LORA_TARGETS)} [default: shared].")] = None,
+    lora_r: Annotated[int | None, option("Rank [default: 16].")] = None,
+    lora_alpha: Annotated[float | None, option("Scale, times the rank [default: 32].")] = None,
+    fsdp_size: Annotated[int | None, option("Ranks that parameters are sharded over [default: 1].")] = None,
+    ep_size: Annotated[int | None, option("Ranks that experts are spread over [default: 1].")] = None,
+    max_steps: Annotated[str | None, option("Optimizer steps.", metavar="INTEGER")] = None,
+    learning_rate: Annotated[str | None, option("Peak [default: 1e-4].", metavar="FLOAT")] = None,
+    per_device_train_batch_size: Annotated[str | None, option("Windows [default: 4].", metavar="INTEGER")] = None,
     gradient_accumulation_steps: Annotated[
-        str | None, _option("Micro-batches of a step [default: 1].", metavar="INTEGER")
+        str | None, option("Micro-batches of a step [default: 1].", metavar="INTEGER")
     ] = None,
     warmup_steps: Annotated[
-        str | None, _option("[default: 100, at most a tenth of the steps].", metavar="NUMBER")
+        str | None, option("[default: 100, at most a tenth of the steps].", metavar="NUMBER")
     ] = None,
-    lr_scheduler_type: Annotated[str | None, _option("[default: cosine down to a tenth].", metavar="NAME")] = None,
-    weight_decay: Annotated[str | None, _option("[default: 0.1].", metavar="FLOAT")] = None,
-    logging_steps: Annotated[str | None, _option("[default: 10].", metavar="NUMBER")] = None,
-    eval_steps: Annotated[str | None, _option("[default: before and after].", metavar="NUMBER")] = None,
-    save_steps: Annotated[str | None, _option("[default: 100].", metavar="NUMBER")] = None,
-    seed: Annotated[str | None, _option("[default: 0].", metavar="INTEGER")] = None,
+    lr_scheduler_type: Annotated[str | None, option("[default: cosine down to a tenth].", metavar="NAME")] = None,
+    weight_decay: Annotated[str | None, option("[default: 0.1].", metavar="FLOAT")] = None,
+    logging_steps: Annotated[str | None, option("[default: 10].", metavar="NUMBER")] = None,
+    eval_steps: Annotated[str | None, option("[default: before and after].", metavar="NUMBER")] = None,
+    save_steps: Annotated[str | None, option("[default: 100].", metavar="NUMBER")] = None,
+    seed: Annotated[str | None, option("[default: 0].", metavar="INTEGER")] = None,
     report_to: Annotated[
-        list[str] | None, _option("tensorboard, wandb, ..., none [default: tensorboard].", metavar="NAME")
+        list[str] | None, option("tensorboard, wandb, ..., none [default: tensorboard].", metavar="NAME")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     overwrite: Annotated[

@@ -14,7 +14,7 @@ Legend: B windows, T tokens in each, N = B * T, H hidden, E experts, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -224,7 +224,12 @@ class Walk:
 
     def _fit_attention(self, index: int, layer: BTXDecoderLayer) -> None:
         """q, k and v; then, behind them, the output projection. The sources' states pass on through attention."""
-        inputs = self.statistics.get(f"layer-{index:03}.inputs", lambda: self._input_moments(index, layer))
+        inputs = self.statistics.get(
+            f"layer-{index:03}.inputs",
+            lambda: self._input_moments(
+                layer.input_layernorm, lambda s: self.sources[s.name].layer(index, "attention").input_layernorm
+            ),
+        )
         for name in _PROJECTIONS:
             weights = {
                 stream.name: self.sources[stream.name].tensor(f"model.layers.{index}.self_attn.{name}.weight")
@@ -249,37 +254,28 @@ class Walk:
         self.checkpoint.write(tensor, solution)
         projection.weight.data = self.checkpoint.read(tensor)  # as it was rounded
 
-    def _pair_moments(
-        self, stream: Stream, pairs: Iterator[tuple[torch.Tensor, torch.Tensor]]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`sum x x^T` of the inputs that are fitted on, and their cross moment with the source's own, both [I, I].
+    def _input_moments(self, norm: Any, own_norm: Callable[[Stream], Any]) -> Moments:
+        """Of what stands behind a norm: `sum x x^T` of the inputs that are fitted on, over all domains, and per domain
+        their cross moment with the source's own inputs; all [H, H].
 
         Args:
-            pairs: the merged model's inputs and the source's, [N, I] each.
+            norm: the merged model's.
+            own_norm: a domain's source's.
         """
-        gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
-        for merged, dense in pairs:
-            fitted = dense if self.combine == "regmean" else merged
-            gram = gram + (fitted.T @ fitted).double()
-            cross = cross + (fitted.T @ dense).double()
-        if self.combine == "regmean":
-            gram = cross = scaled_off_diagonal(gram)
-        return gram * stream.per_token, cross * stream.per_token
-
-    def _input_moments(self, index: int, layer: BTXDecoderLayer) -> Moments:
         moments: Moments = {}
         for stream in self.texts:
-            dense = self.sources[stream.name].layer(index, "attention")
-            pairs = (
-                (
-                    layer.input_layernorm(stream.merged[batch].to(self.device)).flatten(0, 1),
-                    dense.input_layernorm(stream.dense[batch].to(self.device)).flatten(0, 1),
-                )
-                for batch in stream.batches(stream.fitted)
-            )
-            gram, cross = self._pair_moments(stream, pairs)
-            moments["gram"] = moments.get("gram", 0) + gram
-            moments[stream.name] = cross
+            own = own_norm(stream)
+            gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
+            for batch in stream.batches(stream.fitted):
+                dense = own(stream.dense[batch].to(self.device)).flatten(0, 1)
+                merged = norm(stream.merged[batch].to(self.device)).flatten(0, 1)
+                fitted = dense if self.combine == "regmean" else merged
+                gram = gram + (fitted.T @ fitted).double()
+                cross = cross + (fitted.T @ dense).double()
+            if self.combine == "regmean":
+                gram = cross = scaled_off_diagonal(gram)
+            moments["gram"] = moments.get("gram", 0) + gram * stream.per_token
+            moments[stream.name] = cross * stream.per_token
         return moments
 
     def _output_moments(self, index: int, layer: BTXDecoderLayer) -> Moments:
@@ -306,30 +302,19 @@ class Walk:
 
     def _fit_head(self) -> None:
         """Of a model whose head is its own."""
-        moments = self.statistics.get("head", self._head_moments)
+        name = "model.norm.weight"
+        moments = self.statistics.get(
+            "head",
+            lambda: self._input_moments(
+                self._norm(self.checkpoint.read(name)), lambda s: self._norm(self.sources[s.name].tensor(name))
+            ),
+        )
         gram = moments["gram"].to(self.device)
         for start, stop in row_blocks(self.checkpoint.tensors[HEAD].shape[0]):
             mean = self.checkpoint.read(HEAD, start, stop)
             weights = {s.name: self.sources[s.name].rows(HEAD, start, mean) for s in self.texts}
             cross = self._normal_equations(moments, weights)[1]
             self.checkpoint.write(HEAD, ridge_solution(gram, cross, self.regmean_ridge, mean), start)
-
-    def _head_moments(self) -> Moments:
-        moments: Moments = {}
-        norm = self._norm(self.checkpoint.read("model.norm.weight"))
-        for stream in self.texts:
-            own = self._norm(self.sources[stream.name].tensor("model.norm.weight"))
-            pairs = (
-                (
-                    norm(stream.merged[batch].to(self.device)).flatten(0, 1),
-                    own(stream.dense[batch].to(self.device)).flatten(0, 1),
-                )
-                for batch in stream.batches(stream.fitted)
-            )
-            gram, cross = self._pair_moments(stream, pairs)
-            moments["gram"] = moments.get("gram", 0) + gram
-            moments[stream.name] = cross
-        return moments
 
     def _norm(self, weight: torch.Tensor) -> LlamaRMSNorm:
         norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,29 +15,15 @@ from typing import Any
 import torch
 import yaml
 
+from btx_merge.card import UNTRAINED
+from btx_merge.checkpoint import stored_tensors
+from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, Problem
 from btx_merge.files import MODEL_CODE, RECIPE_FILE, model_code_folder
-from btx_merge.writer import check_target
+from btx_merge.writer import put_in_place
 
 PICTURE = "training.png"
 ROUTING = "routing.jsonl"
-_UNTRAINED = re.compile(r" \*\*They have not been trained yet\*\*:.*?judge the model\.", re.DOTALL)
-_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_HEADER = struct.Struct("<Q")
-
-
-def stored_tensors(folder: Path) -> dict[str, tuple[Path, int, str, list[int]]]:
-    """Every tensor of a checkpoint: its file, where it begins there, its dtype by safetensors' name, its shape."""
-    out = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (size,) = _HEADER.unpack(stream.read(_HEADER.size))
-            header = json.loads(stream.read(size))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                begin = _HEADER.size + size + entry["data_offsets"][0]
-                out[name] = (file, begin, entry["dtype"], entry["shape"])
-    return out
 
 
 def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
@@ -50,9 +34,9 @@ def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
     """
     stored, problems = stored_tensors(folder), []
     for name, tensor in trained.items():
-        _, _, dtype, shape = stored.get(name, (None, 0, "", []))
-        if shape != list(tensor.shape) or dtype not in _TORCH:
-            found = f"{name}: {dtype} {shape}" if dtype else f"{name} is missing"
+        place = stored.get(name)
+        if place is None or place.shape != tuple(tensor.shape) or place.dtype not in TORCH_NAMES:
+            found = f"{name}: {place.dtype} {list(place.shape)}" if place else f"{name} is missing"
             problems.append(Problem("model", str(folder), found, f"a float tensor {list(tensor.shape)}"))
     if problems:
         raise InputError(problems)
@@ -68,10 +52,10 @@ def write_model(source: Path, folder: Path, trained: Mapping[str, torch.Tensor])
             shutil.copyfile(model_code_folder() / name, folder / name)
     stored = stored_tensors(folder)
     for name, tensor in trained.items():
-        file, begin, dtype, _ = stored[name]
-        with file.open("rb+") as stream:
-            stream.seek(begin)
-            stream.write(tensor.to(_TORCH[dtype]).view(torch.uint8).numpy().tobytes())
+        place = stored[name]
+        with place.file.open("rb+") as stream:
+            stream.seek(place.start)
+            stream.write(tensor.to(getattr(torch, TORCH_NAMES[place.dtype])).view(torch.uint8).numpy().tobytes())
 
 
 def write_records(folder: Path, entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
@@ -98,7 +82,7 @@ def append_record(folder: Path, key: str, entry: Mapping[str, Any], section: str
     recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8") if card.exists() else "# A finetuned Branch-Train-MiX model\n"
-    text = _UNTRAINED.sub(sentence, text)
+    text = text.replace(f" {UNTRAINED}", sentence)
     card.write_text(text.rstrip() + "\n\n" + section, encoding="utf-8")
 
 
@@ -141,12 +125,7 @@ def publish(staged: Path, target: Path, overwrite: bool) -> None:
         if file.is_file():
             with file.open("rb") as stream:
                 os.fsync(stream.fileno())
-    check_target(target, overwrite)
-    old = None
-    if target.exists():
-        old = target.with_name(f"{target.name}.btx-old")
-        target.rename(old)
-    staged.rename(target)
+    old = put_in_place(staged, target, overwrite)
     if old is not None:
         shutil.rmtree(old)
 

@@ -61,6 +61,28 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise InputError([Problem("output", str(target), "not empty", "an empty or a new folder", remedy)])
 
 
+def put_in_place(folder: Path, target: Path, overwrite: bool) -> Path | None:
+    """Gives a complete folder the target's name. What had it before is returned, for the caller to remove.
+
+    Raises:
+        InputError: something that may not be replaced has come into the target's place meanwhile.
+    """
+    check_target(target, overwrite)
+    old = None
+    if target.exists() and any(target.iterdir()):
+        old = Path(tempfile.mkdtemp(prefix=target.name + ".btx-old-", dir=target.parent))
+        target.rename(old)
+    elif target.exists():
+        target.rmdir()
+    try:
+        folder.rename(target)
+    except OSError:
+        if old:
+            old.rename(target)
+        raise
+    return old
+
+
 class Staging:
     """The folder beside the target in which a merge is written. Use as a context: it is locked meanwhile."""
 
@@ -158,19 +180,7 @@ class Staging:
             if path.name not in (_LOCK, JOURNAL):
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
-        check_target(self.output, overwrite)
-        old = None
-        if self.output.exists() and any(self.output.iterdir()):
-            old = Path(tempfile.mkdtemp(prefix=self.output.name + ".btx-old-", dir=self.output.parent))
-            self.output.rename(old)
-        elif self.output.exists():
-            self.output.rmdir()
-        try:
-            self.folder.rename(self.output)
-        except OSError:
-            if old:
-                old.rename(self.output)
-            raise
+        old = put_in_place(self.folder, self.output, overwrite)
         for name in (JOURNAL, _LOCK):
             (self.output / name).unlink(missing_ok=True)
         if old:
