@@ -224,12 +224,8 @@ class Walk:
 
     def _fit_attention(self, index: int, layer: BTXDecoderLayer) -> None:
         """q, k and v; then, behind them, the output projection. The sources' states pass on through attention."""
-        inputs = self.statistics.get(
-            f"layer-{index:03}.inputs",
-            lambda: self._input_moments(
-                layer.input_layernorm, lambda s: self.sources[s.name].layer(index, "attention").input_layernorm
-            ),
-        )
+        norm = f"model.layers.{index}.input_layernorm.weight"
+        inputs = self.statistics.get(f"layer-{index:03}.inputs", lambda: self._input_moments(norm))
         for name in _PROJECTIONS:
             weights = {
                 stream.name: self.sources[stream.name].tensor(f"model.layers.{index}.self_attn.{name}.weight")
@@ -254,17 +250,14 @@ class Walk:
         self.checkpoint.write(tensor, solution)
         projection.weight.data = self.checkpoint.read(tensor)  # as it was rounded
 
-    def _input_moments(self, norm: Any, own_norm: Callable[[Stream], Any]) -> Moments:
+    def _input_moments(self, norm_name: str) -> Moments:
         """Of what stands behind a norm: `sum x x^T` of the inputs that are fitted on, over all domains, and per domain
         their cross moment with the source's own inputs; all [H, H].
-
-        Args:
-            norm: the merged model's.
-            own_norm: a domain's source's.
         """
+        norm = self._norm(self.checkpoint.read(norm_name))
         moments: Moments = {}
         for stream in self.texts:
-            own = own_norm(stream)
+            own = self._norm(self.sources[stream.name].tensor(norm_name))
             gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
             for batch in stream.batches(stream.fitted):
                 dense = own(stream.dense[batch].to(self.device)).flatten(0, 1)
@@ -302,13 +295,7 @@ class Walk:
 
     def _fit_head(self) -> None:
         """Of a model whose head is its own."""
-        name = "model.norm.weight"
-        moments = self.statistics.get(
-            "head",
-            lambda: self._input_moments(
-                self._norm(self.checkpoint.read(name)), lambda s: self._norm(self.sources[s.name].tensor(name))
-            ),
-        )
+        moments = self.statistics.get("head", lambda: self._input_moments("model.norm.weight"))
         gram = moments["gram"].to(self.device)
         for start, stop in row_blocks(self.checkpoint.tensors[HEAD].shape[0]):
             mean = self.checkpoint.read(HEAD, start, stop)
