@@ -45,9 +45,8 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_tok
 
 
 def write_files(plan: Plan, folder: Path) -> None:
-    """Writes all files beside the weights into `folder`."""
+    """Writes all files beside the weights into `folder`; config.json last, for without it this is no model yet."""
     chat = next(source for source in plan.sources if source.name == plan.recipe.tokenizer_source)
-    _write_json(folder / "config.json", output_config(plan, chat))
     if len(plan.shards) > 1:
         _write_json(folder / "model.safetensors.index.json", _index(plan))
     folders = (chat.located.folder, *([chat.base.folder] if chat.base else []))
@@ -61,6 +60,7 @@ def write_files(plan: Plan, folder: Path) -> None:
     recipe = yaml.safe_dump(resolved_recipe(plan), sort_keys=False, allow_unicode=True)
     (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
     (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
+    _write_json(folder / "config.json", output_config(plan, chat))
 
 
 def output_config(plan: Plan, chat: Source) -> dict[str, Any]:

@@ -115,8 +115,10 @@ def fit(
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
         write_model(located.folder, staged, {})
+        (staged / "config.json").unlink()  # half fitted it is no model
         layers = _fit_folder(
             staged,
+            located.folder,
             {text.name: text for text in recipe.domain_text},
             recipe.prompts,
             domain_tokens=recipe.domain_tokens,
@@ -128,6 +130,7 @@ def fit(
             router_ridge=recipe.router_ridge,
         )
         _record(staged, recipe, layers)
+        shutil.copyfile(located.folder / "config.json", staged / "config.json")
         publish(staged, target, overwrite)
     except KeyboardInterrupt:
         raise MergeInterrupted("Interrupted. Nothing was written; the same command begins anew.") from None
@@ -139,12 +142,23 @@ def fit(
 
 
 def fit_merge(
-    plan: Plan, folder: Path, *, statistics: str | Path | None, device: str | None, on_layer: OnLayer | None
+    plan: Plan,
+    folder: Path,
+    files: Path,
+    *,
+    statistics: str | Path | None,
+    device: str | None,
+    on_layer: OnLayer | None,
 ) -> list[LayerFit]:
-    """Fits what a merge's recipe says, in the folder where it was just written with means and any routers."""
+    """Fits what a merge's recipe says, in the folder where its weights were just written with means and any routers.
+
+    Args:
+        files: the folder with its config and tokenizer.
+    """
     recipe = plan.recipe
     return _fit_folder(
         folder,
+        files,
         recipe.domain_text,
         recipe.prompts,
         domain_tokens=recipe.domain_tokens,
@@ -196,6 +210,7 @@ def _name_problems(recipe: FitRecipe, folder: Path) -> list[Problem]:
 
 def _fit_folder(
     folder: Path,
+    files: Path,
     texts: Mapping[str, DomainText],
     prompts: Mapping[str, Sequence[str]],
     *,
@@ -218,7 +233,7 @@ def _fit_folder(
 
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = Checkpoint(folder, place)
-    config = BTXConfig.from_pretrained(folder)
+    config = BTXConfig.from_pretrained(files)
     key = {
         "model": checkpoint.digest(),
         "experts": expert_names(config.to_dict()),
@@ -230,7 +245,7 @@ def _fit_folder(
         "fit_through": options["through"],
     }
     kept = Statistics(Path(statistics).expanduser() if statistics else None, key)
-    streams = streams_of(folder, config, texts, prompts, domain_tokens)
+    streams = streams_of(files, config, texts, prompts, domain_tokens)
     sources = {}
     if plan and combine:
         sources = {source.name: DenseSource(plan, source, place) for source in plan.experts if source.name in texts}

@@ -150,10 +150,19 @@ def merge(
                 if on_note and staging.kept_bytes:
                     on_note(f"Continuing: {staging.kept_bytes / 1e9:.2f} GB were written before and are verified.")
                 staging.run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
-                write_files(plan, staging.folder)
                 layers: list[LayerFit] = []
-                if plan.recipe.is_fitted:
-                    layers = fit_merge(plan, staging.folder, statistics=statistics, device=device, on_layer=on_layer)
+                if recipe.is_fitted:
+                    with tempfile.TemporaryDirectory(prefix="btx-files-") as files:  # half fitted it is no model yet
+                        write_files(plan, Path(files))
+                        layers = fit_merge(
+                            plan,
+                            staging.folder,
+                            Path(files),
+                            statistics=statistics,
+                            device=device,
+                            on_layer=on_layer,
+                        )
+                write_files(plan, staging.folder)
                 staging.finish(overwrite)
     except OSError as error:
         remedy = "What is finished is kept: the same command continues."

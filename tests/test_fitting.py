@@ -170,6 +170,8 @@ def test_a_fitted_merge_is_the_same_every_time(grown, tmp_path, through):
     with pytest.raises(RuntimeError, match="pulled"):
         merge(recipe, tmp_path / "two", on_layer=_pull_the_plug)
     assert not (tmp_path / "two").exists()
+    assert (tmp_path / "two.btx-partial/model.safetensors").exists()
+    assert not (tmp_path / "two.btx-partial/config.json").exists()  # half fitted it does not look like a model
     report = merge(recipe, tmp_path / "two")  # goes on with what was written, and fits anew
     assert report.kept_bytes > 0
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
@@ -187,6 +189,8 @@ def test_an_interrupted_fit_leaves_nothing_behind(grown, tmp_path, monkeypatch):
     merge(recipe_of(folder), tmp_path / "btx")
 
     def interrupt(self, done: int, layers: int) -> None:
+        assert (tmp_path / "out.btx-fitting/model.safetensors").exists()
+        assert not (tmp_path / "out.btx-fitting/config.json").exists()
         raise KeyboardInterrupt
 
     monkeypatch.setattr("btx_merge.tables.LayerBar.advance", interrupt)
