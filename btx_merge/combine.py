@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 
 from btx_merge.dtypes import Float32, Raw, all_finite, from_float32
 from btx_merge.errors import NonFiniteError
-from btx_merge.plan import DIFFERENCE_METHODS, Job, Plan, SharedRows
+from btx_merge.layout import Block, Job
+from btx_merge.plan import DIFFERENCE_METHODS, Plan, SharedRows
 from btx_merge.segments import Segment
 from btx_merge.sources import Source
 
-Block = tuple[int, Raw]
-"""Bytes for one of a job's extents (by its number), behind those that it got before."""
-
-_BLOCK_BYTES = 1 << 18  # stays in a core's cache between being read, checked and written
+BLOCK_BYTES = 1 << 18
+"""Stays in a core's cache between being read, checked and written."""
 _DIFFERENCE_BLOCK_BYTES = 1 << 21  # larger, for each block is a call of torch
 _torch_lock = threading.Lock()  # peft's functions draw from torch's one generator and may warn
 
@@ -32,7 +31,7 @@ Rule = Callable[[int, int], Float32]
 """Rows [start, stop) of a combined tensor in float32, before the cast."""
 
 
-def portions(start: int, stop: int, row_bytes: int, block_bytes: int = _BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+def portions(start: int, stop: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
     """Rows in blocks that fit a cache."""
     size = max(1, block_bytes // row_bytes)
     return ((first, min(first + size, stop)) for first in range(start, stop, size))
@@ -56,7 +55,7 @@ def cast(values: Float32, job: Job, plan: Plan) -> Raw:
 def shared_rows(job: SharedRows, plan: Plan) -> Iterator[Block]:
     """Rows of a combined tensor."""
     rule = combining_rule(plan, job.tensor.name)
-    block = _DIFFERENCE_BLOCK_BYTES if plan.recipe.combine in DIFFERENCE_METHODS else _BLOCK_BYTES
+    block = _DIFFERENCE_BLOCK_BYTES if plan.recipe.combine in DIFFERENCE_METHODS else BLOCK_BYTES
     for start, stop in portions(job.start, job.stop, job.tensor.row_bytes, block):
         yield 0, cast(rule(start, stop), job, plan)
 

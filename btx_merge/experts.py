@@ -8,8 +8,9 @@ from typing import Any
 import einops
 import numpy as np
 
-from btx_merge.combine import Block, cast, combining_rule, portions
+from btx_merge.combine import cast, combining_rule, portions
 from btx_merge.dtypes import Float32, from_float32, to_float32
+from btx_merge.layout import Block
 from btx_merge.llama import FF_NORM
 from btx_merge.plan import EXPERT_LAYOUTS, ExpertColumns, ExpertRows, Plan
 

@@ -48,19 +48,19 @@ def write_files(plan: Plan, folder: Path) -> None:
     """Writes all files beside the weights into `folder`; config.json last, for without it this is no model yet."""
     chat = next(source for source in plan.sources if source.name == plan.recipe.tokenizer_source)
     if len(plan.shards) > 1:
-        _write_json(folder / "model.safetensors.index.json", _index(plan))
+        write_json(folder / "model.safetensors.index.json", plan.index())
     folders = (chat.located.folder, *([chat.base.folder] if chat.base else []))
     generation = next(filter(None, (_read_json(path / "generation_config.json") for path in folders)), None)
     if generation:
         generation.pop("_from_model_config", None)
-        _write_json(folder / "generation_config.json", _with_union_ids(plan, chat, generation))
+        write_json(folder / "generation_config.json", _with_union_ids(plan, chat, generation))
     _write_tokenizer(plan, chat, folder)
     for name in MODEL_CODE:
         shutil.copyfile(model_code_folder() / name, folder / name)
     recipe = yaml.safe_dump(resolved_recipe(plan), sort_keys=False, allow_unicode=True)
     (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
     (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
-    _write_json(folder / "config.json", output_config(plan, chat))
+    write_json(folder / "config.json", output_config(plan, chat))
 
 
 def output_config(plan: Plan, chat: Source) -> dict[str, Any]:
@@ -130,15 +130,6 @@ def _public_reference(source: Source) -> str:
     return f"{located.repo_id}@{located.revision}" if located.repo_id else located.public_name
 
 
-def _index(plan: Plan) -> dict[str, Any]:
-    metadata = {
-        "total_parameters": plan.parameters,
-        "total_size": sum(tensor.nbytes for tensor in plan.tensors),
-    }
-    weight_map = {tensor.name: plan.shards[tensor.shard].name for tensor in plan.tensors}
-    return {"metadata": metadata, "weight_map": weight_map}
-
-
 def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
     """The seed's tokenizer with the union's tokens; template and special tokens from the source that is named."""
     # A seed without one has the tokenizer on which all others agree (`vocabulary`).
@@ -158,7 +149,7 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
     if plan.vocabulary.new_tokens:
         data = json.loads(tokenizer_json(origin))
         data["added_tokens"] = [*(data.get("added_tokens") or []), *plan.vocabulary.new_tokens]
-        _write_json(folder / "tokenizer.json", data)
+        write_json(folder / "tokenizer.json", data)
         for name in ("tokenizer.model", "added_tokens.json"):  # they would not know the new tokens
             (folder / name).unlink(missing_ok=True)
     if "added_tokens_decoder" in config:  # as older versions saved it, perhaps by another source's ids
@@ -167,7 +158,7 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
         config["added_tokens_decoder"] = {
             str(entry["id"]): {key: entry[key] for key in keys if key in entry} for entry in added
         } or config["added_tokens_decoder"]
-    _write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def _with_union_ids(plan: Plan, chat: Source, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,5 +185,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     return values
 
 
-def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """As all our JSON files are written."""
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

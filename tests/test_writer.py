@@ -539,7 +539,7 @@ def test_a_source_is_never_overwritten(sources, tmp_path):
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_the_size_of_jobs_and_blocks_does_not_matter(sources, uninterrupted, tmp_path, monkeypatch, name):
     expected = uninterrupted(**RECIPES[name])
-    monkeypatch.setattr("btx_merge.plan._JOB_BYTES", 100_000)
-    monkeypatch.setattr("btx_merge.combine._BLOCK_BYTES", 7_000)
+    monkeypatch.setattr("btx_merge.plan.JOB_BYTES", 100_000)
+    monkeypatch.setattr("btx_merge.combine.BLOCK_BYTES", 7_000)
     merge(recipe_of(sources, **RECIPES[name]), tmp_path / "out", workers=3)
     assert files_of(tmp_path / "out") == expected
