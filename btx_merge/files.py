@@ -30,7 +30,7 @@ _AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_btx.BTXForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_btx.BTXForTokenClassification",
 }
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -40,7 +40,7 @@ _TOKENIZER_FILES = (
     "chat_template.json",
 )
 # paths of the machine that saved it, and code
-_PRIVATE_KEYS = ("auto_map", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file")
+PRIVATE_KEYS = ("auto_map", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
 
 
@@ -137,13 +137,13 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
     if origin is None:
         return
     template = chat.tokenizer_folder or origin
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         about_text = name in ("tokenizer.json", "tokenizer.model", "added_tokens.json")
         file = (origin if about_text else template) / name
         if file.exists():
             shutil.copyfile(file, folder / name)
     config = _read_json(folder / "tokenizer_config.json")
-    for key in _PRIVATE_KEYS:
+    for key in PRIVATE_KEYS:
         config.pop(key, None)
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")  # what tokenizer.json says, nothing assumed
     if plan.vocabulary.new_tokens:

@@ -135,12 +135,19 @@ class Source:
     def card_metadata(self) -> dict[str, Any]:
         """The YAML front matter of its README.md; empty where there is none that can be read."""
         try:
-            text = (self.located.folder / "README.md").read_text(encoding="utf-8")
-            match = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-            metadata = yaml.safe_load(match[1]) if match else None
-        except (OSError, ValueError, yaml.YAMLError):  # ValueError: no UTF-8, or a date that does not exist
+            return front_matter((self.located.folder / "README.md").read_text(encoding="utf-8"))[0]
+        except (OSError, ValueError):  # no UTF-8
             return {}
-        return metadata if isinstance(metadata, dict) else {}
+
+
+def front_matter(text: str) -> tuple[dict[str, Any], str]:
+    """A model card's metadata, empty where they cannot be read, and the text behind them."""
+    match = re.match(r"---\r?\n(.*?)\r?\n---\r?\n?", text, re.DOTALL)
+    try:
+        metadata = yaml.safe_load(match[1]) if match else None
+    except (ValueError, yaml.YAMLError):  # ValueError: a date that does not exist
+        metadata = None
+    return (metadata, text[match.end() :]) if match and isinstance(metadata, dict) else ({}, text)
 
 
 def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list[Source], list[Problem]]:
@@ -248,7 +255,7 @@ def _check_fit(
 def _open_checkpoint(name: str, located: Located, weight: float) -> Source:
     raw = read_json(located.folder / "config.json")
     _refuse_other_models(name, raw)
-    _refuse_odd_values(name, raw)
+    refuse_odd_values(name, raw)
     tensors = read_tensors(name, located.folder)
     return Source(name, located, normalise_config(raw), raw, tensors, weight=weight)
 
@@ -270,8 +277,12 @@ def _refuse_other_models(name: str, raw: Mapping[str, Any]) -> None:
         raise InputError(problems)
 
 
-def _refuse_odd_values(name: str, raw: Mapping[str, Any]) -> None:
-    """Values that no Llama can have; what the config leaves out has a default."""
+def refuse_odd_values(name: str, raw: Mapping[str, Any]) -> None:
+    """Values that no Llama can have; what the config leaves out has a default.
+
+    Raises:
+        InputError: all of them.
+    """
     problems = []
     for key, value in raw.items():
         if key in _SIZES:
