@@ -5,6 +5,7 @@ Importing this package makes transformers' Auto classes load merged models witho
 
 from btx_merge._auto_classes import register_with_transformers
 from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
+from btx_merge.export import ExportReport, export, extract
 from btx_merge.finetuning import TrainRecipe, TrainReport, train
 from btx_merge.fitting import FitRecipe, FitReport, fit
 from btx_merge.merging import Check, Report, check, merge
@@ -17,6 +18,7 @@ __all__ = [
     "Check",
     "DomainText",
     "ExpertSpec",
+    "ExportReport",
     "FitRecipe",
     "FitReport",
     "InputError",
@@ -29,6 +31,8 @@ __all__ = [
     "TrainRecipe",
     "TrainReport",
     "check",
+    "export",
+    "extract",
     "fit",
     "merge",
     "train",

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from btx_merge.cli_export import export_command, extract_command
 from btx_merge.cli_fit import fit_command
 from btx_merge.cli_options import lists, option, pairs
 from btx_merge.cli_train import train_command
@@ -276,6 +277,8 @@ def merge_command(
 
 
 app.command("fit")(_ends_in_one_line(fit_command))
+app.command("export")(_ends_in_one_line(export_command))
+app.command("extract")(_ends_in_one_line(extract_command))
 app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     _ends_in_one_line(train_command)
 )

@@ -97,8 +97,11 @@ def export(
         warnings = tuple(mixtral_warnings(merged))
         return _Derived(mixtral_tensors(merged), mixtral_config(merged), tags, mixtral_card(merged), warnings)
 
-    given = [Problem("command", "--format", repr(format), " or ".join(FORMATS))] if format not in FORMATS else []
-    return _write(model, output, derive, given, max_shard_size, overwrite, workers, progress, on_start)
+    problems = []
+    if format not in FORMATS:
+        remedy = "For GGUF, give this format's folder to llama.cpp's converter."
+        problems.append(Problem("command", "--format", repr(format), " or ".join(FORMATS), remedy))
+    return _write(model, output, derive, problems, max_shard_size, overwrite, workers, progress, on_start)
 
 
 def extract(

@@ -23,6 +23,7 @@ MIXTRAL_DOWN = _BLOCK + "experts.{expert}.w2.weight"  # mlp.experts.down_proj[ex
 # All other tensors have one name in both.
 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+_YARN = {"truncate": True}
 _SERVE_IT = "transformers serves the BTX model itself."
 
 
@@ -89,13 +90,16 @@ def mixtral_refusals(model: MergedModel) -> Iterator[Problem]:
 
 def mixtral_warnings(model: MergedModel) -> Iterator[Problem]:
     """Programs that read the result and compute something else than the model does."""
-    rope = model.dense_config["rope_parameters"]["rope_type"]
+    rope = model.dense_config["rope_parameters"]
     told = {
         "dynamic": "vLLM scales at every length, llama.cpp at none; transformers beyond max_position_embeddings only",
         "longrope": "llama.cpp's converter drops its factors, vLLM its attention_factor; transformers reads both",
-    }
-    if rope in told:
-        yield Problem("model", "config.json: rope_parameters.rope_type", f"{rope!r}: {told[rope]}")
+    }.get(rope["rope_type"])
+    odd = [key for key in ("attention_factor", "mscale", "truncate") if rope.get(key) not in (None, _YARN.get(key))]
+    if rope["rope_type"] == "yarn" and odd:
+        told = f"with {' and '.join(odd)}, which llama.cpp reads otherwise or not at all"
+    if told:
+        yield Problem("model", "config.json: rope_parameters", f"{rope['rope_type']}: {told}")
 
 
 def mixtral_card(model: MergedModel) -> str:
