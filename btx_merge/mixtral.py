@@ -85,7 +85,8 @@ def mixtral_refusals(model: MergedModel) -> Iterator[Problem]:
         expected = "'silu': vLLM and llama.cpp take that for any Mixtral, whatever its config says"
         yield _refused("hidden_act", act, expected, _SERVE_IT)
     if (rope := model.dense_config["rope_parameters"]["rope_type"]) not in _ROPE_TYPES:
-        yield _refused("rope_parameters.rope_type", rope, f"one of {', '.join(_ROPE_TYPES)}", _SERVE_IT)
+        expected = f"one of {', '.join(_ROPE_TYPES)}"
+        yield Problem("model", "config.json: rope_parameters", f"rope_type {rope!r}", expected, _SERVE_IT)
 
 
 def mixtral_warnings(model: MergedModel) -> Iterator[Problem]:
