@@ -1,6 +1,7 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both build .venv first, once.
 PYTHON ?= python3
 BIN := .venv/bin
+ENGINES := $(patsubst tests/engines/%.txt,.engines/%/installed,$(wildcard tests/engines/*.txt))
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test slow demo-smollm2 benchmark benchmark-model benchmark-train format clean
@@ -14,7 +15,7 @@ test: .venv/installed  ## lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
-slow: .venv/torchao  ## the tests that take minutes, and those with torchao
+slow: .venv/torchao $(ENGINES)  ## the tests that take minutes, those with torchao, and those with other programs
 	$(BIN)/python -m pytest -m slow
 
 demo-smollm2: .venv/smollm2  ## the same on real weights: SmolLM2-135M and LoRA finetunes of it
@@ -34,7 +35,7 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .engines demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 .venv/installed: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -43,6 +44,11 @@ clean:
 
 .venv/torchao: .venv/installed  # apart from the rest: it speaks at every import
 	$(BIN)/pip install --quiet --constraint constraints.txt torchao
+	@touch $@
+
+.engines/%/installed: tests/engines/%.txt  # each in an environment of its own
+	$(PYTHON) -m venv .engines/$*
+	.engines/$*/bin/pip install --quiet --requirement $<
 	@touch $@
 
 .venv/smollm2: .venv/installed

@@ -24,7 +24,7 @@ MIXTRAL_DOWN = _BLOCK + "experts.{expert}.w2.weight"  # mlp.experts.down_proj[ex
 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 _YARN = {"truncate": True}
-_SERVE_IT = "transformers serves the BTX model itself."
+_USE_IT = "Only the BTX model itself, in transformers, computes that."
 
 
 def mixtral_tensors(model: MergedModel) -> dict[str, StoredTensor]:
@@ -67,34 +67,35 @@ def mixtral_refusals(model: MergedModel) -> Iterator[Problem]:
     config = model.config
     router = config.get("router_type", "top_k")
     if router != "top_k":
-        remedy = _SERVE_IT
+        remedy = _USE_IT
         if router == "soft":
             remedy += f" With top_k and num_experts_per_tok {model.num_experts} in its place it computes the same."
         yield _refused("router_type", router, "'top_k', the only routing of a Mixtral", remedy)
     if router == "top_k" and config.get("router_pre_softmax"):
         expected = "false: a Mixtral's weights add up to 1"
-        yield _refused("router_pre_softmax", True, expected, _SERVE_IT)
+        yield _refused("router_pre_softmax", True, expected, _USE_IT)
     if config.get("router_selection_bias"):
-        yield _refused("router_selection_bias", True, "false: a Mixtral chooses by the router alone", _SERVE_IT)
+        yield _refused("router_selection_bias", True, "false: a Mixtral chooses by the router alone", _USE_IT)
     if (active := config.get("active_experts")) is not None:
         remedy = "Take the key out, or drop the others for good with btx edit --drop."
         yield _refused("active_experts", active, "all experts: a Mixtral cannot switch any off", remedy)
     if model.dense_config["attention_bias"]:
-        yield _refused("attention_bias", True, "false: a Mixtral has no biases", _SERVE_IT)
+        yield _refused("attention_bias", True, "false: a Mixtral has no biases", _USE_IT)
     if (act := model.dense_config["hidden_act"]) not in ("silu", "swish"):
         expected = "'silu': vLLM and llama.cpp take that for any Mixtral, whatever its config says"
-        yield _refused("hidden_act", act, expected, _SERVE_IT)
+        yield _refused("hidden_act", act, expected, _USE_IT)
     if (rope := model.dense_config["rope_parameters"]["rope_type"]) not in _ROPE_TYPES:
         expected = f"one of {', '.join(_ROPE_TYPES)}"
-        yield Problem("model", "config.json: rope_parameters", f"rope_type {rope!r}", expected, _SERVE_IT)
+        yield Problem("model", "config.json: rope_parameters", f"rope_type {rope!r}", expected, _USE_IT)
 
 
 def mixtral_warnings(model: MergedModel) -> Iterator[Problem]:
     """Programs that read the result and compute something else than the model does."""
     rope = model.dense_config["rope_parameters"]
     told = {
-        "dynamic": "vLLM scales at every length, llama.cpp at none; transformers beyond max_position_embeddings only",
-        "longrope": "llama.cpp's converter drops its factors, vLLM its attention_factor; transformers reads both",
+        "dynamic": "beyond max_position_embeddings vLLM and llama.cpp do not scale, as transformers does",
+        "longrope": "llama.cpp's converter drops its factors; vLLM takes the long ones for short texts too where its "
+        "server allows long ones, and no attention_factor",
     }.get(rope["rope_type"])
     odd = [key for key in ("attention_factor", "mscale", "truncate") if rope.get(key) not in (None, _YARN.get(key))]
     if rope["rope_type"] == "yarn" and odd:

@@ -53,10 +53,10 @@ ROPES = {  # of everything that a Llama can have, the spellings that are read in
     },
 }
 WARNED = {
-    "dynamic": "vLLM scales at every length, llama.cpp at none",
+    "dynamic": "beyond max_position_embeddings vLLM and llama.cpp do not scale",
     "yarn in full": "with mscale and truncate, which llama.cpp reads otherwise or not at all",
-    "longrope": "llama.cpp's converter drops its factors, vLLM its attention_factor",
-    "longrope of another factor": "llama.cpp's converter drops its factors, vLLM its attention_factor",
+    "longrope": "llama.cpp's converter drops its factors; vLLM takes the long ones",
+    "longrope of another factor": "llama.cpp's converter drops its factors; vLLM takes the long ones",
 }
 
 
@@ -296,14 +296,14 @@ def test_what_a_mixtral_does_not_compute_is_refused_all_at_once(merged, tmp_path
     assert refused(tmp_path / "merged", tmp_path / "out", format="gguf", max_shard_size="much") == [
         "command: --format: 'gguf'; expected mixtral. For GGUF, give this format's folder to llama.cpp's converter.",
         "command: --max-shard-size: 'much'; expected a size such as 5GB, 500MB or 5GiB",
-        "model: config.json: router_type: 'soft'; expected 'top_k', the only routing of a Mixtral. transformers "
-        "serves the BTX model itself. With top_k and num_experts_per_tok 3 in its place it computes the same.",
+        "model: config.json: router_type: 'soft'; expected 'top_k', the only routing of a Mixtral. Only the "
+        "BTX model itself, in transformers, computes that. With top_k and num_experts_per_tok 3 in its place it computes the same.",
         "model: config.json: active_experts: ['code']; expected all experts: a Mixtral cannot switch any off. "
         "Take the key out, or drop the others for good with btx edit --drop.",
         "model: config.json: hidden_act: 'gelu'; expected 'silu': vLLM and llama.cpp take that for any Mixtral, "
-        "whatever its config says. transformers serves the BTX model itself.",
+        "whatever its config says. Only the BTX model itself, in transformers, computes that.",
         "model: config.json: rope_parameters: rope_type 'new'; expected one of default, linear, dynamic, yarn, "
-        "llama3, longrope. transformers serves the BTX model itself.",
+        "llama3, longrope. Only the BTX model itself, in transformers, computes that.",
     ]
 
 
@@ -313,7 +313,7 @@ def test_other_routings(merged, tmp_path, router):
     edit_json(tmp_path / "merged/config.json", router_type=router)
     (line,) = refused(tmp_path / "merged", tmp_path / "out")
     assert line.startswith(f"model: config.json: router_type: '{router}'; expected 'top_k'")
-    assert line.endswith(" transformers serves the BTX model itself.")
+    assert line.endswith(" Only the BTX model itself, in transformers, computes that.")
 
 
 def test_a_softmax_before_the_selection(family, tmp_path):
