@@ -151,7 +151,7 @@ def test_vllm(tmp_path, tokenizer, ids):
 @pytest.mark.parametrize("engine", ["transformers-4", "transformers-5.0"])
 @torch.no_grad()
 def test_other_versions_of_transformers(tmp_path, tokenizer, ids, engine):
-    """In float32 the logits are the same bits. In bfloat16 version 4 rounds the routers' weights: 0.03 of deviations."""
+    """The logits are the same bits; but version 4 rounds the routers' weights to bfloat16, where that is the dtype."""
     expected = {}
     for name, rope in ROPES.items():
         for dtype in (torch.float32, torch.bfloat16):
@@ -167,8 +167,7 @@ def test_other_versions_of_transformers(tmp_path, tokenizer, ids, engine):
         theirs = torch.load(folder / "out.pt")
         assert theirs["class"] == "MixtralForCausalLM"
         assert theirs["ids"] == AutoTokenizer.from_pretrained(folder / "merged")(TEXT[:500])["input_ids"]
-        if ours.logits.dtype == torch.float32:
+        if engine != "transformers-4" or ours.logits.dtype == torch.float32:
             assert torch.equal(theirs["logits"], ours.logits), folder.name
         difference = (theirs["logits"].float() - ours.logits.float()).std() / ours.logits.float().std()
-        print(engine, folder.name, torch.equal(theirs["logits"], ours.logits), difference)
-        assert difference < 0.03, folder.name
+        assert difference < 0.03, folder.name  # 0.017 was seen
