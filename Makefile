@@ -4,7 +4,7 @@ BIN := .venv/bin
 ENGINES := $(patsubst tests/engines/%.txt,.engines/%/installed,$(wildcard tests/engines/*.txt))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow demo-smollm2 benchmark benchmark-model benchmark-train format clean
+.PHONY: demo test slow demo-smollm2 benchmark benchmark-export benchmark-model benchmark-train format clean
 
 demo: .venv/installed  ## train a small seed and three experts, merge, fit, finetune, compare and generate
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,9 @@ demo-smollm2: .venv/smollm2  ## the same on real weights: SmolLM2-135M and LoRA 
 
 benchmark: .venv/installed  ## btx merge against cp, and what else ARGS names
 	$(BIN)/python benchmarks/merge.py $(ARGS)
+
+benchmark-export: .venv/installed  ## btx export and btx extract against cp
+	$(BIN)/python benchmarks/export.py $(ARGS)
 
 benchmark-model: .venv/installed  ## the model against Mixtral and a dense Llama
 	$(BIN)/python benchmarks/model.py $(ARGS)

@@ -39,15 +39,16 @@ def test_the_commands_and_the_recipe(folder):
     write_texts(folder)
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("btx ")]
     verbs = [command.split()[1] for command in commands]
-    assert verbs == ["merge", "merge", "fit", "check", "merge", "train"]
+    assert verbs == ["merge", "merge", "fit", "check", "merge", "train", "export", "extract"]
     for verb, command in zip(verbs, commands, strict=True):
-        if verb in ("fit", "train"):
+        if verb in ("fit", "train", "export", "extract"):
             shutil.copytree(folder / "done-0", folder / "llama-btx", dirs_exist_ok=True)
         command = command.replace("1000", "2 --use-cpu --max-length 32")
         done = subprocess.run([BTX, *shlex.split(command)[1:]], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         if verb != "check":
-            output = folder / command.rpartition(" -o ")[2]
+            words = command.split()
+            output = folder / (words[words.index("-o") + 1] if "-o" in words else words[3])
             assert_complete(output)
             shutil.move(output, folder / f"done-{len(list(folder.glob('done-*')))}")
         shutil.rmtree(folder / "llama-btx", ignore_errors=True)
