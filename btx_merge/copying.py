@@ -99,6 +99,6 @@ def _fingerprint(layout: CopyLayout) -> str:
     """Says whether an unfinished copy is of these tensors of these files."""
     stats = {str(tensor.file): tensor.file.stat() for tensor in layout.sources.values()}
     files = [[file, stat.st_size, stat.st_mtime_ns] for file, stat in sorted(stats.items())]
-    tensors = [[name, tensor.name, tensor.start, tensor.nbytes] for name, tensor in layout.sources.items()]
+    tensors = [[name, tensor.file.name, tensor.places] for name, tensor in layout.sources.items()]
     text = json.dumps([version("btx-merge"), files, tensors, [shard.nbytes for shard in layout.shards]])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -34,6 +34,10 @@ class JoinedTensor(StoredTensor):
     parts: tuple[StoredTensor, ...] = ()
     by_columns: bool = False
 
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        return tuple(place for part in self.parts for place in part.places)
+
     def read_rows(self, start: int, stop: int) -> Raw:
         """Rows [start, stop) as flat bytes."""
         if self.by_columns:

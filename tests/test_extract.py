@@ -12,8 +12,9 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import btx_merge
-from btx_merge import InputError, MergeRecipe, extract, merge
+from btx_merge import InputError, MergeInterrupted, MergeRecipe, extract, merge
 from tests.common import edit_json, files_of, force_expert, grow, logits_of, raw_bytes, save_seed, tensors_of
+from tests.test_writer import ctrl_c_after
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
@@ -87,6 +88,18 @@ def test_a_blended_expert(family, tmp_path):
     whole = load(tmp_path / "merged")
     force_expert(whole, 1)
     assert torch.equal(logits_of(load(tmp_path / "out")), logits_of(whole))
+
+
+def test_what_another_expert_left_unfinished_is_not_kept(family, tmp_path, monkeypatch):
+    """Two experts that were split lie in the same tensors, in other parts of them."""
+    recipe = MergeRecipe(str(family.seed), family.experts, expert_mode="split", num_chunks=3)
+    merge(recipe, tmp_path / "merged")
+    monkeypatch.setattr("btx_merge.copying.JOB_BYTES", 10_000)
+    with pytest.raises(MergeInterrupted):
+        extract(str(tmp_path / "merged"), "code", tmp_path / "out", workers=1, progress=ctrl_c_after(200_000))
+    report = extract(str(tmp_path / "merged"), "math", tmp_path / "out")
+    assert report.kept_bytes == 0
+    assert feed_forward(tmp_path / "out") == feed_forward(family.math)
 
 
 def test_names_with_dots_are_names(family, tmp_path):
