@@ -8,6 +8,7 @@ from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted,
 from btx_merge.finetuning import TrainRecipe, TrainReport, train
 from btx_merge.fitting import FitRecipe, FitReport, fit
 from btx_merge.merging import Check, Report, check, merge
+from btx_merge.publishing import PushReport, push
 from btx_merge.recipe import ExpertSpec, MergeRecipe
 from btx_merge.texts import DomainText
 
@@ -25,12 +26,14 @@ __all__ = [
     "MergeRecipe",
     "NonFiniteError",
     "Problem",
+    "PushReport",
     "Report",
     "TrainRecipe",
     "TrainReport",
     "check",
     "fit",
     "merge",
+    "push",
     "train",
 ]
 

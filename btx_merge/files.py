@@ -22,6 +22,8 @@ from btx_merge.texts import public_reference
 from btx_merge.vocabulary import tokenizer_json
 
 RECIPE_FILE = "btx_recipe.yaml"
+PICTURE = "training.png"
+ROUTING = "routing.jsonl"
 MODEL_CODE = ("configuration_btx.py", "experts_btx.py", "modeling_btx.py", "routing_btx.py")
 _AUTO_MAP = {
     "AutoConfig": "configuration_btx.BTXConfig",
@@ -30,7 +32,7 @@ _AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_btx.BTXForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_btx.BTXForTokenClassification",
 }
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -146,7 +148,7 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
     if origin is None:
         return
     template = chat.tokenizer_folder or origin
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         about_text = name in ("tokenizer.json", "tokenizer.model", "added_tokens.json")
         file = (origin if about_text else template) / name
         if file.exists():

@@ -249,7 +249,7 @@ def _open_checkpoint(name: str, located: Located, weight: float) -> Source:
     raw = read_json(located.folder / "config.json")
     _refuse_other_models(name, raw)
     _refuse_odd_values(name, raw)
-    tensors = _read_tensors(name, located.folder)
+    tensors = read_tensors(name, located.folder)
     return Source(name, located, normalise_config(raw), raw, tensors, weight=weight)
 
 
@@ -290,7 +290,7 @@ def _refuse_odd_values(name: str, raw: Mapping[str, Any]) -> None:
         raise InputError(problems)
 
 
-def _read_tensors(name: str, folder: Path) -> dict[str, StoredTensor]:
+def read_tensors(name: str, folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint, from one file or from the shards that its index names."""
     single = _first_existing(folder, _SINGLE_FILES)
     index = _first_existing(folder, _INDEXES)

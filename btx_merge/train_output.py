@@ -19,11 +19,8 @@ from btx_merge.card import UNTRAINED
 from btx_merge.checkpoint import stored_tensors
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, Problem
-from btx_merge.files import MODEL_CODE, RECIPE_FILE, model_code_folder
+from btx_merge.files import MODEL_CODE, PICTURE, RECIPE_FILE, ROUTING, model_code_folder
 from btx_merge.writer import put_in_place
-
-PICTURE = "training.png"
-ROUTING = "routing.jsonl"
 
 
 def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
