@@ -23,6 +23,7 @@ SMALL_FILES = [
     *("model.safetensors.index.json", "pytorch_model.bin.index.json"),
 ]
 """What a merge reads of a repository beside its weights. No code, nothing in folders."""
+LOG_IN_AGAIN = "Run `hf auth login`, or set HF_TOKEN to one that is valid."
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE_NAME = re.compile(r"[\w.-]+")  # nothing that a pattern would take for more than one file
 
@@ -77,6 +78,8 @@ def _download(source: str, repo_id: str, revision: str | None) -> Located:
         return InputError([Problem(source, where, found, "a repository that can be read", remedy)])
 
     def failed(error: Exception) -> InputError:
+        if isinstance(error, hub.HfHubHTTPError) and error.response.status_code == 401:
+            return refused("the Hub does not know this token", LOG_IN_AGAIN)
         found = f"the download failed ({type(error).__name__}: {_first_line(error)})"
         return refused(found, "Run the same command again: finished files are kept.")
 

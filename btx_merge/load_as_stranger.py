@@ -33,7 +33,7 @@ def load(folder: str) -> dict[str, Any]:
     raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     references = raw.get("auto_map") or {}
     classes = {
-        key: attempt(f"config.json: auto_map: {key}", partial(get_class_from_dynamic_module, reference, folder))
+        key: attempt(f"config.json: auto_map: {key}", partial(_class, reference, folder))
         for key, reference in references.items()
     }
     config = attempt("config.json", lambda: AutoConfig.from_pretrained(folder, trust_remote_code=True))
@@ -54,6 +54,13 @@ def load(folder: str) -> dict[str, Any]:
         if last >= config.vocab_size:
             problems.append(["tokenizer", f"a token has id {last}, but the model has {config.vocab_size} rows"])
     return {"problems": problems, "tensors": tensors}
+
+
+def _class(reference: str, folder: str) -> type:
+    found = get_class_from_dynamic_module(reference, folder)
+    if not isinstance(found, type):
+        raise TypeError(f"{reference} is no class")
+    return found
 
 
 if __name__ == "__main__":

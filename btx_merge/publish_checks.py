@@ -67,20 +67,23 @@ def examine(folder: Path) -> Publishable:
     if not folder.is_dir():
         expected = "a folder that btx merge, fit or train wrote"
         raise InputError([Problem("model", str(folder), "no such folder", expected, "Check the path.")])
-    problems: list[Problem] = []
-    warnings: list[Problem] = []
-    config: Mapping[str, Any] = {}
-    stored: Mapping[str, StoredTensor] | None = None
-    weights: set[str] = set()
     try:
         config = read_json(folder / "config.json")
-        problems += _config_problems(config)
     except InputError as error:
-        problems += [_of_model(problem) for problem in error.problems]
+        raise InputError([_of_model(problem) for problem in error.problems]) from None
+    if config.get("model_type") != "btx":
+        found = repr(config.get("model_type"))
+        raise InputError([Problem("model", "config.json: model_type", found, "'btx'", "Merge first: btx merge.")])
+    problems: list[Problem] = []
+    if config.get("quantization_config") is not None:
+        remedy = "Publish the model as it was; whoever loads it can quantise it."
+        problems.append(Problem("model", "config.json", "a quantised model", "plain weights", remedy))
+    stored: Mapping[str, StoredTensor] | None = None
     try:
-        weights, stored = _weights(folder)
+        stored = _weights(folder)
     except InputError as error:
         problems += [_of_model(problem) for problem in error.problems]
+    weights = _weight_names(folder)
     names, foreign = _files(folder, weights)
     problems += foreign
     problems += [
@@ -90,18 +93,12 @@ def examine(folder: Path) -> Publishable:
     ]
     if not {"tokenizer.json", "tokenizer.model"} & set(names):
         problems.append(Problem("model", "tokenizer.json", "missing", "it or tokenizer.model"))
-    if config.get("model_type") == "btx" and set(MODEL_CODE) <= set(names):
+    if set(MODEL_CODE) <= set(names):
         problems += _loading_problems(folder, stored)
-    problems += private_text(folder, [name for name in names if name not in weights])
-    if "README.md" in names:
-        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
-        architecture = next(iter(config.get("architectures") or []), "")
-        wrong, warnings = card_problems(text, _PIPELINES.get(architecture, "text-generation"))
-        problems += wrong
-    else:
-        problems.append(Problem("model", "README.md", "missing", "a model card", "btx merge writes one."))
-    if problems:
-        raise InputError(problems)
+    problems += private_text(folder, [name for name in names if not name.endswith((".safetensors", ".png"))])
+    wrong, warnings = _card(folder, config)
+    if problems or wrong:
+        raise InputError([*problems, *wrong])
     return Publishable(folder, tuple(sorted(names, key=lambda name: (name not in weights, name))), tuple(warnings))
 
 
@@ -110,14 +107,16 @@ def _of_model(problem: Problem) -> Problem:
     return Problem("model", Path(problem.where).name, problem.found, problem.expected, problem.remedy)
 
 
-def _config_problems(config: Mapping[str, Any]) -> list[Problem]:
-    if config.get("model_type") != "btx":
-        found = repr(config.get("model_type"))
-        return [Problem("model", "config.json: model_type", found, "'btx'", "Merge first: btx merge.")]
-    if config.get("quantization_config") is not None:
-        remedy = "Publish the model as it was; whoever loads it can quantise it."
-        return [Problem("model", "config.json", "a quantised model", "plain weights", remedy)]
-    return []
+def _card(folder: Path, config: Mapping[str, Any]) -> tuple[list[Problem], list[Problem]]:
+    """What is wrong with the model card, and what it lacks."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return [Problem("model", "README.md", "missing", "a model card", "btx merge writes one.")], []
+    except UnicodeDecodeError as error:
+        return [Problem("model", "README.md", f"is no UTF-8 ({error.reason})", "", "Save it as UTF-8.")], []
+    architecture = next(iter(config.get("architectures") or []), "")
+    return card_problems(text, _PIPELINES.get(architecture, "text-generation"))
 
 
 def _files(folder: Path, weights: set[str]) -> tuple[list[str], list[Problem]]:
@@ -127,7 +126,9 @@ def _files(folder: Path, weights: set[str]) -> tuple[list[str], list[Problem]]:
     entries += [*(folder / "additional_chat_templates").glob("*")]
     for entry in sorted(entries):
         name = entry.relative_to(folder).as_posix()
-        if name in _PASSED_OVER or (name == ".cache" and {path.name for path in entry.iterdir()} <= {"huggingface"}):
+        if name in _PASSED_OVER or (
+            name == ".cache" and not {path.name for path in entry.glob("*")} - {"huggingface"}
+        ):
             continue
         if entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve()):
             problems.append(
@@ -149,8 +150,17 @@ def _files(folder: Path, weights: set[str]) -> tuple[list[str], list[Problem]]:
     return names, problems
 
 
-def _weights(folder: Path) -> tuple[set[str], Mapping[str, StoredTensor] | None]:
-    """The files with the weights, and their tensors by name.
+def _weight_names(folder: Path) -> set[str]:
+    """The files that hold the weights, as far as can be known."""
+    try:
+        named = {file for file in read_json(folder / INDEX)["weight_map"].values() if isinstance(file, str)}
+    except (InputError, KeyError, AttributeError):
+        named = set()
+    return named or {"model.safetensors"}
+
+
+def _weights(folder: Path) -> Mapping[str, StoredTensor]:
+    """The stored tensors by name.
 
     Raises:
         InputError: a file is missing or damaged, or the index lies.
@@ -163,13 +173,9 @@ def _weights(folder: Path) -> tuple[set[str], Mapping[str, StoredTensor] | None]
         remedy = "Remove what is left from another save."
         raise InputError([Problem("model", INDEX, "lies beside model.safetensors", "one of the two", remedy)])
     tensors = read_tensors("model", folder)
-    if single.exists():
-        return {single.name}, tensors
-    weight_map: dict[str, str] = read_json(index)["weight_map"]
-    extra = sorted(tensors.keys() - weight_map.keys())
-    if extra:
+    if index.exists() and (extra := sorted(tensors.keys() - read_json(index)["weight_map"].keys())):
         raise InputError([Problem("model", INDEX, f"does not name {_some(extra)}, which the shards hold")])
-    return set(weight_map.values()), tensors
+    return tensors
 
 
 def _loading_problems(folder: Path, stored: Mapping[str, StoredTensor] | None) -> list[Problem]:
@@ -207,12 +213,16 @@ def _tensor_problems(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str,
     if missing := sorted(wanted.keys() - stored.keys()):
         problems.append(Problem("model", "weights", f"lack {_some(missing)}", "every tensor of the config", remedy))
     if extra := sorted(stored.keys() - wanted.keys()):
-        found = f"hold {_some(extra)}, which the model does not have"
+        found = f"hold {_some(extra)}, which a model of this config does not have"
         problems.append(Problem("model", "weights", found, "the tensors of the config", remedy))
-    for name in sorted(wanted.keys() & stored.keys()):
-        if stored[name].shape != wanted[name]:
-            found, expected = f"{name} is {list(stored[name].shape)}", f"{list(wanted[name])} by config.json"
-            problems.append(Problem("model", stored[name].file.name, found, expected, remedy))
+    others = [name for name in sorted(wanted.keys() & stored.keys()) if stored[name].shape != wanted[name]]
+    if others:
+        first = others[0]
+        found = f"{first} is {list(stored[first].shape)}" + (
+            f", and {len(others) - 1} more are wrong" * (len(others) > 1)
+        )
+        expected = f"{list(wanted[first])} by config.json"
+        problems.append(Problem("model", stored[first].file.name, found, expected, remedy))
     return problems
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from btx_merge.errors import BTXError, InputError, MergeError, Problem
+from btx_merge.hub import LOG_IN_AGAIN
 
 _CONTINUE = "What is uploaded is kept: the same command continues."
 
@@ -38,11 +39,8 @@ def explained(error: Exception, endpoint: str, repo_id: str, token: str) -> BTXE
 def _answered(status: int, message: str, endpoint: str, repo_id: str) -> BTXError:
     owner = repo_id.split("/")[0]
     if status == 401:
-        found, remedy = (
-            "the Hub does not know this token",
-            "Run `hf auth login`, or set HF_TOKEN to one that is valid.",
-        )
-        return InputError([Problem("push", "token", found, f"one that may write to {repo_id}", remedy)])
+        found, expected = "the Hub does not know this token", f"one that may write to {repo_id}"
+        return InputError([Problem("push", "token", found, expected, LOG_IN_AGAIN)])
     if status in (403, 404):
         found = f"this token may not write there ({status}: {message})"
         remedy = f"Is {owner} you or an organisation of yours, and does the token have write access?"
