@@ -190,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(403, message=f"You don't have the rights to create a model under the namespace {repo_id}")
         folder = self.root / repo_id
         if folder.exists():
-            raise Refused(409, message="You already created this model repo")
+            raise Refused(409, message="You already created this model repo", body={"url": f"{self._url}/{repo_id}"})
         first = "0" * 40
         (folder / first).mkdir(parents=True)
         (folder / first / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")

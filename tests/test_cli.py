@@ -73,6 +73,9 @@ OPTIONS = {
         *("model", "--output", "-o", "--method", "--domain-text", "--prompt", "--domain-tokens", "--router-ridge"),
         *("--fit-through", *FITTING, "--overwrite", "--quiet", "-q", "--json"),
     },
+    "push": {
+        *("model", "repo_id", "--private", "--revision", "--create-pr", "--commit-message", "--quiet", "-q", "--json"),
+    },
     "train": {
         *("model", "--output", "-o", "--config", "--data", "--train", "--max-length", "--holdout", "--shuffle"),
         *("--router-grad", "--router-aux-loss-coef", "--router-aux-loss-scope"),
@@ -93,7 +96,7 @@ def test_commands_and_options_are_a_contract() -> None:
     } == OPTIONS
 
 
-@pytest.mark.parametrize("command", [[], ["merge"], ["check"], ["train"]])
+@pytest.mark.parametrize("command", [[], ["merge"], ["check"], ["push"], ["train"]])
 def test_help(command: list[str]) -> None:
     done = btx(*command, "--help", COLUMNS="300")
     assert (done.returncode, done.stderr) == (0, "")

@@ -37,12 +37,14 @@ def test_public_names():
         "MergeRecipe",
         "NonFiniteError",
         "Problem",
+        "PushReport",
         "Report",
         "TrainRecipe",
         "TrainReport",
         "check",
         "fit",
         "merge",
+        "push",
         "train",
     ]
     assert all(hasattr(btx_merge, name) for name in btx_merge.__all__)

@@ -164,7 +164,7 @@ def test_tensors_against_the_config(model: Path) -> None:
     edit_json(model / "config.json", intermediate_size=97)
     lines = refused(model)
     assert lines[0].startswith(f"model: weights: lack {norm}; expected every tensor of the config")
-    assert lines[1].startswith("model: weights: hold model.extra.weight, which the model does not have")
+    assert lines[1].startswith("model: weights: hold model.extra.weight, which a model of this config does not have")
     assert "model.layers.0.mlp.experts.down_proj is [3, 64, 96], and 3 more are wrong" in lines[2]
     assert "expected [3, 64, 97] by config.json" in lines[2]
     assert len(lines) == 3
