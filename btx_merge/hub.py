@@ -22,7 +22,7 @@ SMALL_FILES = [
     *("chat_template.jinja", "chat_template.json"),
     *("model.safetensors.index.json", "pytorch_model.bin.index.json"),
 ]
-"""What a merge reads of a repository beside its weights. No code, nothing in folders."""
+"""What is read of a repository, or kept in what is made of it, beside its weights. No code, nothing in folders."""
 LOG_IN_AGAIN = "Run `hf auth login`, or set HF_TOKEN to one that is valid."
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE_NAME = re.compile(r"[\w.-]+")  # nothing that a pattern would take for more than one file

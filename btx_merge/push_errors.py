@@ -31,9 +31,16 @@ def explained(error: Exception, endpoint: str, repo_id: str, token: str) -> BTXE
     if isinstance(error, HTTPError):
         found = f"{repo_id}: the Hub at {endpoint} cannot be reached ({message})"
         return MergeError(f"{found}. Check the network. {_CONTINUE}")
-    if isinstance(error, ValueError):
-        return InputError([Problem("push", repo_id, f"the Hub does not accept the model card ({message})")])
     return MergeError(f"{repo_id}: the push failed ({type(error).__name__}: {message}). {_CONTINUE}")
+
+
+def card_refused(error: ValueError) -> InputError:
+    """What the Hub has against a model card's metadata; `error` holds its JSON."""
+    try:
+        said = [item["message"] for item in json.loads(str(error))["errors"]]
+    except (ValueError, KeyError, TypeError):
+        said = [_first_line(error)]
+    return InputError([Problem("model", "README.md", f"the Hub does not accept it ({item})") for item in said])
 
 
 def _answered(status: int, message: str, endpoint: str, repo_id: str) -> BTXError:
@@ -54,12 +61,5 @@ def _answered(status: int, message: str, endpoint: str, repo_id: str) -> BTXErro
 
 def _first_line(error: Exception) -> str:
     """What the Hub itself said, or else the first line that says something."""
-    said = getattr(error, "server_message", None)
-    if not said:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        said = lines[0] if lines else type(error).__name__
-    try:
-        answer = json.loads(said)  # of validate-yaml
-        return "; ".join(item["message"] for item in answer["errors"])
-    except (ValueError, KeyError, TypeError):
-        return " ".join(said.split()).rstrip(".")
+    said = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
+    return " ".join(said.splitlines()[0].split()).rstrip(".")

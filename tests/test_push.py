@@ -423,7 +423,7 @@ def test_a_card_that_the_hub_does_not_accept(hub: Hub, model: Path, home: Path) 
     shutil.copytree(model, folder)
     (folder / "README.md").write_text((folder / "README.md").read_text().replace("license: mit", "license: mine-1.0"))
     line = error_of(btx(hub, home, "push", folder, "org/m"))
-    assert line.startswith('push: org/m: the Hub does not accept the model card ("license" must be one of')
+    assert line.startswith('model: README.md: the Hub does not accept it ("license" must be one of')
     assert not written(hub)
 
 
