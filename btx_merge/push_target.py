@@ -50,7 +50,7 @@ class Target:
             name: CommitOperationAdd(path_in_repo=name, path_or_fileobj=checked.folder / name)
             for name in checked.files
         }
-        first = changes = changes_of(operations, head)
+        first = changes = _changes_of(operations, head)
         for operation in changes.added:
             if operation.path_in_repo.endswith(".safetensors"):
                 self.api.preupload_lfs_files(
@@ -79,7 +79,7 @@ class Target:
                 found, _ = self._find()
                 assert found is not None
                 head = found
-                changes = changes_of(operations, head)
+                changes = _changes_of(operations, head)
             else:
                 return first, str(done.oid), done.pr_url
         raise AssertionError("the last try returns or raises")
@@ -142,7 +142,8 @@ class Target:
         return InputError([Problem("push", self.repo_id, found, expected, remedy)])
 
 
-def changes_of(operations: Mapping[str, CommitOperationAdd], head: ModelInfo) -> Changes:
+def _changes_of(operations: Mapping[str, CommitOperationAdd], head: ModelInfo) -> Changes:
+    """What the repository as it is lacks, and what it has too much."""
     there = {sibling.rfilename: sibling for sibling in head.siblings or ()}
     added = [operation for name, operation in operations.items() if not _is_same(operation, there.get(name))]
     deleted = [name for name in there if is_model_file(name) and name not in operations]

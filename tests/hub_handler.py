@@ -1,7 +1,7 @@
 """A small Hub, a script: enough of its protocol for downloads and pushes. All that it has is files.
 
 ROOT/users.json                {TOKEN: {"name": ..., "orgs": [...], "write": true}}
-ROOT/org/name/repo.json        {"refs": {"main": COMMIT}, "gated": false, "private": false}
+ROOT/org/name/repo.json        {"refs": {"main": COMMIT}, "gated": false, "private": false, "hidden": false}
 ROOT/org/name/COMMIT/...       the files of a commit
 ROOT/lfs/SHA256                uploaded large files
 ROOT/faults.json               what goes wrong on purpose, see `hub_server.Hub.fail`
@@ -118,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
     def _repository(self, repo_id: str, revision: str, write: bool = False) -> tuple[dict[str, Any], str, Path]:
         folder, user = self.root / repo_id, self._user
         repo = json.loads((folder / "repo.json").read_text()) if (folder / "repo.json").exists() else None
-        if repo is None or (repo.get("private") and not self._is_of(repo_id, user)):
+        if repo is None or repo.get("hidden") or (repo.get("private") and not self._is_of(repo_id, user)):
             raise Refused(404 if user else 401, "RepoNotFound", "Repository not found")
         if write and not (self._is_of(repo_id, user) and user and user["write"]):
             raise Refused(401 if user is None else 403, message="You have no write access to this repository")

@@ -403,6 +403,15 @@ def test_no_right_to_write_to_what_is_there(hub: Hub, model: Path, home: Path, t
     assert not put(hub)
 
 
+def test_a_repository_that_the_token_cannot_see(hub: Hub, model: Path, home: Path) -> None:
+    hub.add("org/m", model, hidden=True)
+    line = error_of(btx(hub, home, "push", model, "org/m"))
+    assert line == (
+        "push: org/m: it exists, but this token cannot see it. Give another name, or a token that may read it."
+    )
+    assert not put(hub)
+
+
 def test_no_network(hub: Hub, model: Path, home: Path) -> None:
     line = error_of(btx(hub, home, "push", model, "org/m", HF_ENDPOINT="http://127.0.0.1:9"), 1)
     assert line.startswith("org/m: the Hub at http://127.0.0.1:9 cannot be reached (")
