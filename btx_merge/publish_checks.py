@@ -180,13 +180,25 @@ def _weights(folder: Path) -> Mapping[str, StoredTensor]:
 
 def _loading_problems(folder: Path, stored: Mapping[str, StoredTensor] | None) -> list[Problem]:
     """What a stranger would meet who loads the folder with `trust_remote_code=True`."""
+    answer = _load(folder.resolve())
+    problems = [
+        Problem("model", where, f"does not load where btx-merge is not installed ({found})")
+        for where, found in answer["problems"]
+    ]
+    if answer["tensors"] is not None and stored is not None:
+        problems += _tensor_problems({name: tuple(shape) for name, shape in answer["tensors"].items()}, stored)
+    return problems
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    """What `load_as_stranger.load` says, in a process that has no token and a cache of its own."""
     script = Path(__file__).with_name("load_as_stranger.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="btx-load-") as scratch:
         kept = {key: value for key, value in os.environ.items() if "TOKEN" not in key}
         own = {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
         result = Path(scratch) / "result.json"
         done = subprocess.run(
-            [sys.executable, "-c", script, str(folder.resolve()), str(result)],
+            [sys.executable, "-c", script, str(folder), str(result)],
             env={**kept, **own},
             cwd=scratch,
             stdin=subprocess.DEVNULL,
@@ -195,15 +207,9 @@ def _loading_problems(folder: Path, stored: Mapping[str, StoredTensor] | None) -
         )
         if not result.exists():
             reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            return [Problem("model", folder.name, f"does not load ({reason})", "a model of transformers")]
-        answer = json.loads(result.read_text(encoding="utf-8"))
-    problems = [
-        Problem("model", where, f"does not load where btx-merge is not installed ({found})")
-        for where, found in answer["problems"]
-    ]
-    if answer["tensors"] is not None and stored is not None:
-        problems += _tensor_problems({name: tuple(shape) for name, shape in answer["tensors"].items()}, stored)
-    return problems
+            return {"problems": [[folder.name, reason]], "tensors": None}
+        answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return answer
 
 
 def _tensor_problems(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]) -> list[Problem]:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from btx_merge import InputError, MergeRecipe, merge, publish_checks
 from btx_merge.card_checks import card_problems
+from btx_merge.load_as_stranger import load
 from btx_merge.private_text import private_text
 from btx_merge.publish_checks import INDEX, Publishable, examine, is_model_file
 from tests.common import edit_json, files_of, grow, save_seed, tiny_tokenizer
@@ -31,10 +33,21 @@ def model(merged: Path, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
+def remote_modules() -> list[str]:
+    return [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]
+
+
 @pytest.fixture
-def not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out the process that loads the model, which takes seconds."""
-    monkeypatch.setattr(publish_checks, "_loading_problems", lambda folder, stored: [])
+def loaded_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Loads the model in this process, for another one takes seconds to import torch. Nothing of it stays."""
+    monkeypatch.setattr(publish_checks, "_load", lambda folder: load(str(folder)))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in remote_modules():
+        monkeypatch.delitem(sys.modules, name)
+    yield
+    for name in remote_modules():
+        del sys.modules[name]
 
 
 def refused(folder: Path) -> list[str]:
@@ -68,6 +81,7 @@ def test_a_merge_as_it_is(model: Path) -> None:
     ]
 
 
+@pytest.mark.usefixtures("loaded_here")
 def test_what_save_pretrained_writes_and_a_card(tmp_path: Path) -> None:
     """In one file, with a head tied to the embedding, whose tensor is not stored."""
     seed = save_seed(tmp_path / "seed", tie_word_embeddings=True)
@@ -83,6 +97,7 @@ def test_what_save_pretrained_writes_and_a_card(tmp_path: Path) -> None:
     assert line.startswith("model: weights: hold lm_head.weight, which a model of this config does not have")
 
 
+@pytest.mark.usefixtures("loaded_here")
 def test_a_head_for_classification(merged: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
@@ -106,7 +121,7 @@ def test_no_folder_and_no_merged_model(tmp_path: Path, family: Any) -> None:
     assert line.startswith("model: config.json: missing")
 
 
-@pytest.mark.usefixtures("not_loaded")
+@pytest.mark.usefixtures("loaded_here")
 def test_what_is_missing(model: Path) -> None:
     (model / "routing_btx.py").unlink()
     (model / "tokenizer.json").unlink()
@@ -120,7 +135,7 @@ def test_what_is_missing(model: Path) -> None:
     ]
 
 
-@pytest.mark.usefixtures("not_loaded")
+@pytest.mark.usefixtures("loaded_here")
 def test_no_weights_and_both_kinds(model: Path) -> None:
     shutil.copy(shards(model)[0], model / "model.safetensors")
     lines = refused(model)
@@ -132,7 +147,7 @@ def test_no_weights_and_both_kinds(model: Path) -> None:
     assert line.startswith("model: model: no weights; expected model.safetensors, or shards with")
 
 
-@pytest.mark.usefixtures("not_loaded")
+@pytest.mark.usefixtures("loaded_here")
 def test_a_truncated_shard(model: Path) -> None:
     content = shards(model)[0].read_bytes()
     shards(model)[0].write_bytes(content[:-10])
@@ -149,6 +164,7 @@ def change_tensors(file: Path, change: Any) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
+@pytest.mark.usefixtures("loaded_here")
 def test_tensors_against_the_config(model: Path) -> None:
     index = json.loads((model / INDEX).read_text())
     norm = "model.layers.0.input_layernorm.weight"
@@ -170,12 +186,13 @@ def test_tensors_against_the_config(model: Path) -> None:
     assert len(lines) == 3
 
 
-@pytest.mark.usefixtures("not_loaded")
+@pytest.mark.usefixtures("loaded_here")
 def test_a_tensor_that_the_index_does_not_name(model: Path) -> None:
     change_tensors(shards(model)[0], lambda tensors: tensors.update(hidden=torch.zeros(1)))
     assert refused(model) == [f"model: {INDEX}: does not name hidden, which the shards hold"]
 
 
+@pytest.mark.usefixtures("loaded_here")
 def test_code_that_does_not_load(model: Path) -> None:
     (model / "experts_btx.py").write_text("raise RuntimeError('not today')\n")
     lines = refused(model)
@@ -183,6 +200,7 @@ def test_code_that_does_not_load(model: Path) -> None:
     assert all(line.startswith("model: config.json: auto_map: Auto") for line in lines)
 
 
+@pytest.mark.usefixtures("loaded_here")
 def test_an_architecture_that_auto_map_does_not_name(model: Path) -> None:
     edit_json(model / "config.json", architectures=["LlamaForCausalLM"])
     (line,) = refused(model)
@@ -203,6 +221,7 @@ def test_the_folders_code_is_what_is_tried_and_gets_no_token(model: Path, monkey
     assert "TypeError: modeling_btx.BTXForCausalLM is no class" in line
 
 
+@pytest.mark.usefixtures("loaded_here")
 def test_a_tokenizer_that_does_not_load_or_does_not_fit(model: Path) -> None:
     tiny_tokenizer(["one more"]).save_pretrained(model)
     (line,) = refused(model)
@@ -212,7 +231,7 @@ def test_a_tokenizer_that_does_not_load_or_does_not_fit(model: Path) -> None:
     assert line.startswith("model: tokenizer: does not load where btx-merge is not installed (")
 
 
-@pytest.mark.usefixtures("not_loaded")
+@pytest.mark.usefixtures("loaded_here")
 def test_a_quantised_model(model: Path) -> None:
     edit_json(model / "config.json", quantization_config={"quant_method": "torchao"})
     assert refused(model)[0].startswith("model: config.json: a quantised model; expected plain weights")
@@ -221,7 +240,7 @@ def test_a_quantised_model(model: Path) -> None:
 # Nothing else
 
 
-@pytest.mark.usefixtures("not_loaded")
+@pytest.mark.usefixtures("loaded_here")
 def test_foreign_files_one_by_one(model: Path, tmp_path: Path) -> None:
     for name in ("optimizer.pt", "training_args.bin", "pytorch_model.bin", ".env", "btx_journal.jsonl", "x.py"):
         (model / name).write_text("x")
@@ -248,7 +267,7 @@ def test_foreign_files_one_by_one(model: Path, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.usefixtures("not_loaded")
+@pytest.mark.usefixtures("loaded_here")
 def test_what_is_sent_beside_the_model_and_what_is_passed_over(model: Path) -> None:
     before = set(files_of(model))
     sent = ["LICENSE.txt", "NOTICE", "USE_POLICY.md", "training.png", "routing.jsonl", "chat_template.jinja"]
@@ -331,7 +350,7 @@ def test_a_tokenizer_may_know_paths_but_no_secret(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.usefixtures("not_loaded")
+@pytest.mark.usefixtures("loaded_here")
 def test_private_text_in_a_model(model: Path) -> None:
     edit_json(model / "generation_config.json", _from=str(model))
     with (model / "README.md").open("a") as card:
@@ -419,7 +438,7 @@ def test_no_card_at_all(text: str, said: str) -> None:
     assert problem.found.startswith(said)
 
 
-@pytest.mark.usefixtures("not_loaded")
+@pytest.mark.usefixtures("loaded_here")
 def test_a_card_that_is_no_text(model: Path) -> None:
     (model / "README.md").write_bytes("# Größe".encode("latin-1"))
     (line,) = refused(model)

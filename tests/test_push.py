@@ -249,9 +249,9 @@ def test_a_private_repository(hub: Hub, model: Path, home: Path, tmp_path: Path)
     assert hub.repo("org/m")["private"] is True
     assert pushed(hub, home, model, "org/m")["files"] == []  # stays private
     assert loaded_elsewhere(hub, "org/m", tmp_path, token=READER).equal(logits_of(load_float32(model)))
-    shutil.rmtree(tmp_path / "elsewhere")
-    with pytest.raises(AssertionError, match="is not a valid model identifier"):
-        loaded_elsewhere(hub, "org/m", tmp_path)
+    for token in ("", STRANGER):
+        lines = btx(hub, home, "fit", "org/m", "-o", tmp_path / "out", "--method", "prompts", token=token).stderr
+        assert lines.startswith("error: model: org/m: no such folder here and no such repository on the Hub; expected")
 
 
 def test_what_is_public_does_not_become_private(hub: Hub, model: Path, home: Path) -> None:
