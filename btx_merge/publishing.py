@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
 from btx_merge.hub import bars_on_terminals_only
 from btx_merge.publish_checks import Publishable, examine
-from btx_merge.push_errors import card_refused, explained
+from btx_merge.push_errors import explained
 from btx_merge.push_target import Target, patiently
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def push(
     api = HfApi(token=token)
     target = Target(api, repo_id, revision, create_pr, private)
     with bars_on_terminals_only(), _told(api, repo_id, token):
-        patiently(lambda: _validate_card(checked.folder))
+        patiently(lambda: _validate_card(api, checked.folder))
         changes, commit, pull_request = target.send(checked, commit_message)
     url = f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
     return PushReport(
@@ -132,18 +132,18 @@ def _check(folder: Path, repo_id: str, revision: str | None, token: str | None) 
     return checked, token
 
 
-def _validate_card(folder: Path) -> None:
-    """Asks the Hub, whose rules are more than ours."""
-    from huggingface_hub import ModelCard
-    from huggingface_hub.errors import HTTPError
+def _validate_card(api: HfApi, folder: Path) -> None:
+    """Asks the Hub, whose rules are more than ours, before an upload of hours ends with its no."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import hf_raise_for_status
 
-    card = ModelCard((folder / "README.md").read_text(encoding="utf-8"), ignore_metadata_errors=True)
-    try:
-        card.validate()
-    except HTTPError:
-        raise
-    except ValueError as error:
-        raise card_refused(error) from error
+    asked = {"repoType": "model", "content": (folder / "README.md").read_text(encoding="utf-8")}
+    response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)
+    if response.status_code == 400:
+        said = [str(error.get("message")) for error in response.json().get("errors", [])]
+        if said:
+            raise InputError([Problem("model", "README.md", f"the Hub does not accept it ({line})") for line in said])
+    hf_raise_for_status(response)
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from btx_merge.errors import BTXError, InputError, MergeError, Problem
 from btx_merge.hub import LOG_IN_AGAIN
 
@@ -32,15 +30,6 @@ def explained(error: Exception, endpoint: str, repo_id: str, token: str) -> BTXE
         found = f"{repo_id}: the Hub at {endpoint} cannot be reached ({message})"
         return MergeError(f"{found}. Check the network. {_CONTINUE}")
     return MergeError(f"{repo_id}: the push failed ({type(error).__name__}: {message}). {_CONTINUE}")
-
-
-def card_refused(error: ValueError) -> InputError:
-    """What the Hub has against a model card's metadata; `error` holds its JSON."""
-    try:
-        said = [item["message"] for item in json.loads(str(error))["errors"]]
-    except (ValueError, KeyError, TypeError):
-        said = [_first_line(error)]
-    return InputError([Problem("model", "README.md", f"the Hub does not accept it ({item})") for item in said])
 
 
 def _answered(status: int, message: str, endpoint: str, repo_id: str) -> BTXError:
