@@ -4,6 +4,8 @@ Importing this package makes transformers' Auto classes load merged models witho
 """
 
 from btx_merge._auto_classes import register_with_transformers
+from btx_merge.edit_recipe import EditRecipe
+from btx_merge.editing import EditReport, edit
 from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
 from btx_merge.finetuning import TrainRecipe, TrainReport, train
 from btx_merge.fitting import FitRecipe, FitReport, fit
@@ -16,6 +18,8 @@ __all__ = [
     "BTXError",
     "Check",
     "DomainText",
+    "EditRecipe",
+    "EditReport",
     "ExpertSpec",
     "FitRecipe",
     "FitReport",
@@ -29,6 +33,7 @@ __all__ = [
     "TrainRecipe",
     "TrainReport",
     "check",
+    "edit",
     "fit",
     "merge",
     "train",

@@ -11,7 +11,9 @@ from btx_merge.hub import Located, locate
 from btx_merge.writer import check_target
 
 
-def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located | None, list[Problem]]:
+def find_model(
+    reference: str, target: Path, overwrite: bool, *, needs_tokenizer: bool = True
+) -> tuple[Located | None, list[Problem]]:
     """The model's folder, if it was found; and all that speaks against writing a changed copy of it to `target`."""
     problems: list[Problem] = []
     located = None
@@ -21,7 +23,7 @@ def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located |
         problems += error.problems
     try:
         located = locate("model", reference)
-        problems += _problems_of(located, target)
+        problems += _problems_of(located, target, needs_tokenizer)
         if target in (located.folder.resolve(), *located.folder.resolve().parents):
             problems.append(Problem("output", str(target), "is where the model lies", "", "Give another --output."))
     except InputError as error:
@@ -29,7 +31,7 @@ def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located |
     return located, problems
 
 
-def _problems_of(located: Located, target: Path) -> list[Problem]:
+def _problems_of(located: Located, target: Path, needs_tokenizer: bool) -> list[Problem]:
     try:
         config = json.loads((located.folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -40,7 +42,8 @@ def _problems_of(located: Located, target: Path) -> list[Problem]:
         remedy = "Merge first: btx merge."
         return [Problem("model", "config.json: model_type", f"{kind!r}", "'btx'", remedy)]
     problems = []
-    if not (located.folder / "tokenizer.json").exists() and not (located.folder / "tokenizer.model").exists():
+    has_tokenizer = any((located.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    if needs_tokenizer and not has_tokenizer:
         problems.append(Problem("model", str(located.folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
     weights = sum(file.stat().st_size for file in located.folder.glob("*.safetensors"))
     if not weights:

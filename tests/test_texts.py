@@ -69,7 +69,7 @@ def test_all_problems_of_a_flag_come_together():
 def test_domains_of_a_file(tmp_path):
     (tmp_path / "code.jsonl").write_text("{}")
     values = {"code": "code.jsonl", "math": ["org/name", "./m.csv"], "wiki": {"text": "org/wiki", "weight": 3}}
-    assert domain_texts_of("train.yaml", values, tmp_path) == (
+    assert domain_texts_of("train.yaml", values, [tmp_path]) == (
         DomainText("code", (f"{tmp_path}/code.jsonl",)),
         DomainText("math", ("org/name", f"{tmp_path}/m.csv")),
         DomainText("wiki", ("org/wiki",), 3.0),
