@@ -185,9 +185,8 @@ def _name_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]:
         for name in names:
             if name not in model.domains:
                 yield Problem("model", flag, f"no expert {name}", known)
-    for flag, names in (("--replace", recipe.replace), ("--rename", recipe.rename)):
-        if SEED in names:
-            yield Problem("model", flag, "the seed", "an expert that is not the seed", "Merge anew for another seed.")
+    if SEED in recipe.rename:
+        yield Problem("model", "--rename", "the seed", "another expert; the seed is known by its name")
     taken = [*(recipe.rename.get(name, name) for name in model.domains if name not in recipe.drop), *recipe.add]
     for name in sorted({name for name in taken if taken.count(name) > 1}):
         remedy = "Choose another name; --replace puts another model in an expert's place."
