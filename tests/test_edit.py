@@ -133,9 +133,9 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_dropping_what_was_added_gives_back_the_same_bytes(root, tmp_path, name):
     model = merged(root, f"two {name}", "code", "math", **RECIPES[name])
-    added = edited(
-        model, tmp_path / "added", add={"bio": ExpertSpec(str(root / "bio"), 2.0 if name == "weighted" else 1.0)}
-    )
+    bio = ExpertSpec(str(root / "bio"), 2.0 if name == "weighted" else 1.0)
+    experts = {**experts_of(root, "code", "math"), "bio": bio}
+    added = edited(model, tmp_path / "added", add={"bio": experts["bio"]})
     assert added.shared == "updated"
     merge(
         MergeRecipe(str(root / "seed"), {**experts_of(root, "code", "math"), "bio": bio}, **RECIPES[name]),
