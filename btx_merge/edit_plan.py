@@ -152,14 +152,11 @@ def plan_edit(recipe: EditRecipe, model: MergedModel, scratch: Callable[[], Path
         InputError: every reason to refuse this edit.
     """
     values = recipe_values(model)
-    problems = [*_name_problems(recipe, model), *_kind_problems(model, values)]
-    if problems:
-        raise InputError(problems)
+    opened, problems = _open_new(recipe, model, values, scratch)
+    if named := [*_name_problems(recipe, model), *_kind_problems(model, values)]:
+        raise InputError([*named, *problems])
     origins = _origins(recipe, model)
-    problems = list(_text_problems(recipe, model, origins))
-    specs = {**recipe.replace, **recipe.add}
-    opened, unopened = _open_new(recipe, model, values, specs, scratch)
-    problems += unopened
+    problems += _text_problems(recipe, model, origins)
     sources = _sources(model, values, origins, opened)
     merge_recipe = _merge_recipe(recipe, model, values, origins, problems)
     if merge_recipe is None:
@@ -229,11 +226,10 @@ def _open_new(
     recipe: EditRecipe,
     model: MergedModel,
     values: Mapping[str, Any],
-    specs: Mapping[str, ExpertSpec],
     scratch: Callable[[], Path],
 ) -> tuple[dict[str, Source], list[Problem]]:
     """What is new, opened; and why some could not be. An adapter may be one on the seed, which is looked for."""
-    seed = None
+    seed, specs = None, {**recipe.replace, **recipe.add}
     folder = model.located.folder.resolve()
     reference = recipe.sources.get(SEED) or anchor_sources(values, [folder, folder.parent]).get("seed")
     if specs and isinstance(reference, str):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def shared_update(edit: EditPlan, scratch: Callable[[], Path]) -> tuple[SharedUp
             after = _merge_of(edit.new_values(public=False), edit.model, moved, scratch)
             problems += [*_changed_problems(edit, before), *_drop_problems(edit, before, after)]
     except InputError as error:
-        problems = list(error.problems)
+        problems = [replace(problem, remedy=_KEEP) for problem in error.problems]
     if problems and recipe.shared == "update":
         raise InputError(problems)
     if problems:

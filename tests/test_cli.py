@@ -73,6 +73,12 @@ OPTIONS = {
         *("model", "--output", "-o", "--method", "--domain-text", "--prompt", "--domain-tokens", "--router-ridge"),
         *("--fit-through", *FITTING, "--overwrite", "--quiet", "-q", "--json"),
     },
+    "edit": {
+        *("model", "--output", "-o", "--add", "--drop", "--replace", "--rename", "--shared", "--source", "--weight"),
+        *("--base", "--router-init", "--router-std", "--random-seed", "--domain-text", "--domain-tokens"),
+        *("--router-ridge", "--num-experts-per-tok", "--allow-nonfinite", "--allow-unrelated", "--device"),
+        *("--workers", "--overwrite", "--quiet", "-q", "--json"),
+    },
     "train": {
         *("model", "--output", "-o", "--config", "--data", "--train", "--max-length", "--holdout", "--shuffle"),
         *("--router-grad", "--router-aux-loss-coef", "--router-aux-loss-scope"),
@@ -93,7 +99,7 @@ def test_commands_and_options_are_a_contract() -> None:
     } == OPTIONS
 
 
-@pytest.mark.parametrize("command", [[], ["merge"], ["check"], ["train"]])
+@pytest.mark.parametrize("command", [[], ["merge"], ["check"], ["train"], ["edit"]])
 def test_help(command: list[str]) -> None:
     done = btx(*command, "--help", COLUMNS="300")
     assert (done.returncode, done.stderr) == (0, "")

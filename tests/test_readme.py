@@ -28,6 +28,7 @@ def blocks(language: str) -> list[str]:
 def folder(family, tmp_path) -> Path:
     """A folder in which the README's names are tiny checkpoints; ids of the Hub are folders of that name here."""
     places = {"meta-llama/Llama-3.2-1B": family.seed, "org/llama-code": family.code, "llama-math": family.math}
+    places |= {"org/llama-bio": family.math, "org/llama-math-2": family.code}
     for name, source in places.items():
         shutil.copytree(source, tmp_path / name)
     return tmp_path
@@ -39,9 +40,9 @@ def test_the_commands_and_the_recipe(folder):
     write_texts(folder)
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("btx ")]
     verbs = [command.split()[1] for command in commands]
-    assert verbs == ["merge", "merge", "fit", "check", "merge", "train"]
+    assert verbs == ["merge", "merge", "fit", "check", "merge", "train", "edit", "edit", "edit"]
     for verb, command in zip(verbs, commands, strict=True):
-        if verb in ("fit", "train"):
+        if verb not in ("merge", "check"):
             shutil.copytree(folder / "done-0", folder / "llama-btx", dirs_exist_ok=True)
         command = command.replace("1000", "2 --use-cpu --max-length 32")
         done = subprocess.run([BTX, *shlex.split(command)[1:]], cwd=folder, capture_output=True, text=True)
@@ -58,7 +59,8 @@ def test_the_commands_and_the_recipe(folder):
 def write_texts(folder: Path) -> None:
     """The README's texts, of the tiny tokenizer's words."""
     rows = [{"text": " ".join(f"w{(7 * row + word) % 120}" for word in range(50))} for row in range(20)]
-    (folder / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("code", "bio"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "math").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "math/part.parquet")
 
