@@ -118,7 +118,7 @@ class EditPlan:
         for name, origin in self.origins.items():
             if origin is None:
                 spec = {**self.recipe.replace, **self.recipe.add}[name]
-                changed[name] = _public_spec(spec, by_name[name]) if public else asdict(spec)
+                changed[name] = _public_spec(spec, by_name[name]) if public else _given_spec(spec)
             elif origin in experts:
                 changed[name] = experts[origin]
         values = {key: value for key, value in self.values.items() if key not in ("resolved", "shared_over")}
@@ -143,6 +143,16 @@ class EditPlan:
 def _public_spec(spec: ExpertSpec, source: Source) -> dict[str, Any]:
     base = source.base.public_name if spec.base is not None and source.base else None
     return {"model": public_source(source), "weight": spec.weight, "base": base}
+
+
+def _given_spec(spec: ExpertSpec) -> dict[str, Any]:
+    """With folders seen from here, wherever else the model's own sources are looked for."""
+    values = asdict(spec)
+    return values | {
+        key: str(Path(values[key]).resolve())
+        for key in ("model", "base")
+        if values[key] is not None and Path(values[key]).is_dir()
+    }
 
 
 def plan_edit(recipe: EditRecipe, model: MergedModel, scratch: Callable[[], Path]) -> EditPlan:

@@ -3,8 +3,6 @@
 Where a stored value is what the merge of the old set gives, it becomes what the merge of the new set gives: a model
 that was only merged ends with the bytes of a fresh merge. A value that a finetuning or a fit has moved moves on by the
 difference of the two merges, in float32, rounded once.
-
-Legend: V vocabulary, R rows.
 """
 
 from __future__ import annotations
@@ -28,8 +26,9 @@ from btx_merge.combine import (
     portions,
     within,
 )
-from btx_merge.dtypes import STORED, Float32, Raw, from_float32, to_float32
+from btx_merge.dtypes import STORED, Float32, Raw, all_finite, from_float32, to_float32
 from btx_merge.edit_plan import EditPlan
+from btx_merge.errors import NonFiniteError
 from btx_merge.layout import Block, Job, OutputTensor
 from btx_merge.llama import EMBEDDING, HEAD
 from btx_merge.plan import DIFFERENCE_METHODS, Plan, SharedRows
@@ -125,6 +124,11 @@ class SharedWeights:
             width = tensor.row_bytes // kind.itemsize
             first, last = np.searchsorted(places, [start * width, stop * width])
             out.view(kind)[places[first:last] - start * width] = patch.view(kind)[first:last]
+        if self.update and not self.edit.plan.recipe.allow_nonfinite and not all_finite(out, tensor.dtype):
+            raise NonFiniteError(
+                f"{tensor.name}: a value leaves the range of {tensor.dtype}, or the model holds NaN or Inf. "
+                "Give --shared keep; --allow-nonfinite goes on all the same."
+            )
         return out
 
     def _kept_rows(self, name: str) -> tuple[Segment, ...]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from btx_merge.edit_recipe import EditRecipe
 from btx_merge.edit_shared import Patches
-from btx_merge.files import UNDO_FILE
+from btx_merge.files import MODEL_CODE, UNDO_FILE
 from btx_merge.layout import OutputTensor, Shard
 from btx_merge.recipe import RECIPE_FILE
 
@@ -100,7 +100,7 @@ def write_undo(before: Path, after: Path, drop: Sequence[str], shared: str, patc
         "shared": shared,
         "headers": {name: _packed(header) for name, header in headers.items()},
         "files": {name: _packed(content) for name, content in files.items() if name not in kept},
-        "gone": sorted({*new.keys() - old.keys(), *({UNDO_FILE} - old.keys())}),
+        "gone": sorted({*new, UNDO_FILE} - {*old, *MODEL_CODE}),  # a model from the Hub has no code here
         "patches": {
             name: [_packed(places.astype("<i8").tobytes()), _packed(content.tobytes())]
             for name, (places, content) in sorted(patches.items())

@@ -73,4 +73,5 @@ def expert_names(config: Mapping[str, Any]) -> list[str]:
 
 def own_experts(domain: str, names: Sequence[str]) -> list[int]:
     """The numbers of a domain's experts: the one of its name, or the chunks that one was split into."""
-    return [number for number, name in enumerate(names) if domain in (name, name.rpartition(".")[0])]
+    whole = [number for number, name in enumerate(names) if name == domain]
+    return whole or [number for number, name in enumerate(names) if name.rpartition(".")[0] == domain]

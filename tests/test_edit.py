@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from btx_merge import EditRecipe, InputError, MergeError, MergeRecipe, edit, merge
+from btx_merge import EditRecipe, InputError, MergeError, MergeRecipe, NonFiniteError, edit, merge
 from btx_merge.cli import app
 from btx_merge.edit_undo import UNDO_FILE
 from btx_merge.fit_equations import TEMPERATURES
@@ -617,3 +617,25 @@ def test_what_the_result_says_is_what_the_experts_say(root, two, tmp_path):
     """A model with an expert replaced by its own twin gives the same logits."""
     edited(two, tmp_path / "out", replace={"math": str(root / "math")})
     assert torch.equal(logits_of(load_float32(tmp_path / "out")), logits_of(load_float32(two)))
+
+
+def test_a_folder_is_seen_from_here_not_from_the_model(root, two, tmp_path, monkeypatch):
+    """Beside the model is another folder of that name."""
+    shutil.copytree(root / "bio", tmp_path / "code")
+    monkeypatch.chdir(tmp_path)
+    edited(two, tmp_path / "out", add={"bio": "code"})
+    same_but_for_routers(tmp_path / "out", merged(root, "three", "code", "math", "bio"))
+
+
+def test_a_value_that_leaves_the_range(root, tmp_path):
+    def loud(model):
+        model.model.embed_tokens.weight.data[5] = 1.9e5
+
+    model = merged(root, "two float16", "code", "math", dtype="float16")
+    grow(root / "seed", tmp_path / "loud", change=loud)
+    grown = ExpertSpec(str(tmp_path / "loud"))
+    tuned = perturbed(model, tmp_path / "tuned", scale=3000.0)
+    moved = {"seed": str(root / "seed"), **experts_of(root, "code", "math")}
+    with pytest.raises(NonFiniteError, match="leaves the range of F16"):
+        edited(tuned, tmp_path / "out", replace={"code": grown}, sources=moved)
+    assert not (tmp_path / "out").exists()
