@@ -36,9 +36,9 @@ def shared_update(edit: EditPlan, scratch: Callable[[], Path]) -> tuple[SharedUp
     try:
         problems = list(_kind_problems(edit))
         if not problems:
-            moved = dict(recipe.sources)
-            before = _merge_of({**edit.values, **edit.shared_over}, edit.model, moved, scratch)
-            after = _merge_of(edit.new_values(public=False), edit.model, moved, scratch)
+            allowed = {key: True for key in ("allow_nonfinite", "allow_unrelated") if getattr(recipe, key)}
+            sets = ({**edit.values, **edit.shared_over}, edit.new_values(public=False))
+            before, after = (_merge_of(values | allowed, edit.model, recipe.sources, scratch) for values in sets)
             problems += [*_changed_problems(edit, before), *_drop_problems(edit, before, after)]
     except InputError as error:
         problems = [replace(problem, remedy=_KEEP) for problem in error.problems]
