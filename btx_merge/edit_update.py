@@ -37,8 +37,12 @@ def shared_update(edit: EditPlan, scratch: Callable[[], Path]) -> tuple[SharedUp
         problems = list(_kind_problems(edit))
         if not problems:
             allowed = {key: True for key in ("allow_nonfinite", "allow_unrelated") if getattr(recipe, key)}
-            sets = ({**edit.values, **edit.shared_over}, edit.new_values(public=False))
-            before, after = (_merge_of(values | allowed, edit.model, recipe.sources, scratch) for values in sets)
+            old = {**edit.values, **edit.shared_over, **allowed}
+            new = {**edit.new_values(public=False), **allowed}
+            stays = {SEED: SEED, **{name: origin for name, origin in edit.origins.items() if origin}}
+            moved = {name: recipe.sources[origin] for name, origin in stays.items() if origin in recipe.sources}
+            before = _merge_of(old, edit.model, recipe.sources, scratch)
+            after = _merge_of(new, edit.model, moved, scratch)
             problems += [*_changed_problems(edit, before), *_drop_problems(edit, before, after)]
     except InputError as error:
         problems = [replace(problem, remedy=_KEEP) for problem in error.problems]

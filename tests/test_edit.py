@@ -17,6 +17,7 @@ from btx_merge import EditRecipe, InputError, MergeError, MergeRecipe, NonFinite
 from btx_merge.cli import app
 from btx_merge.edit_undo import UNDO_FILE
 from btx_merge.fit_equations import TEMPERATURES
+from btx_merge.llama import EMBEDDING
 from btx_merge.merged_model import SELECTION_BIAS
 from btx_merge.recipe import ExpertSpec
 from tests.common import (
@@ -261,6 +262,8 @@ def test_all_at_once(root, two, tmp_path):
         replace={"math": str(root / "math-2")},
         rename={"code": "python"},
         add={"bio": str(root / "bio")},
+        sources={"code": str(root / "code")},  # by the name that it has in the model
+        shared="update",
     )
     assert report.experts == ("python", "math", "bio")
     assert_complete(tmp_path / "out")
@@ -628,14 +631,16 @@ def test_a_folder_is_seen_from_here_not_from_the_model(root, two, tmp_path, monk
 
 
 def test_a_value_that_leaves_the_range(root, tmp_path):
+    from btx_merge.checkpoint import Checkpoint
+
     def loud(model):
-        model.model.embed_tokens.weight.data[5] = 1.9e5
+        model.model.embed_tokens.weight.data[5] = 6e4
 
     model = merged(root, "two float16", "code", "math", dtype="float16")
     grow(root / "seed", tmp_path / "loud", change=loud)
-    grown = ExpertSpec(str(tmp_path / "loud"))
-    tuned = perturbed(model, tmp_path / "tuned", scale=3000.0)
+    shutil.copytree(model, tmp_path / "tuned")
+    Checkpoint(tmp_path / "tuned", torch.device("cpu")).write(EMBEDDING, torch.full((1, 64), 6e4), 5)
     moved = {"seed": str(root / "seed"), **experts_of(root, "code", "math")}
-    with pytest.raises(NonFiniteError, match="leaves the range of F16"):
-        edited(tuned, tmp_path / "out", replace={"code": grown}, sources=moved, allow_unrelated=True)
+    with pytest.raises(NonFiniteError, match=r"embed_tokens\.weight: a value leaves the range of F16"):
+        edited(tmp_path / "tuned", tmp_path / "out", replace={"code": str(tmp_path / "loud")}, sources=moved)
     assert not (tmp_path / "out").exists()
