@@ -26,6 +26,7 @@ from btx_merge.merged_model import SELECTION_BIAS, MergedModel
 from btx_merge.plan import ROUTER, Plan, make_plan
 from btx_merge.recipe import (
     RECIPE_FILE,
+    REGMEAN_METHODS,
     SEED,
     ExpertSpec,
     MergeRecipe,
@@ -33,6 +34,7 @@ from btx_merge.recipe import (
     read_yaml,
 )
 from btx_merge.sources import Source, open_source
+from btx_merge.texts import public_reference
 
 _HERE = "(the model)"
 
@@ -128,6 +130,12 @@ class EditPlan:
             before = values.get(key) or {}
             values[key] = {
                 name: before[origin] for name, origin in self.origins.items() if origin and origin in before
+            }
+        if values.get("router_init") == "ridge" or values.get("combine") in REGMEAN_METHODS:
+            values["domain_text"] |= {
+                text.name: {"text": [*map(public_reference, text.references)], "weight": text.weight}
+                for text in self.recipe.domain_text
+                if text.name in self.new
             }
         if values.get("tokenizer_source", SEED) not in self.origins:
             values["tokenizer_source"] = SEED

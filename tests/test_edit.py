@@ -644,3 +644,14 @@ def test_a_value_that_leaves_the_range(root, tmp_path):
     with pytest.raises(NonFiniteError, match=r"embed_tokens\.weight: a value leaves the range of F16"):
         edited(tmp_path / "tuned", tmp_path / "out", replace={"code": str(tmp_path / "loud")}, sources=moved)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_fitted_merge_gets_the_text_into_its_recipe(root, texts, tmp_path):
+    fits = {"router_init": "ridge", "combine": "regmean"}
+    two_texts = {name: texts[name] for name in ("code", "math")}
+    model = merged(root, "two fitted", "code", "math", domain_text=two_texts, **fits)
+    report = edited(model, tmp_path / "out", add={"bio": str(root / "bio")}, domain_text=(texts["bio"],))
+    assert report.shared_reason == "by the difference of the plain means, for regmean fitted them"
+    recipe = MergeRecipe.from_yaml(tmp_path / "out", seed=str(root / "seed"))
+    assert list(recipe.domain_text) == ["code", "math", "bio"]
+    assert recipe.domain_text["bio"].references == ("bio.jsonl",)
