@@ -10,6 +10,7 @@ from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted,
 from btx_merge.finetuning import TrainRecipe, TrainReport, train
 from btx_merge.fitting import FitRecipe, FitReport, fit
 from btx_merge.merging import Check, Report, check, merge
+from btx_merge.publishing import PushReport, push
 from btx_merge.recipe import ExpertSpec, MergeRecipe
 from btx_merge.texts import DomainText
 
@@ -29,6 +30,7 @@ __all__ = [
     "MergeRecipe",
     "NonFiniteError",
     "Problem",
+    "PushReport",
     "Report",
     "TrainRecipe",
     "TrainReport",
@@ -36,6 +38,7 @@ __all__ = [
     "edit",
     "fit",
     "merge",
+    "push",
     "train",
 ]
 

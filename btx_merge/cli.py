@@ -18,6 +18,7 @@ import typer
 from btx_merge.cli_edit import edit_command
 from btx_merge.cli_fit import fit_command
 from btx_merge.cli_options import lists, option, pairs
+from btx_merge.cli_push import push_command
 from btx_merge.cli_train import train_command
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
 from btx_merge.recipe import (
@@ -280,6 +281,7 @@ def merge_command(
 
 app.command("fit")(_ends_in_one_line(fit_command))
 app.command("edit")(_ends_in_one_line(edit_command))
+app.command("push")(_ends_in_one_line(push_command))
 app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     _ends_in_one_line(train_command)
 )

@@ -24,6 +24,8 @@ from btx_merge.vocabulary import tokenizer_json
 
 UNDO_FILE = "btx_undo.json"
 """What an edit keeps to be undone: of this folder only, it goes nowhere with a model that is changed further."""
+PICTURE = "training.png"
+ROUTING = "routing.jsonl"
 MODEL_CODE = ("configuration_btx.py", "experts_btx.py", "modeling_btx.py", "routing_btx.py")
 _AUTO_MAP = {
     "AutoConfig": "configuration_btx.BTXConfig",
@@ -32,7 +34,7 @@ _AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_btx.BTXForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_btx.BTXForTokenClassification",
 }
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -163,7 +165,7 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
     if origin is None:
         return
     template = chat.tokenizer_folder or origin
-    for name in _TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         about_text = name in ("tokenizer.json", "tokenizer.model", "added_tokens.json")
         file = (origin if about_text else template) / name
         if file.exists():

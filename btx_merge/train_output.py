@@ -16,12 +16,9 @@ import torch
 
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, Problem
-from btx_merge.files import UNDO_FILE, append_record, copy_model_code
+from btx_merge.files import PICTURE, ROUTING, UNDO_FILE, append_record, copy_model_code
 from btx_merge.tensorfiles import stored_tensors
 from btx_merge.writer import put_in_place
-
-PICTURE = "training.png"
-ROUTING = "routing.jsonl"
 
 
 def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:

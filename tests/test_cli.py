@@ -79,6 +79,9 @@ OPTIONS = {
         *("--router-ridge", "--num-experts-per-tok", "--allow-nonfinite", "--allow-unrelated", "--device"),
         *("--workers", "--overwrite", "--quiet", "-q", "--json"),
     },
+    "push": {
+        *("model", "repo_id", "--private", "--revision", "--create-pr", "--commit-message", "--quiet", "-q", "--json"),
+    },
     "train": {
         *("model", "--output", "-o", "--config", "--data", "--train", "--max-length", "--holdout", "--shuffle"),
         *("--router-grad", "--router-aux-loss-coef", "--router-aux-loss-scope"),
@@ -99,7 +102,7 @@ def test_commands_and_options_are_a_contract() -> None:
     } == OPTIONS
 
 
-@pytest.mark.parametrize("command", [[], ["merge"], ["check"], ["train"], ["edit"]])
+@pytest.mark.parametrize("command", [[], ["merge"], ["check"], ["train"], ["edit"], ["push"]])
 def test_help(command: list[str]) -> None:
     done = btx(*command, "--help", COLUMNS="300")
     assert (done.returncode, done.stderr) == (0, "")

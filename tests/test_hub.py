@@ -180,6 +180,7 @@ def other(hub: Hub, family: Family, tmp_path: Path) -> Iterator[Any]:
         return hub.add(repo_id, folder, **values)
 
     yield add
+    hub.heal()
     for name in names:
         shutil.rmtree(hub.root / name)
 
@@ -312,11 +313,12 @@ def test_an_unreachable_hub(environment: dict[str, str], hub: Hub, family: Famil
 def test_after_a_download_that_broke_off_only_the_rest_is_fetched(
     hub: Hub, family: Family, other: Any, tmp_path: Path
 ) -> None:
-    other("org/flaky", faults={"model.safetensors": "cut"})
+    other("org/flaky")
+    hub.fail("GET .*/model.safetensors", "cut")
     line = error_of(checked(hub, family, tmp_path, "org/flaky"), retried=True)
     assert line.startswith("error: x: org/flaky: the download failed (")
     assert line.endswith("Run the same command again: finished files are kept.")
-    hub.configure("org/flaky", faults={})
+    hub.heal()
     before = len(hub.requests())
     done = checked(hub, family, tmp_path, "org/flaky")
     assert (done.returncode, done.stderr) == (0, "")
@@ -327,7 +329,8 @@ def test_after_a_download_that_broke_off_only_the_rest_is_fetched(
 
 
 def test_a_file_that_the_hub_withholds(hub: Hub, family: Family, other: Any, tmp_path: Path) -> None:
-    other("org/blocked", faults={"model.safetensors": "403"})
+    other("org/blocked")
+    hub.fail("/model.safetensors", "403")
     line = error_of(checked(hub, family, tmp_path, "org/blocked"))
     assert line.startswith("error: x: org/blocked: the download failed (")
     assert "403" in line

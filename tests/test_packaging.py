@@ -39,6 +39,7 @@ def test_public_names():
         "MergeRecipe",
         "NonFiniteError",
         "Problem",
+        "PushReport",
         "Report",
         "TrainRecipe",
         "TrainReport",
@@ -46,6 +47,7 @@ def test_public_names():
         "edit",
         "fit",
         "merge",
+        "push",
         "train",
     ]
     assert all(hasattr(btx_merge, name) for name in btx_merge.__all__)
