@@ -7,6 +7,7 @@ from btx_merge._auto_classes import register_with_transformers
 from btx_merge.edit_recipe import EditRecipe
 from btx_merge.editing import EditReport, edit
 from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
+from btx_merge.exporting import ExportReport, export, extract
 from btx_merge.finetuning import TrainRecipe, TrainReport, train
 from btx_merge.fitting import FitRecipe, FitReport, fit
 from btx_merge.merging import Check, Report, check, merge
@@ -22,6 +23,7 @@ __all__ = [
     "EditRecipe",
     "EditReport",
     "ExpertSpec",
+    "ExportReport",
     "FitRecipe",
     "FitReport",
     "InputError",
@@ -36,6 +38,8 @@ __all__ = [
     "TrainReport",
     "check",
     "edit",
+    "export",
+    "extract",
     "fit",
     "merge",
     "push",

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from btx_merge.experts import own_experts
+from btx_merge.hub import Located
 from btx_merge.plan import Plan
 from btx_merge.recipe import REGMEAN_METHODS
 from btx_merge.sources import Source
@@ -100,11 +101,7 @@ def card_metadata(plan: Plan) -> dict[str, Any]:
     licences = [{key: card[key] for key in LICENCE_KEYS if key in card} for card in cards]
     if licences[0].get("license") and all(licence == licences[0] for licence in licences):
         metadata |= licences[0]
-        link, seed = str(metadata.get("license_link", "")), plan.seed.located
-        if link and "://" not in link:  # a file beside the seed's card, which does not come along
-            del metadata["license_link"]
-            if seed.repo_id:
-                metadata["license_link"] = f"https://huggingface.co/{seed.repo_id}/blob/{seed.revision}/{link}"
+        link_licence(metadata, plan.seed.located)
     languages = [card.get("language") or [] for card in cards]
     lists = [value if isinstance(value, list) else [value] for value in languages]
     known = [language for values in lists for language in values if isinstance(language, str)]
@@ -117,9 +114,22 @@ def published(source: Source) -> list[str]:
     """The source's id on the Hub; of a local folder, the models that its own card says it came from."""
     if source.located.repo_id:
         return [source.located.repo_id]
-    given = source.card_metadata().get("base_model") or []
+    return hub_ids(source.card_metadata().get("base_model"))
+
+
+def hub_ids(given: Any) -> list[str]:
+    """What of a card's `base_model`, a name or a list of them, can be ids on the Hub."""
     candidates = given if isinstance(given, list) else [given]
     return [str(candidate) for candidate in candidates if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(candidate))]
+
+
+def link_licence(metadata: dict[str, Any], located: Located) -> None:
+    """Links a licence that is a file beside a model's card, which does not come along; or leaves the link out."""
+    link = str(metadata.get("license_link", ""))
+    if link and "://" not in link:
+        del metadata["license_link"]
+        if located.repo_id:
+            metadata["license_link"] = f"https://huggingface.co/{located.repo_id}/blob/{located.revision}/{link}"
 
 
 def source_row(plan: Plan, source: Source) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from btx_merge.cli_edit import edit_command
+from btx_merge.cli_export import export_command, extract_command
 from btx_merge.cli_fit import fit_command
 from btx_merge.cli_options import lists, option, pairs
 from btx_merge.cli_push import push_command
@@ -282,6 +283,8 @@ def merge_command(
 app.command("fit")(_ends_in_one_line(fit_command))
 app.command("edit")(_ends_in_one_line(edit_command))
 app.command("push")(_ends_in_one_line(push_command))
+app.command("export")(_ends_in_one_line(export_command))
+app.command("extract")(_ends_in_one_line(extract_command))
 app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     _ends_in_one_line(train_command)
 )

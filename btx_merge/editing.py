@@ -26,13 +26,12 @@ from btx_merge.edit_undo import Undo, find_undo, small_files, write_undo
 from btx_merge.edit_update import shared_update
 from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.experts import expert_rows
-from btx_merge.files import UNDO_FILE, add_tokens, append_record, copy_model_code, write_json
+from btx_merge.files import UNDO_FILE, add_tokens, append_record, copy_model_code, write_index, write_json
 from btx_merge.fitting import device_problems, fit_folder
-from btx_merge.layout import Block, Job
+from btx_merge.layout import INDEX_FILE, Block, Job
 from btx_merge.llama import FF_NORM
-from btx_merge.merged_model import open_merged
 from btx_merge.merging import fill
-from btx_merge.model_folder import find_model
+from btx_merge.model_folder import open_model
 from btx_merge.plan import ExpertRows, SharedRows
 from btx_merge.recipe import RECIPE_FILE
 from btx_merge.tensorfiles import stored_tensors
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from btx_merge.fit_walk import LayerFit
 
 UPDATED, KEPT = "updated", "kept"
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -187,12 +185,12 @@ def edit(
 
 
 def _plan(recipe: EditRecipe, target: Path, overwrite: bool, device: str | None, scratch: Callable[[], Path]) -> _Edit:
-    located, problems = find_model(recipe.model, target, overwrite, needs_tokenizer=False)
+    model, problems = open_model(recipe.model, target, overwrite)
     problems += [*check_texts(recipe.domain_text), *device_problems(device)]
-    if problems or located is None:
+    if problems or model is None:
         raise InputError(problems)
-    planned = plan_edit(recipe, open_merged(located), scratch)
-    undo = find_undo(located.folder, recipe)
+    planned = plan_edit(recipe, model, scratch)
+    undo = find_undo(model.located.folder, recipe)
     if undo and undo.shared == KEPT:
         update, reason = None, "as the edit that is undone kept them"
     else:
@@ -208,7 +206,7 @@ def _write_files(edited: _Edit, folder: Path) -> None:
     """Everything beside the weights, without a record of the edit."""
     planned, plan = edited.planned, edited.planned.plan
     for name, file in small_files(planned.model.located.folder).items():
-        if name not in (UNDO_FILE, _INDEX):
+        if name not in (UNDO_FILE, INDEX_FILE):
             shutil.copyfile(file, folder / name)
     copy_model_code(folder)
     if edited.undo:
@@ -216,8 +214,7 @@ def _write_files(edited: _Edit, folder: Path) -> None:
         return
     if plan.vocabulary.new_tokens:
         add_tokens(folder, json.loads(tokenizer_json(folder)), plan.vocabulary.new_tokens)
-    if len(plan.shards) > 1:
-        write_json(folder / _INDEX, plan.index())
+    write_index(plan, folder)
     write_json(folder / "config.json", _config(planned))
 
 

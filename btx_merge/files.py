@@ -15,6 +15,7 @@ import yaml
 
 from btx_merge.card import UNTRAINED, model_card
 from btx_merge.dtypes import TORCH_NAMES
+from btx_merge.layout import INDEX_FILE, Layout
 from btx_merge.llama import DEFAULTS
 from btx_merge.plan import DIFFERENCE_METHODS, Plan
 from btx_merge.recipe import RECIPE_FILE
@@ -44,15 +45,14 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 # paths of the machine that saved it, and code
-_PRIVATE_KEYS = ("auto_map", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file")
+PRIVATE_KEYS = ("auto_map", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
 
 
 def write_files(plan: Plan, folder: Path) -> None:
     """Writes all files beside the weights into `folder`; config.json last, for without it this is no model yet."""
     chat = next(source for source in plan.sources if source.name == plan.recipe.tokenizer_source)
-    if len(plan.shards) > 1:
-        write_json(folder / "model.safetensors.index.json", plan.index())
+    write_index(plan, folder)
     folders = (chat.located.folder, *([chat.base.folder] if chat.base else []))
     generation = next(filter(None, (_read_json(path / "generation_config.json") for path in folders)), None)
     if generation:
@@ -171,7 +171,7 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
         if file.exists():
             shutil.copyfile(file, folder / name)
     config = _read_json(folder / "tokenizer_config.json")
-    for key in _PRIVATE_KEYS:
+    for key in PRIVATE_KEYS:
         config.pop(key, None)
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")  # what tokenizer.json says, nothing assumed
     if plan.vocabulary.new_tokens:
@@ -215,6 +215,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return values
+
+
+def write_index(layout: Layout, folder: Path) -> None:
+    """Which tensor lies in which file of weights, where there are several."""
+    if len(layout.shards) > 1:
+        write_json(folder / INDEX_FILE, layout.index())
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ Legend: E experts, I width of one, H hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,11 +17,11 @@ import numpy as np
 
 from btx_merge.dtypes import STORED, Raw
 from btx_merge.errors import InputError, Problem
-from btx_merge.experts import expert_names, own_experts
+from btx_merge.experts import expert_names
 from btx_merge.hub import Located
 from btx_merge.llama import DOWN, GATE, UP, expected_tensors, normalise_config, per_layer
 from btx_merge.plan import DOWN_EXPERTS, GATE_UP_EXPERTS, ROUTER
-from btx_merge.sources import read_json, read_tensors
+from btx_merge.sources import read_json, read_tensors, refuse_odd_values
 from btx_merge.tensorfiles import StoredTensor
 
 SELECTION_BIAS = "model.layers.{layer}.mlp.routing.e_score_correction_bias"
@@ -33,6 +33,10 @@ class JoinedTensor(StoredTensor):
 
     parts: tuple[StoredTensor, ...] = ()
     by_columns: bool = False
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        return tuple(place for part in self.parts for place in part.places)
 
     def read_rows(self, start: int, stop: int) -> Raw:
         """Rows [start, stop) as flat bytes."""
@@ -85,6 +89,11 @@ class MergedModel:
         return number
 
     @property
+    def experts_per_token(self) -> int:
+        number: int = self.config.get("num_experts_per_tok", 2)
+        return number
+
+    @property
     def num_layers(self) -> int:
         number: int = self.config["num_hidden_layers"]
         return number
@@ -93,16 +102,24 @@ class MergedModel:
     def expert_names(self) -> list[str]:
         return expert_names(self.config)
 
+    @property
+    def num_chunks(self) -> int:
+        """How many experts each source was split into; otherwise 1."""
+        number: int = self.config.get("num_chunks", 1)
+        return number
+
     @cached_property
     def domains(self) -> list[str]:
         """The experts' names, those of a split source once."""
-        chunks = self.config.get("num_chunks", 1)
-        return list(dict.fromkeys(name.rpartition(".")[0] if chunks > 1 else name for name in self.expert_names))
+        return list(dict.fromkeys(map(self._domain, self.expert_names)))
+
+    def _domain(self, expert: str) -> str:
+        return expert.rpartition(".")[0] if self.num_chunks > 1 else expert
 
     @cached_property
     def dense_config(self) -> dict[str, Any]:
         """The config of a dense Llama in it, normalised (`llama.normalise_config`)."""
-        width = self.config["intermediate_size"] * self.config.get("num_chunks", 1)
+        width = self.config["intermediate_size"] * self.num_chunks
         return normalise_config({**self.config, "intermediate_size": width})
 
     @property
@@ -116,10 +133,10 @@ class MergedModel:
         Raises:
             InputError: there are none of that name.
         """
-        numbers = own_experts(domain, self.expert_names)
+        numbers = [number for number, name in enumerate(self.expert_names) if self._domain(name) == domain]
         if not numbers:
-            found = f"no expert {domain}"
-            raise InputError([Problem("model", "expert_names", found, f"one of {', '.join(self.domains)}")])
+            found, expected = f"no expert {domain!r}", f"one of {', '.join(self.domains)}"
+            raise InputError([Problem("model", "config.json: expert_names", found, expected)])
         return numbers
 
     def gate_up(self, layer: int, expert: int) -> tuple[StoredTensor, StoredTensor]:
@@ -160,18 +177,20 @@ def open_merged(located: Located) -> MergedModel:
         InputError: no checkpoint of `btx merge`; or tensors that are missing, unexpected or of another shape than
             its config says. All problems in one error.
     """
+    try:
+        return _open(located)
+    except InputError as error:
+        raise InputError(replace(problem, source="model") for problem in error.problems) from error
+
+
+def _open(located: Located) -> MergedModel:
     config = read_json(located.folder / "config.json")
     if config.get("model_type") != "btx":
         remedy = "Merge first: btx merge."
         raise InputError(
             [Problem("model", "config.json: model_type", f"{config.get('model_type')!r}", "'btx'", remedy)]
         )
-    sizes = ("num_local_experts", "num_hidden_layers", "intermediate_size", "hidden_size", "vocab_size")
-    problems = [
-        Problem("model", f"config.json: {key}", f"{config.get(key)!r}", "a whole number above 0")
-        for key in sizes
-        if type(config.get(key)) is not int or config[key] <= 0
-    ]
+    problems = list(_config_problems(config))
     if problems:
         raise InputError(problems)
     model = MergedModel(located, config, read_tensors("model", located.folder))
@@ -179,6 +198,33 @@ def open_merged(located: Located) -> MergedModel:
     if problems:
         raise InputError(problems)
     return model
+
+
+def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
+    try:
+        refuse_odd_values("model", config)
+    except InputError as error:
+        yield from error.problems
+    for key in ("num_hidden_layers", "intermediate_size", "hidden_size", "vocab_size"):
+        if config.get(key) is None:
+            yield Problem("model", f"config.json: {key}", "missing", "a whole number above 0")
+    experts, names = config.get("num_local_experts"), config.get("expert_names")
+    if not _is_count(experts):
+        yield Problem("model", "config.json: num_local_experts", f"{experts!r}", "a whole number above 0")
+        return
+    per_token, chunks = config.get("num_experts_per_tok", 2), config.get("num_chunks", 1)
+    if not _is_count(per_token) or per_token > experts:
+        expected = f"a whole number in [1, {experts}], the number of experts"
+        yield Problem("model", "config.json: num_experts_per_tok", f"{per_token!r}", expected)
+    if not _is_count(chunks) or experts % chunks:
+        yield Problem("model", "config.json: num_chunks", f"{chunks!r}", f"a divisor of the {experts} experts")
+    fine = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if names is not None and not (fine and len(set(names)) == len(names) == experts):
+        yield Problem("model", "config.json: expert_names", f"{names!r}", f"{experts} different names")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _tensor_problems(model: MergedModel) -> Iterator[Problem]:

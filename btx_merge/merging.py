@@ -173,7 +173,7 @@ def merge(
         remedy = "What is finished is kept: the same command continues."
         raise MergeError(f"{error.filename or target}: {error.strerror or error}. {remedy}") from error
     seconds = time.perf_counter() - began
-    return Report(target, checked, seconds, _peak_memory(), staging.kept_bytes, tuple(layers))
+    return Report(target, checked, seconds, peak_memory(), staging.kept_bytes, tuple(layers))
 
 
 def fill(plan: Plan, job: Job) -> Iterator[Block]:
@@ -234,7 +234,7 @@ def _fingerprint(plan: Plan) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Bytes. Linux's own account where there is one: getrusage counts what the parent had before the exec."""
     status = Path("/proc/self/status")
     if status.exists() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):

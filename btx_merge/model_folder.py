@@ -8,13 +8,26 @@ from pathlib import Path
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.hub import Located, locate
+from btx_merge.merged_model import MergedModel, open_merged
 from btx_merge.writer import check_target
 
 
-def find_model(
-    reference: str, target: Path, overwrite: bool, *, needs_tokenizer: bool = True
-) -> tuple[Located | None, list[Problem]]:
+def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located | None, list[Problem]]:
     """The model's folder, if it was found; and all that speaks against writing a changed copy of it to `target`."""
+    located, problems = _locate_apart(reference, target, overwrite)
+    return located, problems + (_problems_of(located, target) if located else [])
+
+
+def open_model(reference: str, target: Path, overwrite: bool) -> tuple[MergedModel | None, list[Problem]]:
+    """The model, opened without reading weights; and all that speaks against writing something of it to `target`."""
+    located, problems = _locate_apart(reference, target, overwrite)
+    try:
+        return (open_merged(located) if located else None), problems
+    except InputError as error:
+        return None, [*problems, *error.problems]
+
+
+def _locate_apart(reference: str, target: Path, overwrite: bool) -> tuple[Located | None, list[Problem]]:
     problems: list[Problem] = []
     located = None
     try:
@@ -23,7 +36,6 @@ def find_model(
         problems += error.problems
     try:
         located = locate("model", reference)
-        problems += _problems_of(located, target, needs_tokenizer)
         if target in (located.folder.resolve(), *located.folder.resolve().parents):
             problems.append(Problem("output", str(target), "is where the model lies", "", "Give another --output."))
     except InputError as error:
@@ -31,7 +43,7 @@ def find_model(
     return located, problems
 
 
-def _problems_of(located: Located, target: Path, needs_tokenizer: bool) -> list[Problem]:
+def _problems_of(located: Located, target: Path) -> list[Problem]:
     try:
         config = json.loads((located.folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -43,7 +55,7 @@ def _problems_of(located: Located, target: Path, needs_tokenizer: bool) -> list[
         return [Problem("model", "config.json: model_type", f"{kind!r}", "'btx'", remedy)]
     problems = []
     has_tokenizer = any((located.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
-    if needs_tokenizer and not has_tokenizer:
+    if not has_tokenizer:
         problems.append(Problem("model", str(located.folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
     weights = sum(file.stat().st_size for file in located.folder.glob("*.safetensors"))
     if not weights:

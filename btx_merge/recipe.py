@@ -144,7 +144,7 @@ class MergeRecipe:
     @property
     def shard_bytes(self) -> int:
         """`max_shard_size` in bytes."""
-        size = _parse_size(self.max_shard_size)
+        size = parse_size(self.max_shard_size)
         assert size is not None
         return size
 
@@ -369,7 +369,7 @@ _VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what is expected, a
     "num_experts_per_tok": ("at least 1", lambda value: value >= 1),
     "router_aux_loss_coef": ("at least 0", lambda value: 0 <= value < math.inf),
     "dtype": (f"one of {', '.join(SAFETENSORS_NAMES)}", lambda value: value in SAFETENSORS_NAMES),
-    "max_shard_size": ("a size such as 5GB, 500MB or 5GiB", lambda value: bool(_parse_size(value))),
+    "max_shard_size": ("a size such as 5GB, 500MB or 5GiB", lambda value: bool(parse_size(value))),
 }
 
 
@@ -381,7 +381,7 @@ def _exponent_remedy(value: Any) -> str:
     return "In YAML a number stands without quotes, and with a point before an exponent: 1.0e-5."
 
 
-def _parse_size(text: str) -> int | None:
+def parse_size(text: str) -> int | None:
     match = _SIZE.fullmatch(text.strip())
     if not match:
         return None

@@ -260,7 +260,7 @@ def _check_fit(
 def _open_checkpoint(name: str, located: Located, weight: float) -> Source:
     raw = read_json(located.folder / "config.json")
     _refuse_other_models(name, raw)
-    _refuse_odd_values(name, raw)
+    refuse_odd_values(name, raw)
     tensors = read_tensors(name, located.folder)
     return Source(name, located, normalise_config(raw), raw, tensors, weight=weight)
 
@@ -282,8 +282,12 @@ def _refuse_other_models(name: str, raw: Mapping[str, Any]) -> None:
         raise InputError(problems)
 
 
-def _refuse_odd_values(name: str, raw: Mapping[str, Any]) -> None:
-    """Values that no Llama can have; what the config leaves out has a default."""
+def refuse_odd_values(name: str, raw: Mapping[str, Any]) -> None:
+    """Values that no Llama can have; what the config leaves out has a default.
+
+    Raises:
+        InputError: all of them.
+    """
     problems = []
     for key, value in raw.items():
         if key in _SIZES:

@@ -41,6 +41,11 @@ class StoredTensor:
         """Bytes of one row, that is of one index of the first dimension."""
         return self.nbytes // max(1, self.shape[0]) if self.shape else self.nbytes
 
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Where its bytes lie in the file: first byte and number of each run."""
+        return ((self.start, self.nbytes),)
+
     def read_rows(self, start: int, stop: int) -> Raw:
         """Rows [start, stop) as flat bytes, in a buffer of this thread that its next read overwrites.
 

@@ -261,7 +261,7 @@ class Staging:
         needed = self.layout.bytes_to_write - present
         free = shutil.disk_usage(self.folder).free
         if needed > free:
-            found, expected = f"{free / 1e9:.2f} GB free", f"{needed / 1e9:.2f} GB for the merge"
+            found, expected = f"{free / 1e9:.2f} GB free", f"{needed / 1e9:.2f} GB for the result"
             remedy = "Make room, or write to another disk."
             raise InputError([Problem("output", str(self.output.parent), found, expected, remedy)])
 

@@ -49,7 +49,20 @@ def test_the_commands_and_the_recipe(folder, hub):
     write_texts(folder)
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("btx ")]
     verbs = [command.split()[1] for command in commands]
-    assert verbs == ["merge", "merge", "fit", "check", "merge", "train", "edit", "edit", "edit", "push"]
+    assert verbs == [
+        "merge",
+        "merge",
+        "fit",
+        "check",
+        "merge",
+        "train",
+        "edit",
+        "edit",
+        "edit",
+        "export",
+        "extract",
+        "push",
+    ]
     for verb, command in zip(verbs, commands, strict=True):
         if verb not in ("merge", "check"):
             shutil.copytree(folder / "done-0", folder / "llama-btx", dirs_exist_ok=True)
@@ -60,7 +73,8 @@ def test_the_commands_and_the_recipe(folder, hub):
         )
         assert done.returncode == 0, done.stderr
         if verb not in ("check", "push"):
-            output = folder / command.rpartition(" -o ")[2]
+            words = command.split()
+            output = folder / (words[words.index("-o") + 1] if "-o" in words else words[3])
             assert_complete(output)
             shutil.move(output, folder / f"done-{len(list(folder.glob('done-*')))}")
         shutil.rmtree(folder / "llama-btx", ignore_errors=True)

@@ -408,7 +408,7 @@ def test_the_disk_is_checked_first(sources, uninterrupted, tmp_path, monkeypatch
     needed = sum(len(content) for name, content in uninterrupted().items() if name.endswith(".safetensors"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1_000_000))
-    with pytest.raises(InputError, match=r"GB free; expected .* GB for the merge.*Make room"):
+    with pytest.raises(InputError, match=r"GB free; expected .* GB for the result.*Make room"):
         merge(recipe_of(sources), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("*.safetensors"))
