@@ -1,9 +1,10 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both build .venv first, once.
 PYTHON ?= python3
 BIN := .venv/bin
+ENGINES := $(patsubst tests/engines/%.txt,.engines/%/installed,$(wildcard tests/engines/*.txt))
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow demo-smollm2 benchmark benchmark-model benchmark-train format clean
+.PHONY: demo test slow demo-smollm2 benchmark benchmark-export benchmark-model benchmark-train format clean
 
 demo: .venv/installed  ## train a small seed and three experts, merge, fit, finetune, compare and generate
 	$(BIN)/python examples/demo.py
@@ -14,7 +15,7 @@ test: .venv/installed  ## lint, types, tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow"
 
-slow: .venv/torchao  ## the tests that take minutes, and those with torchao
+slow: .venv/torchao $(ENGINES)  ## the tests that take minutes, those with torchao, and those with other programs
 	$(BIN)/python -m pytest -m slow
 
 demo-smollm2: .venv/smollm2  ## the same on real weights: SmolLM2-135M and LoRA finetunes of it
@@ -22,6 +23,9 @@ demo-smollm2: .venv/smollm2  ## the same on real weights: SmolLM2-135M and LoRA 
 
 benchmark: .venv/installed  ## btx merge against cp, and what else ARGS names
 	$(BIN)/python benchmarks/merge.py $(ARGS)
+
+benchmark-export: .venv/installed  ## btx export and btx extract against cp
+	$(BIN)/python benchmarks/export.py $(ARGS)
 
 benchmark-model: .venv/installed  ## the model against Mixtral and a dense Llama
 	$(BIN)/python benchmarks/model.py $(ARGS)
@@ -34,7 +38,7 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .engines demo build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 .venv/installed: pyproject.toml setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
@@ -43,6 +47,11 @@ clean:
 
 .venv/torchao: .venv/installed  # apart from the rest: it speaks at every import
 	$(BIN)/pip install --quiet --constraint constraints.txt torchao
+	@touch $@
+
+.engines/%/installed: tests/engines/%.txt  # each in an environment of its own
+	$(PYTHON) -m venv .engines/$*
+	.engines/$*/bin/pip install --quiet --requirement $<
 	@touch $@
 
 .venv/smollm2: .venv/installed

@@ -393,9 +393,9 @@ def say(text: str) -> None:
 # ---- the command
 
 
-def parse() -> tuple[argparse.Namespace, Shape]:
+def parse(description: str | None = __doc__) -> tuple[argparse.Namespace, Shape]:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
     fields = [field.name for field in dataclasses.fields(Shape)]
     parser.add_argument("--shape", default="tinyllama", help=f"{', '.join(SHAPES)}, JSON, or a config.json")
     for name in fields[:6]:

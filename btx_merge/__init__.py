@@ -4,7 +4,10 @@ Importing this package makes transformers' Auto classes load merged models witho
 """
 
 from btx_merge._auto_classes import register_with_transformers
+from btx_merge.edit_recipe import EditRecipe
+from btx_merge.editing import EditReport, edit
 from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
+from btx_merge.exporting import ExportReport, export, extract
 from btx_merge.finetuning import TrainRecipe, TrainReport, train
 from btx_merge.fitting import FitRecipe, FitReport, fit
 from btx_merge.merging import Check, Report, check, merge
@@ -17,7 +20,10 @@ __all__ = [
     "BTXError",
     "Check",
     "DomainText",
+    "EditRecipe",
+    "EditReport",
     "ExpertSpec",
+    "ExportReport",
     "FitRecipe",
     "FitReport",
     "InputError",
@@ -31,6 +37,9 @@ __all__ = [
     "TrainRecipe",
     "TrainReport",
     "check",
+    "edit",
+    "export",
+    "extract",
     "fit",
     "merge",
     "push",

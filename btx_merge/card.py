@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
+from btx_merge.experts import own_experts
+from btx_merge.hub import Located
 from btx_merge.plan import Plan
 from btx_merge.recipe import REGMEAN_METHODS
 from btx_merge.sources import Source
 
-_LICENCE_KEYS = ("license", "license_name", "license_link")
+LICENCE_KEYS = ("license", "license_name", "license_link")
 UNTRAINED = "**They have not been trained yet**: finetune them before you judge the model."
 _PAPER = "https://arxiv.org/abs/2403.07816"
 
@@ -20,7 +23,7 @@ def model_card(plan: Plan) -> str:
     """README.md of the result: metadata for the Hub, then text and a snippet that runs."""
     metadata = yaml.safe_dump(card_metadata(plan), sort_keys=False, allow_unicode=True)
     recipe, seed = plan.recipe, plan.seed
-    rows = "\n".join(_source_row(plan, source) for source in plan.sources)
+    rows = "\n".join(source_row(plan, source) for source in plan.sources)
     chunked = {
         "whole": "One expert per source, its feed-forward blocks unchanged.",
         "split": f"Each source's feed-forward blocks are split into {plan.chunks} experts.",
@@ -39,8 +42,7 @@ def model_card(plan: Plan) -> str:
 
 # {len(plan.sources)} Llama models merged by Branch-Train-MiX
 
-A Mixture of Experts of {count(plan.parameters)} parameters, {count(plan.active_parameters)} of them active
-per token ({plan.experts_per_token} of {plan.num_experts} experts), made by
+A Mixture of Experts of {plan_sizes(plan)}, made by
 [Branch-Train-MiX]({_PAPER}) with btx-merge.
 
 | source | model | revision | expert |
@@ -48,7 +50,7 @@ per token ({plan.experts_per_token} of {plan.num_experts} experts), made by
 {rows}
 
 - Experts: {chunked}{folded}
-- Attention, embeddings, norms and head: `{recipe.combine}` over {_combined_over(plan)}.
+- Attention, embeddings, norms and head: `{recipe.combine}` over {combined_over(recipe.combine, plan.experts)}.
 - Routers: `{recipe.router_type}`; {router}
 - The whole recipe, with all defaults and seeds: `btx_recipe.yaml`.
 
@@ -73,6 +75,17 @@ def count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
+def sizes(parameters: int, active: int, per_token: int, experts: int) -> str:
+    """The sizes of a model as its card gives them."""
+    routed = f"per token ({per_token} of {experts} experts)"
+    return f"{count(parameters)} parameters, {count(active)} of them active\n{routed}"
+
+
+def plan_sizes(plan: Plan) -> str:
+    """Those of a planned model."""
+    return sizes(plan.parameters, plan.active_parameters, plan.experts_per_token, plan.num_experts)
+
+
 def card_metadata(plan: Plan) -> dict[str, Any]:
     """The YAML block that the Hub reads. `base_model` names published models, never a folder."""
     metadata: dict[str, Any] = {
@@ -80,19 +93,15 @@ def card_metadata(plan: Plan) -> dict[str, Any]:
         "pipeline_tag": "text-generation",
         "tags": ["btx", "branch-train-mix", "mixture-of-experts", "merge"],
     }
-    published = [repo_id for source in plan.sources for repo_id in _published(source)]
-    if published:
-        metadata["base_model"] = list(dict.fromkeys(published))
+    bases = [repo_id for source in plan.sources for repo_id in published(source)]
+    if bases:
+        metadata["base_model"] = list(dict.fromkeys(bases))
         metadata["base_model_relation"] = "merge"
     cards = [source.card_metadata() for source in plan.sources]
-    licences = [{key: card[key] for key in _LICENCE_KEYS if key in card} for card in cards]
+    licences = [{key: card[key] for key in LICENCE_KEYS if key in card} for card in cards]
     if licences[0].get("license") and all(licence == licences[0] for licence in licences):
         metadata |= licences[0]
-        link, seed = str(metadata.get("license_link", "")), plan.seed.located
-        if link and "://" not in link:  # a file beside the seed's card, which does not come along
-            del metadata["license_link"]
-            if seed.repo_id:
-                metadata["license_link"] = f"https://huggingface.co/{seed.repo_id}/blob/{seed.revision}/{link}"
+        link_licence(metadata, plan.seed.located)
     languages = [card.get("language") or [] for card in cards]
     lists = [value if isinstance(value, list) else [value] for value in languages]
     known = [language for values in lists for language in values if isinstance(language, str)]
@@ -101,16 +110,30 @@ def card_metadata(plan: Plan) -> dict[str, Any]:
     return metadata
 
 
-def _published(source: Source) -> list[str]:
+def published(source: Source) -> list[str]:
     """The source's id on the Hub; of a local folder, the models that its own card says it came from."""
     if source.located.repo_id:
         return [source.located.repo_id]
-    given = source.card_metadata().get("base_model") or []
+    return hub_ids(source.card_metadata().get("base_model"))
+
+
+def hub_ids(given: Any) -> list[str]:
+    """What of a card's `base_model`, a name or a list of them, can be ids on the Hub."""
     candidates = given if isinstance(given, list) else [given]
     return [str(candidate) for candidate in candidates if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(candidate))]
 
 
-def _source_row(plan: Plan, source: Source) -> str:
+def link_licence(metadata: dict[str, Any], located: Located) -> None:
+    """Links a licence that is a file beside a model's card, which does not come along; or leaves the link out."""
+    link = str(metadata.get("license_link", ""))
+    if link and "://" not in link:
+        del metadata["license_link"]
+        if located.repo_id:
+            metadata["license_link"] = f"https://huggingface.co/{located.repo_id}/blob/{located.revision}/{link}"
+
+
+def source_row(plan: Plan, source: Source) -> str:
+    """A source's line in the card's table."""
     located = source.located
     if located.repo_id:
         model = f"[{located.repo_id}](https://huggingface.co/{located.repo_id})"
@@ -118,21 +141,22 @@ def _source_row(plan: Plan, source: Source) -> str:
         model = f"`{located.public_name}` (a local folder)"
     if source.base:
         model += f", an adapter on `{source.base.public_name}`"
-    numbers = [
-        str(number)
-        for number, name in enumerate(plan.expert_names)
-        if name == source.name or name.rpartition(".")[0] == source.name
-    ]
-    expert = "in every one" if plan.recipe.expert_mode == "blend" else ", ".join(numbers)
+    return f"| {source.name} | {model} | {located.revision or ''} | {expert_numbers(plan, source)} |"
+
+
+def expert_numbers(plan: Plan, source: Source) -> str:
+    """The experts that a source became, as the card's table names them."""
     if source not in plan.experts:
-        expert = "none"
-    return f"| {source.name} | {model} | {located.revision or ''} | {expert} |"
+        return "none"
+    if plan.recipe.expert_mode == "blend":
+        return "in every one"
+    return ", ".join(map(str, own_experts(source.name, plan.expert_names)))
 
 
-def _combined_over(plan: Plan) -> str:
-    if plan.recipe.combine == "seed":
+def combined_over(combine: str, experts: Sequence[Source]) -> str:
+    """Whose shared weights were combined."""
+    if combine == "seed":
         return "the seed alone"
-    names = ", ".join(f"`{source.name}`" for source in plan.experts)
-    if plan.recipe.combine in ("mean", "dare_linear", "ties", "dare_ties", *REGMEAN_METHODS):
-        return names
-    return ", ".join(f"`{source.name}` ({source.weight:g})" for source in plan.experts)
+    if combine in ("mean", "dare_linear", "ties", "dare_ties", *REGMEAN_METHODS):
+        return ", ".join(f"`{source.name}`" for source in experts)
+    return ", ".join(f"`{source.name}` ({source.weight:g})" for source in experts)

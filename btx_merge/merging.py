@@ -13,18 +13,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btx_merge.checks import examine
+from btx_merge.combine import cast, shared_rows
 from btx_merge.divergence import Divergence
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, MergeError, Problem
+from btx_merge.experts import expert_columns, expert_rows
 from btx_merge.files import write_files
 from btx_merge.fitting import device_problems, fit_merge
-from btx_merge.plan import Fate, Plan, make_plan
+from btx_merge.layout import Block, Job
+from btx_merge.plan import ExpertColumns, ExpertRows, Fate, Plan, RouterRows, SharedRows, make_plan
 from btx_merge.recipe import MergeRecipe
+from btx_merge.router_init import initial_router
 from btx_merge.sources import Source
 from btx_merge.writer import Progress, Staging, check_target
 
@@ -143,7 +148,7 @@ def merge(
             if on_checked:
                 on_checked(checked)
             plan = checked.plan
-            with Staging(target, plan, _fingerprint(plan)) as staging:
+            with Staging(target, plan, partial(fill, plan), _fingerprint(plan)) as staging:
                 staging.prepare()
                 if on_note and staging.restarted:
                     on_note("An unfinished merge of another recipe or of changed sources was there: starting over.")
@@ -168,7 +173,21 @@ def merge(
         remedy = "What is finished is kept: the same command continues."
         raise MergeError(f"{error.filename or target}: {error.strerror or error}. {remedy}") from error
     seconds = time.perf_counter() - began
-    return Report(target, checked, seconds, _peak_memory(), staging.kept_bytes, tuple(layers))
+    return Report(target, checked, seconds, peak_memory(), staging.kept_bytes, tuple(layers))
+
+
+def fill(plan: Plan, job: Job) -> Iterator[Block]:
+    """The bytes of a job in order, each for one of its extents."""
+    if isinstance(job, ExpertRows):
+        yield from expert_rows(job, plan)
+    elif isinstance(job, ExpertColumns):
+        yield from expert_columns(job, plan)
+    elif isinstance(job, SharedRows):
+        yield from shared_rows(job, plan)
+    elif isinstance(job, RouterRows):
+        hidden, std = job.tensor.shape[1], plan.recipe.router_std or plan.seed.config["initializer_range"]
+        router = initial_router(plan.recipe, job.layer, plan.num_experts, hidden, std)
+        yield 0, cast(router, job, plan)
 
 
 @contextmanager
@@ -215,7 +234,7 @@ def _fingerprint(plan: Plan) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """Bytes. Linux's own account where there is one: getrusage counts what the parent had before the exec."""
     status = Path("/proc/self/status")
     if status.exists() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):

@@ -8,11 +8,26 @@ from pathlib import Path
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.hub import Located, locate
+from btx_merge.merged_model import MergedModel, open_merged
 from btx_merge.writer import check_target
 
 
 def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located | None, list[Problem]]:
     """The model's folder, if it was found; and all that speaks against writing a changed copy of it to `target`."""
+    located, problems = _locate_apart(reference, target, overwrite)
+    return located, problems + (_problems_of(located, target) if located else [])
+
+
+def open_model(reference: str, target: Path, overwrite: bool) -> tuple[MergedModel | None, list[Problem]]:
+    """The model, opened without reading weights; and all that speaks against writing something of it to `target`."""
+    located, problems = _locate_apart(reference, target, overwrite)
+    try:
+        return (open_merged(located) if located else None), problems
+    except InputError as error:
+        return None, [*problems, *error.problems]
+
+
+def _locate_apart(reference: str, target: Path, overwrite: bool) -> tuple[Located | None, list[Problem]]:
     problems: list[Problem] = []
     located = None
     try:
@@ -21,7 +36,6 @@ def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located |
         problems += error.problems
     try:
         located = locate("model", reference)
-        problems += _problems_of(located, target)
         if target in (located.folder.resolve(), *located.folder.resolve().parents):
             problems.append(Problem("output", str(target), "is where the model lies", "", "Give another --output."))
     except InputError as error:
@@ -40,7 +54,8 @@ def _problems_of(located: Located, target: Path) -> list[Problem]:
         remedy = "Merge first: btx merge."
         return [Problem("model", "config.json: model_type", f"{kind!r}", "'btx'", remedy)]
     problems = []
-    if not (located.folder / "tokenizer.json").exists() and not (located.folder / "tokenizer.model").exists():
+    has_tokenizer = any((located.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    if not has_tokenizer:
         problems.append(Problem("model", str(located.folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
     weights = sum(file.stat().st_size for file in located.folder.glob("*.safetensors"))
     if not weights:

@@ -6,16 +6,16 @@ Legend: S sources that are experts, E experts of the result, I intermediate, H h
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import einops
 import numpy as np
 
-from btx_merge.dtypes import SAFETENSORS_NAMES, STORED
+from btx_merge.dtypes import SAFETENSORS_NAMES
+from btx_merge.layout import JOB_BYTES, Extent, Job, Layout, OutputTensor, lay_out, portions
 from btx_merge.llama import (
     ATTENTION_BIASES,
     BUFFERS,
@@ -41,9 +41,6 @@ _MOE_TENSORS = {ROUTER: "E H", GATE_UP_EXPERTS: "E 2I H", DOWN_EXPERTS: "E H I"}
 
 DIFFERENCE_METHODS = ("ties", "dare_ties", "dare_linear")
 """Ways to combine that work on differences from the seed."""
-_PAGE = 4096
-"""Data begins at a multiple of it, so that reading, writing and mapping the file go by whole pages."""
-_JOB_BYTES = 64_000_000  # of output: the unit of parallel work and of resuming
 
 
 @dataclass(frozen=True)
@@ -60,54 +57,6 @@ EXPERT_LAYOUTS = {
     "split": ExpertLayout("two s (c i) -> (s c) (two i)", "s h (c i) -> (s c) h i"),
     "blend": ExpertLayout("two s (c i) -> c (two s i)", "s h (c i) -> c h (s i)"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
-    """A tensor of the result and its place."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    shard: int
-    start: int
-    """Byte in the shard's file."""
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * STORED[self.dtype].itemsize
-
-    @property
-    def row_bytes(self) -> int:
-        return self.nbytes // self.shape[0]
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A run of bytes in a shard's file."""
-
-    start: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A part of one output tensor. Its kind says what fills it; its extents, where that goes."""
-
-    tensor: OutputTensor
-    extents: tuple[Extent, ...]
-    start: int
-    """First row: of the source's tensor in the jobs for experts, of the output in the others."""
-    stop: int
-
-    @property
-    def key(self) -> str:
-        """Names the job in the journal, the same in every run of one plan."""
-        return f"{self.tensor.name}@{self.extents[0].start}"
-
-    @property
-    def nbytes(self) -> int:
-        return sum(extent.nbytes for extent in self.extents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +89,6 @@ class RouterRows(Job):
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A file of the result: its header as bytes, its whole size."""
-
-    name: str
-    header: bytes
-    nbytes: int
-
-
-@dataclass(frozen=True)
 class Fate:
     """What became of some input tensors of a source."""
 
@@ -161,7 +101,7 @@ class Fate:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Layout):
     """Everything that the writer needs; can be shown before anything is written."""
 
     recipe: MergeRecipe
@@ -170,8 +110,6 @@ class Plan:
     """The sources that become experts and whose shared tensors are combined."""
     vocabulary: Vocabulary
     dtype: str
-    tensors: tuple[OutputTensor, ...]
-    shards: tuple[Shard, ...]
 
     @cached_property
     def jobs(self) -> tuple[Job, ...]:
@@ -213,26 +151,15 @@ class Plan:
         return width // self.chunks * (len(self.experts) if self.recipe.expert_mode == "blend" else 1)
 
     @property
-    def parameters(self) -> int:
-        """All weights of the result."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors)
-
-    @property
     def experts_per_token(self) -> int:
         """Experts that run for one token in inference."""
-        by_type = {"top_k": self.recipe.num_experts_per_tok, "soft": self.num_experts}
-        return by_type.get(self.recipe.router_type, 1)
+        return experts_per_token(self.recipe.router_type, self.recipe.num_experts_per_tok, self.num_experts)
 
     @property
     def active_parameters(self) -> int:
         """Weights that one token passes through, with K of E experts per layer."""
-        experts = sum(math.prod(tensor.shape) for tensor in self.tensors if ".experts." in tensor.name)
-        idle = self.num_experts - self.experts_per_token
-        return self.parameters - experts * idle // self.num_experts
-
-    @property
-    def bytes_to_write(self) -> int:
-        return sum(shard.nbytes for shard in self.shards)
+        shapes = {tensor.name: tensor.shape for tensor in self.tensors}
+        return active_parameters(shapes, self.num_experts, self.experts_per_token)
 
     @property
     def bytes_to_read(self) -> int:
@@ -297,8 +224,8 @@ class Plan:
                 return
         rows = tensor.shape[0]
         # TIES trims over a whole tensor, so it is one job there
-        size = rows if self.recipe.combine == "ties" else max(1, _JOB_BYTES // tensor.row_bytes)
-        for start, stop in _portions(0, rows, size):
+        size = rows if self.recipe.combine == "ties" else max(1, JOB_BYTES // tensor.row_bytes)
+        for start, stop in portions(0, rows, size):
             extent = Extent(tensor.start + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
             yield SharedRows(tensor, (extent,), start, stop)
 
@@ -319,7 +246,7 @@ class Plan:
             which, row = divmod(run.source, width + 1)
             two, source = divmod(which, len(self.experts))
             name = (GATE, UP)[two].format(layer=layer)
-            for start, stop in _portions(row, row + run.count, max(1, _JOB_BYTES // row_bytes)):
+            for start, stop in portions(row, row + run.count, max(1, JOB_BYTES // row_bytes)):
                 offset = tensor.start + (run.out + start - row) * row_bytes
                 extents = (Extent(offset, (stop - start) * row_bytes),)
                 fold = layer if self.recipe.fold_norms else None
@@ -334,7 +261,7 @@ class Plan:
         per_group = self.num_experts // len(sources)
         for group, members in enumerate(sources):
             experts = range(group * per_group, (group + 1) * per_group)
-            for start, stop in _portions(0, hidden, max(1, _JOB_BYTES // (row_bytes * per_group))):
+            for start, stop in portions(0, hidden, max(1, JOB_BYTES // (row_bytes * per_group))):
                 size = (stop - start) * row_bytes
                 first = tensor.start + start * row_bytes
                 extents = tuple(Extent(first + expert * tensor.row_bytes, size) for expert in experts)
@@ -344,29 +271,27 @@ class Plan:
                     yield ExpertColumns(tensor, extents, start, stop, members, name)
 
 
+def experts_per_token(router_type: str, num_experts_per_tok: int, experts: int) -> int:
+    """Experts that run for one token in inference."""
+    return {"top_k": num_experts_per_tok, "soft": experts}.get(router_type, 1)
+
+
+def active_parameters(shapes: Mapping[str, Sequence[int]], experts: int, per_token: int) -> int:
+    """Weights that one token passes through, of a model whose tensors have these names and shapes."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    of_experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    return sum(sizes.values()) - of_experts * (experts - per_token) // experts
+
+
 def make_plan(recipe: MergeRecipe, sources: Sequence[Source], vocabulary: Vocabulary) -> Plan:
     """Lays out the result of merging checked sources (seed first)."""
     seed = sources[0]
     experts = tuple(sources if recipe.seed_expert else sources[1:])
     dtype = SAFETENSORS_NAMES[recipe.dtype] if recipe.dtype else seed.dtype
-    sketch = Plan(recipe, seed, experts, vocabulary, dtype, (), ())
-    groups: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    filled = 0
-    for name, shape in _output_shapes(sketch):
-        nbytes = math.prod(shape) * STORED[dtype].itemsize
-        if groups[-1] and filled + nbytes > recipe.shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append((name, shape))
-        filled += nbytes
-    tensors: list[OutputTensor] = []
-    shards = []
-    for number, group in enumerate(groups):
-        name = f"model-{number + 1:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else "model.safetensors"
-        header, starts, nbytes = _header(group, dtype)
-        shards.append(Shard(name, header, nbytes))
-        tensors += [OutputTensor(n, dtype, shape, number, starts[n]) for n, shape in group]
-    return Plan(recipe, seed, experts, vocabulary, dtype, tuple(tensors), tuple(shards))
+    sketch = Plan((), (), recipe, seed, experts, vocabulary, dtype)
+    shapes = ((name, dtype, shape) for name, shape in _output_shapes(sketch))
+    tensors, shards = lay_out(shapes, recipe.shard_bytes)
+    return replace(sketch, tensors=tensors, shards=shards)
 
 
 def _output_shapes(plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -382,22 +307,3 @@ def _output_shapes(plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from ((name, shared[name]) for name in names if name in shared)
         yield from ((name.format(layer=layer), shape) for name, shape in moe.items())
     yield from ((name, shared[name]) for name in ("model.norm.weight", HEAD) if name in shared)
-
-
-def _header(group: Sequence[tuple[str, tuple[int, ...]]], dtype: str) -> tuple[bytes, dict[str, int], int]:
-    """A safetensors header as bytes, where each tensor starts in the file, and the file's size."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in group:
-        end = offset + math.prod(shape) * STORED[dtype].itemsize
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _PAGE)
-    header = len(text).to_bytes(8, "little") + text
-    starts = {name: len(header) + entries[name]["data_offsets"][0] for name, _ in group}  # type: ignore[index]
-    return header, starts, len(header) + offset
-
-
-def _portions(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    return ((first, min(first + size, stop)) for first in range(start, stop, size))

@@ -16,21 +16,22 @@ from typing import Any
 
 from btx_merge.card_checks import card_problems
 from btx_merge.errors import InputError, Problem
-from btx_merge.files import MODEL_CODE, PICTURE, RECIPE_FILE, ROUTING, TOKENIZER_FILES
+from btx_merge.files import MODEL_CODE, PICTURE, ROUTING, TOKENIZER_FILES, UNDO_FILE
+from btx_merge.layout import INDEX_FILE
 from btx_merge.private_text import private_text
+from btx_merge.recipe import RECIPE_FILE
 from btx_merge.sources import read_json, read_tensors
 from btx_merge.tensorfiles import StoredTensor
 
-INDEX = "model.safetensors.index.json"
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _MODEL_FILES = (  # beside the weights; a pattern may match several
-    *("config.json", "generation_config.json", INDEX, RECIPE_FILE, PICTURE, ROUTING),
+    *("config.json", "generation_config.json", INDEX_FILE, RECIPE_FILE, PICTURE, ROUTING),
     *MODEL_CODE,
     *TOKENIZER_FILES,
     *("vocab.json", "merges.txt", "additional_chat_templates/*.jinja"),
 )
 _OTHER_FILES = re.compile(r"README\.md|\.gitattributes|(?:LICEN[SC]E|NOTICE|COPYING|USE_POLICY)[\w.-]*", re.IGNORECASE)
-_PASSED_OVER = (".git", ".DS_Store", "runs", "btx_undo.safetensors")  # runs: TensorBoard's, with the host's name
+_PASSED_OVER = (".git", ".DS_Store", "runs", UNDO_FILE)  # runs: TensorBoard's, with the host's name
 _PIPELINES = {
     "BTXModel": "feature-extraction",
     "BTXForSequenceClassification": "text-classification",
@@ -158,7 +159,7 @@ def _files(folder: Path, weights: set[str]) -> tuple[list[str], list[Problem]]:
 def _weight_names(folder: Path) -> set[str]:
     """The files that hold the weights, as far as can be known."""
     try:
-        named = {file for file in read_json(folder / INDEX)["weight_map"].values() if isinstance(file, str)}
+        named = {file for file in read_json(folder / INDEX_FILE)["weight_map"].values() if isinstance(file, str)}
     except (InputError, KeyError, AttributeError):
         named = set()
     return named or {"model.safetensors"}
@@ -170,16 +171,16 @@ def _weights(folder: Path) -> Mapping[str, StoredTensor]:
     Raises:
         InputError: a file is missing or damaged, or the index lies.
     """
-    single, index = folder / "model.safetensors", folder / INDEX
+    single, index = folder / "model.safetensors", folder / INDEX_FILE
     if not single.exists() and not index.exists():
-        expected = f"model.safetensors, or shards with {INDEX}"
+        expected = f"model.safetensors, or shards with {INDEX_FILE}"
         raise InputError([Problem("model", folder.name, "no weights", expected, "Copy the missing file there.")])
     if single.exists() and index.exists():
         remedy = "Remove what is left from another save."
-        raise InputError([Problem("model", INDEX, "lies beside model.safetensors", "one of the two", remedy)])
+        raise InputError([Problem("model", INDEX_FILE, "lies beside model.safetensors", "one of the two", remedy)])
     tensors = read_tensors("model", folder)
     if index.exists() and (extra := sorted(tensors.keys() - read_json(index)["weight_map"].keys())):
-        raise InputError([Problem("model", INDEX, f"does not name {_some(extra)}, which the shards hold")])
+        raise InputError([Problem("model", INDEX_FILE, f"does not name {_some(extra)}, which the shards hold")])
     return tensors
 
 

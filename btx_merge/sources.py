@@ -135,12 +135,19 @@ class Source:
     def card_metadata(self) -> dict[str, Any]:
         """The YAML front matter of its README.md; empty where there is none that can be read."""
         try:
-            text = (self.located.folder / "README.md").read_text(encoding="utf-8")
-            match = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
-            metadata = yaml.safe_load(match[1]) if match else None
-        except (OSError, ValueError, yaml.YAMLError):  # ValueError: no UTF-8, or a date that does not exist
+            return front_matter((self.located.folder / "README.md").read_text(encoding="utf-8"))[0]
+        except (OSError, ValueError):  # no UTF-8
             return {}
-        return metadata if isinstance(metadata, dict) else {}
+
+
+def front_matter(text: str) -> tuple[dict[str, Any], str]:
+    """A model card's metadata, empty where they cannot be read, and the text behind them."""
+    match = re.match(r"---\r?\n(.*?)\r?\n---\r?\n?", text, re.DOTALL)
+    try:
+        metadata = yaml.safe_load(match[1]) if match else None
+    except (ValueError, yaml.YAMLError):  # ValueError: a date that does not exist
+        metadata = None
+    return (metadata, text[match.end() :]) if match and isinstance(metadata, dict) else ({}, text)
 
 
 def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list[Source], list[Problem]]:
@@ -154,7 +161,7 @@ def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list
     specs = {SEED: ExpertSpec(recipe.seed, recipe.seed_weight), **recipe.experts}
     for name, spec in specs.items():
         try:
-            source = _open(name, spec, seed, scratch)
+            source = open_source(name, spec, seed, scratch)
         except InputError as error:
             problems += [replace(problem, source=name) for problem in error.problems]
         else:
@@ -163,7 +170,12 @@ def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list
     return sources, problems
 
 
-def _open(name: str, spec: ExpertSpec, seed: Source | None, scratch: Callable[[], Path]) -> Source:
+def open_source(name: str, spec: ExpertSpec, seed: Source | None, scratch: Callable[[], Path]) -> Source:
+    """One source, opened without reading weights. An adapter's base is the seed where its config agrees.
+
+    Raises:
+        InputError: it is not there, cannot be read, is no Llama, or an adapter that does not fit its base.
+    """
     located = locate(name, spec.model)
     if not (located.folder / "adapter_config.json").exists():
         if spec.base is not None:
@@ -248,7 +260,7 @@ def _check_fit(
 def _open_checkpoint(name: str, located: Located, weight: float) -> Source:
     raw = read_json(located.folder / "config.json")
     _refuse_other_models(name, raw)
-    _refuse_odd_values(name, raw)
+    refuse_odd_values(name, raw)
     tensors = read_tensors(name, located.folder)
     return Source(name, located, normalise_config(raw), raw, tensors, weight=weight)
 
@@ -258,7 +270,7 @@ def _refuse_other_models(name: str, raw: Mapping[str, Any]) -> None:
     if raw.get("model_type") != "llama":
         remedy = "Only Llama checkpoints can be merged."
         if raw.get("model_type") == "btx":
-            remedy = "This is a merged model already; give the checkpoints it was made from."
+            remedy = "This is a merged model already: btx extract takes an expert out, btx edit changes its experts."
         found = f"model_type is {raw.get('model_type')!r}"
         problems.append(Problem(name, "config.json", found, "'llama'", remedy))
     if raw.get("quantization_config") is not None:
@@ -270,8 +282,12 @@ def _refuse_other_models(name: str, raw: Mapping[str, Any]) -> None:
         raise InputError(problems)
 
 
-def _refuse_odd_values(name: str, raw: Mapping[str, Any]) -> None:
-    """Values that no Llama can have; what the config leaves out has a default."""
+def refuse_odd_values(name: str, raw: Mapping[str, Any]) -> None:
+    """Values that no Llama can have; what the config leaves out has a default.
+
+    Raises:
+        InputError: all of them.
+    """
     problems = []
     for key, value in raw.items():
         if key in _SIZES:
@@ -291,7 +307,11 @@ def _refuse_odd_values(name: str, raw: Mapping[str, Any]) -> None:
 
 
 def read_tensors(name: str, folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint, from one file or from the shards that its index names."""
+    """All tensors of a checkpoint, from one file or from the shards that its index names.
+
+    Raises:
+        InputError: every file that is missing, cannot be read, or does not agree with the index.
+    """
     single = _first_existing(folder, _SINGLE_FILES)
     index = _first_existing(folder, _INDEXES)
     if single is not None and (index is None or single.suffix == ".safetensors"):

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from btx_merge.card import count
 from btx_merge.dtypes import TORCH_NAMES
+from btx_merge.exporting import ExportReport
 from btx_merge.merging import Check, Report
 from btx_merge.plan import Fate
 
@@ -30,9 +31,9 @@ if TYPE_CHECKING:
 class ProgressBar:
     """Bytes, rate and time left, on stderr; nothing at all where it is not shown."""
 
-    def __init__(self, shown: bool):
+    def __init__(self, shown: bool, verb: str = "merging"):
         self._progress = Progress(
-            "merging",
+            verb,
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
@@ -49,7 +50,7 @@ class ProgressBar:
 
     def start(self, total: int) -> None:
         """Shows the bar for `total` bytes."""
-        self._task = self._progress.add_task("merging", total=total)
+        self._task = self._progress.add_task("bytes", total=total)
         self._progress.start()
 
     def advance(self, nbytes: int) -> None:
@@ -142,6 +143,18 @@ def print_report(report: Report) -> None:
     if plan.recipe.router_init in ("random", "zeros"):
         lines["next"] = "the routers are untrained: finetune them before you judge the model"
     console.print(_facts(lines))
+
+
+def print_export(report: ExportReport) -> None:
+    """What was written, and what it cost."""
+    files = f"{len(report.files)} weights file{'s' * (len(report.files) > 1)}"
+    lines = {
+        "written": f"{report.output}: {_size(report.nbytes)} in {files}, {count(report.parameters)} parameters",
+        "took": f"{report.seconds:.1f} s, peak memory {_size(report.peak_memory)}",
+    }
+    if report.kept_bytes:
+        lines["kept"] = f"{_size(report.kept_bytes)} of an interrupted run"
+    Console().print(_facts(lines))
 
 
 def _fates(fates: tuple[Fate, ...]) -> Table:

@@ -41,6 +41,11 @@ class StoredTensor:
         """Bytes of one row, that is of one index of the first dimension."""
         return self.nbytes // max(1, self.shape[0]) if self.shape else self.nbytes
 
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Where its bytes lie in the file: first byte and number of each run."""
+        return ((self.start, self.nbytes),)
+
     def read_rows(self, start: int, stop: int) -> Raw:
         """Rows [start, stop) as flat bytes, in a buffer of this thread that its next read overwrites.
 
@@ -224,3 +229,15 @@ def read_tensor_file(file: Path) -> dict[str, StoredTensor]:
         return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
     except OSError as error:
         raise InputError([_problem(file, error.strerror or str(error), "a file that can be read")]) from error
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint's safetensors files, by its name.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= read_tensor_file(file)
+    return tensors

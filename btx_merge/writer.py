@@ -21,12 +21,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from btx_merge.combine import Block, cast, shared_rows
 from btx_merge.errors import InputError, MergeInterrupted, Problem
-from btx_merge.experts import expert_columns, expert_rows
+from btx_merge.layout import Block, Job, Layout
 from btx_merge.pagecache import forget_range
-from btx_merge.plan import ExpertColumns, ExpertRows, Job, Plan, RouterRows, SharedRows
-from btx_merge.router_init import initial_router
 
 JOURNAL = "btx_journal.jsonl"
 _LOCK = "btx_lock"
@@ -35,20 +32,8 @@ _LAG = 8  # jobs that are left to the disk before they are let go of
 
 Progress = Callable[[int], None]
 """Called, from several threads, with the number of bytes that became final."""
-
-
-def blocks(job: Job, plan: Plan) -> Iterator[Block]:
-    """The bytes of a job in order, each for one of its extents."""
-    if isinstance(job, ExpertRows):
-        yield from expert_rows(job, plan)
-    elif isinstance(job, ExpertColumns):
-        yield from expert_columns(job, plan)
-    elif isinstance(job, SharedRows):
-        yield from shared_rows(job, plan)
-    elif isinstance(job, RouterRows):
-        hidden, std = job.tensor.shape[1], plan.recipe.router_std or plan.seed.config["initializer_range"]
-        router = initial_router(plan.recipe, job.layer, plan.num_experts, hidden, std)
-        yield 0, cast(router, job, plan)
+Fill = Callable[[Job], Iterator[Block]]
+"""The bytes of a job in order, each for one of its extents."""
 
 
 def check_target(target: Path, overwrite: bool) -> None:
@@ -86,11 +71,14 @@ def put_in_place(folder: Path, target: Path, overwrite: bool) -> Path | None:
 class Staging:
     """The folder beside the target in which a merge is written. Use as a context: it is locked meanwhile."""
 
-    def __init__(self, output: Path, plan: Plan, fingerprint: str):
+    def __init__(self, output: Path, layout: Layout, fill: Fill, fingerprint: str):
+        """
+        Args:
+            fingerprint: of everything that the bytes depend on; what another one left unfinished is thrown away.
+        """
         self.output = output
         self.folder = output.with_name(output.name + ".btx-partial")
-        self.plan = plan
-        self.fingerprint = fingerprint
+        self.layout, self.fill, self.fingerprint = layout, fill, fingerprint
         self.restarted = False
         """Whether an unfinished merge of something else was found and thrown away."""
         self.kept_bytes = 0
@@ -119,7 +107,7 @@ class Staging:
 
     def path(self, job: Job) -> Path:
         """The file that a job writes to."""
-        return self.folder / self.plan.shards[job.tensor.shard].name
+        return self.folder / self.layout.shards[job.tensor.shard].name
 
     def prepare(self) -> None:
         """Finds out what an earlier run finished, and makes room for the rest.
@@ -130,13 +118,13 @@ class Staging:
         recorded = self._read_journal()
         if recorded is None:
             self._start_over()
-        jobs = {job.key: job for job in self.plan.jobs}
+        jobs = {job.key: job for job in self.layout.jobs}
         for key, checksums in (recorded or {}).items():
             if key in jobs and self._checksums(jobs[key]) == checksums:
                 self._finished.add(key)
                 self.kept_bytes += jobs[key].nbytes
         self._check_room()
-        for shard in self.plan.shards:
+        for shard in self.layout.shards:
             with (self.folder / shard.name).open("ab") as file:
                 file.truncate(shard.nbytes)
                 if hasattr(os, "posix_fallocate"):
@@ -156,7 +144,7 @@ class Staging:
         progress(self.kept_bytes)
         with ThreadPoolExecutor(workers, "btx-writer") as pool:
             futures = [
-                pool.submit(self._work, job, progress) for job in self.plan.jobs if job.key not in self._finished
+                pool.submit(self._work, job, progress) for job in self.layout.jobs if job.key not in self._finished
             ]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -192,7 +180,7 @@ class Staging:
         written = [0] * len(job.extents)
         with self.path(job).open("r+b", buffering=0) as file:
             try:
-                for number, raw in blocks(job, self.plan):
+                for number, raw in self.fill(job):
                     if self._stop.is_set():
                         return  # another worker failed, or the user interrupted
                     file.seek(job.extents[number].start + written[number])
@@ -270,10 +258,10 @@ class Staging:
 
     def _check_room(self) -> None:
         present = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
-        needed = self.plan.bytes_to_write - present
+        needed = self.layout.bytes_to_write - present
         free = shutil.disk_usage(self.folder).free
         if needed > free:
-            found, expected = f"{free / 1e9:.2f} GB free", f"{needed / 1e9:.2f} GB for the merge"
+            found, expected = f"{free / 1e9:.2f} GB free", f"{needed / 1e9:.2f} GB for the result"
             remedy = "Make room, or write to another disk."
             raise InputError([Problem("output", str(self.output.parent), found, expected, remedy)])
 

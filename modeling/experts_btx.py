@@ -68,7 +68,7 @@ class BTXExperts(_FusedExperts):
             return super().forward(hidden_states, top_k_index, top_k_weights)
         gate_up, down = self.gate_up_proj, self.down_proj  # once: under a LoRA each access adds it up
         out = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
-        for expert, weight in zip(top_k_index[0].tolist(), top_k_weights[0], strict=True):
+        for expert, weight in zip(top_k_index[0].tolist(), top_k_weights.unbind(1), strict=True):
             if expert < self.num_experts:  # otherwise another rank's
                 out = out + weight * self._run(hidden_states, gate_up[expert], down[expert])
         return out.to(hidden_states.dtype)

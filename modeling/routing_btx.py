@@ -74,9 +74,9 @@ class BTXRouting(nn.Module):
         per_token = {"soft": experts, "top_k": min(call.num_experts_per_tok, experts)}.get(self.router_type, 1)
 
         mixture, probabilities = self._mixture(scores, per_token)
-        chosen = self._choose(mixture if probabilities is None else scores, probabilities, per_token, call)
+        chosen = self._choose(mixture if probabilities is None else probabilities, per_token, call)
         if self.router_type == "top_k" and not self.config.router_pre_softmax:
-            weights = scores.gather(-1, chosen).softmax(dim=-1)  # SoftMax(TopK(W x)) of section 3.2
+            weights = self._renormalised(mixture, scores, chosen)
         elif self.router_type == "sample_top_1" and not self.training:
             weights = torch.ones_like(chosen, dtype=scores.dtype)
         else:
@@ -114,16 +114,23 @@ class BTXRouting(nn.Module):
             return probabilities * (scores.shape[-1] * self.config.num_chunks / per_token), probabilities
         return probabilities, probabilities
 
-    def _choose(
-        self, ranks: torch.Tensor, probabilities: torch.Tensor | None, per_token: int, call: RouterCall
-    ) -> torch.Tensor:
+    def _choose(self, ranks: torch.Tensor, per_token: int, call: RouterCall) -> torch.Tensor:
         """Positions in [0, A) of the chosen experts, [N, K]."""
-        if per_token == ranks.shape[-1]:
+        if self.router_type == "soft":
             return _everything(ranks)
-        if self.has_bias and probabilities is not None:
+        if self.has_bias:
             bias = self.e_score_correction_bias if call.active is None else self.e_score_correction_bias[call.active]
-            ranks = probabilities.detach() + bias
+            ranks = ranks.detach() + bias
         return ranks.topk(per_token, dim=-1).indices
+
+    def _renormalised(self, mixture: torch.Tensor, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """SoftMax(TopK(W x)) of section 3.2, rounded as Mixtral does it, so that an export gives the same bits."""
+        weights = mixture.gather(-1, chosen)
+        total = weights.sum(dim=-1, keepdim=True)
+        if not self.has_bias:
+            return weights / total
+        tiny = torch.finfo(total.dtype).tiny  # a bias may choose experts that all have a probability of 0
+        return torch.where(total < tiny, scores.gather(-1, chosen).softmax(dim=-1), weights / total.clamp(min=tiny))
 
     def _overflow(self, chosen: torch.Tensor, experts: int, call: RouterCall) -> torch.Tensor | None:
         """[N, 1], the tokens for which their expert has no room left in training; None where room is not limited.
@@ -178,9 +185,7 @@ def router_statistics(
     """
     counted = _counted(scores, call)
     token_share = counted / counted.sum().clamp(min=1)
-    gates = weights
-    if weights.shape != scores.shape:
-        gates = torch.zeros_like(scores).scatter(-1, chosen, weights)
+    gates = torch.zeros_like(scores).scatter(-1, chosen, weights)
     if probabilities is None:
         probabilities = scores.softmax(dim=-1)
     squared = (token_share @ scores.logsumexp(dim=-1).square())[None] if with_z else scores.new_zeros(1)

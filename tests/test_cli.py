@@ -73,8 +73,22 @@ OPTIONS = {
         *("model", "--output", "-o", "--method", "--domain-text", "--prompt", "--domain-tokens", "--router-ridge"),
         *("--fit-through", *FITTING, "--overwrite", "--quiet", "-q", "--json"),
     },
+    "edit": {
+        *("model", "--output", "-o", "--add", "--drop", "--replace", "--rename", "--shared", "--source", "--weight"),
+        *("--base", "--router-init", "--router-std", "--random-seed", "--domain-text", "--domain-tokens"),
+        *("--router-ridge", "--num-experts-per-tok", "--allow-nonfinite", "--allow-unrelated", "--device"),
+        *("--workers", "--overwrite", "--quiet", "-q", "--json"),
+    },
     "push": {
         *("model", "repo_id", "--private", "--revision", "--create-pr", "--commit-message", "--quiet", "-q", "--json"),
+    },
+    "export": {
+        *("model", "out", "--output", "-o", "--format", "--max-shard-size", "--overwrite", "--workers"),
+        *("--quiet", "-q", "--json"),
+    },
+    "extract": {
+        *("model", "expert", "--output", "-o", "--max-shard-size", "--overwrite", "--workers"),
+        *("--quiet", "-q", "--json"),
     },
     "train": {
         *("model", "--output", "-o", "--config", "--data", "--train", "--max-length", "--holdout", "--shuffle"),
@@ -96,7 +110,7 @@ def test_commands_and_options_are_a_contract() -> None:
     } == OPTIONS
 
 
-@pytest.mark.parametrize("command", [[], ["merge"], ["check"], ["push"], ["train"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in OPTIONS)])
 def test_help(command: list[str]) -> None:
     done = btx(*command, "--help", COLUMNS="300")
     assert (done.returncode, done.stderr) == (0, "")
@@ -239,6 +253,52 @@ def test_a_recipe_file(merged: tuple[Path, Done], family: Family, tmp_path: Path
     done = btx("check", "--recipe", "merge.yaml", "--dtype", "float16", "--no-seed-expert", "--json", cwd=tmp_path)
     checked = json.loads(done.stdout)
     assert (checked["dtype"], checked["experts"]) == ("float16", ["code", "math"])
+
+
+@pytest.mark.parametrize("command", ["export", "extract"])
+def test_an_export_and_an_extraction(command: str, merged: tuple[Path, Done], tmp_path: Path) -> None:
+    arguments = {"export": [tmp_path / "out"], "extract": ["code", "-o", tmp_path / "out"]}[command]
+    done = btx(command, merged[0], *arguments, COLUMNS="200")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(rf"written +{tmp_path / 'out'}: 0\.\d MB in 1 weights file, 0\.\d\d M parameters", done.stdout)
+    assert re.search(r"took +\d+\.\d s, peak memory \d", done.stdout)
+    expected = files_of(tmp_path / "out")
+    done = btx(command, merged[0], *arguments, "--overwrite", "--json", "--workers", "1", "--max-shard-size", "50KB")
+    report = json.loads(done.stdout)
+    assert set(report) == {
+        *("output", "parameters", "files", "nbytes", "kept_bytes", "seconds", "peak_memory", "warnings")
+    }
+    assert report["output"] == str(tmp_path / "out")
+    assert len(report["files"]) > 1
+    assert report["nbytes"] == sum((tmp_path / "out" / name).stat().st_size for name in report["files"])
+    assert (report["kept_bytes"], report["warnings"]) == (0, [])
+    done = btx(command, merged[0], *arguments, "--overwrite", "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert files_of(tmp_path / "out") == expected
+
+
+def test_where_an_export_goes(merged: tuple[Path, Done], tmp_path: Path) -> None:
+    assert errors_of(btx("export", merged[0])) == ["command: OUT: missing; expected one folder"]
+    twice = btx("export", merged[0], tmp_path / "a", "-o", tmp_path / "b")
+    assert errors_of(twice) == ["command: OUT: given twice; expected one folder"]
+    assert btx("export", merged[0], "-o", tmp_path / "out", "-q").returncode == 0
+    assert (tmp_path / "out/config.json").exists()
+    (line,) = errors_of(btx("export", merged[0], tmp_path / "out"))
+    assert line.startswith(f"output: {tmp_path / 'out'}: not empty; expected an empty or a new folder.")
+    (line,) = errors_of(btx("extract", merged[0], "cod", "-o", tmp_path / "new"))
+    assert line == "model: config.json: expert_names: no expert 'cod'; expected one of seed, code, math"
+
+
+def test_an_export_that_another_program_reads_otherwise(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    seed = save_seed(tmp_path / "seed", rope_parameters=rope)
+    btx("merge", "--seed", seed, "--expert", f"twin={seed}", "-o", tmp_path / "merged", "-q")
+    done = btx("export", tmp_path / "merged", tmp_path / "out", "-q")
+    assert (done.returncode, done.stdout) == (0, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        "warning: model: config.json: rope_parameters: dynamic: beyond max_position_embeddings vLLM and llama.cpp do"
+    )
 
 
 # Refusals
@@ -439,6 +499,14 @@ def test_a_plain_merge_needs_no_torch(command: str, family: Family, tmp_path: Pa
     loaded = imported_by(f"from btx_merge.cli import app\napp({arguments!r}, standalone_mode=False)", tmp_path)
     assert not loaded & HEAVY
     assert (tmp_path / "out/model.safetensors").exists() == (command == "merge")
+
+
+@pytest.mark.parametrize("command", [["export"], ["extract", "code"]])
+def test_an_export_needs_no_torch_either(command: list[str], merged: tuple[Path, Done], tmp_path: Path) -> None:
+    arguments = [command[0], str(merged[0]), *command[1:], "-o", str(tmp_path / "out"), "-q"]
+    loaded = imported_by(f"from btx_merge.cli import app\napp({arguments!r}, standalone_mode=False)", tmp_path)
+    assert not loaded & HEAVY
+    assert (tmp_path / "out/config.json").exists()
 
 
 @pytest.mark.parametrize("mode", ["split", "blend"])

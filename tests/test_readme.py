@@ -30,6 +30,7 @@ def blocks(language: str) -> list[str]:
 def folder(family, tmp_path) -> Path:
     """A folder in which the README's names are tiny checkpoints; ids of the Hub are folders of that name here."""
     places = {"meta-llama/Llama-3.2-1B": family.seed, "org/llama-code": family.code, "llama-math": family.math}
+    places |= {"org/llama-bio": family.math, "org/llama-math-2": family.code}
     for name, source in places.items():
         shutil.copytree(source, tmp_path / name)
     return tmp_path
@@ -48,9 +49,22 @@ def test_the_commands_and_the_recipe(folder, hub):
     write_texts(folder)
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("btx ")]
     verbs = [command.split()[1] for command in commands]
-    assert verbs == ["merge", "merge", "fit", "check", "merge", "train", "push"]
+    assert verbs == [
+        "merge",
+        "merge",
+        "fit",
+        "check",
+        "merge",
+        "train",
+        "edit",
+        "edit",
+        "edit",
+        "export",
+        "extract",
+        "push",
+    ]
     for verb, command in zip(verbs, commands, strict=True):
-        if verb in ("fit", "train", "push"):
+        if verb not in ("merge", "check"):
             shutil.copytree(folder / "done-0", folder / "llama-btx", dirs_exist_ok=True)
         command = command.replace("1000", "2 --use-cpu --max-length 32")
         environment = hub.environment(folder / "home", HF_TOKEN=WRITER) if verb == "push" else None
@@ -59,7 +73,8 @@ def test_the_commands_and_the_recipe(folder, hub):
         )
         assert done.returncode == 0, done.stderr
         if verb not in ("check", "push"):
-            output = folder / command.rpartition(" -o ")[2]
+            words = command.split()
+            output = folder / (words[words.index("-o") + 1] if "-o" in words else words[3])
             assert_complete(output)
             shutil.move(output, folder / f"done-{len(list(folder.glob('done-*')))}")
         shutil.rmtree(folder / "llama-btx", ignore_errors=True)
@@ -72,7 +87,8 @@ def test_the_commands_and_the_recipe(folder, hub):
 def write_texts(folder: Path) -> None:
     """The README's texts, of the tiny tokenizer's words."""
     rows = [{"text": " ".join(f"w{(7 * row + word) % 120}" for word in range(50))} for row in range(20)]
-    (folder / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("code", "bio"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "math").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "math/part.parquet")
 

@@ -408,7 +408,7 @@ def test_the_disk_is_checked_first(sources, uninterrupted, tmp_path, monkeypatch
     needed = sum(len(content) for name, content in uninterrupted().items() if name.endswith(".safetensors"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1_000_000))
-    with pytest.raises(InputError, match=r"GB free; expected .* GB for the merge.*Make room"):
+    with pytest.raises(InputError, match=r"GB free; expected .* GB for the result.*Make room"):
         merge(recipe_of(sources), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("*.safetensors"))
@@ -539,7 +539,7 @@ def test_a_source_is_never_overwritten(sources, tmp_path):
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_the_size_of_jobs_and_blocks_does_not_matter(sources, uninterrupted, tmp_path, monkeypatch, name):
     expected = uninterrupted(**RECIPES[name])
-    monkeypatch.setattr("btx_merge.plan._JOB_BYTES", 100_000)
-    monkeypatch.setattr("btx_merge.combine._BLOCK_BYTES", 7_000)
+    monkeypatch.setattr("btx_merge.plan.JOB_BYTES", 100_000)
+    monkeypatch.setattr("btx_merge.combine.BLOCK_BYTES", 7_000)
     merge(recipe_of(sources, **RECIPES[name]), tmp_path / "out", workers=3)
     assert files_of(tmp_path / "out") == expected

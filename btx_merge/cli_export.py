@@ -1,0 +1,94 @@
+"""`btx export` and `btx extract`: a merged model for other programs, and one expert of it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from btx_merge.cli_options import option
+from btx_merge.errors import InputError, Problem
+
+if TYPE_CHECKING:
+    from btx_merge.exporting import ExportReport
+
+_Model = Annotated[str, typer.Argument(help="Folder or org/name[@revision] of a merged model.")]
+_MaxShardSize = Annotated[str, typer.Option(help="Largest weights file.")]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a folder that is there, once the new one is complete.")
+]
+_Workers = Annotated[
+    int | None, typer.Option(min=1, help="Threads that read and write [default: one per core, at most 4].")
+]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+
+
+def export_command(
+    model: _Model,
+    out: Annotated[Path | None, typer.Argument(help="Folder for the result.", show_default=False)] = None,
+    output: Annotated[Path | None, option("The same, as an option.", "--output", "-o")] = None,
+    format: Annotated[str, typer.Option(help="mixtral: for transformers, vLLM, SGLang, llama.cpp.")] = "mixtral",
+    max_shard_size: _MaxShardSize = "5GB",
+    overwrite: _Overwrite = False,
+    workers: _Workers = None,
+    quiet: _Quiet = False,
+    json_output: _Json = False,
+) -> None:
+    """Write a merged model in a layout that other programs serve."""
+    from btx_merge.exporting import export
+
+    folder = out or output
+    if folder is None or (out and output):
+        raise InputError([Problem("command", "OUT", "given twice" if folder else "missing", "one folder")])
+    _run(
+        "exporting",
+        lambda **shown: export(
+            model, folder, format=format, overwrite=overwrite, workers=workers, max_shard_size=max_shard_size, **shown
+        ),
+        quiet,
+        json_output,
+    )
+
+
+def extract_command(
+    model: _Model,
+    expert: Annotated[str, typer.Argument(help="Its name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")],
+    max_shard_size: _MaxShardSize = "5GB",
+    overwrite: _Overwrite = False,
+    workers: _Workers = None,
+    quiet: _Quiet = False,
+    json_output: _Json = False,
+) -> None:
+    """Take one expert out, as a dense Llama with the merged shared weights."""
+    from btx_merge.exporting import extract
+
+    _run(
+        "extracting",
+        lambda **shown: extract(
+            model, expert, output, overwrite=overwrite, workers=workers, max_shard_size=max_shard_size, **shown
+        ),
+        quiet,
+        json_output,
+    )
+
+
+def _run(verb: str, work: Callable[..., ExportReport], quiet: bool, json_output: bool) -> None:
+    """Does the work under a bar, and prints what it did."""
+    from btx_merge.tables import ProgressBar, print_export
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
+    with ProgressBar(not quiet and sys.stderr.isatty(), verb) as bar:
+        report = work(progress=bar.advance, on_start=bar.start)
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if json_output:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not quiet:
+        print_export(report)

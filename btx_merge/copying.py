@@ -1,0 +1,103 @@
+"""A checkpoint whose tensors are ranges of another's files: copied as they are, streamed like a merge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+from btx_merge.combine import BLOCK_BYTES
+from btx_merge.combine import portions as blocks_of
+from btx_merge.errors import MergeError
+from btx_merge.files import write_index
+from btx_merge.layout import JOB_BYTES, Block, Extent, Job, Layout, lay_out, portions
+from btx_merge.tensorfiles import StoredTensor
+from btx_merge.writer import Progress, Staging
+
+
+@dataclass(frozen=True, slots=True)
+class CopiedRows(Job):
+    """Rows of a stored tensor as they are."""
+
+    source: StoredTensor
+
+
+@dataclass(frozen=True)
+class CopyLayout(Layout):
+    """A checkpoint of copied tensors."""
+
+    sources: Mapping[str, StoredTensor]
+    """By the copy's names."""
+
+    @cached_property
+    def jobs(self) -> tuple[Job, ...]:
+        jobs: list[Job] = []
+        for tensor in self.tensors:
+            for start, stop in portions(0, tensor.shape[0], max(1, JOB_BYTES // tensor.row_bytes)):
+                extent = Extent(tensor.start + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
+                jobs.append(CopiedRows(tensor, (extent,), start, stop, self.sources[tensor.name]))
+        return tuple(jobs)
+
+
+def copy_layout(tensors: Mapping[str, StoredTensor], shard_bytes: int) -> CopyLayout:
+    """The given tensors, under the given names and in their order, in files of at most `shard_bytes`."""
+    placed, shards = lay_out(((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()), shard_bytes)
+    return CopyLayout(placed, shards, tensors)
+
+
+def copied_rows(job: CopiedRows) -> Iterator[Block]:
+    """A job's bytes, in blocks that fit a cache."""
+    for start, stop in blocks_of(job.start, job.stop, job.tensor.row_bytes, BLOCK_BYTES):
+        yield 0, job.source.read_rows(start, stop)
+
+
+def _fill(job: Job) -> Iterator[Block]:
+    assert isinstance(job, CopiedRows)
+    return copied_rows(job)
+
+
+def write_copy(
+    layout: CopyLayout,
+    output: Path,
+    write_files: Callable[[Path], None],
+    *,
+    overwrite: bool,
+    workers: int | None,
+    progress: Progress | None,
+) -> int:
+    """Writes the weights, has `write_files` add the rest (config.json last), and gives the folder its name.
+
+    What was interrupted is continued by the same call.
+
+    Returns:
+        Bytes of an earlier, interrupted run that were kept.
+
+    Raises:
+        InputError: no room, or something that may not be replaced has come into the output's place.
+        MergeError: the disk refused; `MergeInterrupted` for Ctrl-C.
+    """
+    try:
+        with Staging(output, layout, _fill, _fingerprint(layout)) as staging:
+            staging.prepare()
+            staging.run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
+            write_index(layout, staging.folder)
+            write_files(staging.folder)
+            staging.finish(overwrite)
+    except OSError as error:
+        remedy = "What is finished is kept: the same command continues."
+        raise MergeError(f"{error.filename or output}: {error.strerror or error}. {remedy}") from error
+    return staging.kept_bytes
+
+
+def _fingerprint(layout: CopyLayout) -> str:
+    """Says whether an unfinished copy is of these tensors of these files."""
+    stats = {str(tensor.file): tensor.file.stat() for tensor in layout.sources.values()}
+    files = [[file, stat.st_size, stat.st_mtime_ns] for file, stat in sorted(stats.items())]
+    tensors = [[name, tensor.file.name, tensor.places] for name, tensor in layout.sources.items()]
+    text = json.dumps([version("btx-merge"), files, tensors, [shard.nbytes for shard in layout.shards]])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

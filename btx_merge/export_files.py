@@ -1,0 +1,122 @@
+"""Everything of an exported model that is not weights, in spellings that transformers 4 and 5 both read."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from btx_merge.card import LICENCE_KEYS, hub_ids, link_licence
+from btx_merge.dtypes import TORCH_NAMES
+from btx_merge.files import PRIVATE_KEYS, TOKENIZER_FILES, write_json
+from btx_merge.hub import Located
+from btx_merge.llama import DEFAULTS
+from btx_merge.merged_model import MergedModel
+from btx_merge.recipe import RECIPE_FILE
+from btx_merge.sources import front_matter
+
+_OWN_TAGS = ("btx", "branch-train-mix", "mixture-of-experts")
+_NOT_OF_EVERY_LLAMA = ("attention_bias", "mlp_bias", "pretraining_tp")
+
+
+def shared_config(model: MergedModel) -> dict[str, Any]:
+    """What a Llama and a Mixtral both have in their config.json.
+
+    Rotary parameters stand there as transformers 4 wrote them, `rope_theta` and `rope_scaling`, which everybody reads;
+    the dtype has its old name for the same reason.
+    """
+    dense = model.dense_config
+    out = {key: dense[key] for key in DEFAULTS if key not in _NOT_OF_EVERY_LLAMA}
+    rope = dict(dense["rope_parameters"])
+    out["rope_theta"] = rope.pop("rope_theta")
+    out["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    if rope["rope_type"] == "longrope":
+        # transformers 4 takes the trained length from here, and only 5 takes the factor from where it stands
+        out["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+        rope["attention_factor"] = _longrope_attention(rope, dense["max_position_embeddings"])
+    out["torch_dtype"] = model.config.get("dtype") or model.config.get("torch_dtype") or TORCH_NAMES[model.dtype]
+    return out
+
+
+def _longrope_attention(rope: Mapping[str, Any], length: int) -> float:
+    """What transformers 5 computes where it is not given (LongRoPE, arXiv 2402.13753)."""
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    trained = rope["original_max_position_embeddings"]
+    factor = length / trained if rope.get("factor") is None else rope["factor"]
+    return math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0
+
+
+def write_export_files(
+    model: MergedModel, folder: Path, config: Mapping[str, Any], tags: list[str], card: str
+) -> None:
+    """Writes all files beside the weights into `folder`; config.json last, for without it this is no model yet.
+
+    Args:
+        card: the model card's text, below the metadata.
+    """
+    source = model.located.folder
+    _copy_tokenizer(source, folder)
+    for name in ("generation_config.json", RECIPE_FILE):
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    metadata = yaml.safe_dump(_metadata(model.located, tags), sort_keys=False, allow_unicode=True)
+    (folder / "README.md").write_text(f"---\n{metadata}---\n\n{card}", encoding="utf-8")
+    write_json(folder / "config.json", config)
+
+
+def origin(model: MergedModel, command: str) -> str:
+    """The card's sentence about where the model comes from. A folder stands there without its path."""
+    located = model.located
+    name = f"`{located.public_name}`"
+    if located.repo_id:
+        name = f"[{located.repo_id}](https://huggingface.co/{located.repo_id}) at revision {located.revision}"
+    recipe = f" Its recipe is `{RECIPE_FILE}`." if (located.folder / RECIPE_FILE).exists() else ""
+    return (
+        f"Made from {name}, Llama models merged by [Branch-Train-MiX](https://arxiv.org/abs/2403.07816), by "
+        f"`{command}` of btx-merge {version('btx-merge')}.{recipe}"
+    )
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer's files. Where transformers 5 has a new name or form for something, the one that 4 knows too."""
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    file = folder / "tokenizer_config.json"
+    if not file.exists():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    config = {key: value for key, value in before.items() if key not in PRIVATE_KEYS}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    if config != before:
+        write_json(file, config)
+
+
+def _metadata(located: Located, tags: list[str]) -> dict[str, Any]:
+    """The metadata of the merged model's card as far as they hold for what is made of it."""
+    try:
+        known = front_matter((located.folder / "README.md").read_text(encoding="utf-8"))[0]
+    except (OSError, ValueError):  # none, or no UTF-8
+        known = {}
+    given = known.get("tags") if isinstance(known.get("tags"), list) else []
+    out: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": list(dict.fromkeys([*tags, *(tag for tag in given or [] if tag not in _OWN_TAGS)])),
+    }
+    if bases := hub_ids(known.get("base_model")):
+        out["base_model"] = bases
+        out |= {key: known[key] for key in ("base_model_relation",) if key in known}
+    out |= {key: known[key] for key in (*LICENCE_KEYS, "language") if key in known}
+    link_licence(out, located)
+    return out

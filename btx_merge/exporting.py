@@ -1,0 +1,214 @@
+"""The public verbs `export`, a merged model for other programs, and `extract`, one expert of it as a dense Llama.
+
+Both copy ranges of the model's bytes under other names: nothing is converted, so nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from btx_merge.copying import copy_layout, write_copy
+from btx_merge.errors import InputError, Problem
+from btx_merge.export_files import origin, shared_config, write_export_files
+from btx_merge.merged_model import MergedModel
+from btx_merge.merging import peak_memory
+from btx_merge.mixtral import mixtral_card, mixtral_config, mixtral_refusals, mixtral_tensors, mixtral_warnings
+from btx_merge.model_folder import open_model
+from btx_merge.recipe import parse_size
+from btx_merge.tensorfiles import StoredTensor
+from btx_merge.writer import Progress
+
+FORMATS = ("mixtral",)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export, or the extraction of an expert, did."""
+
+    output: Path
+    parameters: int
+    files: tuple[str, ...]
+    """Names of the weights files."""
+    nbytes: int
+    """Of those files."""
+    kept_bytes: int
+    """Of them, what an earlier, interrupted run had written."""
+    seconds: float
+    peak_memory: int
+    """Largest resident size of the process so far, in bytes."""
+    warnings: tuple[Problem, ...] = ()
+    """Programs that read the result and will not compute what the model does."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them."""
+        warnings = [str(warning) for warning in self.warnings]
+        return {**asdict(self), "output": str(self.output), "files": list(self.files), "warnings": warnings}
+
+
+@dataclass(frozen=True)
+class _Derived:
+    """What becomes of a model."""
+
+    tensors: Mapping[str, StoredTensor]
+    config: Mapping[str, Any]
+    tags: list[str]
+    card: str
+    warnings: tuple[Problem, ...] = ()
+
+
+def export(
+    model: str,
+    output: str | Path,
+    *,
+    format: str = "mixtral",
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    on_start: Callable[[int], None] | None = None,
+) -> ExportReport:
+    """Writes a merged model as a Mixtral of transformers into the folder `output`. Its logits are the same bits.
+
+    An interrupted export leaves `OUTPUT.btx-partial`; the same call continues it.
+
+    Args:
+        model: a folder, `org/name` or `org/name@revision`.
+        format: `mixtral`, the layout that transformers, vLLM, SGLang and llama.cpp's converter read.
+        max_shard_size: of a weights file, such as 5GB or 500MB.
+        overwrite: whether `output` may be replaced if it is there and not empty; that happens when the new
+            model is complete.
+        workers: threads that read and write; by default one per core, at most 4.
+        progress: called from several threads with numbers of bytes.
+        on_start: called once with what those will add up to, before anything is written.
+
+    Raises:
+        InputError: a reason to refuse, such as a routing that a Mixtral does not have; nothing has been written.
+        MergeError: the disk refused; `MergeInterrupted` for Ctrl-C; `output` is as it was.
+    """
+
+    def derive(merged: MergedModel) -> _Derived:
+        if problems := list(mixtral_refusals(merged)):
+            raise InputError(problems)
+        tags = ["mixtral", "mixture-of-experts", "merge"]
+        warnings = tuple(mixtral_warnings(merged))
+        return _Derived(mixtral_tensors(merged), mixtral_config(merged), tags, mixtral_card(merged), warnings)
+
+    problems = []
+    if format not in FORMATS:
+        remedy = "For GGUF, give this format's folder to llama.cpp's converter."
+        problems.append(Problem("command", "--format", repr(format), " or ".join(FORMATS), remedy))
+    return _write(model, output, derive, problems, max_shard_size, overwrite, workers, progress, on_start)
+
+
+def extract(
+    model: str,
+    expert: str,
+    output: str | Path,
+    *,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    on_start: Callable[[int], None] | None = None,
+) -> ExportReport:
+    """Writes one expert with the merged shared weights as a dense Llama into the folder `output`.
+
+    It computes what the model computes when every token goes to that expert. A split source is put together again.
+
+    Args:
+        expert: its name.
+
+    The other arguments, and what is raised, are those of `export`.
+    """
+
+    def derive(merged: MergedModel) -> _Derived:
+        tensors = merged.dense_tensors(expert)
+        return _Derived(tensors, _dense_config(merged), ["llama", "merge"], _dense_card(merged, expert))
+
+    return _write(model, output, derive, [], max_shard_size, overwrite, workers, progress, on_start)
+
+
+def _write(
+    model: str,
+    output: str | Path,
+    derive: Callable[[MergedModel], _Derived],
+    problems: list[Problem],
+    max_shard_size: str,
+    overwrite: bool,
+    workers: int | None,
+    progress: Progress | None,
+    on_start: Callable[[int], None] | None,
+) -> ExportReport:
+    """Checks, with `problems` as those that are known; then writes what `derive` makes of the model."""
+    began = time.perf_counter()
+    target = Path(output).expanduser().resolve()
+    shard_bytes = parse_size(max_shard_size)
+    if not shard_bytes:
+        expected = "a size such as 5GB, 500MB or 5GiB"
+        problems.append(Problem("command", "--max-shard-size", repr(max_shard_size), expected))
+    merged, of_model = open_model(model, target, overwrite)
+    problems += of_model
+    derived = None
+    if merged:
+        try:
+            derived = derive(merged)
+        except InputError as error:
+            problems += error.problems
+    if problems or not (merged and derived and shard_bytes):
+        raise InputError(problems)
+
+    made = derived  # not None from here on, which a function inside does not know otherwise
+    layout = copy_layout(made.tensors, shard_bytes)
+    if on_start:
+        on_start(sum(tensor.nbytes for tensor in layout.tensors))
+    kept = write_copy(
+        layout,
+        target,
+        lambda folder: write_export_files(merged, folder, made.config, made.tags, made.card),
+        overwrite=overwrite,
+        workers=workers,
+        progress=progress,
+    )
+    return ExportReport(
+        target,
+        layout.parameters,
+        tuple(shard.name for shard in layout.shards),
+        layout.bytes_to_write,
+        kept,
+        time.perf_counter() - began,
+        peak_memory(),
+        made.warnings,
+    )
+
+
+def _dense_config(model: MergedModel) -> dict[str, Any]:
+    shared = shared_config(model)
+    biases = {key: model.dense_config[key] for key in ("attention_bias", "mlp_bias")}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **shared, **biases}
+
+
+def _dense_card(model: MergedModel, expert: str) -> str:
+    return f"""# The expert {expert} of {model.located.public_name.rpartition("/")[2]}
+
+{origin(model, f"btx extract {expert}")}
+
+A dense Llama: the feed-forward blocks of `{expert}` with the attention, embeddings, norms and head that all experts of
+that model share. It computes what the model computes when every token goes to `{expert}`; it is not the checkpoint
+that `{expert}` was before the merge, whose other weights were combined with its siblings'.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this folder, or this repository's id
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+inputs = tokenizer("The answer is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+"""
