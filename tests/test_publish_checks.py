@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from btx_merge import InputError, MergeRecipe, merge, publish_checks
 from btx_merge.card_checks import card_problems
+from btx_merge.layout import INDEX_FILE
 from btx_merge.load_as_stranger import load
 from btx_merge.private_text import private_text
-from btx_merge.publish_checks import INDEX, Publishable, examine, is_model_file
+from btx_merge.publish_checks import Publishable, examine, is_model_file
 from tests.common import edit_json, files_of, grow, save_seed, tiny_tokenizer
 
 TOKEN = "hf_" + "aB3" * 12
@@ -139,10 +140,10 @@ def test_what_is_missing(model: Path) -> None:
 def test_no_weights_and_both_kinds(model: Path) -> None:
     shutil.copy(shards(model)[0], model / "model.safetensors")
     lines = refused(model)
-    assert [line.split(": ")[1] for line in lines] == [INDEX, "model.safetensors"]
+    assert [line.split(": ")[1] for line in lines] == [INDEX_FILE, "model.safetensors"]
     for file in model.glob("*.safetensors"):
         file.unlink()
-    (model / INDEX).unlink()
+    (model / INDEX_FILE).unlink()
     (line,) = refused(model)
     assert line.startswith("model: model: no weights; expected model.safetensors, or shards with")
 
@@ -166,7 +167,7 @@ def change_tensors(file: Path, change: Any) -> None:
 
 @pytest.mark.usefixtures("loaded_here")
 def test_tensors_against_the_config(model: Path) -> None:
-    index = json.loads((model / INDEX).read_text())
+    index = json.loads((model / INDEX_FILE).read_text())
     norm = "model.layers.0.input_layernorm.weight"
     file = model / index["weight_map"].pop(norm)
     index["weight_map"]["model.extra.weight"] = file.name
@@ -176,7 +177,7 @@ def test_tensors_against_the_config(model: Path) -> None:
         tensors["model.extra.weight"] = torch.zeros(2)
 
     change_tensors(file, change)
-    (model / INDEX).write_text(json.dumps(index))
+    (model / INDEX_FILE).write_text(json.dumps(index))
     edit_json(model / "config.json", intermediate_size=97)
     lines = refused(model)
     assert lines[0].startswith(f"model: weights: lack {norm}; expected every tensor of the config")
@@ -189,7 +190,7 @@ def test_tensors_against_the_config(model: Path) -> None:
 @pytest.mark.usefixtures("loaded_here")
 def test_a_tensor_that_the_index_does_not_name(model: Path) -> None:
     change_tensors(shards(model)[0], lambda tensors: tensors.update(hidden=torch.zeros(1)))
-    assert refused(model) == [f"model: {INDEX}: does not name hidden, which the shards hold"]
+    assert refused(model) == [f"model: {INDEX_FILE}: does not name hidden, which the shards hold"]
 
 
 @pytest.mark.usefixtures("loaded_here")
@@ -284,7 +285,13 @@ def test_what_is_sent_beside_the_model_and_what_is_passed_over(model: Path) -> N
 
 def test_files_of_an_earlier_model() -> None:
     """Which would change how another one loads, and so go with it."""
-    for name in ("model.safetensors", "model-00002-of-00003.safetensors", INDEX, "tokenizer.model", "routing_btx.py"):
+    for name in (
+        "model.safetensors",
+        "model-00002-of-00003.safetensors",
+        INDEX_FILE,
+        "tokenizer.model",
+        "routing_btx.py",
+    ):
         assert is_model_file(name)
     for name in ("README.md", "LICENSE", "logo.png", ".gitattributes", "adapter_model.safetensors", "x/config.json"):
         assert not is_model_file(name)
