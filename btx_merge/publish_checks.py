@@ -31,7 +31,7 @@ _MODEL_FILES = (  # beside the weights; a pattern may match several
     *("vocab.json", "merges.txt", "additional_chat_templates/*.jinja"),
 )
 _OTHER_FILES = re.compile(r"README\.md|\.gitattributes|(?:LICEN[SC]E|NOTICE|COPYING|USE_POLICY)[\w.-]*", re.IGNORECASE)
-_PASSED_OVER = (".git", ".DS_Store", UNDO_FILE)
+_PASSED_OVER = (".git", ".DS_Store", "runs", UNDO_FILE)  # runs: TensorBoard's, with the host's name
 _PIPELINES = {
     "BTXModel": "feature-extraction",
     "BTXForSequenceClassification": "text-classification",
@@ -68,6 +68,11 @@ def examine(folder: Path) -> Publishable:
     if not folder.is_dir():
         expected = "a folder that btx merge, fit or train wrote"
         raise InputError([Problem("model", str(folder), "no such folder", expected, "Check the path.")])
+    if (folder / "adapter_config.json").exists():
+        remedy = (
+            "Merge it into the model first (merge_and_unload, save_pretrained), or publish it by peft's push_to_hub."
+        )
+        raise InputError([Problem("model", "adapter_config.json", "an adapter", "a whole model", remedy)])
     try:
         config = read_json(folder / "config.json")
     except InputError as error:

@@ -120,6 +120,9 @@ def test_no_folder_and_no_merged_model(tmp_path: Path, family: Any) -> None:
     assert refused(family.seed) == ["model: config.json: model_type: 'llama'; expected 'btx'. Merge first: btx merge."]
     (line,) = refused(tmp_path)
     assert line.startswith("model: config.json: missing")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (line,) = refused(tmp_path)
+    assert line.startswith("model: adapter_config.json: an adapter; expected a whole model. Merge it into")
 
 
 @pytest.mark.usefixtures("loaded_here")
@@ -212,11 +215,15 @@ def test_an_architecture_that_auto_map_does_not_name(model: Path) -> None:
 def test_the_folders_code_is_what_is_tried_and_gets_no_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here btx_merge.modeling is imported, and would do."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    spy = "import os\nassert 'HF_TOKEN' not in os.environ\nprint('loud', end='')\n"
-    code = (model / "modeling_btx.py").read_text()
-    (model / "modeling_btx.py").write_text(spy + code)
+    spy = "import os, sys\nassert 'HF_TOKEN' not in os.environ and 'btx_merge' not in sys.modules\nprint('loud')\n"
+    (model / "modeling_btx.py").write_text(spy + (model / "modeling_btx.py").read_text())
     published(model)
-    (model / "modeling_btx.py").write_text(code + "\nBTXForCausalLM = None\n")
+
+
+@pytest.mark.usefixtures("loaded_here")
+def test_code_without_the_class(model: Path) -> None:
+    with (model / "modeling_btx.py").open("a") as code:
+        code.write("\nBTXForCausalLM = None\n")
     (line,) = refused(model)
     assert "auto_map: AutoModelForCausalLM: does not load" in line
     assert "TypeError: modeling_btx.BTXForCausalLM is no class" in line
@@ -274,6 +281,7 @@ def test_what_is_sent_beside_the_model_and_what_is_passed_over(model: Path) -> N
     sent = ["LICENSE.txt", "NOTICE", "USE_POLICY.md", "training.png", "routing.jsonl", "chat_template.jinja"]
     sent += [".gitattributes", "additional_chat_templates/tool.jinja"]
     passed_over = [".cache/huggingface/download/x.lock", ".git/config", ".DS_Store", "btx_undo.json"]
+    passed_over += ["runs/events.out.tfevents.1.host"]
     for name in sent + passed_over:
         (model / name).parent.mkdir(parents=True, exist_ok=True)
         (model / name).write_text("x")
@@ -454,7 +462,11 @@ def test_a_card_that_is_no_text(model: Path) -> None:
 
 def test_the_checks_import_no_torch(merged: Path) -> None:
     """The model is built elsewhere; here a merge's files are read."""
-    code = "import sys, pathlib; from btx_merge.publish_checks import examine; examine(pathlib.Path(sys.argv[1]))"
+    code = """
+import sys, pathlib
+from btx_merge import publish_checks
+publish_checks._load = lambda folder: {"problems": [], "tensors": None}
+publish_checks.examine(pathlib.Path(sys.argv[1]))"""
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nprint('torch' in sys.modules)", str(merged)], capture_output=True, text=True
     )

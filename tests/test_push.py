@@ -122,17 +122,16 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True
 with torch.no_grad():
     logits = model((torch.arange(60).reshape(2, 30) * 37) % 128).logits
 assert "btx_merge" not in sys.modules
-if len(sys.argv) > 3:
-    assert AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)("w1 w2").input_ids == [1, 2]
+assert AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)("w1 w2").input_ids == [1, 2]
 torch.save(logits, sys.argv[2])
 """
 )
 
 
-def loaded_elsewhere(hub: Hub, repo_id: str, room: Path, *more: str, token: str = "") -> torch.Tensor:
+def loaded_elsewhere(hub: Hub, repo_id: str, room: Path) -> torch.Tensor:
     """Logits of a model from the Hub, in a process and a cache that know nothing of this package."""
-    environment = hub.environment(room / "elsewhere", **({"HF_TOKEN": token} if token else {}))
-    command = [sys.executable, "-c", LOAD, repo_id, str(room / "logits"), *more]
+    environment = hub.environment(room / "elsewhere")
+    command = [sys.executable, "-c", LOAD, repo_id, str(room / "logits")]
     done = subprocess.run(command, env=environment, cwd=room, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return torch.load(room / "logits")
@@ -150,7 +149,7 @@ def test_a_round_trip(hub: Hub, model: Path, home: Path, tmp_path: Path) -> None
     assert len(hashes(model)) > 2
     commits = hub.requests(lambda line: line.startswith("POST /api/models/org/m/commit"))
     assert len(commits) == 1
-    assert loaded_elsewhere(hub, "org/m", tmp_path, "tokenizer").equal(logits_of(load_float32(model)))
+    assert loaded_elsewhere(hub, "org/m", tmp_path).equal(logits_of(load_float32(model)))
 
 
 def test_as_json_and_again(hub: Hub, model: Path, home: Path) -> None:
@@ -213,7 +212,7 @@ def test_push_to_hub(hub: Hub, model: Path, home: Path, tmp_path: Path) -> None:
     metadata = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert metadata["tags"] == ["btx", "branch-train-mix", "mixture-of-experts", "merge"]
     assert metadata["library_name"] == "transformers"
-    assert loaded_elsewhere(hub, "org/m", tmp_path, "tokenizer").equal(logits_of(load_float32(model)))
+    assert loaded_elsewhere(hub, "org/m", tmp_path).equal(logits_of(load_float32(model)))
 
 
 # Branches, pull requests, private repositories
@@ -248,7 +247,10 @@ def test_a_private_repository(hub: Hub, model: Path, home: Path, tmp_path: Path)
     pushed(hub, home, model, "org/m", "--private")
     assert hub.repo("org/m")["private"] is True
     assert pushed(hub, home, model, "org/m")["files"] == []  # stays private
-    assert loaded_elsewhere(hub, "org/m", tmp_path, token=READER).equal(logits_of(load_float32(model)))
+    code = "import sys, huggingface_hub\nprint(huggingface_hub.snapshot_download('org/m', local_dir=sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(tmp_path / "copy")]
+    subprocess.run(command, env=hub.environment(home, HF_TOKEN=READER), check=True, capture_output=True)
+    assert {name: (tmp_path / "copy" / name).read_bytes() for name in files_of(model)} == files_of(model)
     for token in ("", STRANGER):
         lines = btx(hub, home, "fit", "org/m", "-o", tmp_path / "out", "--method", "prompts", token=token).stderr
         assert lines.startswith("error: model: org/m: no such folder here and no such repository on the Hub; expected")
