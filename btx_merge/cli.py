@@ -50,7 +50,7 @@ def _main() -> None:
 
 def _recipe_options(
     recipe: Annotated[
-        Path | None, option("YAML file, or a merged model's folder for its own; flags win over it.")
+        Path | None, option("YAML file, or a merged model (folder, Hub id) for its own; flags win over it.")
     ] = None,
     seed: Annotated[str | None, option("Folder or org/name[@revision] that all experts grew from.")] = None,
     expert: Annotated[

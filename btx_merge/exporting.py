@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +162,13 @@ def _write(
     if problems or not (merged and derived and shard_bytes):
         raise InputError(problems)
 
-    made = derived  # not None from here on, which a function inside does not know otherwise
-    layout = copy_layout(made.tensors, shard_bytes)
+    layout = copy_layout(derived.tensors, shard_bytes)
     if on_start:
         on_start(sum(tensor.nbytes for tensor in layout.tensors))
     kept = write_copy(
         layout,
         target,
-        lambda folder: write_export_files(merged, folder, made.config, made.tags, made.card),
+        partial(write_export_files, merged, config=derived.config, tags=derived.tags, card=derived.card),
         overwrite=overwrite,
         workers=workers,
         progress=progress,
@@ -181,7 +181,7 @@ def _write(
         kept,
         time.perf_counter() - began,
         peak_memory(),
-        made.warnings,
+        derived.warnings,
     )
 
 

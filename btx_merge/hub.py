@@ -44,8 +44,8 @@ class Located:
         return self.repo_id or self.folder.resolve().name
 
 
-def locate(source: str, reference: str) -> Located:
-    """The folder for a reference, downloaded where it is a Hub id.
+def locate(source: str, reference: str, *, weights: bool = True) -> Located:
+    """The folder for a reference, downloaded where it is a Hub id; without weights, only its small files.
 
     Raises:
         InputError: neither a folder nor a Hub id; or the Hub refuses, lacks it or cannot be reached.
@@ -63,10 +63,10 @@ def locate(source: str, reference: str) -> Located:
         found = "a file" if is_there else "no such folder"
         expected = "a folder with config.json and weights, or a Hub id `org/name` or `org/name@revision`"
         raise InputError([Problem(source, reference, found, expected, "Check the path.")])
-    return _download(source, repo_id, revision or None)
+    return _download(source, repo_id, revision or None, weights)
 
 
-def _download(source: str, repo_id: str, revision: str | None) -> Located:
+def _download(source: str, repo_id: str, revision: str | None, weights: bool) -> Located:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
@@ -87,7 +87,7 @@ def _download(source: str, repo_id: str, revision: str | None) -> Located:
         with bars_on_terminals_only():
             folder = fetch(SMALL_FILES, revision)
             commit = folder.name
-            for names in _weight_choices(folder):
+            for names in _weight_choices(folder) if weights else ():
                 fetch([*SMALL_FILES, *names], commit)  # those are there; no pattern without a match merits a warning
                 if any((folder / name).exists() for name in names):
                     break

@@ -69,7 +69,7 @@ def mixtral_refusals(model: MergedModel) -> Iterator[Problem]:
     if router != "top_k":
         remedy = _USE_IT
         if router == "soft":
-            remedy += f" With top_k and num_experts_per_tok {model.num_experts} in its place it computes the same."
+            remedy = f"With top_k and num_experts_per_tok {model.num_experts} in config.json it computes the same."
         yield _refused("router_type", router, "'top_k', the only routing of a Mixtral", remedy)
     if router == "top_k" and config.get("router_pre_softmax"):
         expected = "false: a Mixtral's weights add up to 1"

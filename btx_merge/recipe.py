@@ -17,6 +17,7 @@ import yaml
 
 from btx_merge.dtypes import SAFETENSORS_NAMES
 from btx_merge.errors import InputError, Problem
+from btx_merge.hub import locate
 from btx_merge.texts import DomainText, domain_texts_of
 
 REGMEAN_METHODS = ("regmean", "regmean_merged")
@@ -34,6 +35,7 @@ RECIPE_FILE = "btx_recipe.yaml"
 RECORDS = {"resolved": "", "fits": "fitted", "training": "trained", "edits": "edited", "shared_over": ""}
 """Keys of that file that are no recipe, and what they say was done to the model since."""
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
 
@@ -204,16 +206,18 @@ class _NoDuplicates(yaml.SafeLoader):
 def read_recipe_file(file: str | Path, on_note: Callable[[str], None] | None = None) -> dict[str, Any]:
     """The values of a recipe file, with the folders that it names relative to itself made absolute.
 
-    A merged model's folder stands for its own `btx_recipe.yaml`. That names folders and texts without their paths;
-    they are looked for beside the model too.
+    A merged model's folder or Hub id stands for its own `btx_recipe.yaml`. That names folders and texts without their
+    paths; they are looked for beside the model too.
 
     Args:
         on_note: called with what has become of the model since it was merged, which its recipe does not repeat.
 
     Raises:
-        InputError: the file is missing, is no YAML or no mapping.
+        InputError: the file is missing, is no YAML or no mapping, or the Hub refuses.
     """
     path = Path(file)
+    if _HUB_ID.fullmatch(str(file)) and not path.exists() and path.suffix not in (".yaml", ".yml"):
+        path = locate("recipe", str(file), weights=False).folder / RECIPE_FILE
     path = path / RECIPE_FILE if (path / RECIPE_FILE).is_file() else path
     roots = [path.parent, *([path.parent.parent] if path.name == RECIPE_FILE else [])]
     values = read_yaml(path, "recipe", "at least `seed:` and `experts:`")

@@ -296,9 +296,8 @@ def test_what_a_mixtral_does_not_compute_is_refused_all_at_once(merged, tmp_path
     assert refused(tmp_path / "merged", tmp_path / "out", format="gguf", max_shard_size="much") == [
         "command: --format: 'gguf'; expected mixtral. For GGUF, give this format's folder to llama.cpp's converter.",
         "command: --max-shard-size: 'much'; expected a size such as 5GB, 500MB or 5GiB",
-        "model: config.json: router_type: 'soft'; expected 'top_k', the only routing of a Mixtral. Only the "
-        "BTX model itself, in transformers, computes that. With top_k and num_experts_per_tok 3 in its place it "
-        "computes the same.",
+        "model: config.json: router_type: 'soft'; expected 'top_k', the only routing of a Mixtral. With top_k and "
+        "num_experts_per_tok 3 in config.json it computes the same.",
         "model: config.json: active_experts: ['code']; expected all experts: a Mixtral cannot switch any off. "
         "Take the key out, or drop the others for good with btx edit --drop.",
         "model: config.json: hidden_act: 'gelu'; expected 'silu': vLLM and llama.cpp take that for any Mixtral, "
