@@ -4,11 +4,14 @@ Importing this package makes transformers' Auto classes load merged models witho
 """
 
 from btx_merge._auto_classes import register_with_transformers
+from btx_merge.edit_recipe import EditRecipe
+from btx_merge.editing import EditReport, edit
 from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
-from btx_merge.export import ExportReport, export, extract
+from btx_merge.exporting import ExportReport, export, extract
 from btx_merge.finetuning import TrainRecipe, TrainReport, train
 from btx_merge.fitting import FitRecipe, FitReport, fit
 from btx_merge.merging import Check, Report, check, merge
+from btx_merge.publishing import PushReport, push
 from btx_merge.recipe import ExpertSpec, MergeRecipe
 from btx_merge.texts import DomainText
 
@@ -17,6 +20,8 @@ __all__ = [
     "BTXError",
     "Check",
     "DomainText",
+    "EditRecipe",
+    "EditReport",
     "ExpertSpec",
     "ExportReport",
     "FitRecipe",
@@ -27,14 +32,17 @@ __all__ = [
     "MergeRecipe",
     "NonFiniteError",
     "Problem",
+    "PushReport",
     "Report",
     "TrainRecipe",
     "TrainReport",
     "check",
+    "edit",
     "export",
     "extract",
     "fit",
     "merge",
+    "push",
     "train",
 ]
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
+from btx_merge.experts import own_experts
 from btx_merge.hub import Located
 from btx_merge.plan import Plan
 from btx_merge.recipe import REGMEAN_METHODS
@@ -21,7 +23,7 @@ def model_card(plan: Plan) -> str:
     """README.md of the result: metadata for the Hub, then text and a snippet that runs."""
     metadata = yaml.safe_dump(card_metadata(plan), sort_keys=False, allow_unicode=True)
     recipe, seed = plan.recipe, plan.seed
-    rows = "\n".join(_source_row(plan, source) for source in plan.sources)
+    rows = "\n".join(source_row(plan, source) for source in plan.sources)
     chunked = {
         "whole": "One expert per source, its feed-forward blocks unchanged.",
         "split": f"Each source's feed-forward blocks are split into {plan.chunks} experts.",
@@ -40,8 +42,7 @@ def model_card(plan: Plan) -> str:
 
 # {len(plan.sources)} Llama models merged by Branch-Train-MiX
 
-A Mixture of Experts of {count(plan.parameters)} parameters, {count(plan.active_parameters)} of them active
-per token ({plan.experts_per_token} of {plan.num_experts} experts), made by
+A Mixture of Experts of {plan_sizes(plan)}, made by
 [Branch-Train-MiX]({_PAPER}) with btx-merge.
 
 | source | model | revision | expert |
@@ -49,7 +50,7 @@ per token ({plan.experts_per_token} of {plan.num_experts} experts), made by
 {rows}
 
 - Experts: {chunked}{folded}
-- Attention, embeddings, norms and head: `{recipe.combine}` over {_combined_over(plan)}.
+- Attention, embeddings, norms and head: `{recipe.combine}` over {combined_over(recipe.combine, plan.experts)}.
 - Routers: `{recipe.router_type}`; {router}
 - The whole recipe, with all defaults and seeds: `btx_recipe.yaml`.
 
@@ -74,6 +75,17 @@ def count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
+def sizes(parameters: int, active: int, per_token: int, experts: int) -> str:
+    """The sizes of a model as its card gives them."""
+    routed = f"per token ({per_token} of {experts} experts)"
+    return f"{count(parameters)} parameters, {count(active)} of them active\n{routed}"
+
+
+def plan_sizes(plan: Plan) -> str:
+    """Those of a planned model."""
+    return sizes(plan.parameters, plan.active_parameters, plan.experts_per_token, plan.num_experts)
+
+
 def card_metadata(plan: Plan) -> dict[str, Any]:
     """The YAML block that the Hub reads. `base_model` names published models, never a folder."""
     metadata: dict[str, Any] = {
@@ -81,9 +93,9 @@ def card_metadata(plan: Plan) -> dict[str, Any]:
         "pipeline_tag": "text-generation",
         "tags": ["btx", "branch-train-mix", "mixture-of-experts", "merge"],
     }
-    published = [repo_id for source in plan.sources for repo_id in _published(source)]
-    if published:
-        metadata["base_model"] = list(dict.fromkeys(published))
+    bases = [repo_id for source in plan.sources for repo_id in published(source)]
+    if bases:
+        metadata["base_model"] = list(dict.fromkeys(bases))
         metadata["base_model_relation"] = "merge"
     cards = [source.card_metadata() for source in plan.sources]
     licences = [{key: card[key] for key in LICENCE_KEYS if key in card} for card in cards]
@@ -98,7 +110,7 @@ def card_metadata(plan: Plan) -> dict[str, Any]:
     return metadata
 
 
-def _published(source: Source) -> list[str]:
+def published(source: Source) -> list[str]:
     """The source's id on the Hub; of a local folder, the models that its own card says it came from."""
     if source.located.repo_id:
         return [source.located.repo_id]
@@ -120,7 +132,8 @@ def link_licence(metadata: dict[str, Any], located: Located) -> None:
             metadata["license_link"] = f"https://huggingface.co/{located.repo_id}/blob/{located.revision}/{link}"
 
 
-def _source_row(plan: Plan, source: Source) -> str:
+def source_row(plan: Plan, source: Source) -> str:
+    """A source's line in the card's table."""
     located = source.located
     if located.repo_id:
         model = f"[{located.repo_id}](https://huggingface.co/{located.repo_id})"
@@ -128,21 +141,22 @@ def _source_row(plan: Plan, source: Source) -> str:
         model = f"`{located.public_name}` (a local folder)"
     if source.base:
         model += f", an adapter on `{source.base.public_name}`"
-    numbers = [
-        str(number)
-        for number, name in enumerate(plan.expert_names)
-        if name == source.name or name.rpartition(".")[0] == source.name
-    ]
-    expert = "in every one" if plan.recipe.expert_mode == "blend" else ", ".join(numbers)
+    return f"| {source.name} | {model} | {located.revision or ''} | {expert_numbers(plan, source)} |"
+
+
+def expert_numbers(plan: Plan, source: Source) -> str:
+    """The experts that a source became, as the card's table names them."""
     if source not in plan.experts:
-        expert = "none"
-    return f"| {source.name} | {model} | {located.revision or ''} | {expert} |"
+        return "none"
+    if plan.recipe.expert_mode == "blend":
+        return "in every one"
+    return ", ".join(map(str, own_experts(source.name, plan.expert_names)))
 
 
-def _combined_over(plan: Plan) -> str:
-    if plan.recipe.combine == "seed":
+def combined_over(combine: str, experts: Sequence[Source]) -> str:
+    """Whose shared weights were combined."""
+    if combine == "seed":
         return "the seed alone"
-    names = ", ".join(f"`{source.name}`" for source in plan.experts)
-    if plan.recipe.combine in ("mean", "dare_linear", "ties", "dare_ties", *REGMEAN_METHODS):
-        return names
-    return ", ".join(f"`{source.name}` ({source.weight:g})" for source in plan.experts)
+    if combine in ("mean", "dare_linear", "ties", "dare_ties", *REGMEAN_METHODS):
+        return ", ".join(f"`{source.name}`" for source in experts)
+    return ", ".join(f"`{source.name}` ({source.weight:g})" for source in experts)

@@ -9,21 +9,9 @@ import torch
 
 from btx_merge.dtypes import all_finite, from_float32, to_float32
 from btx_merge.errors import NonFiniteError
-from btx_merge.tensorfiles import StoredTensor, read_tensor_file
+from btx_merge.tensorfiles import stored_tensors
 
 _SAMPLE_ROWS = 16
-
-
-def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint's safetensors files, by its name.
-
-    Raises:
-        InputError: a file that cannot be read.
-    """
-    tensors: dict[str, StoredTensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= read_tensor_file(file)
-    return tensors
 
 
 class Checkpoint:

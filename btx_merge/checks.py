@@ -39,7 +39,16 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
     Raises:
         InputError: every problem of every source.
     """
-    sources, problems = open_sources(recipe, scratch)
+    return examine_sources(recipe, *open_sources(recipe, scratch))
+
+
+def examine_sources(recipe: MergeRecipe, sources: Sequence[Source], problems: list[Problem]) -> Examined:
+    """Holds sources that are open against the seed among them. `problems`: why others could not be opened.
+
+    Raises:
+        InputError: those, and every problem of every source.
+    """
+    problems = list(problems)
     seed = next((source for source in sources if source.name == SEED), None)
     if seed is None:
         raise InputError(problems)

@@ -15,9 +15,11 @@ from typing import Annotated, Any
 
 import typer
 
+from btx_merge.cli_edit import edit_command
 from btx_merge.cli_export import export_command, extract_command
 from btx_merge.cli_fit import fit_command
 from btx_merge.cli_options import lists, option, pairs
+from btx_merge.cli_push import push_command
 from btx_merge.cli_train import train_command
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
 from btx_merge.recipe import (
@@ -47,7 +49,9 @@ def _main() -> None:
 
 
 def _recipe_options(
-    recipe: Annotated[Path | None, option("YAML file with the recipe; flags win over it.")] = None,
+    recipe: Annotated[
+        Path | None, option("YAML file, or a merged model (folder, Hub id) for its own; flags win over it.")
+    ] = None,
     seed: Annotated[str | None, option("Folder or org/name[@revision] that all experts grew from.")] = None,
     expert: Annotated[
         list[str] | None, option("Again for every expert: a checkpoint or a PEFT adapter.", metavar="NAME=MODEL")
@@ -117,7 +121,7 @@ def _recipe_options(
     texts = parse_domain_texts("--domain-text", flags.pop("domain_text", []))
     prompts = lists("--prompt", flags.pop("prompt", []))
     file = flags.pop("recipe", None)
-    values = read_recipe_file(file) if file else {}
+    values = read_recipe_file(file, _note) if file else {}
     values |= flags
     for key, named in (("domain_text", {text.name: text for text in texts}), ("prompts", prompts)):
         if named:
@@ -265,7 +269,7 @@ def merge_command(
             workers=workers,
             progress=bar.advance,
             on_checked=on_checked,
-            on_note=lambda line: print(f"note: {line}", file=sys.stderr),
+            on_note=_note,
             statistics=statistics,
             device=device,
             on_layer=layers.advance,
@@ -277,11 +281,17 @@ def merge_command(
 
 
 app.command("fit")(_ends_in_one_line(fit_command))
+app.command("edit")(_ends_in_one_line(edit_command))
+app.command("push")(_ends_in_one_line(push_command))
 app.command("export")(_ends_in_one_line(export_command))
 app.command("extract")(_ends_in_one_line(extract_command))
 app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     _ends_in_one_line(train_command)
 )
+
+
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
 
 
 def _warn(warnings: tuple[Problem, ...]) -> None:

@@ -15,7 +15,7 @@ from btx_merge.cli_options import option
 from btx_merge.errors import InputError, Problem
 
 if TYPE_CHECKING:
-    from btx_merge.export import ExportReport
+    from btx_merge.exporting import ExportReport
 
 _Model = Annotated[str, typer.Argument(help="Folder or org/name[@revision] of a merged model.")]
 _MaxShardSize = Annotated[str, typer.Option(help="Largest weights file.")]
@@ -41,7 +41,7 @@ def export_command(
     json_output: _Json = False,
 ) -> None:
     """Write a merged model in a layout that other programs serve."""
-    from btx_merge.export import export
+    from btx_merge.exporting import export
 
     folder = out or output
     if folder is None or (out and output):
@@ -67,7 +67,7 @@ def extract_command(
     json_output: _Json = False,
 ) -> None:
     """Take one expert out, as a dense Llama with the merged shared weights."""
-    from btx_merge.export import extract
+    from btx_merge.exporting import extract
 
     _run(
         "extracting",

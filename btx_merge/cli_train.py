@@ -116,7 +116,7 @@ def read_train_file(file: Path) -> dict[str, Any]:
     """
     values = read_yaml(file, "train", "`data:` and options of btx train")
     if "data" in values:
-        values["data"] = domain_texts_of(str(file), values["data"], file.parent)
+        values["data"] = domain_texts_of(str(file), values["data"], [file.parent])
     reference = values.get("model")
     if isinstance(reference, str) and (file.parent / reference).is_dir():
         values["model"] = str((file.parent / reference).resolve())

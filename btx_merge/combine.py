@@ -24,7 +24,8 @@ from btx_merge.sources import Source
 
 BLOCK_BYTES = 1 << 18
 """Stays in a core's cache between being read, checked and written."""
-_DIFFERENCE_BLOCK_BYTES = 1 << 21  # larger, for each block is a call of torch
+DIFFERENCE_BLOCK_BYTES = 1 << 21
+"""Larger, for each block is a call of torch."""
 _torch_lock = threading.Lock()  # peft's functions draw from torch's one generator and may warn
 
 Rule = Callable[[int, int], Float32]
@@ -43,10 +44,11 @@ def cast(values: Float32, job: Job, plan: Plan) -> Raw:
     Raises:
         NonFiniteError: a value is outside of the dtype's range, and the recipe does not allow it.
     """
-    raw = from_float32(values, plan.dtype)
-    if not plan.recipe.allow_nonfinite and not all_finite(raw, plan.dtype):
+    dtype = job.tensor.dtype
+    raw = from_float32(values, dtype)
+    if not plan.recipe.allow_nonfinite and not all_finite(raw, dtype):
         raise NonFiniteError(
-            f"{job.tensor.name}: a value leaves the range of {plan.dtype}. "
+            f"{job.tensor.name}: a value leaves the range of {dtype}. "
             "Choose a wider --dtype; --allow-nonfinite goes on all the same."
         )
     return raw
@@ -55,7 +57,7 @@ def cast(values: Float32, job: Job, plan: Plan) -> Raw:
 def shared_rows(job: SharedRows, plan: Plan) -> Iterator[Block]:
     """Rows of a combined tensor."""
     rule = combining_rule(plan, job.tensor.name)
-    block = _DIFFERENCE_BLOCK_BYTES if plan.recipe.combine in DIFFERENCE_METHODS else BLOCK_BYTES
+    block = DIFFERENCE_BLOCK_BYTES if plan.recipe.combine in DIFFERENCE_METHODS else BLOCK_BYTES
     for start, stop in portions(job.start, job.stop, job.tensor.row_bytes, block):
         yield 0, cast(rule(start, stop), job, plan)
 
@@ -72,15 +74,15 @@ def _mean_rows(plan: Plan, name: str, start: int, stop: int) -> Float32:
     if combine == "seed":
         return _base_rows(plan, name, start, stop)[0]
     shares = [(source, source.weight if combine == "weighted" else 1.0) for source in plan.experts]
-    return _owners_mean(plan, name, shares, start, stop)[0]
+    return owners_mean(plan, name, shares, start, stop)[0]
 
 
 def _base_rows(plan: Plan, name: str, start: int, stop: int) -> tuple[Float32, NDArray[np.bool_]]:
     """The seed's rows, and which it owns; the others are the mean of their owners, from whom nothing differs."""
-    return _owners_mean(plan, name, [(plan.seed, 1.0)], start, stop)
+    return owners_mean(plan, name, [(plan.seed, 1.0)], start, stop)
 
 
-def _owners_mean(
+def owners_mean(
     plan: Plan, name: str, shares: list[tuple[Source, float]], start: int, stop: int
 ) -> tuple[Float32, NDArray[np.bool_]]:
     """The weighted mean of the rows over their owners, and which rows have one among the shares.
@@ -188,7 +190,7 @@ def _smallest_kept(plan: Plan, name: str, others: list[Source]) -> list[int]:
     rank = [kept] * len(others)
     for half in ("upper", "lower"):
         counts = np.zeros((len(others), 1 << 16), np.int64)
-        for start, stop in portions(0, rows, row_size, _DIFFERENCE_BLOCK_BYTES):
+        for start, stop in portions(0, rows, row_size, DIFFERENCE_BLOCK_BYTES):
             for index, difference in enumerate(_differences(plan, name, others, start, stop)[1]):
                 bits = _magnitude_bits(difference)
                 chosen = bits >> 16 if half == "upper" else bits[bits >> 16 == upper[index]] & 0xFFFF

@@ -14,7 +14,7 @@ from pathlib import Path
 from btx_merge.combine import BLOCK_BYTES
 from btx_merge.combine import portions as blocks_of
 from btx_merge.errors import MergeError
-from btx_merge.files import write_json
+from btx_merge.files import write_index
 from btx_merge.layout import JOB_BYTES, Block, Extent, Job, Layout, lay_out, portions
 from btx_merge.tensorfiles import StoredTensor
 from btx_merge.writer import Progress, Staging
@@ -85,8 +85,7 @@ def write_copy(
         with Staging(output, layout, _fill, _fingerprint(layout)) as staging:
             staging.prepare()
             staging.run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
-            if len(layout.shards) > 1:
-                write_json(staging.folder / "model.safetensors.index.json", layout.index())
+            write_index(layout, staging.folder)
             write_files(staging.folder)
             staging.finish(overwrite)
     except OSError as error:

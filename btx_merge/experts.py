@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import einops
@@ -18,11 +18,20 @@ _SMALL_GAMMA = 1e-3
 """Of the merged norm's mean magnitude. A channel below it is shut in the merged layer: nothing to restore."""
 
 
-def expert_rows(job: ExpertRows, plan: Plan) -> Iterator[Block]:
-    """A source's rows: bytes as they are where dtype and recipe allow it, otherwise through float32."""
+def expert_rows(job: ExpertRows, plan: Plan, gamma: Callable[[int], Float32] | None = None) -> Iterator[Block]:
+    """A source's rows: bytes as they are where dtype and recipe allow it, otherwise through float32.
+
+    Args:
+        gamma: where norms are folded: of a layer, the norm that the experts will stand behind, [H]; by default what
+            the merge gives.
+    """
     source, finite = plan.experts[job.source], not plan.recipe.allow_nonfinite
-    copied = job.fold_layer is None and source.is_stored(job.name, plan.dtype)
-    ratio = None if job.fold_layer is None else norm_ratio(plan, job.source, job.fold_layer)
+    copied = job.fold_layer is None and source.is_stored(job.name, job.tensor.dtype)
+    ratio = None
+    if job.fold_layer is not None:
+        name = FF_NORM.format(layer=job.fold_layer)
+        own = source.rows(name, 0, plan.seed.config["hidden_size"])
+        ratio = norm_ratio(own, gamma(job.fold_layer) if gamma else _merged_norm(plan, name))
     for start, stop in portions(job.start, job.stop, job.nbytes // (job.stop - job.start)):
         if copied:
             yield 0, source.stored_rows(job.name, start, stop, finite)
@@ -41,18 +50,20 @@ def expert_columns(job: ExpertColumns, plan: Plan) -> Iterator[Block]:
             yield expert, cast(block, job, plan)
 
 
-def norm_ratio(plan: Plan, source: int, layer: int) -> Float32:
+def norm_ratio(own: Float32, merged: Float32) -> Float32:
     """gamma_source / gamma_merged of the norm before the feed-forward block, [H].
 
-    W diag(gamma_i / gamma_merged) behind the merged norm sees what W saw behind its own. The merged gamma is
-    the stored one, rounding included. Where it is next to nothing the ratio stays 1.
+    W diag(gamma_i / gamma_merged) behind the merged norm sees what W saw behind its own. Where the merged gamma is
+    next to nothing the ratio stays 1.
     """
-    name = FF_NORM.format(layer=layer)
-    width = plan.seed.config["hidden_size"]
-    merged = to_float32(from_float32(combining_rule(plan, name)(0, width), plan.dtype), plan.dtype)
-    own = plan.experts[source].rows(name, 0, width)
     shut = np.abs(merged) < _SMALL_GAMMA * np.abs(merged).mean()
     return np.where(shut, np.float32(1), own / np.where(shut, np.float32(1), merged))
+
+
+def _merged_norm(plan: Plan, name: str) -> Float32:
+    """As it will be stored, rounding included."""
+    values = combining_rule(plan, name)(0, plan.seed.config["hidden_size"])
+    return to_float32(from_float32(values, plan.dtype), plan.dtype)
 
 
 def expert_names(config: Mapping[str, Any]) -> list[str]:
@@ -62,4 +73,5 @@ def expert_names(config: Mapping[str, Any]) -> list[str]:
 
 def own_experts(domain: str, names: Sequence[str]) -> list[int]:
     """The numbers of a domain's experts: the one of its name, or the chunks that one was split into."""
-    return [number for number, name in enumerate(names) if domain in (name, name.rpartition(".")[0])]
+    whole = [number for number, name in enumerate(names) if name == domain]
+    return whole or [number for number, name in enumerate(names) if name.rpartition(".")[0] == domain]

@@ -6,22 +6,27 @@ import importlib.util
 import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from btx_merge.card import model_card
+from btx_merge.card import UNTRAINED, model_card
 from btx_merge.dtypes import TORCH_NAMES
+from btx_merge.layout import INDEX_FILE, Layout
 from btx_merge.llama import DEFAULTS
 from btx_merge.plan import DIFFERENCE_METHODS, Plan
+from btx_merge.recipe import RECIPE_FILE
 from btx_merge.sources import Source
 from btx_merge.texts import public_reference
 from btx_merge.vocabulary import tokenizer_json
 
-RECIPE_FILE = "btx_recipe.yaml"
+UNDO_FILE = "btx_undo.json"
+"""What an edit keeps to be undone: of this folder only, it goes nowhere with a model that is changed further."""
+PICTURE = "training.png"
+ROUTING = "routing.jsonl"
 MODEL_CODE = ("configuration_btx.py", "experts_btx.py", "modeling_btx.py", "routing_btx.py")
 _AUTO_MAP = {
     "AutoConfig": "configuration_btx.BTXConfig",
@@ -47,16 +52,14 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_tok
 def write_files(plan: Plan, folder: Path) -> None:
     """Writes all files beside the weights into `folder`; config.json last, for without it this is no model yet."""
     chat = next(source for source in plan.sources if source.name == plan.recipe.tokenizer_source)
-    if len(plan.shards) > 1:
-        write_json(folder / "model.safetensors.index.json", plan.index())
+    write_index(plan, folder)
     folders = (chat.located.folder, *([chat.base.folder] if chat.base else []))
     generation = next(filter(None, (_read_json(path / "generation_config.json") for path in folders)), None)
     if generation:
         generation.pop("_from_model_config", None)
         write_json(folder / "generation_config.json", _with_union_ids(plan, chat, generation))
     _write_tokenizer(plan, chat, folder)
-    for name in MODEL_CODE:
-        shutil.copyfile(model_code_folder() / name, folder / name)
+    copy_model_code(folder)
     recipe = yaml.safe_dump(resolved_recipe(plan), sort_keys=False, allow_unicode=True)
     (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
     (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
@@ -97,9 +100,9 @@ def resolved_recipe(plan: Plan) -> dict[str, Any]:
     It can be given to `btx merge --recipe`. A folder stands there by its name alone, without its path.
     """
     values = plan.recipe.to_dict()
-    values["seed"] = _public_reference(plan.seed)
+    values["seed"] = public_source(plan.seed)
     for source in plan.sources[1:]:
-        values["experts"][source.name]["model"] = _public_reference(source)
+        values["experts"][source.name]["model"] = public_source(source)
         if values["experts"][source.name]["base"] is not None and source.base:
             values["experts"][source.name]["base"] = source.base.public_name
     for text in values["domain_text"].values():
@@ -125,7 +128,32 @@ def model_code_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def _public_reference(source: Source) -> str:
+def append_record(folder: Path, key: str, entry: Mapping[str, Any], section: str, sentence: str) -> None:
+    """Adds what was done with a model to the list `key` of its recipe, and to its card.
+
+    Args:
+        section: for the end of the card.
+        sentence: for the place where the card says that the routers are untrained.
+    """
+    recipe = folder / RECIPE_FILE
+    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
+    values[key] = [*(values.get(key) or []), dict(entry)]
+    recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.exists() else "# A finetuned Branch-Train-MiX model\n"
+    text = text.replace(f" {UNTRAINED}", sentence)
+    card.write_text(text.rstrip() + "\n\n" + section, encoding="utf-8")
+
+
+def copy_model_code(folder: Path) -> None:
+    """Adds what is missing of the code that travels with a checkpoint: one from the Hub comes without."""
+    for name in MODEL_CODE:
+        if not (folder / name).exists():
+            shutil.copyfile(model_code_folder() / name, folder / name)
+
+
+def public_source(source: Source) -> str:
+    """How a published recipe names a source: its Hub id and commit, or its folder without a path."""
     located = source.located
     return f"{located.repo_id}@{located.revision}" if located.repo_id else located.public_name
 
@@ -147,11 +175,7 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
         config.pop(key, None)
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")  # what tokenizer.json says, nothing assumed
     if plan.vocabulary.new_tokens:
-        data = json.loads(tokenizer_json(origin))
-        data["added_tokens"] = [*(data.get("added_tokens") or []), *plan.vocabulary.new_tokens]
-        write_json(folder / "tokenizer.json", data)
-        for name in ("tokenizer.model", "added_tokens.json"):  # they would not know the new tokens
-            (folder / name).unlink(missing_ok=True)
+        add_tokens(folder, json.loads(tokenizer_json(origin)), plan.vocabulary.new_tokens)
     if "added_tokens_decoder" in config:  # as older versions saved it, perhaps by another source's ids
         added = _read_json(folder / "tokenizer.json").get("added_tokens") or []
         keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
@@ -159,6 +183,14 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
             str(entry["id"]): {key: entry[key] for key in keys if key in entry} for entry in added
         } or config["added_tokens_decoder"]
     write_json(folder / "tokenizer_config.json", config)
+
+
+def add_tokens(folder: Path, data: dict[str, Any], new_tokens: Sequence[Mapping[str, Any]]) -> None:
+    """Writes tokenizer.json, of which `data` is the content, with more tokens."""
+    data["added_tokens"] = [*(data.get("added_tokens") or []), *new_tokens]
+    write_json(folder / "tokenizer.json", data)
+    for name in ("tokenizer.model", "added_tokens.json"):  # they would not know the new tokens
+        (folder / name).unlink(missing_ok=True)
 
 
 def _with_union_ids(plan: Plan, chat: Source, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,6 +215,12 @@ def _read_json(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
     values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return values
+
+
+def write_index(layout: Layout, folder: Path) -> None:
+    """Which tensor lies in which file of weights, where there are several."""
+    if len(layout.shards) > 1:
+        write_json(folder / INDEX_FILE, layout.index())
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:

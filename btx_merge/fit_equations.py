@@ -54,26 +54,39 @@ def scaled_off_diagonal(gram: torch.Tensor) -> torch.Tensor:
 
 
 def best_temperature(
-    rows: torch.Tensor, targets: Sequence[torch.Tensor], routed: Callable[[torch.Tensor, int], torch.Tensor]
+    targets: Sequence[torch.Tensor],
+    routed: Callable[[float, int], torch.Tensor],
+    factors: Sequence[float] = TEMPERATURES,
 ) -> tuple[float, float]:
     """The factor on a router with which the layer comes nearest to what it should give, and how near that is.
 
     Args:
-        rows: the router, [E, H].
         targets: what the layer should add, per domain [N, H].
-        routed: what it adds, by a router, on the inputs of a domain, given by its number.
+        routed: what it adds, by a factor, on the inputs of a domain, given by its number.
+        factors: those that are tried.
 
     Returns:
         The factor, and the mean over domains of `sum |y - target|^2 / sum |target|^2`.
     """
     best = (float("inf"), 1.0)
-    for factor in TEMPERATURES:
+    for factor in factors:
         errors = [
-            ((routed(factor * rows, domain) - y).square().sum() / y.square().sum().clamp(min=1e-30)).item()
+            ((routed(factor, domain) - y).square().sum() / y.square().sum().clamp(min=1e-30)).item()
             for domain, y in enumerate(targets)
         ]
         best = min(best, (round(sum(errors) / len(errors), 6), factor))  # a tie goes to the softer router
     return best[1], best[0]
+
+
+def winning_temperature(wins: Callable[[float], float], part: float = 0.9) -> float:
+    """The smallest factor on a new expert's row with which it is the likeliest for that part of its own tokens.
+
+    For a row that is fitted on its own text alone: nothing tells there how much is too much.
+
+    Args:
+        wins: by a factor, the part of its own tokens for which it is the likeliest.
+    """
+    return next((factor for factor in TEMPERATURES if wins(factor) >= part), TEMPERATURES[-1])
 
 
 def prompt_rows(means: dict[int, torch.Tensor], inputs: torch.Tensor, experts: int) -> torch.Tensor:

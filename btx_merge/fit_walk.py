@@ -14,7 +14,7 @@ Legend: B windows, T tokens in each, N = B * T, H hidden, E experts, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +23,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 
 from btx_merge.checkpoint import Checkpoint
 from btx_merge.fit_equations import (
+    TEMPERATURES,
     Moments,
     Statistics,
     best_temperature,
     prompt_rows,
     ridge_solution,
     scaled_off_diagonal,
+    winning_temperature,
 )
 from btx_merge.fit_sources import DenseSource, row_blocks
 from btx_merge.fit_streams import Stream
@@ -71,6 +73,7 @@ class Walk:
         through: str = "expert",
         router_ridge: float = 0.001,
         regmean_ridge: float = 0.01,
+        rows: Sequence[int] | None = None,
     ):
         """
         Args:
@@ -78,6 +81,7 @@ class Walk:
             combine: regmean, regmean_merged or None for shared weights that stay.
             sources: for `combine`: by the streams' names.
             through: expert, to send tokens through their own domain's on the way to the next layer; or router.
+            rows: the experts whose router rows are fitted by ridge, the others' stay; all by default.
         """
         config._attn_implementation = "sdpa"
         config._experts_implementation = "eager"
@@ -85,6 +89,8 @@ class Walk:
         self.texts = [stream for stream in streams if not stream.is_prompt]
         self.router, self.combine, self.sources = router, combine, sources or {}
         self.through, self.router_ridge, self.regmean_ridge = through, router_ridge, regmean_ridge
+        self.rows = list(rows if rows is not None else range(config.num_local_experts))
+        self.has_contrast = rows is None or any(set(stream.experts) - set(rows) for stream in self.texts)
         self.device = checkpoint.device
         self.rotary = LlamaRotaryEmbedding(config).to(self.device)
         self.walks = not statistics.are_there
@@ -320,25 +326,34 @@ class Walk:
             return []
         moments = self.statistics.get(name, lambda: self._router_moments(layer))
         moments = {key: value.to(self.device) for key, value in moments.items()}
-        rows = ridge_solution(moments["gram"], moments["labels"], self.router_ridge)
+        solution = ridge_solution(moments["gram"], moments["labels"], self.router_ridge)
         inputs = [moments[f"inputs.{stream.name}"] for stream in self.texts]
         targets = [moments[f"targets.{stream.name}"] for stream in self.texts]
 
         call = RouterCall(self.config.num_experts_per_tok)
         outputs = [self._every_expert(layer, read) for read in inputs]  # once, not for each temperature
 
-        def routed(router: torch.Tensor, domain: int) -> torch.Tensor:
-            weights, _, chosen = layer.mlp.routing(inputs[domain] @ router.T, call)
+        def router(factor: float) -> torch.Tensor:
+            rows = torch.as_tensor(layer.mlp.gate.weight.clone())
+            rows[self.rows] = factor * solution[self.rows]
+            return rows
+
+        def right(factor: float) -> float:
+            rows, parts = router(factor), []
+            for stream, x in zip(self.texts, inputs, strict=True):
+                own = torch.tensor(stream.experts, device=self.device)
+                parts.append(torch.isin((x @ rows.T).argmax(dim=-1), own).float().mean())
+            return torch.stack(parts).mean().item()
+
+        def routed(factor: float, domain: int) -> torch.Tensor:
+            weights, _, chosen = layer.mlp.routing(inputs[domain] @ router(factor).T, call)
             tokens = torch.arange(len(chosen), device=self.device)[:, None]
             return torch.as_tensor((weights[..., None] * outputs[domain][chosen, tokens]).sum(dim=1))
 
-        temperature, error = best_temperature(rows, targets, routed)
-        right = [
-            torch.isin((x @ rows.T).argmax(dim=-1), torch.tensor(stream.experts, device=self.device)).float().mean()
-            for stream, x in zip(self.texts, inputs, strict=True)
-        ]
-        self._set_router(index, layer, temperature * rows)
-        return [LayerFit(index, temperature, torch.stack(right).mean().item(), error)]
+        factors = TEMPERATURES if self.has_contrast else (winning_temperature(right),)
+        temperature, error = best_temperature(targets, routed, factors)
+        self._set_router(index, layer, router(temperature))
+        return [LayerFit(index, temperature, right(temperature), error)]
 
     def _set_router(self, index: int, layer: BTXDecoderLayer, rows: torch.Tensor) -> None:
         tensor = f"model.layers.{index}.mlp.gate.weight"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
 from btx_merge.experts import expert_names, own_experts
+from btx_merge.files import append_record
 from btx_merge.model_folder import find_model
 from btx_merge.plan import Plan
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS, SEED
@@ -116,7 +117,7 @@ def fit(
         staged.mkdir(parents=True)
         write_model(located.folder, staged, {})
         (staged / "config.json").unlink()  # half fitted it is no model
-        layers = _fit_folder(
+        layers = fit_folder(
             staged,
             located.folder,
             {text.name: text for text in recipe.domain_text},
@@ -156,7 +157,7 @@ def fit_merge(
         files: the folder with its config and tokenizer.
     """
     recipe = plan.recipe
-    return _fit_folder(
+    return fit_folder(
         folder,
         files,
         recipe.domain_text,
@@ -208,7 +209,7 @@ def _name_problems(recipe: FitRecipe, folder: Path) -> list[Problem]:
     return problems
 
 
-def _fit_folder(
+def fit_folder(
     folder: Path,
     files: Path,
     texts: Mapping[str, DomainText],
@@ -222,6 +223,7 @@ def _fit_folder(
     plan: Plan | None = None,
     **options: Any,
 ) -> list[LayerFit]:
+    """Fits a checkpoint in `folder` in place; config and tokenizer lie in `files`. `options` are `Walk`'s."""
     import torch
 
     from btx_merge.checkpoint import Checkpoint
@@ -257,8 +259,6 @@ def _fit_folder(
 
 def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit]) -> None:
     """What the result's recipe and card say about the fit."""
-    from btx_merge.train_output import append_record
-
     used: dict[str, Any] = {"prompts": {name: list(lines) for name, lines in recipe.prompts.items()}}
     if recipe.method == "ridge":
         used["domain_text"] = [

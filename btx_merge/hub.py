@@ -10,18 +10,20 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from btx_merge.errors import InputError, Problem
 
 SMALL_FILES = [
-    *("config.json", "generation_config.json", "adapter_config.json", "README.md"),
+    *("config.json", "generation_config.json", "adapter_config.json", "README.md", "btx_recipe.yaml"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
     *("model.safetensors.index.json", "pytorch_model.bin.index.json"),
 ]
-"""What a merge reads of a repository beside its weights. No code, nothing in folders."""
+"""What is read of a repository, or kept in what is made of it, beside its weights. No code, nothing in folders."""
+LOG_IN_AGAIN = "Run `hf auth login`, or set HF_TOKEN to one that is valid."
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILE_NAME = re.compile(r"[\w.-]+")  # nothing that a pattern would take for more than one file
 
@@ -42,8 +44,8 @@ class Located:
         return self.repo_id or self.folder.resolve().name
 
 
-def locate(source: str, reference: str) -> Located:
-    """The folder for a reference, downloaded where it is a Hub id.
+def locate(source: str, reference: str, *, weights: bool = True) -> Located:
+    """The folder for a reference, downloaded where it is a Hub id; without weights, only its small files.
 
     Raises:
         InputError: neither a folder nor a Hub id; or the Hub refuses, lacks it or cannot be reached.
@@ -61,13 +63,12 @@ def locate(source: str, reference: str) -> Located:
         found = "a file" if is_there else "no such folder"
         expected = "a folder with config.json and weights, or a Hub id `org/name` or `org/name@revision`"
         raise InputError([Problem(source, reference, found, expected, "Check the path.")])
-    return _download(source, repo_id, revision or None)
+    return _download(source, repo_id, revision or None, weights)
 
 
-def _download(source: str, repo_id: str, revision: str | None) -> Located:
+def _download(source: str, repo_id: str, revision: str | None, weights: bool) -> Located:
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     def fetch(patterns: list[str], at: str | None) -> Path:
         return Path(snapshot_download(repo_id, revision=at, allow_patterns=patterns))
@@ -77,19 +78,19 @@ def _download(source: str, repo_id: str, revision: str | None) -> Located:
         return InputError([Problem(source, where, found, "a repository that can be read", remedy)])
 
     def failed(error: Exception) -> InputError:
+        if isinstance(error, hub.HfHubHTTPError) and error.response.status_code == 401:
+            return refused("the Hub does not know this token", LOG_IN_AGAIN)
         found = f"the download failed ({type(error).__name__}: {_first_line(error)})"
         return refused(found, "Run the same command again: finished files are kept.")
 
-    hidden = not sys.stderr.isatty() and not are_progress_bars_disabled()
-    if hidden:
-        disable_progress_bars()
     try:
-        folder = fetch(SMALL_FILES, revision)
-        commit = folder.name
-        for names in _weight_choices(folder):
-            fetch([*SMALL_FILES, *names], commit)  # those are there, and no pattern without a match is worth a warning
-            if any((folder / name).exists() for name in names):
-                break
+        with bars_on_terminals_only():
+            folder = fetch(SMALL_FILES, revision)
+            commit = folder.name
+            for names in _weight_choices(folder) if weights else ():
+                fetch([*SMALL_FILES, *names], commit)  # those are there; no pattern without a match merits a warning
+                if any((folder / name).exists() for name in names):
+                    break
     except hub.HFValidationError as error:
         found = f"no such folder, and no name that a repository can have ({_first_line(error)})"
         raise refused(found, "A Hub id is `org/name`.") from error
@@ -108,10 +109,22 @@ def _download(source: str, repo_id: str, revision: str | None) -> Located:
         raise refused("not a folder, not in the Hub's cache, and the Hub cannot be reached", remedy) from error
     except Exception as error:  # HfHubHTTPError, OSError, and those of httpx, which have two names by now
         raise failed(error) from error
+    return Located(folder, repo_id, commit)
+
+
+@contextmanager
+def bars_on_terminals_only() -> Iterator[None]:
+    """huggingface_hub shows its progress bars wherever stderr leads."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hidden = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hidden:
+        disable_progress_bars()
+    try:
+        yield
     finally:
         if hidden:
             enable_progress_bars()
-    return Located(folder, repo_id, commit)
 
 
 def _first_line(error: Exception) -> str:

@@ -15,6 +15,8 @@ _PAGE = 4096
 JOB_BYTES = 64_000_000
 """Of output: the unit of parallel work and of resuming."""
 
+INDEX_FILE = "model.safetensors.index.json"
+
 Block = tuple[int, Raw]
 """Bytes for one of a job's extents (by its number), behind those that it got before."""
 Shape = tuple[int, ...]

@@ -153,15 +153,13 @@ class Plan(Layout):
     @property
     def experts_per_token(self) -> int:
         """Experts that run for one token in inference."""
-        by_type = {"top_k": self.recipe.num_experts_per_tok, "soft": self.num_experts}
-        return by_type.get(self.recipe.router_type, 1)
+        return experts_per_token(self.recipe.router_type, self.recipe.num_experts_per_tok, self.num_experts)
 
     @property
     def active_parameters(self) -> int:
         """Weights that one token passes through, with K of E experts per layer."""
-        experts = sum(math.prod(tensor.shape) for tensor in self.tensors if ".experts." in tensor.name)
-        idle = self.num_experts - self.experts_per_token
-        return self.parameters - experts * idle // self.num_experts
+        shapes = {tensor.name: tensor.shape for tensor in self.tensors}
+        return active_parameters(shapes, self.num_experts, self.experts_per_token)
 
     @property
     def bytes_to_read(self) -> int:
@@ -271,6 +269,18 @@ class Plan(Layout):
                     yield ExpertRows(tensor, extents, start, stop, members[0], name)
                 else:
                     yield ExpertColumns(tensor, extents, start, stop, members, name)
+
+
+def experts_per_token(router_type: str, num_experts_per_tok: int, experts: int) -> int:
+    """Experts that run for one token in inference."""
+    return {"top_k": num_experts_per_tok, "soft": experts}.get(router_type, 1)
+
+
+def active_parameters(shapes: Mapping[str, Sequence[int]], experts: int, per_token: int) -> int:
+    """Weights that one token passes through, of a model whose tensors have these names and shapes."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    of_experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    return sum(sizes.values()) - of_experts * (experts - per_token) // experts
 
 
 def make_plan(recipe: MergeRecipe, sources: Sequence[Source], vocabulary: Vocabulary) -> Plan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import yaml
 
 from btx_merge.dtypes import SAFETENSORS_NAMES
 from btx_merge.errors import InputError, Problem
+from btx_merge.hub import locate
 from btx_merge.texts import DomainText, domain_texts_of
 
 REGMEAN_METHODS = ("regmean", "regmean_merged")
@@ -29,7 +30,12 @@ ROUTER_INITS = ("random", "zeros", *ROUTER_FITS)
 FIT_THROUGH = ("expert", "router")
 ROUTER_TYPES = ("top_k", "switch", "soft", "sample_top_1")
 SEED = "seed"
+RECIPE_FILE = "btx_recipe.yaml"
+"""What a merge writes down of itself beside its result: a recipe with everything resolved."""
+RECORDS = {"resolved": "", "fits": "fitted", "training": "trained", "edits": "edited", "shared_over": ""}
+"""Keys of that file that are no recipe, and what they say was done to the model since."""
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
 
@@ -124,7 +130,7 @@ class MergeRecipe:
             problems.append(Problem("recipe", "experts", found, "`name: model`, one line per expert"))
         for name, spec in self.experts.items() if not problems else ():
             try:
-                specs[name] = _as_spec(name, spec)
+                specs[name] = as_spec(name, spec)
             except InputError as error:
                 problems += error.problems
         object.__setattr__(self, "experts", specs)
@@ -197,36 +203,56 @@ class _NoDuplicates(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_recipe_file(file: str | Path) -> dict[str, Any]:
+def read_recipe_file(file: str | Path, on_note: Callable[[str], None] | None = None) -> dict[str, Any]:
     """The values of a recipe file, with the folders that it names relative to itself made absolute.
 
+    A merged model's folder or Hub id stands for its own `btx_recipe.yaml`. That names folders and texts without their
+    paths; they are looked for beside the model too.
+
+    Args:
+        on_note: called with what has become of the model since it was merged, which its recipe does not repeat.
+
     Raises:
-        InputError: the file is missing, is no YAML or no mapping.
+        InputError: the file is missing, is no YAML or no mapping, or the Hub refuses.
     """
     path = Path(file)
+    if _HUB_ID.fullmatch(str(file)) and not path.exists() and path.suffix not in (".yaml", ".yml"):
+        path = locate("recipe", str(file), weights=False).folder / RECIPE_FILE
+    path = path / RECIPE_FILE if (path / RECIPE_FILE).is_file() else path
+    roots = [path.parent, *([path.parent.parent] if path.name == RECIPE_FILE else [])]
     values = read_yaml(path, "recipe", "at least `seed:` and `experts:`")
-    for written in ("resolved", "fits", "training"):  # what btx wrote down about itself in btx_recipe.yaml
-        values.pop(written, None)
+    recorded = {key: values.pop(key, None) for key in RECORDS}
+    since = [done for key, done in RECORDS.items() if done and recorded[key]]
+    if since and on_note:
+        on_note(f"{path}: the model was {' and '.join(since)} since it was merged; its recipe gives the merge alone.")
+
+    values = anchor_sources(values, roots)
+    if "domain_text" in values:
+        texts = domain_texts_of(str(file), values["domain_text"], roots, "domain_text")
+        values["domain_text"] = {text.name: text for text in texts}
+    return values
+
+
+def anchor_sources(values: Mapping[str, Any], roots: Sequence[Path]) -> dict[str, Any]:
+    """A recipe's values with the folders of its sources made absolute, seen from the first root where one is."""
 
     def anchored(reference: Any) -> Any:
         if not isinstance(reference, str):
             return reference
-        beside = path.parent / reference
-        is_path = reference.startswith("./") or reference.startswith("../") or reference in (".", "..")
-        return str(beside.resolve()) if is_path or beside.is_dir() else reference
+        beside = next((root / reference for root in roots if (root / reference).is_dir()), None)
+        if beside is None and (reference.startswith(("./", "../")) or reference in (".", "..")):
+            beside = roots[0] / reference
+        return str(beside.resolve()) if beside else reference
 
-    values["seed"] = anchored(values.get("seed"))
-    for name, spec in (values.get("experts") or {}).items() if isinstance(values.get("experts"), dict) else ():
-        if isinstance(spec, dict):
-            values["experts"][name] = {
-                key: anchored(value) if key in ("model", "base") else value for key, value in spec.items()
-            }
-        else:
-            values["experts"][name] = anchored(spec)
-    if "domain_text" in values:
-        texts = domain_texts_of(str(file), values["domain_text"], path.parent, "domain_text")
-        values["domain_text"] = {text.name: text for text in texts}
-    return values
+    out = {**values, "seed": anchored(values.get("seed"))}
+    if isinstance(experts := values.get("experts"), dict):
+        out["experts"] = {
+            name: {key: anchored(value) if key in ("model", "base") else value for key, value in spec.items()}
+            if isinstance(spec, dict)
+            else anchored(spec)
+            for name, spec in experts.items()
+        }
+    return out
 
 
 def read_yaml(file: Path, source: str, expected: str) -> dict[str, Any]:
@@ -255,7 +281,7 @@ def _as_texts(values: Any) -> dict[str, DomainText]:
         if isinstance(values, Mapping)
         else values
     )
-    return {text.name: text for text in domain_texts_of("recipe", plain, Path(), "domain_text")}
+    return {text.name: text for text in domain_texts_of("recipe", plain, [Path()], "domain_text")}
 
 
 def _as_prompts(values: Any) -> dict[str, tuple[str, ...]]:
@@ -277,8 +303,16 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _as_spec(name: Any, spec: Any) -> ExpertSpec:
-    where = f"experts.{name}"
+def as_spec(name: Any, spec: Any, key: str = "experts") -> ExpertSpec:
+    """An expert of a recipe from plain values: a model, or a mapping with `model:`.
+
+    Args:
+        key: the mapping that it stands in, as errors name it.
+
+    Raises:
+        InputError: a name or a value that cannot be meant.
+    """
+    where = f"{key}.{name}"
     if isinstance(spec, (str, Path)):
         spec = {"model": str(spec)}
     if isinstance(spec, ExpertSpec):
@@ -298,7 +332,7 @@ def _as_spec(name: Any, spec: Any) -> ExpertSpec:
         problems.append(Problem("recipe", f"{where}.base", f"{values['base']!r}", "a folder or org/name"))
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name == SEED:
         expected = "letters, digits, `_`, `-`, `.`; not `seed`, which is the seed's own"
-        problems.append(Problem("recipe", "experts", f"the name {name!r}", expected))
+        problems.append(Problem("recipe", key, f"the name {name!r}", expected))
     if problems:
         raise InputError(problems)
     return ExpertSpec(**values)

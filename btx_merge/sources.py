@@ -161,7 +161,7 @@ def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list
     specs = {SEED: ExpertSpec(recipe.seed, recipe.seed_weight), **recipe.experts}
     for name, spec in specs.items():
         try:
-            source = _open(name, spec, seed, scratch)
+            source = open_source(name, spec, seed, scratch)
         except InputError as error:
             problems += [replace(problem, source=name) for problem in error.problems]
         else:
@@ -170,7 +170,12 @@ def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list
     return sources, problems
 
 
-def _open(name: str, spec: ExpertSpec, seed: Source | None, scratch: Callable[[], Path]) -> Source:
+def open_source(name: str, spec: ExpertSpec, seed: Source | None, scratch: Callable[[], Path]) -> Source:
+    """One source, opened without reading weights. An adapter's base is the seed where its config agrees.
+
+    Raises:
+        InputError: it is not there, cannot be read, is no Llama, or an adapter that does not fit its base.
+    """
     located = locate(name, spec.model)
     if not (located.folder / "adapter_config.json").exists():
         if spec.base is not None:
@@ -265,7 +270,7 @@ def _refuse_other_models(name: str, raw: Mapping[str, Any]) -> None:
     if raw.get("model_type") != "llama":
         remedy = "Only Llama checkpoints can be merged."
         if raw.get("model_type") == "btx":
-            remedy = "This is a merged model already; give the checkpoints it was made from."
+            remedy = "This is a merged model already: btx extract takes an expert out, btx edit changes its experts."
         found = f"model_type is {raw.get('model_type')!r}"
         problems.append(Problem(name, "config.json", found, "'llama'", remedy))
     if raw.get("quantization_config") is not None:

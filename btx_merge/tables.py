@@ -20,7 +20,7 @@ from rich.table import Table
 
 from btx_merge.card import count
 from btx_merge.dtypes import TORCH_NAMES
-from btx_merge.export import ExportReport
+from btx_merge.exporting import ExportReport
 from btx_merge.merging import Check, Report
 from btx_merge.plan import Fate
 

@@ -229,3 +229,15 @@ def read_tensor_file(file: Path) -> dict[str, StoredTensor]:
         return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
     except OSError as error:
         raise InputError([_problem(file, error.strerror or str(error), "a file that can be read")]) from error
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a checkpoint's safetensors files, by its name.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= read_tensor_file(file)
+    return tensors

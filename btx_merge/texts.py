@@ -9,7 +9,7 @@ import glob
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,12 @@ def parse_domain_texts(flag: str, items: Iterable[str]) -> tuple[DomainText, ...
     return tuple(DomainText(name, tuple(given), weights.get(name, 1.0)) for name, given in references.items())
 
 
-def domain_texts_of(origin: str, values: Any, folder: Path, key: str = "data") -> tuple[DomainText, ...]:
+def domain_texts_of(origin: str, values: Any, folders: Sequence[Path], key: str = "data") -> tuple[DomainText, ...]:
     """Domains from a mapping of a YAML file: `name: reference`, a list of them, or `text:` and `weight:`.
 
     Args:
         origin: the file, as errors name it.
-        folder: what relative paths are relative to.
+        folders: what relative paths are relative to: the first of them where there is something.
         key: the mapping's name in the file.
 
     Raises:
@@ -93,7 +93,7 @@ def domain_texts_of(origin: str, values: Any, folder: Path, key: str = "data") -
         elif not _is_weight(weight):
             problems.append(Problem(origin, f"{where}.weight", f"{weight!r}", "a number above 0"))
         else:
-            references = tuple(_relative_to(folder, reference) for reference in listed)
+            references = tuple(_relative_to(folders, reference) for reference in listed)
             texts.append(DomainText(str(name), references, float(weight)))
     if problems:
         raise InputError(problems)
@@ -263,11 +263,11 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _relative_to(folder: Path, reference: str) -> str:
+def _relative_to(folders: Sequence[Path], reference: str) -> str:
     """The reference, seen from a file's folder where it leads to something there."""
-    beside = str(folder / os.path.expanduser(reference))
-    is_path = reference.startswith(("./", "../")) or bool(files_of(beside)) or os.path.isdir(beside)
-    return beside if is_path else reference
+    paths = [str(folder / os.path.expanduser(reference)) for folder in folders]
+    there = next((path for path in paths if files_of(path) or os.path.isdir(path)), None)
+    return there or (paths[0] if reference.startswith(("./", "../")) else reference)
 
 
 def public_reference(reference: str) -> str:

@@ -13,17 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from btx_merge.card import UNTRAINED
-from btx_merge.checkpoint import stored_tensors
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, Problem
-from btx_merge.files import MODEL_CODE, RECIPE_FILE, model_code_folder
+from btx_merge.files import PICTURE, ROUTING, UNDO_FILE, append_record, copy_model_code
+from btx_merge.tensorfiles import stored_tensors
 from btx_merge.writer import put_in_place
-
-PICTURE = "training.png"
-ROUTING = "routing.jsonl"
 
 
 def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
@@ -45,11 +40,9 @@ def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
 def write_model(source: Path, folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
     """Copies a checkpoint and puts the trained tensors in their places, in the dtype that they had there."""
     for file in source.iterdir():
-        if file.is_file() and not file.name.startswith("."):
+        if file.is_file() and not file.name.startswith(".") and file.name != UNDO_FILE:
             shutil.copyfile(file, folder / file.name)
-    for name in MODEL_CODE:  # a checkpoint from the Hub comes without
-        if not (folder / name).exists():
-            shutil.copyfile(model_code_folder() / name, folder / name)
+    copy_model_code(folder)
     stored = stored_tensors(folder)
     for name, tensor in trained.items():
         place = stored[name]
@@ -67,23 +60,6 @@ def write_records(folder: Path, entry: Mapping[str, Any], history: Sequence[Mapp
     ]
     (folder / ROUTING).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     append_record(folder, "training", entry, training_section(entry, history), " Trained: see [below](#training).")
-
-
-def append_record(folder: Path, key: str, entry: Mapping[str, Any], section: str, sentence: str) -> None:
-    """Adds what was done with a model to the list `key` of its recipe, and to its card.
-
-    Args:
-        section: for the end of the card.
-        sentence: for the place where the card says that the routers are untrained.
-    """
-    recipe = folder / RECIPE_FILE
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
-    values[key] = [*(values.get(key) or []), dict(entry)]
-    recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else "# A finetuned Branch-Train-MiX model\n"
-    text = text.replace(f" {UNTRAINED}", sentence)
-    card.write_text(text.rstrip() + "\n\n" + section, encoding="utf-8")
 
 
 def training_section(entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:

@@ -19,6 +19,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
+from btx_merge.files import PICTURE
 from btx_merge.finetuning import LORA_TARGETS, Show, TrainRecipe, last_checkpoint, tools
 from btx_merge.hub import Located
 from btx_merge.modeling import BTXForCausalLM
@@ -26,7 +27,7 @@ from btx_merge.texts import public_reference
 from btx_merge.train_arguments import DEFAULTS, training_arguments
 from btx_merge.train_data import DomainStream, MixedWindows, collate, row_of
 from btx_merge.train_metrics import Meter, draw
-from btx_merge.train_output import PICTURE, check_stored, write_model, write_records
+from btx_merge.train_output import check_stored, write_model, write_records
 from btx_merge.trainer import BTXTrainer, ConsoleLines, StopOnSignal, trained_tensors, whole
 from btx_merge.training import GumbelAnnealing, RouterBiasUpdate
 

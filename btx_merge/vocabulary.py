@@ -186,6 +186,14 @@ def _parse(folder: Path, content: bytes) -> Tokenizer:
     return Tokenizer(folder, (vocab, merges), ids, added)
 
 
+def token_ids(vocabulary: Vocabulary, sources: Sequence[Source]) -> Mapping[str, int] | None:
+    """Every token of a planned result and its row; None where no source has a tokenizer."""
+    if vocabulary.ids is not None:
+        return vocabulary.ids
+    folder = next((source.tokenizer_folder for source in sources if source.tokenizer_folder), None)
+    return _parse(folder, tokenizer_json(folder)).ids if folder else None
+
+
 def tokenizer_json(folder: Path) -> bytes:
     """A folder's tokenizer.json, or what transformers makes of sentencepiece's tokenizer.model."""
     if (folder / "tokenizer.json").exists():

@@ -82,6 +82,7 @@ class BTXDecoderLayer(LlamaDecoderLayer):
 class BTXPreTrainedModel(LlamaPreTrainedModel):
     config_class = BTXConfig
     config: BTXConfig
+    model_tags = ["btx", "branch-train-mix", "mixture-of-experts", "merge"]  # of the card that `push_to_hub` makes
     _no_split_modules = ["BTXDecoderLayer"]
     # A bare class is recorded at index 1 of what its forward returns (hidden states at 0).
     _can_record_outputs = {

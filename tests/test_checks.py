@@ -162,7 +162,7 @@ def test_what_was_merged_before(family: Family, tmp_path: Path) -> None:
     (problem,) = refusal(tmp_path, family.seed, experts={"again": tmp_path / "merged"})
     assert str(problem) == (
         "again: config.json: model_type is 'btx'; expected 'llama'. "
-        "This is a merged model already; give the checkpoints it was made from."
+        "This is a merged model already: btx extract takes an expert out, btx edit changes its experts."
     )
 
 

@@ -73,6 +73,15 @@ OPTIONS = {
         *("model", "--output", "-o", "--method", "--domain-text", "--prompt", "--domain-tokens", "--router-ridge"),
         *("--fit-through", *FITTING, "--overwrite", "--quiet", "-q", "--json"),
     },
+    "edit": {
+        *("model", "--output", "-o", "--add", "--drop", "--replace", "--rename", "--shared", "--source", "--weight"),
+        *("--base", "--router-init", "--router-std", "--random-seed", "--domain-text", "--domain-tokens"),
+        *("--router-ridge", "--num-experts-per-tok", "--allow-nonfinite", "--allow-unrelated", "--device"),
+        *("--workers", "--overwrite", "--quiet", "-q", "--json"),
+    },
+    "push": {
+        *("model", "repo_id", "--private", "--revision", "--create-pr", "--commit-message", "--quiet", "-q", "--json"),
+    },
     "export": {
         *("model", "out", "--output", "-o", "--format", "--max-shard-size", "--overwrite", "--workers"),
         *("--quiet", "-q", "--json"),
@@ -101,7 +110,7 @@ def test_commands_and_options_are_a_contract() -> None:
     } == OPTIONS
 
 
-@pytest.mark.parametrize("command", [[], ["merge"], ["check"], ["train"], ["export"], ["extract"]])
+@pytest.mark.parametrize("command", [[], *([name] for name in OPTIONS)])
 def test_help(command: list[str]) -> None:
     done = btx(*command, "--help", COLUMNS="300")
     assert (done.returncode, done.stderr) == (0, "")

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from btx_merge import MergeRecipe, merge
-from tests.common import edit_json, grow, tensors_of
+from tests.common import edit_json, files_of, grow, tensors_of
 from tests.conftest import Family
 from tests.hub_server import Hub
 
@@ -180,6 +180,7 @@ def other(hub: Hub, family: Family, tmp_path: Path) -> Iterator[Any]:
         return hub.add(repo_id, folder, **values)
 
     yield add
+    hub.heal()
     for name in names:
         shutil.rmtree(hub.root / name)
 
@@ -312,11 +313,12 @@ def test_an_unreachable_hub(environment: dict[str, str], hub: Hub, family: Famil
 def test_after_a_download_that_broke_off_only_the_rest_is_fetched(
     hub: Hub, family: Family, other: Any, tmp_path: Path
 ) -> None:
-    other("org/flaky", faults={"model.safetensors": "cut"})
+    other("org/flaky")
+    hub.fail("GET .*/model.safetensors", "cut")
     line = error_of(checked(hub, family, tmp_path, "org/flaky"), retried=True)
     assert line.startswith("error: x: org/flaky: the download failed (")
     assert line.endswith("Run the same command again: finished files are kept.")
-    hub.configure("org/flaky", faults={})
+    hub.heal()
     before = len(hub.requests())
     done = checked(hub, family, tmp_path, "org/flaky")
     assert (done.returncode, done.stderr) == (0, "")
@@ -327,7 +329,8 @@ def test_after_a_download_that_broke_off_only_the_rest_is_fetched(
 
 
 def test_a_file_that_the_hub_withholds(hub: Hub, family: Family, other: Any, tmp_path: Path) -> None:
-    other("org/blocked", faults={"model.safetensors": "403"})
+    other("org/blocked")
+    hub.fail("/model.safetensors", "403")
     line = error_of(checked(hub, family, tmp_path, "org/blocked"))
     assert line.startswith("error: x: org/blocked: the download failed (")
     assert "403" in line
@@ -349,3 +352,41 @@ def test_problems_of_several_repositories_in_one_report(hub: Hub, family: Family
     assert done.returncode == 2
     assert [line.split(": ")[1] for line in done.stderr.splitlines()] == ["a", "b", "c"]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_published_model_is_a_recipe(merged: Path, hub: Hub, other: Any, tmp_path: Path) -> None:
+    """By its id: its recipe is fetched, not its weights; the sources by the commits that it names."""
+    other("org/merged", merged / "out")
+    done = btx(hub, merged / "home", "merge", "--recipe", "org/merged", "-o", str(tmp_path / "again"), "-q")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert files_of(tmp_path / "again") == files_of(merged / "out")
+    assert "model.safetensors" not in downloaded(hub, "org/merged")
+    done = btx(hub, merged / "home", "check", "--recipe", "org/nothing")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: recipe: org/nothing: no such folder here and no such repository on the Hub")
+
+
+def test_an_expert_from_the_hub_joins_a_model_from_the_hub(
+    merged: Path, hub: Hub, family: Family, other: Any, tmp_path: Path
+) -> None:
+    """Its sources are fetched too, so that the shared weights become those of a merge with the new one."""
+    other("org/merged", merged / "out")
+    bio = other("org/bio", grow(family.seed, tmp_path / "bio", random_seed=7))
+    words = ("edit", "org/merged", "--add", "bio=org/bio@main", "--drop", "code", "-o", str(tmp_path / "out"))
+    done = btx(hub, merged / "home", *words)
+    assert done.returncode == 0, done.stderr
+    assert "shared   updated: as if merged with the new set" in done.stdout
+    recipe = yaml.safe_load((tmp_path / "out/btx_recipe.yaml").read_text())
+    assert recipe["experts"]["bio"]["model"] == f"org/bio@{bio}"
+    sources = ("--seed", "org/seed", "--expert", "math=org/math", "--expert", "bio=org/bio")
+    btx(hub, merged / "home", "merge", *sources, "-o", str(tmp_path / "fresh"))
+    ours, fresh = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "fresh")
+    assert all(torch.equal(ours[name], fresh[name]) for name in fresh if not name.endswith("mlp.gate.weight"))
+    metadata = yaml.safe_load((tmp_path / "out/README.md").read_text().split("---")[1])
+    assert metadata["base_model"] == ["org/seed", "org/math", "org/bio"]
+    assert (tmp_path / "out/modeling_btx.py").exists()  # which the Hub was not asked for
+    # and back, where only something was added
+    done = btx(hub, merged / "home", "edit", "org/merged", "--add", "bio=org/bio", "-o", str(tmp_path / "added"))
+    done = btx(hub, merged / "home", "edit", str(tmp_path / "added"), "--drop", "bio", "-o", str(tmp_path / "back"))
+    assert "undone" in done.stdout, done.stderr
+    assert files_of(tmp_path / "back") == files_of(merged / "out")

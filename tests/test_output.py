@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -296,6 +297,33 @@ def test_the_recipe_in_the_folder_gives_the_same_bytes_again(family, tmp_path, f
     done = CliRunner().invoke(app, ["merge", *recipe, *folders, "-o", str(again)])
     assert done.exit_code == 0, done.output
     assert files_of(again) == files_of(first)
+
+
+def test_a_merged_model_is_a_recipe_for_itself(family, texts, tmp_path):
+    """Its recipe names folders without their paths: they are found beside it, as its texts are."""
+    for name in ("llama-seed", "llama-code", "llama-math"):
+        shutil.copytree(getattr(family, name.removeprefix("llama-")), tmp_path / name)
+    for text in texts.values():
+        shutil.copy(text, tmp_path)
+    fitted = {"router_init": "ridge", "combine": "regmean_merged", "domain_text": texts}
+    merge(MergeRecipe(str(family.seed), family.experts, **fitted), tmp_path / "first")
+    done = CliRunner().invoke(app, ["merge", "--recipe", str(tmp_path / "first"), "-o", str(tmp_path / "again")])
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "first")
+    assert MergeRecipe.from_yaml(tmp_path / "first").seed == str(tmp_path / "llama-seed")
+
+
+@pytest.mark.parametrize(("key", "done_to_it"), [("fits", "fitted"), ("training", "trained"), ("edits", "edited")])
+def test_what_a_recipe_does_not_repeat_is_said(merged, family, tmp_path, key, done_to_it):
+    shutil.copytree(merged, tmp_path / "model")
+    with (tmp_path / "model/btx_recipe.yaml").open("a") as file:
+        file.write(f"{key}:\n- tools: {{}}\n")
+    words = ["check", "--recipe", str(tmp_path / "model"), "--seed", str(family.seed)]
+    words += [word for name, model in family.experts.items() for word in ("--expert", f"{name}={model}")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    expected = f"the model was {done_to_it} since it was merged; its recipe gives the merge alone."
+    assert done.stderr == f"note: {tmp_path / 'model/btx_recipe.yaml'}: {expected}\n"
 
 
 def test_the_resolved_recipe_leaves_nothing_open(family, merged):

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet
@@ -15,6 +16,7 @@ import pytest
 
 from btx_merge.llama import EMBEDDING
 from tests.common import assert_complete, tensors_of
+from tests.hub_server import WRITER, Hub
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BTX = Path(sys.executable).with_name("btx")
@@ -28,25 +30,49 @@ def blocks(language: str) -> list[str]:
 def folder(family, tmp_path) -> Path:
     """A folder in which the README's names are tiny checkpoints; ids of the Hub are folders of that name here."""
     places = {"meta-llama/Llama-3.2-1B": family.seed, "org/llama-code": family.code, "llama-math": family.math}
+    places |= {"org/llama-bio": family.math, "org/llama-math-2": family.code}
     for name, source in places.items():
         shutil.copytree(source, tmp_path / name)
     return tmp_path
 
 
-def test_the_commands_and_the_recipe(folder):
+@pytest.fixture
+def hub(tmp_path_factory) -> Iterator[Hub]:
+    server = Hub(tmp_path_factory.mktemp("hub"))
+    yield server
+    server.close()
+
+
+def test_the_commands_and_the_recipe(folder, hub):
     (recipe,) = blocks("yaml")
     (folder / "merge.yaml").write_text(recipe)
     write_texts(folder)
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("btx ")]
     verbs = [command.split()[1] for command in commands]
-    assert verbs == ["merge", "merge", "fit", "check", "merge", "train", "export", "extract"]
+    assert verbs == [
+        "merge",
+        "merge",
+        "fit",
+        "check",
+        "merge",
+        "train",
+        "edit",
+        "edit",
+        "edit",
+        "export",
+        "extract",
+        "push",
+    ]
     for verb, command in zip(verbs, commands, strict=True):
-        if verb in ("fit", "train", "export", "extract"):
+        if verb not in ("merge", "check"):
             shutil.copytree(folder / "done-0", folder / "llama-btx", dirs_exist_ok=True)
         command = command.replace("1000", "2 --use-cpu --max-length 32")
-        done = subprocess.run([BTX, *shlex.split(command)[1:]], cwd=folder, capture_output=True, text=True)
+        environment = hub.environment(folder / "home", HF_TOKEN=WRITER) if verb == "push" else None
+        done = subprocess.run(
+            [BTX, *shlex.split(command)[1:]], cwd=folder, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
-        if verb != "check":
+        if verb not in ("check", "push"):
             words = command.split()
             output = folder / (words[words.index("-o") + 1] if "-o" in words else words[3])
             assert_complete(output)
@@ -54,12 +80,15 @@ def test_the_commands_and_the_recipe(folder):
         shutil.rmtree(folder / "llama-btx", ignore_errors=True)
     plain, weighted = (tensors_of(folder / f"done-{number}")[EMBEDDING] for number in (0, 3))
     assert not plain.equal(weighted)  # the file's weight was read
+    assert hub.repo("org/llama-btx")["private"]
+    assert (hub.folder("org/llama-btx") / "config.json").exists()
 
 
 def write_texts(folder: Path) -> None:
     """The README's texts, of the tiny tokenizer's words."""
     rows = [{"text": " ".join(f"w{(7 * row + word) % 120}" for word in range(50))} for row in range(20)]
-    (folder / "code.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("code", "bio"):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "math").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "math/part.parquet")
 

@@ -69,16 +69,16 @@ def test_all_problems_of_a_flag_come_together():
 def test_domains_of_a_file(tmp_path):
     (tmp_path / "code.jsonl").write_text("{}")
     values = {"code": "code.jsonl", "math": ["org/name", "./m.csv"], "wiki": {"text": "org/wiki", "weight": 3}}
-    assert domain_texts_of("train.yaml", values, tmp_path) == (
+    assert domain_texts_of("train.yaml", values, [tmp_path]) == (
         DomainText("code", (f"{tmp_path}/code.jsonl",)),
         DomainText("math", ("org/name", f"{tmp_path}/m.csv")),
         DomainText("wiki", ("org/wiki",), 3.0),
     )
     wrong = {"a b": "x", "c": 3, "d": {"weight": 1}, "e": {"text": "x", "weight": "1"}, "f": {"text": "x", "more": 1}}
-    found = problems_of(domain_texts_of, "train.yaml", wrong, tmp_path)
+    found = problems_of(domain_texts_of, "train.yaml", wrong, [tmp_path])
     places = ["data", "data.c", "data.d", "data.e.weight", "data.f"]
     assert [line.split(": ")[1] for line in found] == places
-    assert problems_of(domain_texts_of, "train.yaml", ["x"], tmp_path)[0].startswith("train.yaml: data: ['x']")
+    assert problems_of(domain_texts_of, "train.yaml", ["x"], [tmp_path])[0].startswith("train.yaml: data: ['x']")
 
 
 def test_what_can_be_seen_without_reading(tmp_path, monkeypatch):

@@ -1,0 +1,60 @@
+"""`btx push`: a merged model to the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from typing import Annotated
+
+import typer
+
+from btx_merge.cli_options import option
+from btx_merge.errors import Problem
+
+
+def push_command(
+    model: Annotated[str, typer.Argument(help="Folder of a merged model.")],
+    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub; created if need be.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Create a private repository; refuse one that is public.")
+    ] = False,
+    revision: Annotated[str | None, option("Branch; created if need be [default: main].")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of committing to the branch.")
+    ] = False,
+    commit_message: Annotated[str | None, option("First line of the commit.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Check a merged model and publish it on the Hub, in one commit."""
+    from btx_merge.publishing import push
+
+    def warn(warnings: tuple[Problem, ...]) -> None:
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
+    report = push(
+        model,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        on_checked=warn,
+    )
+    if json_output:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not quiet:
+        if not report.files and not report.deleted:
+            print(f"unchanged {report.url} holds this very model; nothing was committed")
+            return
+        print(f"published {report.url} (commit {report.commit[:8]})")
+        print(f"files     {len(report.files)} new or changed, {report.nbytes / 1e6:.1f} MB")
+        if report.deleted:
+            print(f"deleted   {', '.join(report.deleted)}, of an earlier model")
+        print(f"took      {report.seconds:.1f} s")

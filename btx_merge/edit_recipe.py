@@ -1,0 +1,107 @@
+"""What is to be changed in a merged model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.recipe import SEED, ExpertSpec, as_spec
+from btx_merge.texts import DomainText
+
+SHARED_UPDATES = ("auto", "update", "keep")
+ROW_INITS = ("ridge", "random", "zeros")
+"""Ways to a router row of a new expert."""
+
+
+@dataclass(frozen=True)
+class EditRecipe:
+    """Everything that determines an edit: experts that go, come, are replaced or get another name.
+
+    Raises:
+        InputError: values that cannot be meant; all of them in one error.
+    """
+
+    model: str
+    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    drop: tuple[str, ...] = ()
+    """Experts that go. `seed` among them: the seed is no expert any more."""
+    add: Mapping[str, ExpertSpec] = field(default_factory=dict)
+    """Name to a model that becomes an expert, behind those that there are. A plain string stands for its `model`."""
+    replace: Mapping[str, ExpertSpec] = field(default_factory=dict)
+    """Expert to the model whose feed-forward blocks take its place."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """Expert to its new name."""
+    shared: str = "auto"
+    """What becomes of attention, embeddings, norms and head. update: they move as if merged with the new set, for
+    which every source of both sets is read; keep: they stay; auto: update where the sources are there."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Source of the model's own recipe to where it lies now; only those that have moved."""
+    router_init: str | None = None
+    """Rows of new experts. ridge: fitted on their `domain_text`; random: normal with `router_std`; zeros. None: ridge
+    where there is text, otherwise random for an added expert, and the row that was there for a replaced one."""
+    router_std: float | None = None
+    """Standard deviation of random rows; the model's initializer_range where not given."""
+    random_seed: int = 0
+    """Seed of random rows. In [0, 2**32)."""
+    domain_text: tuple[DomainText, ...] = ()
+    """For ridge: text of the new experts; of others too where there is some, for contrast."""
+    domain_tokens: int = 200_000
+    """Tokens of each domain that are read, at least 64."""
+    router_ridge: float = 0.001
+    """ridge: penalty, relative to the mean square of the router's input. Above 0."""
+    num_experts_per_tok: int | None = None
+    """Experts per token from now on; as before where not given."""
+    allow_nonfinite: bool = False
+    """Whether to go on where a source holds NaN or Inf."""
+    allow_unrelated: bool = False
+    """Whether to go on where a source does not seem to have grown from the seed."""
+
+    def __post_init__(self) -> None:
+        problems = list(_value_problems(self))
+        for key in ("add", "replace"):
+            specs = {}
+            for name, spec in getattr(self, key).items():
+                try:
+                    specs[name] = as_spec(name, spec, key)
+                except InputError as error:
+                    problems += error.problems
+            object.__setattr__(self, key, specs)
+        if problems:
+            raise InputError(problems)
+
+    @property
+    def is_rename_only(self) -> bool:
+        """Whether no expert comes or goes."""
+        return not (self.drop or self.add or self.replace)
+
+
+def _value_problems(recipe: EditRecipe) -> Iterator[Problem]:
+    fine = {
+        "model": (bool(recipe.model), "a merged checkpoint"),
+        "shared": (recipe.shared in SHARED_UPDATES, f"one of {', '.join(SHARED_UPDATES)}"),
+        "router_init": (recipe.router_init in (None, *ROW_INITS), f"one of {', '.join(ROW_INITS)}"),
+        "router_std": (recipe.router_std is None or 0 < recipe.router_std < math.inf, "above 0"),
+        "random_seed": (0 <= recipe.random_seed < 2**32, "in [0, 2**32)"),
+        "domain_tokens": (recipe.domain_tokens >= 64, "at least 64"),
+        "router_ridge": (0 < recipe.router_ridge < math.inf, "above 0"),
+        "num_experts_per_tok": (recipe.num_experts_per_tok is None or recipe.num_experts_per_tok >= 1, "at least 1"),
+    }
+    for name, (is_fine, expected) in fine.items():
+        if not is_fine:
+            yield Problem("recipe", name, f"{getattr(recipe, name)!r}", expected)
+    if recipe.is_rename_only and not recipe.rename:
+        yield Problem("recipe", "drop, add, replace, rename", "nothing to change", "at least one of them")
+    named = [*dict.fromkeys(recipe.drop), *recipe.replace, *recipe.rename]
+    for name in sorted({name for name in named if named.count(name) > 1}):
+        yield Problem("recipe", name, "dropped, replaced and renamed at once", "one of these")
+    for old, new in recipe.rename.items():
+        try:
+            as_spec(new, "a model", "rename")
+        except InputError as error:
+            yield from error.problems
+        if old == new:
+            yield Problem("recipe", f"rename.{old}", f"{new}", "another name")
+    if SEED in recipe.add:
+        yield Problem("recipe", "add", f"the name {SEED!r}", "another name; that one is the seed's own")

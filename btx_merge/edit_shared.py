@@ -1,0 +1,209 @@
+"""The shared weights of an edited model: kept, or moved as if merged with the new set of sources.
+
+Where a stored value is what the merge of the old set gives, it becomes what the merge of the new set gives: a model
+that was only merged ends with the bytes of a fresh merge. A value that a finetuning or a fit has moved moves on by the
+difference of the two merges, in float32, rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from btx_merge.combine import (
+    BLOCK_BYTES,
+    DIFFERENCE_BLOCK_BYTES,
+    Rule,
+    cast,
+    combining_rule,
+    owners_mean,
+    portions,
+    within,
+)
+from btx_merge.dtypes import STORED, Float32, Raw, all_finite, from_float32, to_float32
+from btx_merge.edit_plan import EditPlan
+from btx_merge.errors import NonFiniteError
+from btx_merge.layout import Block, Job, OutputTensor
+from btx_merge.llama import EMBEDDING, HEAD
+from btx_merge.plan import DIFFERENCE_METHODS, Plan, SharedRows
+from btx_merge.segments import Segment, runs
+from btx_merge.tensorfiles import StoredTensor
+from btx_merge.vocabulary import token_ids
+
+Patches = dict[str, tuple[NDArray[np.int64], Raw]]
+"""Tensor to places in it and the bytes of the values there."""
+
+
+def move(raw: Raw, dtype: str, old: Float32, new: Float32) -> Raw:
+    """Stored values, flat, moved from one merge's values to another's."""
+    merged = from_float32(old, dtype).view(STORED[dtype]) == raw.view(STORED[dtype])
+    with np.errstate(over="ignore"):
+        moved = to_float32(raw, dtype) + (new.reshape(-1) - old.reshape(-1))
+    moved[merged] = new.reshape(-1)[merged]
+    return from_float32(moved, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class SharedUpdate:
+    """The merges of the old and of the new set of sources, from the sources themselves."""
+
+    before: Plan
+    after: Plan
+
+
+@dataclass(frozen=True, eq=False)
+class SharedWeights:
+    """What fills the shared tensors of an edit."""
+
+    edit: EditPlan
+    update: SharedUpdate | None
+    """None: they are kept."""
+    patches: Patches
+    """What an undo puts right behind it."""
+
+    def rows(self, job: Job) -> Iterator[Block]:
+        """A job's rows, block by block."""
+        for start, stop in self._blocks(job.tensor, job.start, job.stop):
+            yield 0, self._block(job, start, stop)
+
+    def gamma(self, name: str) -> Float32:
+        """A norm as it will be stored, [H]; for experts that absorb their own."""
+        stored = self.edit.model.tensors[name]
+        assert self.update is None
+        return to_float32(stored.read_rows(0, stored.shape[0]), stored.dtype)
+
+    def lost(self, written: Mapping[str, StoredTensor]) -> Patches:
+        """Where moving the written tensors back would not give the model's own bytes, and what it has there."""
+        patches: Patches = {}
+        for job in self.edit.plan.jobs if self.update else ():
+            tensor, stored = job.tensor, self.edit.model.tensors.get(job.tensor.name)
+            if stored is None or not isinstance(job, SharedRows) or self.edit.is_of_router(tensor):
+                continue
+            kind = STORED[stored.dtype]
+            for start, stop in self._blocks(tensor, job.start, min(job.stop, stored.shape[0])):
+                before = stored.read_rows(start, stop).copy().view(kind)
+                after = written[tensor.name].read_rows(start, stop).copy()
+                back = self._moved(tensor, after, start, stop, forwards=False).view(kind)
+                differing = np.flatnonzero(back != before)
+                if differing.size:
+                    places, values = patches.get(tensor.name, (np.empty(0, np.int64), np.empty(0, np.uint8)))
+                    places = np.append(places, differing + start * (tensor.row_bytes // kind.itemsize))
+                    patches[tensor.name] = (places, np.append(values, before[differing].view(np.uint8)))
+        return patches
+
+    def _blocks(self, tensor: OutputTensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """As a merge divides it: what DARE drops depends on it."""
+        differences = self.update and self.update.after.recipe.combine in DIFFERENCE_METHODS
+        return portions(start, stop, tensor.row_bytes, DIFFERENCE_BLOCK_BYTES if differences else BLOCK_BYTES)
+
+    def _block(self, job: Job, start: int, stop: int) -> Raw:
+        tensor, stored = job.tensor, self.edit.model.tensors.get(job.tensor.name)
+        out: Raw = np.empty((stop - start) * tensor.row_bytes, np.uint8)
+        rows = out.reshape(stop - start, -1)
+        is_new = np.ones(stop - start, bool)
+        for part in within(self._kept_rows(tensor.name), start, stop) if stored else ():
+            here = slice(part.out - start, part.out - start + part.count)
+            assert stored is not None
+            rows[here] = stored.read_rows(part.source, part.source + part.count).reshape(part.count, -1)
+            is_new[here] = False
+        if self.update:
+            out = self._moved(tensor, out, start, stop, forwards=True)
+            rows = out.reshape(stop - start, -1)
+        if is_new.any():  # tokens that a new expert brings: the mean over those who have them
+            values = owners_mean(self.edit.plan, tensor.name, [], start, stop)[0]
+            rows[is_new] = cast(values, job, self.edit.plan).reshape(stop - start, -1)[is_new]
+        places, patch = self.patches.get(tensor.name, (np.empty(0, np.int64), np.empty(0, np.uint8)))
+        if places.size:
+            kind = STORED[tensor.dtype]
+            width = tensor.row_bytes // kind.itemsize
+            first, last = np.searchsorted(places, [start * width, stop * width])
+            out.view(kind)[places[first:last] - start * width] = patch.view(kind)[first:last]
+        if self.update and not self.edit.plan.recipe.allow_nonfinite and not all_finite(out, tensor.dtype):
+            raise NonFiniteError(
+                f"{tensor.name}: a value leaves the range of {tensor.dtype}, or the model holds NaN or Inf. "
+                "Give --shared keep; --allow-nonfinite goes on all the same."
+            )
+        return out
+
+    def _kept_rows(self, name: str) -> tuple[Segment, ...]:
+        """Which rows of the result the model has."""
+        kept = next(source for source in self.edit.plan.sources if self.edit.is_kept(source))
+        return self.edit.plan.source_layout(name)[kept.name]
+
+    def _moved(self, tensor: OutputTensor, raw: Raw, start: int, stop: int, *, forwards: bool) -> Raw:
+        """Stored rows [start, stop) moved to the new set's merge, or back; those stay that one of the two lacks."""
+        old, has_old = self._merged("before", tensor.name, start, stop)
+        new, has_new = self._merged("after", tensor.name, start, stop)
+        both = has_old & has_new
+        if not forwards:
+            old, new = new, old
+        moved = move(raw, tensor.dtype, old, new).reshape(stop - start, -1)
+        moved[~both] = raw.reshape(stop - start, -1)[~both]
+        return moved.reshape(-1)
+
+    def _merged(self, which: str, name: str, start: int, stop: int) -> tuple[Float32, NDArray[np.bool_]]:
+        """Rows of a merge, at the places where the result has them; and which of them it has."""
+        rule = self._rule(which, name)
+        segments = self._rows(which) if name in (EMBEDDING, HEAD) else (Segment(start, start, stop - start),)
+        has = np.zeros(stop - start, bool)
+        values: Float32 | None = None
+        for part in within(segments, start, stop):
+            found = rule(part.source, part.source + part.count)
+            if part.count == stop - start:
+                return found, np.ones(stop - start, bool)
+            if values is None:
+                values = np.zeros((stop - start, *found.shape[1:]), np.float32)
+            here = slice(part.out - start, part.out - start + part.count)
+            values[here], has[here] = found, True
+        if values is None:
+            values = np.zeros((stop - start, *self.edit.model.tensors[EMBEDDING].shape[1:]), np.float32)
+        return values, has
+
+    @functools.cached_property
+    def _rules(self) -> dict[tuple[str, str], Rule]:
+        return {}
+
+    def _rule(self, which: str, name: str) -> Rule:
+        with _rule_lock:
+            if (which, name) not in self._rules:
+                self._rules[which, name] = combining_rule(getattr(self.update, which), name)
+            return self._rules[which, name]
+
+    def _rows(self, which: str) -> tuple[Segment, ...]:
+        with _rule_lock:
+            return self._vocabulary_rows[which]
+
+    @functools.cached_property
+    def _vocabulary_rows(self) -> dict[str, tuple[Segment, ...]]:
+        """For the merges before and after: which of their rows the result's are, token by token."""
+        assert self.update is not None
+        return {
+            which: runs(_same_rows(self.edit.plan, plan))
+            for which, plan in (("before", self.update.before), ("after", self.update.after))
+        }
+
+
+_rule_lock = threading.Lock()
+
+
+def _same_rows(result: Plan, other: Plan) -> NDArray[Any]:
+    """For every row of the result, the other plan's row of the same token, or of the same padding; -1 for none."""
+    size = other.vocabulary.size
+    rows = np.full(result.vocabulary.size, -1)
+    ours, theirs = (token_ids(plan.vocabulary, plan.sources) for plan in (result, other))
+    if ours is None or theirs is None:
+        shared = min(size, len(rows))
+        rows[:shared] = np.arange(shared)
+        return rows
+    padding = np.setdiff1d(np.arange(min(size, len(rows))), [*ours.values(), *theirs.values()])
+    rows[padding] = padding
+    for token, row in ours.items():
+        if token in theirs:
+            rows[row] = theirs[token]
+    return rows

@@ -1,0 +1,289 @@
+"""The public verb that changes the experts of a merged model without a new merge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from btx_merge.card import UNTRAINED
+from btx_merge.edit_card import edit_section, edited_card
+from btx_merge.edit_plan import EditPlan, plan_edit
+from btx_merge.edit_recipe import EditRecipe
+from btx_merge.edit_shared import SharedWeights
+from btx_merge.edit_undo import Undo, find_undo, small_files, write_undo
+from btx_merge.edit_update import shared_update
+from btx_merge.errors import InputError, MergeError, Problem
+from btx_merge.experts import expert_rows
+from btx_merge.files import UNDO_FILE, add_tokens, append_record, copy_model_code, write_index, write_json
+from btx_merge.fitting import device_problems, fit_folder
+from btx_merge.layout import INDEX_FILE, Block, Job
+from btx_merge.llama import FF_NORM
+from btx_merge.merging import fill
+from btx_merge.model_folder import open_model
+from btx_merge.plan import ExpertRows, SharedRows
+from btx_merge.recipe import RECIPE_FILE
+from btx_merge.tensorfiles import stored_tensors
+from btx_merge.texts import check_texts, public_reference
+from btx_merge.vocabulary import tokenizer_json
+from btx_merge.writer import Progress, Staging
+
+if TYPE_CHECKING:
+    from btx_merge.fit_walk import LayerFit
+
+UPDATED, KEPT = "updated", "kept"
+
+
+@dataclass(frozen=True)
+class EditReport:
+    """What an edit did."""
+
+    output: Path
+    experts: tuple[str, ...]
+    """Of the result, in the order of the router's rows."""
+    shared: str
+    """updated or kept."""
+    shared_reason: str
+    """Why they were kept, or what their update goes by."""
+    router_rows: dict[str, str]
+    """New expert to how its row came about: ridge, random, zeros, or kept for one that was replaced."""
+    undone: bool
+    """Whether the model is again, byte for byte, what it was before the edit that added what was dropped."""
+    warnings: tuple[Problem, ...]
+    kept_bytes: int
+    """Bytes that an earlier, interrupted run had written."""
+    seconds: float
+    layers: tuple[LayerFit, ...] = ()
+    """For ridge: how each layer's new rows came out."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them."""
+        plain = {"output": str(self.output), "warnings": [str(warning) for warning in self.warnings]}
+        return {**vars(self), **plain, "layers": [asdict(layer) for layer in self.layers]}
+
+
+@dataclass(frozen=True, eq=False)
+class _Edit:
+    """All that is decided and checked before a byte is written."""
+
+    planned: EditPlan
+    shared: SharedWeights
+    reason: str
+    undo: Undo | None
+
+    @property
+    def outcome(self) -> str:
+        return UPDATED if self.shared.update else KEPT
+
+    def fill(self, job: Job) -> Iterator[Block]:
+        """The bytes of a job in order."""
+        planned = self.planned
+        if planned.is_of_router(job.tensor):
+            yield 0, planned.router_rows(job)
+        elif isinstance(job, SharedRows):
+            yield from self.shared.rows(job)
+        elif isinstance(job, ExpertRows) and job.fold_layer is not None:
+            if planned.is_kept(planned.plan.experts[job.source]):
+                job = replace(job, fold_layer=None)
+            yield from expert_rows(job, planned.plan, lambda layer: self.shared.gamma(FF_NORM.format(layer=layer)))
+        else:
+            yield from fill(planned.plan, job)
+
+    def fingerprint(self) -> str:
+        """Says whether an unfinished edit is of this recipe and these files."""
+        plans = [self.planned.plan, *(vars(self.shared.update).values() if self.shared.update else ())]
+        files = {file for plan in plans for source in plan.sources for file in source.files}
+        stats = [[str(file), stat.st_size, stat.st_mtime_ns] for file in sorted(files) if (stat := file.stat())]
+        shards = [shard.nbytes for shard in self.planned.plan.shards]
+        text = json.dumps(
+            [version("btx-merge"), repr(self.planned.recipe), self.outcome, bool(self.undo), stats, shards]
+        )
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def edit(
+    recipe: EditRecipe,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    on_planned: Callable[[EditPlan], None] | None = None,
+    device: str | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> EditReport:
+    """Writes a merged model with other experts into the folder `output`; the model itself stays as it is.
+
+    Experts that stay and their router rows are copied bit for bit. Dropping what the last edit added gives back the
+    model before it, byte for byte. What was interrupted is continued by the same call.
+
+    Args:
+        overwrite: whether `output` may be replaced; that happens when the new model is complete.
+        workers: threads that read and write; by default one per core, at most 4.
+        progress: called from several threads with numbers of bytes.
+        on_planned: called once when all is checked and before anything is written.
+        device: where router rows are fitted: `cpu`, `cuda`, ...; a GPU where there is one.
+        on_layer: called with how many layers of how many are fitted.
+
+    Raises:
+        InputError: every reason to refuse; nothing has been written.
+        MergeError: the edit could not be carried out; `output` is as it was.
+    """
+    began = time.perf_counter()
+    target = Path(output).expanduser().resolve()
+    with ExitStack() as stack:
+
+        def scratch() -> Path:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="btx-adapter-", dir=target.parent)))
+
+        edited = _plan(recipe, target, overwrite, device, scratch)
+        planned = edited.planned
+        if on_planned:
+            on_planned(planned)
+        try:
+            with (
+                tempfile.TemporaryDirectory(prefix="btx-files-") as small,
+                Staging(target, planned.plan, edited.fill, edited.fingerprint()) as staging,
+            ):
+                staging.prepare()
+                staging.run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
+                files = Path(small)
+                _write_files(edited, files)
+                layers = _fit(planned, staging.folder, files, device, on_layer) if planned.fitted_rows else []
+                if edited.undo is None:
+                    _write_records(edited, files, staging.folder, layers)
+                for file in sorted(files.iterdir(), key=lambda file: file.name == "config.json"):  # that one last
+                    shutil.copyfile(file, staging.folder / file.name)
+                staging.finish(overwrite)
+        except OSError as error:
+            remedy = "What is finished is kept: the same command continues."
+            raise MergeError(f"{error.filename or target}: {error.strerror or error}. {remedy}") from error
+    return EditReport(
+        target,
+        tuple(planned.plan.expert_names),
+        edited.outcome,
+        edited.reason,
+        planned.router_inits,
+        edited.undo is not None,
+        tuple(warning for warning in planned.examined.warnings if warning.source in planned.new),
+        staging.kept_bytes,
+        time.perf_counter() - began,
+        tuple(layers),
+    )
+
+
+def _plan(recipe: EditRecipe, target: Path, overwrite: bool, device: str | None, scratch: Callable[[], Path]) -> _Edit:
+    model, problems = open_model(recipe.model, target, overwrite)
+    problems += [*check_texts(recipe.domain_text), *device_problems(device)]
+    if problems or model is None:
+        raise InputError(problems)
+    planned = plan_edit(recipe, model, scratch)
+    undo = find_undo(model.located.folder, recipe)
+    if undo and undo.shared == KEPT:
+        update, reason = None, "as the edit that is undone kept them"
+    else:
+        update, reason = shared_update(planned, scratch)
+        undo = undo if update else None
+    if undo:
+        tensors, shards = undo.layout()
+        planned = replace(planned, plan=replace(planned.plan, tensors=tensors, shards=shards))
+    return _Edit(planned, SharedWeights(planned, update, undo.patches if undo else {}), reason, undo)
+
+
+def _write_files(edited: _Edit, folder: Path) -> None:
+    """Everything beside the weights, without a record of the edit."""
+    planned, plan = edited.planned, edited.planned.plan
+    for name, file in small_files(planned.model.located.folder).items():
+        if name not in (UNDO_FILE, INDEX_FILE):
+            shutil.copyfile(file, folder / name)
+    copy_model_code(folder)
+    if edited.undo:
+        edited.undo.restore_files(folder)
+        return
+    if plan.vocabulary.new_tokens:
+        add_tokens(folder, json.loads(tokenizer_json(folder)), plan.vocabulary.new_tokens)
+    write_index(plan, folder)
+    write_json(folder / "config.json", _config(planned))
+
+
+def _config(planned: EditPlan) -> dict[str, Any]:
+    """The model's config with the new set of experts."""
+    config, plan = dict(planned.model.config), planned.plan
+    config |= {
+        "num_local_experts": plan.num_experts,
+        "num_experts_per_tok": plan.recipe.num_experts_per_tok,
+        "expert_names": plan.expert_names,
+        "vocab_size": plan.vocabulary.size,
+    }
+    if active := config.get("active_experts"):
+        old = planned.model.expert_names
+        numbers = {old.index(expert) if isinstance(expert, str) else expert for expert in active}
+        stay = [plan.expert_names[new] for new, number in enumerate(planned.row_origins) if number in numbers]
+        config["active_experts"] = stay or None
+    return config
+
+
+def _fit(
+    planned: EditPlan, folder: Path, files: Path, device: str | None, on_layer: Callable[[int, int], None] | None
+) -> list[LayerFit]:
+    recipe = planned.recipe
+    return fit_folder(
+        folder,
+        files,
+        {text.name: text for text in recipe.domain_text},
+        {},
+        domain_tokens=recipe.domain_tokens,
+        statistics=None,
+        device=device,
+        on_layer=on_layer,
+        router="ridge",
+        through="expert",
+        router_ridge=recipe.router_ridge,
+        rows=planned.fitted_rows,
+    )
+
+
+def _write_records(edited: _Edit, files: Path, weights: Path, layers: list[LayerFit]) -> None:
+    """The edit in the recipe and on the card; and the way back, where experts were only added."""
+    planned, recipe = edited.planned, edited.planned.recipe
+    values = planned.new_values(public=True) if planned.values else {}
+    if edited.outcome == KEPT and planned.values and not recipe.is_rename_only:
+        values["shared_over"] = planned.shared_over
+    elif recipe.is_rename_only and "shared_over" in planned.values:
+        values["shared_over"] = planned.values["shared_over"]
+    (files / RECIPE_FILE).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    if (files / "README.md").exists():
+        card = (files / "README.md").read_text(encoding="utf-8")
+        (files / "README.md").write_text(edited_card(card, planned, edited.outcome == UPDATED), encoding="utf-8")
+    done: dict[str, Any] = {"drop": list(recipe.drop), "rename": dict(recipe.rename)}
+    done |= {key: list(getattr(recipe, key)) for key in ("add", "replace")}
+    entry: dict[str, Any] = {key: value for key, value in done.items() if value}
+    entry |= {"shared": edited.outcome, "router_rows": dict(planned.router_inits)}
+    if "random" in planned.router_inits.values():
+        std = recipe.router_std or planned.plan.seed.config["initializer_range"]
+        entry |= {"router_std": std, "random_seed": recipe.random_seed}
+    if layers:
+        texts = [
+            {"name": text.name, "references": [*map(public_reference, text.references)], "weight": text.weight}
+            for text in recipe.domain_text
+        ]
+        entry |= {"domain_text": texts, "domain_tokens": recipe.domain_tokens, "router_ridge": recipe.router_ridge}
+        entry |= {"layers": [asdict(layer) for layer in layers]}
+    tools = ("btx-merge", "numpy", *(("torch", "transformers") if layers else ()))
+    entry["tools"] = {name: version(name) for name in tools}
+    append_record(files, "edits", entry, edit_section(planned, edited.outcome), f" {UNTRAINED}")
+    if recipe.add and not (recipe.drop or recipe.replace or recipe.rename or recipe.num_experts_per_tok):
+        lost = edited.shared.lost(stored_tensors(weights))
+        write_undo(planned.model.located.folder, files, list(recipe.add), edited.outcome, lost)

@@ -1,0 +1,243 @@
+"""May a merged model's folder be published as it is? It is complete, it loads, and it holds nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from btx_merge.card_checks import card_problems
+from btx_merge.errors import InputError, Problem
+from btx_merge.files import MODEL_CODE, PICTURE, ROUTING, TOKENIZER_FILES, UNDO_FILE
+from btx_merge.layout import INDEX_FILE
+from btx_merge.private_text import private_text
+from btx_merge.recipe import RECIPE_FILE
+from btx_merge.sources import read_json, read_tensors
+from btx_merge.tensorfiles import StoredTensor
+
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_MODEL_FILES = (  # beside the weights; a pattern may match several
+    *("config.json", "generation_config.json", INDEX_FILE, RECIPE_FILE, PICTURE, ROUTING),
+    *MODEL_CODE,
+    *TOKENIZER_FILES,
+    *("vocab.json", "merges.txt", "additional_chat_templates/*.jinja"),
+)
+_OTHER_FILES = re.compile(r"README\.md|\.gitattributes|(?:LICEN[SC]E|NOTICE|COPYING|USE_POLICY)[\w.-]*", re.IGNORECASE)
+_PASSED_OVER = (".git", ".DS_Store", "runs", UNDO_FILE)  # runs: TensorBoard's, with the host's name
+_PIPELINES = {
+    "BTXModel": "feature-extraction",
+    "BTXForSequenceClassification": "text-classification",
+    "BTXForTokenClassification": "token-classification",
+}
+_MOVE = "Move it away: only the model is published."
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Publishable:
+    """A folder that may be published."""
+
+    folder: Path
+    files: tuple[str, ...]
+    """Names relative to the folder, the weights first."""
+    warnings: tuple[Problem, ...]
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of a repository belongs to a model, so that another model's file would change it."""
+    return _WEIGHTS.fullmatch(name) is not None or any(fnmatchcase(name, pattern) for pattern in _MODEL_FILES)
+
+
+def examine(folder: Path) -> Publishable:
+    """Everything that will be sent, if it all may be. Reads no weights, only their headers.
+
+    Takes as long as importing transformers: the model is built in a process of its own, on the meta device, with the
+    code in the folder and without btx-merge.
+
+    Raises:
+        InputError: every reason not to publish it.
+    """
+    if not folder.is_dir():
+        expected = "a folder that btx merge, fit or train wrote"
+        raise InputError([Problem("model", str(folder), "no such folder", expected, "Check the path.")])
+    if (folder / "adapter_config.json").exists():
+        remedy = (
+            "Merge it into the model first (merge_and_unload, save_pretrained), or publish it by peft's push_to_hub."
+        )
+        raise InputError([Problem("model", "adapter_config.json", "an adapter", "a whole model", remedy)])
+    try:
+        config = read_json(folder / "config.json")
+    except InputError as error:
+        raise InputError([_of_model(problem) for problem in error.problems]) from None
+    if config.get("model_type") != "btx":
+        found = repr(config.get("model_type"))
+        raise InputError([Problem("model", "config.json: model_type", found, "'btx'", "Merge first: btx merge.")])
+    problems: list[Problem] = []
+    if config.get("quantization_config") is not None:
+        remedy = "Publish the model as it was; whoever loads it can quantise it."
+        problems.append(Problem("model", "config.json", "a quantised model", "plain weights", remedy))
+    stored: Mapping[str, StoredTensor] | None = None
+    try:
+        stored = _weights(folder)
+    except InputError as error:
+        problems += [_of_model(problem) for problem in error.problems]
+    weights = _weight_names(folder)
+    names, foreign = _files(folder, weights)
+    problems += foreign
+    problems += [
+        Problem("model", name, "missing", "the model's code", "Copy it from another merge: btx merge writes it.")
+        for name in MODEL_CODE
+        if name not in names
+    ]
+    if not {"tokenizer.json", "tokenizer.model"} & set(names):
+        problems.append(Problem("model", "tokenizer.json", "missing", "it or tokenizer.model"))
+    if set(MODEL_CODE) <= set(names):
+        problems += _loading_problems(folder, stored)
+    problems += private_text(folder, [name for name in names if not name.endswith((".safetensors", ".png"))])
+    wrong, warnings = _card(folder, config)
+    if problems or wrong:
+        raise InputError([*problems, *wrong])
+    return Publishable(folder, tuple(sorted(names, key=lambda name: (name not in weights, name))), tuple(warnings))
+
+
+def _of_model(problem: Problem) -> Problem:
+    """A problem that another room found, under this one's name for the source."""
+    return Problem("model", Path(problem.where).name, problem.found, problem.expected, problem.remedy)
+
+
+def _card(folder: Path, config: Mapping[str, Any]) -> tuple[list[Problem], list[Problem]]:
+    """What is wrong with the model card, and what it lacks."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return [Problem("model", "README.md", "missing", "a model card", "btx merge writes one.")], []
+    except UnicodeDecodeError as error:
+        return [Problem("model", "README.md", f"is no UTF-8 ({error.reason})", "", "Save it as UTF-8.")], []
+    architecture = next(iter(config.get("architectures") or []), "")
+    return card_problems(text, _PIPELINES.get(architecture, "text-generation"))
+
+
+def _files(folder: Path, weights: set[str]) -> tuple[list[str], list[Problem]]:
+    """What is to be sent, and what has no business there."""
+    names, problems = [], []
+    entries = list(folder.iterdir())
+    entries += [*(folder / "additional_chat_templates").glob("*")]
+    for entry in sorted(entries):
+        name = entry.relative_to(folder).as_posix()
+        if name in _PASSED_OVER or (
+            name == ".cache" and not {path.name for path in entry.glob("*")} - {"huggingface"}
+        ):
+            continue
+        if entry.is_symlink() and not entry.resolve().is_relative_to(folder.resolve()):
+            problems.append(
+                Problem("model", name, "a link out of the folder", "a file", "Put the file itself in its place.")
+            )
+        elif name == "additional_chat_templates" and entry.is_dir():
+            continue
+        elif entry.is_dir():
+            problems.append(Problem("model", name, "a folder that is no part of a model", "", _MOVE))
+        elif name in weights or _OTHER_FILES.fullmatch(name):
+            names.append(name)
+        elif name.endswith(".safetensors"):
+            remedy = "Move it away: it seems to be left from another save."
+            problems.append(Problem("model", name, "weights that are no part of this model", "", remedy))
+        elif is_model_file(name):
+            names.append(name)
+        else:
+            problems.append(Problem("model", name, "a file that is no part of a model", "", _MOVE))
+    return names, problems
+
+
+def _weight_names(folder: Path) -> set[str]:
+    """The files that hold the weights, as far as can be known."""
+    try:
+        named = {file for file in read_json(folder / INDEX_FILE)["weight_map"].values() if isinstance(file, str)}
+    except (InputError, KeyError, AttributeError):
+        named = set()
+    return named or {"model.safetensors"}
+
+
+def _weights(folder: Path) -> Mapping[str, StoredTensor]:
+    """The stored tensors by name.
+
+    Raises:
+        InputError: a file is missing or damaged, or the index lies.
+    """
+    single, index = folder / "model.safetensors", folder / INDEX_FILE
+    if not single.exists() and not index.exists():
+        expected = f"model.safetensors, or shards with {INDEX_FILE}"
+        raise InputError([Problem("model", folder.name, "no weights", expected, "Copy the missing file there.")])
+    if single.exists() and index.exists():
+        remedy = "Remove what is left from another save."
+        raise InputError([Problem("model", INDEX_FILE, "lies beside model.safetensors", "one of the two", remedy)])
+    tensors = read_tensors("model", folder)
+    if index.exists() and (extra := sorted(tensors.keys() - read_json(index)["weight_map"].keys())):
+        raise InputError([Problem("model", INDEX_FILE, f"does not name {_some(extra)}, which the shards hold")])
+    return tensors
+
+
+def _loading_problems(folder: Path, stored: Mapping[str, StoredTensor] | None) -> list[Problem]:
+    """What a stranger would meet who loads the folder with `trust_remote_code=True`."""
+    answer = _load(folder.resolve())
+    problems = [
+        Problem("model", where, f"does not load where btx-merge is not installed ({found})")
+        for where, found in answer["problems"]
+    ]
+    if answer["tensors"] is not None and stored is not None:
+        problems += _tensor_problems({name: tuple(shape) for name, shape in answer["tensors"].items()}, stored)
+    return problems
+
+
+def _load(folder: Path) -> dict[str, Any]:
+    """What `load_as_stranger.load` says, in a process that has no token and a cache of its own."""
+    script = Path(__file__).with_name("load_as_stranger.py").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="btx-load-") as scratch:
+        kept = {key: value for key, value in os.environ.items() if "TOKEN" not in key}
+        own = {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        result = Path(scratch) / "result.json"
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(folder), str(result)],
+            env={**kept, **own},
+            cwd=scratch,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        if not result.exists():
+            reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            return {"problems": [[folder.name, reason]], "tensors": None}
+        answer: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return answer
+
+
+def _tensor_problems(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]) -> list[Problem]:
+    """Holds what lies in the files against what the model wants by its config."""
+    problems = []
+    remedy = "Copy or save the model again."
+    if missing := sorted(wanted.keys() - stored.keys()):
+        problems.append(Problem("model", "weights", f"lack {_some(missing)}", "every tensor of the config", remedy))
+    if extra := sorted(stored.keys() - wanted.keys()):
+        found = f"hold {_some(extra)}, which a model of this config does not have"
+        problems.append(Problem("model", "weights", found, "the tensors of the config", remedy))
+    others = [name for name in sorted(wanted.keys() & stored.keys()) if stored[name].shape != wanted[name]]
+    if others:
+        first = others[0]
+        found = f"{first} is {list(stored[first].shape)}" + (
+            f", and {len(others) - 1} more are wrong" * (len(others) > 1)
+        )
+        expected = f"{list(wanted[first])} by config.json"
+        problems.append(Problem("model", stored[first].file.name, found, expected, remedy))
+    return problems
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
