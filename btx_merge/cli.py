@@ -18,7 +18,7 @@ import typer
 from btx_merge.cli_edit import edit_command
 from btx_merge.cli_export import export_command, extract_command
 from btx_merge.cli_fit import fit_command
-from btx_merge.cli_options import lists, option, pairs
+from btx_merge.cli_options import lists, note, option, pairs
 from btx_merge.cli_push import push_command
 from btx_merge.cli_train import train_command
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
@@ -121,7 +121,7 @@ def _recipe_options(
     texts = parse_domain_texts("--domain-text", flags.pop("domain_text", []))
     prompts = lists("--prompt", flags.pop("prompt", []))
     file = flags.pop("recipe", None)
-    values = read_recipe_file(file, _note) if file else {}
+    values = read_recipe_file(file, note) if file else {}
     values |= flags
     for key, named in (("domain_text", {text.name: text for text in texts}), ("prompts", prompts)):
         if named:
@@ -269,7 +269,7 @@ def merge_command(
             workers=workers,
             progress=bar.advance,
             on_checked=on_checked,
-            on_note=_note,
+            on_note=note,
             statistics=statistics,
             device=device,
             on_layer=layers.advance,
@@ -288,10 +288,6 @@ app.command("extract")(_ends_in_one_line(extract_command))
 app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     _ends_in_one_line(train_command)
 )
-
-
-def _note(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr)
 
 
 def _warn(warnings: tuple[Problem, ...]) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from btx_merge.cli_options import option, pairs
+from btx_merge.cli_options import note, option, pairs
 from btx_merge.edit_recipe import ROW_INITS, SHARED_UPDATES, EditRecipe
 from btx_merge.errors import InputError, Problem
 from btx_merge.texts import parse_domain_texts
@@ -110,17 +110,14 @@ def edit_command(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
     shown = not quiet and sys.stderr.isatty()
     with ProgressBar(shown) as bar, LayerBar(shown) as layers:
-
-        def on_planned(planned: Any) -> None:
-            bar.start(sum(job.nbytes for job in planned.plan.jobs))
-
         report = edit(
             recipe,
             output,
             overwrite=overwrite,
             workers=workers,
             progress=bar.advance,
-            on_planned=on_planned,
+            on_start=bar.start,
+            on_note=note,
             device=device,
             on_layer=layers.advance,
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from btx_merge.cli_options import option
+from btx_merge.cli_options import note, option
 from btx_merge.errors import InputError, Problem
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _run(verb: str, work: Callable[..., ExportReport], quiet: bool, json_output:
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
     with ProgressBar(not quiet and sys.stderr.isatty(), verb) as bar:
-        report = work(progress=bar.advance, on_start=bar.start)
+        report = work(progress=bar.advance, on_start=bar.start, on_note=note)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     if json_output:

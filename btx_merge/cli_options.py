@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import typer
@@ -12,6 +13,11 @@ from btx_merge.errors import InputError, Problem
 def option(help: str, *names: str, metavar: str | None = None) -> Any:
     """An option whose default the help names itself."""
     return typer.Option(*names, help=help, show_default=False, metavar=metavar)
+
+
+def note(line: str) -> None:
+    """Tells a person something, where nothing else is printed."""
+    print(f"note: {line}", file=sys.stderr)
 
 
 def pairs(flag: str, items: list[str]) -> dict[str, str]:

@@ -69,6 +69,7 @@ def write_copy(
     overwrite: bool,
     workers: int | None,
     progress: Progress | None,
+    on_note: Callable[[str], None] | None,
 ) -> int:
     """Writes the weights, has `write_files` add the rest (config.json last), and gives the folder its name.
 
@@ -84,6 +85,7 @@ def write_copy(
     try:
         with Staging(output, layout, _fill, _fingerprint(layout)) as staging:
             staging.prepare()
+            staging.tell(on_note)
             staging.run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
             write_index(layout, staging.folder)
             write_files(staging.folder)

@@ -119,7 +119,8 @@ def edit(
     overwrite: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
-    on_planned: Callable[[EditPlan], None] | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
     device: str | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> EditReport:
@@ -132,7 +133,8 @@ def edit(
         overwrite: whether `output` may be replaced; that happens when the new model is complete.
         workers: threads that read and write; by default one per core, at most 4.
         progress: called from several threads with numbers of bytes.
-        on_planned: called once when all is checked and before anything is written.
+        on_start: called once with what those will add up to, before anything is written.
+        on_note: called with a line about an earlier, unfinished run.
         device: where router rows are fitted: `cpu`, `cuda`, ...; a GPU where there is one.
         on_layer: called with how many layers of how many are fitted.
 
@@ -150,14 +152,15 @@ def edit(
 
         edited = _plan(recipe, target, overwrite, device, scratch)
         planned = edited.planned
-        if on_planned:
-            on_planned(planned)
+        if on_start:
+            on_start(sum(job.nbytes for job in planned.plan.jobs))
         try:
             with (
                 tempfile.TemporaryDirectory(prefix="btx-files-") as small,
                 Staging(target, planned.plan, edited.fill, edited.fingerprint()) as staging,
             ):
                 staging.prepare()
+                staging.tell(on_note)
                 staging.run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
                 files = Path(small)
                 _write_files(edited, files)

@@ -71,6 +71,7 @@ def export(
     workers: int | None = None,
     progress: Progress | None = None,
     on_start: Callable[[int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Writes a merged model as a Mixtral of transformers into the folder `output`. Its logits are the same bits.
 
@@ -85,6 +86,7 @@ def export(
         workers: threads that read and write; by default one per core, at most 4.
         progress: called from several threads with numbers of bytes.
         on_start: called once with what those will add up to, before anything is written.
+        on_note: called with a line about an earlier, unfinished run.
 
     Raises:
         InputError: a reason to refuse, such as a routing that a Mixtral does not have; nothing has been written.
@@ -102,7 +104,7 @@ def export(
     if format not in FORMATS:
         remedy = "For GGUF, give this format's folder to llama.cpp's converter."
         problems.append(Problem("command", "--format", repr(format), " or ".join(FORMATS), remedy))
-    return _write(model, output, derive, problems, max_shard_size, overwrite, workers, progress, on_start)
+    return _write(model, output, derive, problems, max_shard_size, overwrite, workers, progress, on_start, on_note)
 
 
 def extract(
@@ -115,6 +117,7 @@ def extract(
     workers: int | None = None,
     progress: Progress | None = None,
     on_start: Callable[[int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Writes one expert with the merged shared weights as a dense Llama into the folder `output`.
 
@@ -130,7 +133,7 @@ def extract(
         tensors = merged.dense_tensors(expert)
         return _Derived(tensors, _dense_config(merged), ["llama", "merge"], _dense_card(merged, expert))
 
-    return _write(model, output, derive, [], max_shard_size, overwrite, workers, progress, on_start)
+    return _write(model, output, derive, [], max_shard_size, overwrite, workers, progress, on_start, on_note)
 
 
 def _write(
@@ -143,6 +146,7 @@ def _write(
     workers: int | None,
     progress: Progress | None,
     on_start: Callable[[int], None] | None,
+    on_note: Callable[[str], None] | None,
 ) -> ExportReport:
     """Checks, with `problems` as those that are known; then writes what `derive` makes of the model."""
     began = time.perf_counter()
@@ -172,6 +176,7 @@ def _write(
         overwrite=overwrite,
         workers=workers,
         progress=progress,
+        on_note=on_note,
     )
     return ExportReport(
         target,

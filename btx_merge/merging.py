@@ -150,10 +150,7 @@ def merge(
             plan = checked.plan
             with Staging(target, plan, partial(fill, plan), _fingerprint(plan)) as staging:
                 staging.prepare()
-                if on_note and staging.restarted:
-                    on_note("An unfinished merge of another recipe or of changed sources was there: starting over.")
-                if on_note and staging.kept_bytes:
-                    on_note(f"Continuing: {staging.kept_bytes / 1e9:.2f} GB were written before and are verified.")
+                staging.tell(on_note)
                 staging.run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
                 layers: list[LayerFit] = []
                 if recipe.is_fitted:

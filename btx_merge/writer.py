@@ -105,6 +105,13 @@ class Staging:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
+    def tell(self, on_note: Callable[[str], None] | None) -> None:
+        """Says what a person would want to know of an earlier run."""
+        if on_note and self.restarted:
+            on_note("Something unfinished of another recipe or of changed sources was there: starting over.")
+        if on_note and self.kept_bytes:
+            on_note(f"Continuing: {self.kept_bytes / 1e9:.2f} GB were written before and are verified.")
+
     def path(self, job: Job) -> Path:
         """The file that a job writes to."""
         return self.folder / self.layout.shards[job.tensor.shard].name

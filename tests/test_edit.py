@@ -582,8 +582,10 @@ def test_interrupted_and_continued(root, two, tmp_path, monkeypatch):
         edited(two, tmp_path / "out", add={"bio": str(root / "bio")})
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(SharedWeights, "rows", plain)
-    report = edited(two, tmp_path / "out", add={"bio": str(root / "bio")})
-    assert report.kept_bytes > 0
+    notes: list[str] = []
+    recipe = EditRecipe(str(two), add={"bio": str(root / "bio")})
+    assert edit(recipe, tmp_path / "out", on_note=notes.append).kept_bytes > 0
+    assert notes[0].startswith("Continuing: ")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 

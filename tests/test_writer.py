@@ -311,7 +311,7 @@ def test_a_changed_recipe_starts_over_and_says_so(sources, uninterrupted, tmp_pa
     interrupted(recipe_of(sources, max_shard_size="3MB"), tmp_path / "out")
     notes = []
     report = merge(recipe_of(sources, random_seed=1), tmp_path / "out", on_note=notes.append)
-    assert notes == ["An unfinished merge of another recipe or of changed sources was there: starting over."]
+    assert notes == ["Something unfinished of another recipe or of changed sources was there: starting over."]
     assert report.kept_bytes == 0
     assert files_of(tmp_path / "out") == uninterrupted(random_seed=1)
 
@@ -328,7 +328,7 @@ def test_a_changed_source_starts_over_and_says_so(sources, tmp_path, changed):
     (copies[0] / changed).write_bytes(content)
     notes = []
     merge(recipe_of(copies), tmp_path / "out", on_note=notes.append)
-    assert notes == ["An unfinished merge of another recipe or of changed sources was there: starting over."]
+    assert notes == ["Something unfinished of another recipe or of changed sources was there: starting over."]
     merge(recipe_of(copies), tmp_path / "fresh")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
