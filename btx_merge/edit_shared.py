@@ -104,7 +104,7 @@ class SharedWeights:
 
     def _block(self, job: Job, start: int, stop: int) -> Raw:
         tensor, stored = job.tensor, self.edit.model.tensors.get(job.tensor.name)
-        out: Raw = np.empty((stop - start) * tensor.row_bytes, np.uint8)
+        out: Raw = np.zeros((stop - start) * tensor.row_bytes, np.uint8)
         rows = out.reshape(stop - start, -1)
         is_new = np.ones(stop - start, bool)
         for part in within(self._kept_rows(tensor.name), start, stop) if stored else ():
