@@ -1,4 +1,6 @@
-"""Time `btx export` and `btx extract` beside `cp -r` of their results, on a merge of made-up Llama checkpoints.
+"""Time `btx edit`, `btx export` and `btx extract` beside `cp -r` of their results, on a merge of made-up checkpoints.
+
+The edit drops the last expert, once with shared weights as if merged without it, from all sources, and once with kept.
 
     python benchmarks/export.py --rounds 4
 
@@ -30,12 +32,21 @@ def main() -> int:
     try:
         sources = make_sources(folder, shape, options.dtype, options.experts, results=2)
         subprocess.run([btx, "merge", *source_options(sources), "--overwrite", "-q", "-o", str(model)], check=True)
-        if not options.keep:  # room for the results
-            shutil.rmtree(sources[0].parent)
-        for verb, rest in {"export": [str(out)], "extract": [sources[1].name, "-o", str(out)]}.items():
-            merge.CONTENDERS["btx"] = f"btx {verb}"
+        last, lie = sources[-1].name, [f"{source.name}={source}" for source in sources]
+        moved = [word for place in lie for word in ("--source", place)]
+        to_out = ["-o", str(out)]
+        commands = {
+            "edit --shared update": ["edit", str(model), "--drop", last, "--shared", "update", *moved, *to_out],
+            "edit --shared keep": ["edit", str(model), "--drop", last, "--shared", "keep", *to_out],
+            "export": ["export", str(model), str(out)],
+            "extract": ["extract", str(model), last, *to_out],
+        }
+        for name, words in commands.items():
+            if name == "export" and not options.keep:  # room for the results; from here on nobody reads them
+                shutil.rmtree(sources[0].parent)
+            merge.CONTENDERS["btx"] = f"btx {name}"
             contenders = [
-                Contender("btx", [btx, verb, str(model), *rest, "--quiet"], [model]),
+                Contender("btx", [btx, *words, "--quiet"], [model, *(sources if "update" in name else [])]),
                 Contender("cp", [programs(options)["cp"], "-r", str(kept), str(out)], [kept]),
             ]
             runs = race(contenders, options.rounds, folder, options.drop_caches)

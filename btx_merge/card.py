@@ -54,19 +54,24 @@ A Mixture of Experts of {plan_sizes(plan)}, made by
 - Routers: `{recipe.router_type}`; {router}
 - The whole recipe, with all defaults and seeds: `btx_recipe.yaml`.
 
-## Use
+{how_to_use(", trust_remote_code=True")}
+transformers 5 is needed. With btx-merge installed, `import btx_merge` replaces `trust_remote_code=True`.
+"""
+
+
+def how_to_use(arguments: str = "") -> str:
+    """The card's section with code that runs. `arguments` go to every `from_pretrained`."""
+    return f"""## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "."  # this folder, or this repository's id
-tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(path{arguments})
+model = AutoModelForCausalLM.from_pretrained(path{arguments}, dtype="auto")
 inputs = tokenizer("The answer is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
-
-transformers 5 is needed. With btx-merge installed, `import btx_merge` replaces `trust_remote_code=True`.
 """
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from btx_merge.card import how_to_use
 from btx_merge.copying import copy_layout, write_copy
 from btx_merge.errors import InputError, Problem
 from btx_merge.export_files import origin, shared_config, write_export_files
@@ -205,15 +206,4 @@ A dense Llama: the feed-forward blocks of `{expert}` with the attention, embeddi
 that model share. It computes what the model computes when every token goes to `{expert}`; it is not the checkpoint
 that `{expert}` was before the merge, whose other weights were combined with its siblings'.
 
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-path = "."  # this folder, or this repository's id
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-inputs = tokenizer("The answer is", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
-```
-"""
+{how_to_use()}"""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from btx_merge.card import how_to_use
 from btx_merge.errors import Problem
 from btx_merge.export_files import origin, shared_config
 from btx_merge.llama import EMBEDDING
@@ -118,18 +119,7 @@ Its weights are the same bytes under Mixtral's names, and its logits the same bi
 |---|---|
 {rows}
 
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-path = "."  # this folder, or this repository's id
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
-inputs = tokenizer("The answer is", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
-```
-
+{how_to_use()}
 It needs no code of its own: transformers 4 and 5, vLLM and llama.cpp's converter know a Mixtral.
 """
 
