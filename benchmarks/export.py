@@ -10,6 +10,7 @@ no --latency).
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,9 +33,10 @@ def main() -> int:
     try:
         sources = make_sources(folder, shape, options.dtype, options.experts, results=2)
         subprocess.run([btx, "merge", *source_options(sources), "--overwrite", "-q", "-o", str(model)], check=True)
-        last, lie = sources[-1].name, [f"{source.name}={source}" for source in sources]
-        moved = [word for place in lie for word in ("--source", place)]
-        to_out = ["-o", str(out)]
+        last, names = sources[-1].name, ["seed", *(source.name for source in sources[1:])]
+        places = zip(names, sources, strict=True)
+        moved = [word for name, source in places for word in ("--source", f"{name}={source}")]
+        to_out, quoted = ["-o", str(out)], [shlex.quote(str(path)) for path in (kept, out)]
         commands = {
             "edit --shared update": ["edit", str(model), "--drop", last, "--shared", "update", *moved, *to_out],
             "edit --shared keep": ["edit", str(model), "--drop", last, "--shared", "keep", *to_out],
@@ -44,10 +46,11 @@ def main() -> int:
         for name, words in commands.items():
             if name == "export" and not options.keep:  # room for the results; from here on nobody reads them
                 shutil.rmtree(sources[0].parent)
-            merge.CONTENDERS["btx"] = f"btx {name}"
+            merge.CONTENDERS |= {"btx": f"btx {name}", "synced": "cp -r, synced"}
             contenders = [
                 Contender("btx", [btx, *words, "--quiet"], [model, *(sources if "update" in name else [])]),
                 Contender("cp", [programs(options)["cp"], "-r", str(kept), str(out)], [kept]),
+                Contender("synced", ["sh", "-c", f"cp -r {quoted[0]} {quoted[1]} && sync -f {quoted[1]}"], [kept]),
             ]
             runs = race(contenders, options.rounds, folder, options.drop_caches)
             failed |= any(run.failure for run in runs)

@@ -348,7 +348,7 @@ def report(runs: list[Run]) -> str:
         written = max(run.written for run in by_round.values())
         rows.append([CONTENDERS.get(name, name), *figures, f"{written:.3f}"])
     text = table(["median [min-max]", *FIGURES.values(), "written GB"], rows)
-    for reference in [name for name in ("cp", "mixturekit") if name in done]:
+    for reference in [name for name in ("cp", "synced", "mixturekit") if name in done]:
         rows = []
         for name in [name for name in done if name != reference]:
             pairs = [(done[name][n], done[reference][n]) for n in done[name] if n in done[reference]]
