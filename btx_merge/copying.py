@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 
 from btx_merge.combine import BLOCK_BYTES
 from btx_merge.combine import portions as blocks_of
-from btx_merge.errors import MergeError
 from btx_merge.files import write_index
 from btx_merge.layout import JOB_BYTES, Block, Extent, Job, Layout, lay_out, portions
 from btx_merge.tensorfiles import StoredTensor
-from btx_merge.writer import Progress, Staging
+from btx_merge.writer import Progress, Staging, continuable, fingerprint
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,24 +77,16 @@ def write_copy(
         InputError: no room, or something that may not be replaced has come into the output's place.
         MergeError: the disk refused; `MergeInterrupted` for Ctrl-C.
     """
-    try:
-        with Staging(output, layout, _fill, _fingerprint(layout)) as staging:
-            staging.prepare()
-            staging.tell(on_note)
-            staging.run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
-            write_index(layout, staging.folder)
-            write_files(staging.folder)
-            staging.finish(overwrite)
-    except OSError as error:
-        remedy = "What is finished is kept: the same command continues."
-        raise MergeError(f"{error.filename or output}: {error.strerror or error}. {remedy}") from error
+    with continuable(output), Staging(output, layout, _fill, _fingerprint(layout)) as staging:
+        staging.write(workers, progress, on_note)
+        write_index(layout, staging.folder)
+        write_files(staging.folder)
+        staging.finish(overwrite)
     return staging.kept_bytes
 
 
 def _fingerprint(layout: CopyLayout) -> str:
     """Says whether an unfinished copy is of these tensors of these files."""
-    stats = {str(tensor.file): tensor.file.stat() for tensor in layout.sources.values()}
-    files = [[file, stat.st_size, stat.st_mtime_ns] for file, stat in sorted(stats.items())]
+    files = sorted({(str(tensor.file), tensor.file) for tensor in layout.sources.values()})
     tensors = [[name, tensor.file.name, tensor.places] for name, tensor in layout.sources.items()]
-    text = json.dumps([version("btx-merge"), files, tensors, [shard.nbytes for shard in layout.shards]])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return fingerprint(layout, files, tensors)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -24,7 +22,7 @@ from btx_merge.edit_recipe import EditRecipe
 from btx_merge.edit_shared import SharedWeights
 from btx_merge.edit_undo import Undo, find_undo, small_files, write_undo
 from btx_merge.edit_update import shared_update
-from btx_merge.errors import InputError, MergeError, Problem
+from btx_merge.errors import InputError, Problem
 from btx_merge.experts import expert_rows
 from btx_merge.files import UNDO_FILE, add_tokens, append_record, copy_model_code, write_index, write_json
 from btx_merge.fitting import device_problems, fit_folder
@@ -37,7 +35,7 @@ from btx_merge.recipe import RECIPE_FILE
 from btx_merge.tensorfiles import stored_tensors
 from btx_merge.texts import check_texts, public_reference
 from btx_merge.vocabulary import tokenizer_json
-from btx_merge.writer import Progress, Staging
+from btx_merge.writer import Progress, Staging, continuable, fingerprint
 
 if TYPE_CHECKING:
     from btx_merge.fit_walk import LayerFit
@@ -103,13 +101,8 @@ class _Edit:
     def fingerprint(self) -> str:
         """Says whether an unfinished edit is of this recipe and these files."""
         plans = [self.planned.plan, *(vars(self.shared.update).values() if self.shared.update else ())]
-        files = {file for plan in plans for source in plan.sources for file in source.files}
-        stats = [[str(file), stat.st_size, stat.st_mtime_ns] for file in sorted(files) if (stat := file.stat())]
-        shards = [shard.nbytes for shard in self.planned.plan.shards]
-        text = json.dumps(
-            [version("btx-merge"), repr(self.planned.recipe), self.outcome, bool(self.undo), stats, shards]
-        )
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        files = sorted({(str(file), file) for plan in plans for source in plan.sources for file in source.files})
+        return fingerprint(self.planned.plan, files, repr(self.planned.recipe), self.outcome, self.undo is not None)
 
 
 def edit(
@@ -154,25 +147,20 @@ def edit(
         planned = edited.planned
         if on_start:
             on_start(sum(job.nbytes for job in planned.plan.jobs))
-        try:
-            with (
-                tempfile.TemporaryDirectory(prefix="btx-files-") as small,
-                Staging(target, planned.plan, edited.fill, edited.fingerprint()) as staging,
-            ):
-                staging.prepare()
-                staging.tell(on_note)
-                staging.run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
-                files = Path(small)
-                _write_files(edited, files)
-                layers = _fit(planned, staging.folder, files, device, on_layer) if planned.fitted_rows else []
-                if edited.undo is None:
-                    _write_records(edited, files, staging.folder, layers)
-                for file in sorted(files.iterdir(), key=lambda file: file.name == "config.json"):  # that one last
-                    shutil.copyfile(file, staging.folder / file.name)
-                staging.finish(overwrite)
-        except OSError as error:
-            remedy = "What is finished is kept: the same command continues."
-            raise MergeError(f"{error.filename or target}: {error.strerror or error}. {remedy}") from error
+        with (
+            continuable(target),
+            tempfile.TemporaryDirectory(prefix="btx-files-") as small,
+            Staging(target, planned.plan, edited.fill, edited.fingerprint()) as staging,
+        ):
+            staging.write(workers, progress, on_note)
+            files = Path(small)
+            _write_files(edited, files)
+            layers = _fit(planned, staging.folder, files, device, on_layer) if planned.fitted_rows else []
+            if edited.undo is None:
+                _write_records(edited, files, staging.folder, layers)
+            for file in sorted(files.iterdir(), key=lambda file: file.name == "config.json"):  # that one last
+                shutil.copyfile(file, staging.folder / file.name)
+            staging.finish(overwrite)
     return EditReport(
         target,
         tuple(planned.plan.expert_names),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 import resource
 import sys
@@ -14,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +18,7 @@ from btx_merge.checks import examine
 from btx_merge.combine import cast, shared_rows
 from btx_merge.divergence import Divergence
 from btx_merge.dtypes import TORCH_NAMES
-from btx_merge.errors import InputError, MergeError, Problem
+from btx_merge.errors import InputError, Problem
 from btx_merge.experts import expert_columns, expert_rows
 from btx_merge.files import write_files
 from btx_merge.fitting import device_problems, fit_merge
@@ -31,7 +27,7 @@ from btx_merge.plan import ExpertColumns, ExpertRows, Fate, Plan, RouterRows, Sh
 from btx_merge.recipe import MergeRecipe
 from btx_merge.router_init import initial_router
 from btx_merge.sources import Source
-from btx_merge.writer import Progress, Staging, check_target
+from btx_merge.writer import Progress, Staging, check_target, continuable, fingerprint
 
 if TYPE_CHECKING:
     from btx_merge.fit_walk import LayerFit
@@ -143,32 +139,26 @@ def merge(
     check_target(target, overwrite)
     if recipe.is_fitted and (problems := device_problems(device)):
         raise InputError(problems)
-    try:
-        with _checked(recipe, target) as checked:
-            if on_checked:
-                on_checked(checked)
-            plan = checked.plan
-            with Staging(target, plan, partial(fill, plan), _fingerprint(plan)) as staging:
-                staging.prepare()
-                staging.tell(on_note)
-                staging.run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
-                layers: list[LayerFit] = []
-                if recipe.is_fitted:
-                    with tempfile.TemporaryDirectory(prefix="btx-files-") as files:  # half fitted it is no model yet
-                        write_files(plan, Path(files))
-                        layers = fit_merge(
-                            plan,
-                            staging.folder,
-                            Path(files),
-                            statistics=statistics,
-                            device=device,
-                            on_layer=on_layer,
-                        )
-                write_files(plan, staging.folder)
-                staging.finish(overwrite)
-    except OSError as error:
-        remedy = "What is finished is kept: the same command continues."
-        raise MergeError(f"{error.filename or target}: {error.strerror or error}. {remedy}") from error
+    with continuable(target), _checked(recipe, target) as checked:
+        if on_checked:
+            on_checked(checked)
+        plan = checked.plan
+        with Staging(target, plan, partial(fill, plan), _fingerprint(plan)) as staging:
+            staging.write(workers, progress, on_note)
+            layers: list[LayerFit] = []
+            if recipe.is_fitted:
+                with tempfile.TemporaryDirectory(prefix="btx-files-") as files:  # half fitted it is no model yet
+                    write_files(plan, Path(files))
+                    layers = fit_merge(
+                        plan,
+                        staging.folder,
+                        Path(files),
+                        statistics=statistics,
+                        device=device,
+                        on_layer=on_layer,
+                    )
+            write_files(plan, staging.folder)
+            staging.finish(overwrite)
     seconds = time.perf_counter() - began
     return Report(target, checked, seconds, peak_memory(), staging.kept_bytes, tuple(layers))
 
@@ -221,14 +211,8 @@ def _check_apart(target: Path, sources: Sequence[Source]) -> None:
 
 def _fingerprint(plan: Plan) -> str:
     """Says whether an unfinished merge is of this recipe, these files and this version."""
-    recipe = plan.recipe.to_dict()
-    stats = []
-    for source in plan.sources:
-        for file in source.files:
-            stat = file.stat()
-            stats.append([source.name, file.name, stat.st_size, stat.st_mtime_ns])
-    text = json.dumps([version("btx-merge"), recipe, stats, [shard.nbytes for shard in plan.shards]])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    files = ((f"{source.name}: {file.name}", file) for source in plan.sources for file in source.files)
+    return fingerprint(plan, files, plan.recipe.to_dict())
 
 
 def peak_memory() -> int:

@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from btx_merge.errors import InputError, MergeInterrupted, Problem
+from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
 from btx_merge.layout import Block, Job, Layout
 from btx_merge.pagecache import forget_range
 
@@ -68,6 +71,27 @@ def put_in_place(folder: Path, target: Path, overwrite: bool) -> Path | None:
     return old
 
 
+@contextlib.contextmanager
+def continuable(output: Path) -> Iterator[None]:
+    """Turns a disk's refusal into a `MergeError`: what is finished is kept, and the same command continues."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "What is finished is kept: the same command continues."
+        raise MergeError(f"{error.filename or output}: {error.strerror or error}. {remedy}") from error
+
+
+def fingerprint(layout: Layout, files: Iterable[tuple[str, Path]], *what: Any) -> str:
+    """Says whether something unfinished is of these files, with their labels, of this layout and this version.
+
+    Args:
+        what: else the bytes depend on; plain values.
+    """
+    stats = [[label, (stat := file.stat()).st_size, stat.st_mtime_ns] for label, file in files]
+    text = json.dumps([version("btx-merge"), what, stats, [shard.nbytes for shard in layout.shards]])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 class Staging:
     """The folder beside the target in which a merge is written. Use as a context: it is locked meanwhile."""
 
@@ -105,23 +129,36 @@ class Staging:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def tell(self, on_note: Callable[[str], None] | None) -> None:
-        """Says what a person would want to know of an earlier run."""
-        if on_note and self.restarted:
-            on_note("Something unfinished of another recipe or of changed sources was there: starting over.")
-        if on_note and self.kept_bytes:
-            on_note(f"Continuing: {self.kept_bytes / 1e9:.2f} GB were written before and are verified.")
-
     def path(self, job: Job) -> Path:
         """The file that a job writes to."""
         return self.folder / self.layout.shards[job.tensor.shard].name
 
-    def prepare(self) -> None:
-        """Finds out what an earlier run finished, and makes room for the rest.
+    def write(
+        self,
+        workers: int | None,
+        progress: Progress | None,
+        on_note: Callable[[str], None] | None,
+    ) -> None:
+        """Fills all files of weights, but for what an earlier run finished, of which `on_note` is told.
+
+        Args:
+            workers: threads; by default one per core, at most 4.
 
         Raises:
             InputError: the disk has too little room, or the folder holds something else.
+            NonFiniteError: a NaN or an Inf was met, and the recipe does not allow it.
+            OSError: the disk refused.
+            MergeInterrupted: Ctrl-C.
         """
+        self._prepare()
+        if on_note and self.restarted:
+            on_note("Something unfinished of another recipe or of changed sources was there: starting over.")
+        if on_note and self.kept_bytes:
+            on_note(f"Continuing: {self.kept_bytes / 1e9:.2f} GB were written before and are verified.")
+        self._run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
+
+    def _prepare(self) -> None:
+        """Finds out what an earlier run finished, and makes room for the rest."""
         recorded = self._read_journal()
         if recorded is None:
             self._start_over()
@@ -140,14 +177,8 @@ class Staging:
             with (self.folder / shard.name).open("r+b") as file:
                 file.write(shard.header)
 
-    def run(self, workers: int, progress: Progress) -> None:
-        """Writes everything that is not finished yet.
-
-        Raises:
-            NonFiniteError: a NaN or an Inf was met, and the recipe does not allow it.
-            OSError: the disk refused.
-            MergeInterrupted: Ctrl-C.
-        """
+    def _run(self, workers: int, progress: Progress) -> None:
+        """Writes everything that is not finished yet."""
         progress(self.kept_bytes)
         with ThreadPoolExecutor(workers, "btx-writer") as pool:
             futures = [
