@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -107,12 +107,16 @@ def card_metadata(plan: Plan) -> dict[str, Any]:
     if licences[0].get("license") and all(licence == licences[0] for licence in licences):
         metadata |= licences[0]
         link_licence(metadata, plan.seed.located)
-    languages = [card.get("language") or [] for card in cards]
-    lists = [value if isinstance(value, list) else [value] for value in languages]
-    known = [language for values in lists for language in values if isinstance(language, str)]
-    if known:
-        metadata["language"] = list(dict.fromkeys(known))
+    if known := languages(cards):
+        metadata["language"] = known
     return metadata
+
+
+def languages(cards: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All that cards name, each once."""
+    given = [card.get("language") or [] for card in cards]
+    lists = [value if isinstance(value, list) else [value] for value in given]
+    return list(dict.fromkeys(code for values in lists for code in values if isinstance(code, str)))
 
 
 def published(source: Source) -> list[str]:

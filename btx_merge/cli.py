@@ -18,7 +18,7 @@ import typer
 from btx_merge.cli_edit import edit_command
 from btx_merge.cli_export import export_command, extract_command
 from btx_merge.cli_fit import fit_command
-from btx_merge.cli_options import lists, note, option, pairs
+from btx_merge.cli_options import Device, Json, Overwrite, Quiet, Workers, lists, note, option, pairs, warn
 from btx_merge.cli_push import push_command
 from btx_merge.cli_train import train_command
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
@@ -226,7 +226,7 @@ def check_command(
         print(json.dumps(checked.to_dict(), indent=2))
     else:
         print_check(checked)
-    _warn(checked.warnings)
+    warn(checked.warnings)
 
 
 @app.command("merge")
@@ -235,18 +235,14 @@ def check_command(
 def merge_command(
     recipe: MergeRecipe,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the merged model.")],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that is there, once the new one is complete.")
-    ] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that read and write [default: one per core, at most 4].")
-    ] = None,
+    overwrite: Overwrite = False,
+    workers: Workers = None,
     statistics: Annotated[
         Path | None, option("Folder for what a fit learns of the texts: kept there, or taken from there.")
     ] = None,
-    device: Annotated[str | None, option("Where to fit: cpu, cuda, ... [default: a GPU where there is one].")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    device: Device = None,
+    quiet: Quiet = False,
+    json_output: Json = False,
 ) -> None:
     """Merge the checkpoints of a recipe into one model."""
     from btx_merge.merging import Check, merge
@@ -259,7 +255,7 @@ def merge_command(
     with ProgressBar(shown) as bar, LayerBar(shown) as layers:
 
         def on_checked(checked: Check) -> None:
-            _warn(checked.warnings)
+            warn(checked.warnings)
             bar.start(sum(job.nbytes for job in checked.plan.jobs))
 
         report = merge(
@@ -288,11 +284,6 @@ app.command("extract")(_ends_in_one_line(extract_command))
 app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     _ends_in_one_line(train_command)
 )
-
-
-def _warn(warnings: tuple[Problem, ...]) -> None:
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
 
 
 def main() -> None:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from btx_merge.cli_options import note, option, pairs
+from btx_merge.cli_options import Device, Json, Model, Output, Overwrite, Quiet, Workers, note, option, pairs, warn
 from btx_merge.edit_recipe import ROW_INITS, SHARED_UPDATES, EditRecipe
 from btx_merge.errors import InputError, Problem
 from btx_merge.texts import parse_domain_texts
 
 
 def edit_command(
-    model: Annotated[str, typer.Argument(help="Folder or org/name[@revision] of a merged model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")],
+    model: Model,
+    output: Output,
     add: Annotated[
         list[str] | None, option("Again: a checkpoint or a PEFT adapter that becomes an expert.", metavar="NAME=MODEL")
     ] = None,
@@ -64,15 +63,11 @@ def edit_command(
     allow_unrelated: Annotated[
         bool, typer.Option("--allow-unrelated", help="Go on where a source did not grow from the seed.")
     ] = False,
-    device: Annotated[str | None, option("Where to fit: cpu, cuda, ... [default: a GPU where there is one].")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads that read and write [default: one per core, at most 4].")
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that is there, once the result is complete.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    device: Device = None,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json_output: Json = False,
 ) -> None:
     """Add, drop, replace or rename experts of a merged model, without a new merge."""
     from btx_merge.editing import edit
@@ -121,8 +116,7 @@ def edit_command(
             device=device,
             on_layer=layers.advance,
         )
-    for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    warn(report.warnings)
     if json_output:
         print(json.dumps(report.to_dict(), indent=2))
     elif not quiet:

@@ -11,34 +11,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from btx_merge.cli_options import note, option
+from btx_merge.cli_options import Json, Model, Output, Overwrite, Quiet, Workers, note, option, warn
 from btx_merge.errors import InputError, Problem
 
 if TYPE_CHECKING:
     from btx_merge.exporting import ExportReport
 
-_Model = Annotated[str, typer.Argument(help="Folder or org/name[@revision] of a merged model.")]
 _MaxShardSize = Annotated[str, typer.Option(help="Largest weights file.")]
-_Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a folder that is there, once the new one is complete.")
-]
-_Workers = Annotated[
-    int | None, typer.Option(min=1, help="Threads that read and write [default: one per core, at most 4].")
-]
-_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 
 
 def export_command(
-    model: _Model,
+    model: Model,
     out: Annotated[Path | None, typer.Argument(help="Folder for the result.", show_default=False)] = None,
     output: Annotated[Path | None, option("The same, as an option.", "--output", "-o")] = None,
     format: Annotated[str, typer.Option(help="mixtral: for transformers, vLLM, SGLang, llama.cpp.")] = "mixtral",
     max_shard_size: _MaxShardSize = "5GB",
-    overwrite: _Overwrite = False,
-    workers: _Workers = None,
-    quiet: _Quiet = False,
-    json_output: _Json = False,
+    overwrite: Overwrite = False,
+    workers: Workers = None,
+    quiet: Quiet = False,
+    json_output: Json = False,
 ) -> None:
     """Write a merged model in a layout that other programs serve."""
     from btx_merge.exporting import export
@@ -57,14 +48,14 @@ def export_command(
 
 
 def extract_command(
-    model: _Model,
+    model: Model,
     expert: Annotated[str, typer.Argument(help="Its name.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")],
+    output: Output,
     max_shard_size: _MaxShardSize = "5GB",
-    overwrite: _Overwrite = False,
-    workers: _Workers = None,
-    quiet: _Quiet = False,
-    json_output: _Json = False,
+    overwrite: Overwrite = False,
+    workers: Workers = None,
+    quiet: Quiet = False,
+    json_output: Json = False,
 ) -> None:
     """Take one expert out, as a dense Llama with the merged shared weights."""
     from btx_merge.exporting import extract
@@ -86,8 +77,7 @@ def _run(verb: str, work: Callable[..., ExportReport], quiet: bool, json_output:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
     with ProgressBar(not quiet and sys.stderr.isatty(), verb) as bar:
         report = work(progress=bar.advance, on_start=bar.start, on_note=note)
-    for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    warn(report.warnings)
     if json_output:
         print(json.dumps(report.to_dict(), indent=2))
     elif not quiet:

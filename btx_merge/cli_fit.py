@@ -9,16 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from btx_merge.cli_options import lists, option
+from btx_merge.cli_options import Device, Json, Model, Output, Overwrite, Quiet, lists, option
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS
 from btx_merge.texts import parse_domain_texts
 
 
 def fit_command(
-    model: Annotated[str, typer.Argument(help="Folder or org/name[@revision] of a merged model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")],
+    model: Model,
+    output: Output,
     method: Annotated[str | None, option(f"{', '.join(ROUTER_FITS)} [default: ridge].")] = None,
     domain_text: Annotated[
         list[str] | None,
@@ -35,12 +33,10 @@ def fit_command(
     statistics: Annotated[
         Path | None, option("Folder for what the texts tell: kept there, or taken from there.")
     ] = None,
-    device: Annotated[str | None, option("cpu, cuda, ... [default: a GPU where there is one].")] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that is there, once the result is complete.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    device: Device = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json_output: Json = False,
 ) -> None:
     """Fit the routers of a merged model in closed form, without training."""
     from btx_merge.fitting import FitRecipe, fit

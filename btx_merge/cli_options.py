@@ -1,9 +1,11 @@
-"""How the commands take options that come again and again as `NAME=VALUE`."""
+"""What several commands have: options, such as those of the form `NAME=VALUE`, and what they say on stderr."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +15,25 @@ from btx_merge.errors import InputError, Problem
 def option(help: str, *names: str, metavar: str | None = None) -> Any:
     """An option whose default the help names itself."""
     return typer.Option(*names, help=help, show_default=False, metavar=metavar)
+
+
+Model = Annotated[str, typer.Argument(help="Folder or org/name[@revision] of a merged model.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a folder that is there, once the result is complete.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Threads that read and write [default: one per core, at most 4].")
+]
+Device = Annotated[str | None, option("Where to fit: cpu, cuda, ... [default: a GPU where there is one].")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
+
+
+def warn(warnings: Iterable[Problem]) -> None:
+    """Tells a person what deserves a look."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def note(line: str) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from typing import Annotated
 
 import typer
 
-from btx_merge.cli_options import option
-from btx_merge.errors import Problem
+from btx_merge.cli_options import Json, Quiet, option, warn
 
 
 def push_command(
@@ -25,15 +23,11 @@ def push_command(
         bool, typer.Option("--create-pr", help="Open a pull request instead of committing to the branch.")
     ] = False,
     commit_message: Annotated[str | None, option("First line of the commit.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    quiet: Quiet = False,
+    json_output: Json = False,
 ) -> None:
     """Check a merged model and publish it on the Hub, in one commit."""
     from btx_merge.publishing import push
-
-    def warn(warnings: tuple[Problem, ...]) -> None:
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported

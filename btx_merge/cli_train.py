@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from btx_merge.cli_options import option
+from btx_merge.cli_options import Json, Overwrite, Quiet, option
 from btx_merge.errors import InputError, Problem
 from btx_merge.finetuning import LORA_TARGETS, OPTION_NAMES, TRAIN_MODES, TrainRecipe
 from btx_merge.recipe import read_yaml
@@ -63,11 +63,9 @@ def train_command(
         list[str] | None, option("tensorboard, wandb, ..., none [default: tensorboard].", metavar="NAME")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a folder that is there, once the result is complete.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json_output: Json = False,
 ) -> None:
     """Finetune a merged model. All of transformers.TrainingArguments are options too, as --adam-beta2 0.98."""
     given = {key: value for key, value in locals().items() if value is not None}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from btx_merge.dtypes import Float32, Raw, all_finite, from_float32
 from btx_merge.errors import NonFiniteError
-from btx_merge.layout import Block, Job
+from btx_merge.layout import Block, Job, portions
 from btx_merge.plan import DIFFERENCE_METHODS, Plan, SharedRows
 from btx_merge.segments import Segment
 from btx_merge.sources import Source
@@ -30,12 +30,6 @@ _torch_lock = threading.Lock()  # peft's functions draw from torch's one generat
 
 Rule = Callable[[int, int], Float32]
 """Rows [start, stop) of a combined tensor in float32, before the cast."""
-
-
-def portions(start: int, stop: int, row_bytes: int, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-    """Rows in blocks that fit a cache."""
-    size = max(1, block_bytes // row_bytes)
-    return ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
 def cast(values: Float32, job: Job, plan: Plan) -> Raw:

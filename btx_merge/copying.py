@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 from btx_merge.combine import BLOCK_BYTES
-from btx_merge.combine import portions as blocks_of
 from btx_merge.files import write_index
 from btx_merge.layout import JOB_BYTES, Block, Extent, Job, Layout, lay_out, portions
 from btx_merge.tensorfiles import StoredTensor
@@ -33,7 +32,7 @@ class CopyLayout(Layout):
     def jobs(self) -> tuple[Job, ...]:
         jobs: list[Job] = []
         for tensor in self.tensors:
-            for start, stop in portions(0, tensor.shape[0], max(1, JOB_BYTES // tensor.row_bytes)):
+            for start, stop in portions(0, tensor.shape[0], tensor.row_bytes, JOB_BYTES):
                 extent = Extent(tensor.start + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
                 jobs.append(CopiedRows(tensor, (extent,), start, stop, self.sources[tensor.name]))
         return tuple(jobs)
@@ -47,7 +46,7 @@ def copy_layout(tensors: Mapping[str, StoredTensor], shard_bytes: int) -> CopyLa
 
 def copied_rows(job: CopiedRows) -> Iterator[Block]:
     """A job's bytes, in blocks that fit a cache."""
-    for start, stop in blocks_of(job.start, job.stop, job.tensor.row_bytes, BLOCK_BYTES):
+    for start, stop in portions(job.start, job.stop, job.tensor.row_bytes, BLOCK_BYTES):
         yield 0, job.source.read_rows(start, stop)
 
 

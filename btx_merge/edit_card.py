@@ -9,7 +9,16 @@ from typing import Any
 
 import yaml
 
-from btx_merge.card import LICENCE_KEYS, combined_over, expert_numbers, plan_sizes, published, sizes, source_row
+from btx_merge.card import (
+    LICENCE_KEYS,
+    combined_over,
+    expert_numbers,
+    languages,
+    plan_sizes,
+    published,
+    sizes,
+    source_row,
+)
 from btx_merge.edit_plan import EditPlan
 from btx_merge.plan import active_parameters, experts_per_token
 from btx_merge.recipe import SEED
@@ -101,8 +110,6 @@ def _edited_metadata(metadata: Mapping[str, Any], edit: EditPlan) -> dict[str, A
     if any(card.get("license") != out.get("license") for card in cards):
         for key in LICENCE_KEYS:
             out.pop(key, None)
-    languages = [card.get("language") or [] for card in (out, *cards)]
-    known = [code for value in languages for code in (value if isinstance(value, list) else [value])]
-    if known:
-        out["language"] = list(dict.fromkeys(known))
+    if known := languages([out, *cards]):
+        out["language"] = known
     return out

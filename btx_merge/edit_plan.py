@@ -33,7 +33,7 @@ from btx_merge.recipe import (
     anchor_sources,
     read_yaml,
 )
-from btx_merge.sources import Source, open_source
+from btx_merge.sources import Source, open_each
 from btx_merge.texts import public_reference
 
 _HERE = "(the model)"
@@ -169,7 +169,7 @@ def plan_edit(recipe: EditRecipe, model: MergedModel, scratch: Callable[[], Path
     Raises:
         InputError: every reason to refuse this edit.
     """
-    values = recipe_values(model)
+    values = _recipe_values(model)
     opened, problems = _open_new(recipe, model, values, scratch)
     if named := [*_name_problems(recipe, model), *_kind_problems(model, values)]:
         raise InputError([*named, *problems])
@@ -188,7 +188,7 @@ def plan_edit(recipe: EditRecipe, model: MergedModel, scratch: Callable[[], Path
     return EditPlan(recipe, model, relaid, examined, origins, values)
 
 
-def recipe_values(model: MergedModel) -> dict[str, Any]:
+def _recipe_values(model: MergedModel) -> dict[str, Any]:
     """The model's own recipe as it lies; empty where it has none (transformers' save_pretrained leaves it behind)."""
     file = model.located.folder / RECIPE_FILE
     return read_yaml(file, "model", "a recipe, as `btx merge` writes it") if file.exists() else {}
@@ -247,22 +247,12 @@ def _open_new(
     scratch: Callable[[], Path],
 ) -> tuple[dict[str, Source], list[Problem]]:
     """What is new, opened; and why some could not be. An adapter may be one on the seed, which is looked for."""
-    seed, specs = None, {**recipe.replace, **recipe.add}
+    specs, seed = {**recipe.replace, **recipe.add}, None
     folder = model.located.folder.resolve()
     reference = recipe.sources.get(SEED) or anchor_sources(values, [folder, folder.parent]).get("seed")
-    if specs and isinstance(reference, str):
-        try:
-            seed = open_source(SEED, ExpertSpec(reference), None, scratch)
-        except InputError:
-            seed = None  # then an adapter names its base itself, or is refused
-    opened: dict[str, Source] = {}
-    problems: list[Problem] = []
-    for name, spec in specs.items():
-        try:
-            opened[name] = open_source(name, spec, seed, scratch)
-        except InputError as error:
-            problems += [replace(problem, source=name) for problem in error.problems]
-    return opened, problems
+    if specs and isinstance(reference, str):  # where it cannot be had, an adapter names its base itself or is refused
+        seed = open_each({SEED: ExpertSpec(reference)}, None, scratch)[0].get(SEED)
+    return open_each(specs, seed, scratch)
 
 
 def _sources(
@@ -305,6 +295,7 @@ def _merge_recipe(
             expert_mode="split" if chunks > 1 else "whole",
             num_chunks=chunks,
             fold_norms=bool(values.get("fold_norms", False)),
+            combine="ties" if values.get("combine") == "ties" else "mean",  # which trims over whole tensors
             router_init="zeros",
             router_type=model.config.get("router_type", "top_k"),
             num_experts_per_tok=recipe.num_experts_per_tok or model.config["num_experts_per_tok"],

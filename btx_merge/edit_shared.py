@@ -7,8 +7,6 @@ difference of the two merges, in float32, rounded once.
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +21,12 @@ from btx_merge.combine import (
     cast,
     combining_rule,
     owners_mean,
-    portions,
     within,
 )
 from btx_merge.dtypes import STORED, Float32, Raw, all_finite, from_float32, to_float32
 from btx_merge.edit_plan import EditPlan
 from btx_merge.errors import NonFiniteError
-from btx_merge.layout import Block, Job, OutputTensor
+from btx_merge.layout import Block, Job, OutputTensor, portions
 from btx_merge.llama import EMBEDDING, HEAD
 from btx_merge.plan import DIFFERENCE_METHODS, Plan, SharedRows
 from btx_merge.segments import Segment, runs
@@ -55,6 +52,39 @@ class SharedUpdate:
 
     before: Plan
     after: Plan
+    rows_before: tuple[Segment, ...]
+    """Which rows of its embedding the result's are, token by token."""
+    rows_after: tuple[Segment, ...]
+
+    @classmethod
+    def of(cls, result: Plan, before: Plan, after: Plan) -> SharedUpdate:
+        """The update of a result between two merges."""
+        return cls(before, after, runs(_same_rows(result, before)), runs(_same_rows(result, after)))
+
+    @property
+    def block_bytes(self) -> int:
+        """As a merge divides its jobs: what DARE drops depends on it."""
+        return DIFFERENCE_BLOCK_BYTES if self.after.recipe.combine in DIFFERENCE_METHODS else BLOCK_BYTES
+
+
+@dataclass(frozen=True, eq=False)
+class _Merges:
+    """One shared tensor of both merges, at the result's rows."""
+
+    old: Rule
+    new: Rule
+    old_rows: tuple[Segment, ...] | None
+    """None: the result's own."""
+    new_rows: tuple[Segment, ...] | None
+
+    def move(self, tensor: OutputTensor, raw: Raw, start: int, stop: int, *, back: bool = False) -> Raw:
+        """Stored rows [start, stop) moved to the new set's merge, or back; those stay that one of the two lacks."""
+        old, has_old = _rows_at(self.old, self.old_rows, tensor, start, stop)
+        new, has_new = _rows_at(self.new, self.new_rows, tensor, start, stop)
+        moved = move(raw, tensor.dtype, *((new, old) if back else (old, new))).reshape(stop - start, -1)
+        lacking = ~(has_old & has_new)
+        moved[lacking] = raw.reshape(stop - start, -1)[lacking]
+        return moved.reshape(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +99,9 @@ class SharedWeights:
 
     def rows(self, job: Job) -> Iterator[Block]:
         """A job's rows, block by block."""
+        merges = self._merges(job.tensor.name)
         for start, stop in self._blocks(job.tensor, job.start, job.stop):
-            yield 0, self._block(job, start, stop)
+            yield 0, self._block(job, merges, start, stop)
 
     def gamma(self, name: str) -> Float32:
         """A norm as it will be stored, [H]; for experts that absorb their own."""
@@ -82,14 +113,16 @@ class SharedWeights:
         """Where moving the written tensors back would not give the model's own bytes, and what it has there."""
         patches: Patches = {}
         for job in self.edit.plan.jobs if self.update else ():
-            tensor, stored = job.tensor, self.edit.model.tensors.get(job.tensor.name)
-            if stored is None or not isinstance(job, SharedRows) or self.edit.is_of_router(tensor):
+            tensor = job.tensor
+            if not isinstance(job, SharedRows) or self.edit.is_of_router(tensor):
                 continue
-            kind = STORED[stored.dtype]
+            stored = self.edit.model.tensors[tensor.name]
+            kind, merges = STORED[stored.dtype], self._merges(tensor.name)
+            assert merges is not None
             for start, stop in self._blocks(tensor, job.start, min(job.stop, stored.shape[0])):
                 before = stored.read_rows(start, stop).copy().view(kind)
                 after = written[tensor.name].read_rows(start, stop).copy()
-                back = self._moved(tensor, after, start, stop, forwards=False).view(kind)
+                back = merges.move(tensor, after, start, stop, back=True).view(kind)
                 differing = np.flatnonzero(back != before)
                 if differing.size:
                     places, values = patches.get(tensor.name, (np.empty(0, np.int64), np.empty(0, np.uint8)))
@@ -97,23 +130,28 @@ class SharedWeights:
                     patches[tensor.name] = (places, np.append(values, before[differing].view(np.uint8)))
         return patches
 
-    def _blocks(self, tensor: OutputTensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """As a merge divides it: what DARE drops depends on it."""
-        differences = self.update and self.update.after.recipe.combine in DIFFERENCE_METHODS
-        return portions(start, stop, tensor.row_bytes, DIFFERENCE_BLOCK_BYTES if differences else BLOCK_BYTES)
+    def _merges(self, name: str) -> _Merges | None:
+        if self.update is None:
+            return None
+        old, new = combining_rule(self.update.before, name), combining_rule(self.update.after, name)
+        if name in (EMBEDDING, HEAD):
+            return _Merges(old, new, self.update.rows_before, self.update.rows_after)
+        return _Merges(old, new, None, None)
 
-    def _block(self, job: Job, start: int, stop: int) -> Raw:
-        tensor, stored = job.tensor, self.edit.model.tensors.get(job.tensor.name)
+    def _blocks(self, tensor: OutputTensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        return portions(start, stop, tensor.row_bytes, self.update.block_bytes if self.update else BLOCK_BYTES)
+
+    def _block(self, job: Job, merges: _Merges | None, start: int, stop: int) -> Raw:
+        tensor, stored = job.tensor, self.edit.model.tensors[job.tensor.name]
         out: Raw = np.zeros((stop - start) * tensor.row_bytes, np.uint8)
         rows = out.reshape(stop - start, -1)
         is_new = np.ones(stop - start, bool)
-        for part in within(self._kept_rows(tensor.name), start, stop) if stored else ():
+        for part in within(self._kept_rows(tensor.name), start, stop):
             here = slice(part.out - start, part.out - start + part.count)
-            assert stored is not None
             rows[here] = stored.read_rows(part.source, part.source + part.count).reshape(part.count, -1)
             is_new[here] = False
-        if self.update:
-            out = self._moved(tensor, out, start, stop, forwards=True)
+        if merges:
+            out = merges.move(tensor, out, start, stop)
             rows = out.reshape(stop - start, -1)
         if is_new.any():  # tokens that a new expert brings: the mean over those who have them
             values = owners_mean(self.edit.plan, tensor.name, [], start, stop)[0]
@@ -124,7 +162,7 @@ class SharedWeights:
             width = tensor.row_bytes // kind.itemsize
             first, last = np.searchsorted(places, [start * width, stop * width])
             out.view(kind)[places[first:last] - start * width] = patch.view(kind)[first:last]
-        if self.update and not self.edit.plan.recipe.allow_nonfinite and not all_finite(out, tensor.dtype):
+        if merges and not self.edit.plan.recipe.allow_nonfinite and not all_finite(out, tensor.dtype):
             raise NonFiniteError(
                 f"{tensor.name}: a value leaves the range of {tensor.dtype}, or the model holds NaN or Inf. "
                 "Give --shared keep; --allow-nonfinite goes on all the same."
@@ -136,60 +174,18 @@ class SharedWeights:
         kept = next(source for source in self.edit.plan.sources if self.edit.is_kept(source))
         return self.edit.plan.source_layout(name)[kept.name]
 
-    def _moved(self, tensor: OutputTensor, raw: Raw, start: int, stop: int, *, forwards: bool) -> Raw:
-        """Stored rows [start, stop) moved to the new set's merge, or back; those stay that one of the two lacks."""
-        old, has_old = self._merged("before", tensor.name, start, stop)
-        new, has_new = self._merged("after", tensor.name, start, stop)
-        both = has_old & has_new
-        if not forwards:
-            old, new = new, old
-        moved = move(raw, tensor.dtype, old, new).reshape(stop - start, -1)
-        moved[~both] = raw.reshape(stop - start, -1)[~both]
-        return moved.reshape(-1)
 
-    def _merged(self, which: str, name: str, start: int, stop: int) -> tuple[Float32, NDArray[np.bool_]]:
-        """Rows of a merge, at the places where the result has them; and which of them it has."""
-        rule = self._rule(which, name)
-        segments = self._rows(which) if name in (EMBEDDING, HEAD) else (Segment(start, start, stop - start),)
-        has = np.zeros(stop - start, bool)
-        values: Float32 | None = None
-        for part in within(segments, start, stop):
-            found = rule(part.source, part.source + part.count)
-            if part.count == stop - start:
-                return found, np.ones(stop - start, bool)
-            if values is None:
-                values = np.zeros((stop - start, *found.shape[1:]), np.float32)
-            here = slice(part.out - start, part.out - start + part.count)
-            values[here], has[here] = found, True
-        if values is None:
-            values = np.zeros((stop - start, *self.edit.model.tensors[EMBEDDING].shape[1:]), np.float32)
-        return values, has
-
-    @functools.cached_property
-    def _rules(self) -> dict[tuple[str, str], Rule]:
-        return {}
-
-    def _rule(self, which: str, name: str) -> Rule:
-        with _rule_lock:
-            if (which, name) not in self._rules:
-                self._rules[which, name] = combining_rule(getattr(self.update, which), name)
-            return self._rules[which, name]
-
-    def _rows(self, which: str) -> tuple[Segment, ...]:
-        with _rule_lock:
-            return self._vocabulary_rows[which]
-
-    @functools.cached_property
-    def _vocabulary_rows(self) -> dict[str, tuple[Segment, ...]]:
-        """For the merges before and after: which of their rows the result's are, token by token."""
-        assert self.update is not None
-        return {
-            which: runs(_same_rows(self.edit.plan, plan))
-            for which, plan in (("before", self.update.before), ("after", self.update.after))
-        }
-
-
-_rule_lock = threading.Lock()
+def _rows_at(
+    rule: Rule, segments: tuple[Segment, ...] | None, tensor: OutputTensor, start: int, stop: int
+) -> tuple[Float32, NDArray[np.bool_]]:
+    """Rows of a merge, at the places where the result has them; and which of them it has."""
+    if segments is None:
+        return rule(start, stop), np.ones(stop - start, bool)
+    values, has = np.zeros((stop - start, *tensor.shape[1:]), np.float32), np.zeros(stop - start, bool)
+    for part in within(segments, start, stop):
+        here = slice(part.out - start, part.out - start + part.count)
+        values[here], has[here] = rule(part.source, part.source + part.count), True
+    return values, has
 
 
 def _same_rows(result: Plan, other: Plan) -> NDArray[Any]:

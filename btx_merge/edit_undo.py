@@ -29,8 +29,6 @@ from btx_merge.recipe import RECIPE_FILE
 class Undo:
     """The way back to the model before an edit that only added experts."""
 
-    drop: tuple[str, ...]
-    """What has to be dropped for it."""
     shared: str
     """Whether shared weights were moved by that edit: updated or kept."""
     headers: Mapping[str, bytes]
@@ -77,7 +75,6 @@ def find_undo(folder: Path, recipe: EditRecipe) -> Undo | None:
             for name, (places, content) in values["patches"].items()
         }
         return Undo(
-            tuple(values["drop"]),
             values["shared"],
             {name: _unpacked(header) for name, header in values["headers"].items()},
             {name: _unpacked(content) for name, content in values["files"].items()},

@@ -53,7 +53,7 @@ def shared_update(edit: EditPlan, scratch: Callable[[], Path]) -> tuple[SharedUp
     reason, combine = "as if merged with the new set", edit.values.get("combine")
     if combine in REGMEAN_METHODS:
         reason = f"by the difference of the plain means, for {combine} fitted them"
-    return SharedUpdate(before, after), reason
+    return SharedUpdate.of(edit.plan, before, after), reason
 
 
 def _merge_of(

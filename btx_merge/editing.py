@@ -33,7 +33,7 @@ from btx_merge.model_folder import open_model
 from btx_merge.plan import ExpertRows, SharedRows
 from btx_merge.recipe import RECIPE_FILE
 from btx_merge.tensorfiles import stored_tensors
-from btx_merge.texts import check_texts, public_reference
+from btx_merge.texts import check_texts, public_record
 from btx_merge.vocabulary import tokenizer_json
 from btx_merge.writer import Progress, Staging, continuable, fingerprint
 
@@ -100,7 +100,8 @@ class _Edit:
 
     def fingerprint(self) -> str:
         """Says whether an unfinished edit is of this recipe and these files."""
-        plans = [self.planned.plan, *(vars(self.shared.update).values() if self.shared.update else ())]
+        update = self.shared.update
+        plans = [self.planned.plan, *((update.before, update.after) if update else ())]
         files = sorted({(str(file), file) for plan in plans for source in plan.sources for file in source.files})
         return fingerprint(self.planned.plan, files, repr(self.planned.recipe), self.outcome, self.undo is not None)
 
@@ -266,10 +267,7 @@ def _write_records(edited: _Edit, files: Path, weights: Path, layers: list[Layer
         std = recipe.router_std or planned.plan.seed.config["initializer_range"]
         entry |= {"router_std": std, "random_seed": recipe.random_seed}
     if layers:
-        texts = [
-            {"name": text.name, "references": [*map(public_reference, text.references)], "weight": text.weight}
-            for text in recipe.domain_text
-        ]
+        texts = public_record(recipe.domain_text)
         entry |= {"domain_text": texts, "domain_tokens": recipe.domain_tokens, "router_ridge": recipe.router_ridge}
         entry |= {"layers": [asdict(layer) for layer in layers]}
     tools = ("btx-merge", "numpy", *(("torch", "transformers") if layers else ()))

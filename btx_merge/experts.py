@@ -8,9 +8,9 @@ from typing import Any
 import einops
 import numpy as np
 
-from btx_merge.combine import cast, combining_rule, portions
+from btx_merge.combine import BLOCK_BYTES, cast, combining_rule
 from btx_merge.dtypes import Float32, from_float32, to_float32
-from btx_merge.layout import Block
+from btx_merge.layout import Block, portions
 from btx_merge.llama import FF_NORM
 from btx_merge.plan import EXPERT_LAYOUTS, ExpertColumns, ExpertRows, Plan
 
@@ -32,7 +32,7 @@ def expert_rows(job: ExpertRows, plan: Plan, gamma: Callable[[int], Float32] | N
         name = FF_NORM.format(layer=job.fold_layer)
         own = source.rows(name, 0, plan.seed.config["hidden_size"])
         ratio = norm_ratio(own, gamma(job.fold_layer) if gamma else _merged_norm(plan, name))
-    for start, stop in portions(job.start, job.stop, job.nbytes // (job.stop - job.start)):
+    for start, stop in portions(job.start, job.stop, job.nbytes // (job.stop - job.start), BLOCK_BYTES):
         if copied:
             yield 0, source.stored_rows(job.name, start, stop, finite)
             continue
@@ -44,7 +44,7 @@ def expert_columns(job: ExpertColumns, plan: Plan) -> Iterator[Block]:
     """Every source's down projection with its columns dealt out to the experts."""
     finite = not plan.recipe.allow_nonfinite
     pattern = EXPERT_LAYOUTS[plan.recipe.expert_mode].down
-    for start, stop in portions(job.start, job.stop, job.nbytes // (job.stop - job.start)):
+    for start, stop in portions(job.start, job.stop, job.nbytes // (job.stop - job.start), BLOCK_BYTES):
         rows = np.stack([plan.experts[index].rows(job.name, start, stop, finite) for index in job.sources])
         for expert, block in enumerate(einops.rearrange(rows, pattern, c=plan.chunks)):
             yield expert, cast(block, job, plan)

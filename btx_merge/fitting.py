@@ -18,7 +18,7 @@ from btx_merge.files import append_record
 from btx_merge.model_folder import find_model
 from btx_merge.plan import Plan
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS, SEED
-from btx_merge.texts import DomainText, check_texts, public_reference
+from btx_merge.texts import DomainText, check_texts, public_record, public_reference
 
 if TYPE_CHECKING:
     from btx_merge.fit_walk import LayerFit
@@ -261,10 +261,7 @@ def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit]) -> None
     """What the result's recipe and card say about the fit."""
     used: dict[str, Any] = {"prompts": {name: list(lines) for name, lines in recipe.prompts.items()}}
     if recipe.method == "ridge":
-        used["domain_text"] = [
-            {"name": text.name, "references": [*map(public_reference, text.references)], "weight": text.weight}
-            for text in recipe.domain_text
-        ]
+        used["domain_text"] = public_record(recipe.domain_text)
     entry = {
         "method": recipe.method,
         **used,

@@ -144,6 +144,7 @@ def _header(group: Sequence[tuple[str, str, Shape]]) -> tuple[bytes, dict[str, i
     return header, {name: len(header) + start for name, start in offsets.items()}, len(header) + offset
 
 
-def portions(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
-    """[start, stop) in pieces of at most `size`."""
+def portions(start: int, stop: int, row_bytes: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop) in pieces of at most `nbytes`, or of one row."""
+    size = max(1, nbytes // row_bytes)
     return ((first, min(first + size, stop)) for first in range(start, stop, size))

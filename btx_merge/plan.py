@@ -224,8 +224,8 @@ class Plan(Layout):
                 return
         rows = tensor.shape[0]
         # TIES trims over a whole tensor, so it is one job there
-        size = rows if self.recipe.combine == "ties" else max(1, JOB_BYTES // tensor.row_bytes)
-        for start, stop in portions(0, rows, size):
+        nbytes = tensor.nbytes if self.recipe.combine == "ties" else JOB_BYTES
+        for start, stop in portions(0, rows, tensor.row_bytes, nbytes):
             extent = Extent(tensor.start + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
             yield SharedRows(tensor, (extent,), start, stop)
 
@@ -246,7 +246,7 @@ class Plan(Layout):
             which, row = divmod(run.source, width + 1)
             two, source = divmod(which, len(self.experts))
             name = (GATE, UP)[two].format(layer=layer)
-            for start, stop in portions(row, row + run.count, max(1, JOB_BYTES // row_bytes)):
+            for start, stop in portions(row, row + run.count, row_bytes, JOB_BYTES):
                 offset = tensor.start + (run.out + start - row) * row_bytes
                 extents = (Extent(offset, (stop - start) * row_bytes),)
                 fold = layer if self.recipe.fold_norms else None
@@ -261,7 +261,7 @@ class Plan(Layout):
         per_group = self.num_experts // len(sources)
         for group, members in enumerate(sources):
             experts = range(group * per_group, (group + 1) * per_group)
-            for start, stop in portions(0, hidden, max(1, JOB_BYTES // (row_bytes * per_group))):
+            for start, stop in portions(0, hidden, row_bytes * per_group, JOB_BYTES):
                 size = (stop - start) * row_bytes
                 first = tensor.start + start * row_bytes
                 extents = tuple(Extent(first + expert * tensor.row_bytes, size) for expert in experts)

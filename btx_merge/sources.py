@@ -155,18 +155,22 @@ def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list
 
     `scratch` makes a folder for what peft has to merge itself (adapters that are not plain LoRA).
     """
-    sources: list[Source] = []
+    seed, problems = open_each({SEED: ExpertSpec(recipe.seed, recipe.seed_weight)}, None, scratch)
+    experts, more = open_each(recipe.experts, seed.get(SEED), scratch)
+    return [*seed.values(), *experts.values()], [*problems, *more]
+
+
+def open_each(
+    specs: Mapping[str, ExpertSpec], seed: Source | None, scratch: Callable[[], Path]
+) -> tuple[dict[str, Source], list[Problem]]:
+    """Sources by name, opened without reading weights; and why others were not."""
+    sources: dict[str, Source] = {}
     problems: list[Problem] = []
-    seed = None
-    specs = {SEED: ExpertSpec(recipe.seed, recipe.seed_weight), **recipe.experts}
     for name, spec in specs.items():
         try:
-            source = open_source(name, spec, seed, scratch)
+            sources[name] = open_source(name, spec, seed, scratch)
         except InputError as error:
             problems += [replace(problem, source=name) for problem in error.problems]
-        else:
-            sources.append(source)
-            seed = source if name == SEED else seed
     return sources, problems
 
 

@@ -270,6 +270,14 @@ def _relative_to(folders: Sequence[Path], reference: str) -> str:
     return there or (paths[0] if reference.startswith(("./", "../")) else reference)
 
 
+def public_record(texts: Iterable[DomainText]) -> list[dict[str, Any]]:
+    """Texts as a published file may name them."""
+    return [
+        {"name": text.name, "references": [*map(public_reference, text.references)], "weight": text.weight}
+        for text in texts
+    ]
+
+
 def public_reference(reference: str) -> str:
     """How a published file may name a text: a path of this machine by its last part alone."""
     is_path = reference.startswith((".", "/", "~")) or os.path.exists(reference)
