@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ENGINES := $(patsubst tests/engines/%.txt,.engines/%/installed,$(wildcard tests/engines/*.txt))
+SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test slow demo-smollm2 benchmark benchmark-export benchmark-model benchmark-train format clean
@@ -13,7 +14,7 @@ test: .venv/installed  ## lint, types, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE)
 
 slow: .venv/torchao $(ENGINES)  ## the tests that take minutes, those with torchao, and those with other programs
 	$(BIN)/python -m pytest -m slow
