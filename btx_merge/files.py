@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from btx_merge.fit_walk import LayerFit
 
-UNDO_FILE = "btx_undo.json"
-"""What an edit keeps to be undone: of this folder only, it goes nowhere with a model that is changed further."""
 PICTURE = "training.png"
 ROUTING = "routing.jsonl"
 MODEL_CODE = ("configuration_btx.py", "experts_btx.py", "modeling_btx.py", "routing_btx.py")
