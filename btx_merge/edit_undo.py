@@ -22,7 +22,7 @@ from btx_merge.edit_recipe import EditRecipe
 from btx_merge.edit_shared import Patches
 from btx_merge.files import MODEL_CODE, UNDO_FILE
 from btx_merge.layout import OutputTensor, Shard
-from btx_merge.recipe import RECIPE_FILE
+from btx_merge.records import RECIPE_FILE
 
 
 @dataclass(frozen=True)
