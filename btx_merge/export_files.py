@@ -17,9 +17,10 @@ from btx_merge.held_out import MODEL_INDEX
 from btx_merge.hub import Located
 from btx_merge.llama import DEFAULTS
 from btx_merge.merged_model import MergedModel
-from btx_merge.recipe import RECIPE_FILE, read_yaml
+from btx_merge.records import RECIPE_FILE
 from btx_merge.router_state import untrained_experts
 from btx_merge.sources import front_matter
+from btx_merge.yaml_files import read_yaml
 
 _OWN_TAGS = ("btx", "branch-train-mix", "mixture-of-experts")
 _NOT_OF_EVERY_LLAMA = ("attention_bias", "mlp_bias", "pretraining_tp")
