@@ -9,8 +9,11 @@ BTXError
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+_MANY = 4
+"""Problems of one kind that are shown one by one."""
 
 
 class BTXError(Exception):
@@ -37,6 +40,14 @@ class Problem:
         if self.expected:
             text += f"; expected {self.expected}"
         return text + (f". {self.remedy}" if self.remedy else "")
+
+
+def capped(problems: Sequence[Problem]) -> list[Problem]:
+    """Return the first problems of one kind; those behind them become one that counts them."""
+    if len(problems) <= _MANY:
+        return list(problems)
+    last = problems[-1]
+    return [*problems[:_MANY], replace(last, found=f"{len(problems) - _MANY:,} more like these", expected="none")]
 
 
 class InputError(BTXError):
