@@ -19,7 +19,7 @@ from btx_merge.folder_files import copy_file, read_json, read_text
 from btx_merge.hub import Located
 from btx_merge.llama import DEFAULTS
 from btx_merge.merged_model import MergedModel
-from btx_merge.recipe import RECIPE_FILE
+from btx_merge.records import RECIPE_FILE
 from btx_merge.sources import front_matter
 
 _OWN_TAGS = ("btx", "branch-train-mix", "mixture-of-experts")
