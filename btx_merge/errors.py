@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from btx_merge.shown import printable
+
 _MANY = 4
 """Problems of one kind that are shown one by one."""
-
-from btx_merge.shown import printable
 
 _MOST_PROBLEMS = 100
 
