@@ -23,6 +23,7 @@ from btx_merge.files import public_source
 from btx_merge.layout import Job, OutputTensor, lay_out
 from btx_merge.llama import EMBEDDING
 from btx_merge.merged_model import SELECTION_BIAS, MergedModel
+from btx_merge.opening import open_each
 from btx_merge.plan import ROUTER, Plan, make_plan
 from btx_merge.recipe import (
     RECIPE_FILE,
@@ -33,7 +34,7 @@ from btx_merge.recipe import (
     anchor_sources,
     read_yaml,
 )
-from btx_merge.sources import Source, open_each
+from btx_merge.sources import Source
 from btx_merge.texts import public_reference
 
 _HERE = "(the model)"
