@@ -30,7 +30,7 @@ from btx_merge.llama import FF_NORM
 from btx_merge.merging import fill
 from btx_merge.model_folder import open_model
 from btx_merge.plan import ExpertRows, SharedRows
-from btx_merge.recipe import RECIPE_FILE
+from btx_merge.records import RECIPE_FILE
 from btx_merge.scratch import scratch_folder
 from btx_merge.texts import check_texts, public_record
 from btx_merge.vocabulary import tokenizer_json
