@@ -12,10 +12,11 @@ from btx_merge.adapter_base import adapter_base
 from btx_merge.adapter_peft import grown_rows, merge_through_peft
 from btx_merge.adapter_targets import Matches, modules_of, saved_whole, targeted
 from btx_merge.errors import InputError, Problem
+from btx_merge.folder_files import read_json
 from btx_merge.hub import Located
 from btx_merge.llama import EMBEDDING, HEAD
 from btx_merge.recipe import ExpertSpec
-from btx_merge.sources import Source, open_checkpoint, read_json
+from btx_merge.sources import Source, open_checkpoint
 from btx_merge.tensorfiles import StoredTensor, read_tensor_file
 
 _CONFIG = "adapter_config.json"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from btx_merge.adapter_source import open_adapter
 from btx_merge.errors import InputError, Problem
-from btx_merge.hub import Located, locate
+from btx_merge.folder_files import file_problems
+from btx_merge.hub import SMALL_FILES, Located, locate
 from btx_merge.recipe import SEED, ExpertSpec, MergeRecipe
 from btx_merge.sources import Source, open_checkpoint
 
@@ -34,6 +35,9 @@ def open_each(
             sources[name] = open_source(name, spec, seed, scratch)
         except InputError as error:
             problems += [replace(problem, source=name) for problem in error.problems]
+        except OSError as error:  # such as a folder that may not be entered
+            where, found = str(error.filename or spec.model), error.strerror or str(error)
+            problems.append(Problem(name, where, found, "files that can be read"))
     return sources, problems
 
 
@@ -44,6 +48,8 @@ def open_source(name: str, spec: ExpertSpec, seed: Source | None, scratch: Calla
         InputError: it is not there, cannot be read, is no Llama, or an adapter that does not fit its base.
     """
     located = locate(name, spec.model)
+    if odd := list(file_problems(located.folder, SMALL_FILES)):
+        raise InputError(odd)
     if (located.folder / "adapter_config.json").exists():
         return open_adapter(name, spec, located, seed, scratch)
     if spec.base is not None:
