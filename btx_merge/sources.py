@@ -25,7 +25,6 @@ from btx_merge.source_tensors import read_tensors
 from btx_merge.tensorfiles import StoredTensor
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-_COPY_THE_REST = "Give another folder, or copy the missing file there."
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +175,3 @@ def _refuse_other_models(name: str, raw: Mapping[str, Any]) -> None:
         problems.append(Problem(name, "config.json", f"a quantised checkpoint ({method})", "plain weights", remedy))
     if problems:
         raise InputError(problems)
-
-
-def _first_existing(folder: Path, names: tuple[str, ...]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).exists()), None)

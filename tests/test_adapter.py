@@ -690,10 +690,6 @@ def test_factors_of_an_odd_dtype(broken: tuple[Path, dict[str, torch.Tensor]], b
             {"lora_alpha": "x"},
             "lora_alpha or alpha_pattern cannot be understood for model.layers.0.self_attn.q_proj (",
         ),
-        (
-            {"alpha_pattern": {"q_proj": 10**400}},
-            "lora_alpha or alpha_pattern cannot be understood for model.layers.0.self_attn.q_proj (int too large",
-        ),
         ({"alpha_pattern": [1]}, "alpha_pattern is '[1]'"),
         ({"alpha_pattern": {"(": 1}}, r"'(.*\\.)?(()' is no regular expression (missing )"),
         ({"rank_pattern": {"a{99999999999}": 1}}, r"'(.*\\.)?(a{99999999999})' is no regular expression ("),
