@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 
 from btx_merge.card import LICENCE_KEYS, PAPER, UNTRAINED, hub_ids, link_licence, project_link, with_metadata
 from btx_merge.dtypes import TORCH_NAMES
+from btx_merge.errors import InputError
 from btx_merge.files import PRIVATE_KEYS, TOKENIZER_FILES, write_json
+from btx_merge.folder_files import copy_file, read_json, read_text
 from btx_merge.held_out import MODEL_INDEX
 from btx_merge.hub import Located
 from btx_merge.llama import DEFAULTS
@@ -66,8 +67,8 @@ def write_export_files(
     source = model.located.folder
     _copy_tokenizer(source, folder)
     for name in ("generation_config.json", RECIPE_FILE):
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        if os.path.lexists(source / name):
+            copy_file(source / name, folder / name)
     metadata = _metadata(model.located, tags, keeps_figures)
     (folder / "README.md").write_text(with_metadata(metadata, f"\n{card}"), encoding="utf-8")
     write_json(folder / "config.json", config)
@@ -103,20 +104,20 @@ def untrained_routers(model: MergedModel) -> list[str]:
 def _card_of(located: Located) -> str:
     """Return the model's card; nothing where there is none that can be read."""
     try:
-        return (located.folder / "README.md").read_text(encoding="utf-8")
-    except (OSError, ValueError):  # none, or no UTF-8
+        return read_text(located.folder / "README.md")
+    except InputError:  # none, or no UTF-8
         return ""
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
     """The tokenizer's files. Where transformers 5 has a new name or form for something, the one that 4 knows too."""
     for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        if os.path.lexists(source / name):
+            copy_file(source / name, folder / name)
     file = folder / "tokenizer_config.json"
     if not file.exists():
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json(file)
     config = {key: value for key, value in before.items() if key not in PRIVATE_KEYS}
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
