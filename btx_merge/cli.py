@@ -22,15 +22,8 @@ from btx_merge.cli_options import Device, Json, Overwrite, Quiet, Workers, lists
 from btx_merge.cli_push import push_command
 from btx_merge.cli_train import train_command
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
-from btx_merge.recipe import (
-    COMBINE_METHODS,
-    EXPERT_MODES,
-    FIT_THROUGH,
-    ROUTER_INITS,
-    ROUTER_TYPES,
-    MergeRecipe,
-    read_recipe_file,
-)
+from btx_merge.recipe import COMBINE_METHODS, EXPERT_MODES, FIT_THROUGH, ROUTER_INITS, ROUTER_TYPES, MergeRecipe
+from btx_merge.records import read_recipe_file
 from btx_merge.texts import parse_domain_texts
 
 app = typer.Typer(

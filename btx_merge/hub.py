@@ -6,7 +6,6 @@ in the cache.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from btx_merge.errors import InputError, Problem
+from btx_merge.folder_files import is_plain_name, read_json
 
 SMALL_FILES = [
     *("config.json", "generation_config.json", "adapter_config.json", "README.md", "btx_recipe.yaml"),
@@ -25,7 +25,6 @@ SMALL_FILES = [
 """What is read of a repository, or kept in what is made of it, beside its weights. No code, nothing in folders."""
 LOG_IN_AGAIN = "Run `hf auth login`, or set HF_TOKEN to one that is valid."
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FILE_NAME = re.compile(r"[\w.-]+")  # nothing that a pattern would take for more than one file
 
 
 @dataclass(frozen=True)
@@ -139,8 +138,8 @@ def _weight_choices(folder: Path) -> Iterator[list[str]]:
     yield ["model.safetensors"]
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         try:
-            shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            shards = read_json(folder / index)["weight_map"].values()
+        except (InputError, KeyError, AttributeError, TypeError):
             continue  # not there, or what is wrong with it is said when the source is opened
-        yield sorted(shard for shard in shards if isinstance(shard, str) and _FILE_NAME.fullmatch(shard))
+        yield sorted({shard for shard in shards if is_plain_name(shard) and not set(shard) & set("[]")})
     yield ["pytorch_model.bin"]

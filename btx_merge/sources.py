@@ -5,7 +5,6 @@ A source is a checkpoint, or a LoRA adapter over its base; from here on nobody n
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,25 +17,20 @@ import yaml
 from btx_merge.adapter import LoraDelta, is_plain_lora, merge_through_peft, split_adapter
 from btx_merge.dtypes import STORED, Float32, Raw, all_finite, to_float32
 from btx_merge.errors import InputError, NonFiniteError, Problem
-from btx_merge.hub import Located, locate
-from btx_merge.llama import DEFAULTS, EMBEDDING, HEAD, normalise_config
+from btx_merge.folder_files import file_problems, read_json, read_text
+from btx_merge.hub import SMALL_FILES, Located, locate
+from btx_merge.llama import EMBEDDING, HEAD, normalise_config
 from btx_merge.recipe import SEED, ExpertSpec, MergeRecipe
+from btx_merge.source_config import layer_problems, refuse_odd_values
+from btx_merge.source_tensors import read_tensors
 from btx_merge.tensorfiles import StoredTensor, read_tensor_file
 
-_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _SAVED_EMBEDDINGS = ("embed_tokens.weight", "embed_tokens.base_layer.weight")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-_SAVE_AGAIN = "Save it again with save_pretrained, or download it again."
 _COPY_THE_REST = "Give another folder, or copy the missing file there."
 _IS_IT_ITS_BASE = "Was it trained on this model? `base:` in the recipe names another."
 _UNTIE_ADAPTER = "Merge it with peft, untie the result, save it, and give that folder."
-_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
-_SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,8 +129,8 @@ class Source:
     def card_metadata(self) -> dict[str, Any]:
         """The YAML front matter of its README.md; empty where there is none that can be read."""
         try:
-            return front_matter((self.located.folder / "README.md").read_text(encoding="utf-8"))[0]
-        except (OSError, ValueError):  # no UTF-8
+            return front_matter(read_text(self.located.folder / "README.md"))[0]
+        except InputError:  # none, or no UTF-8
             return {}
 
 
@@ -171,6 +165,9 @@ def open_each(
             sources[name] = open_source(name, spec, seed, scratch)
         except InputError as error:
             problems += [replace(problem, source=name) for problem in error.problems]
+        except OSError as error:  # such as a folder that may not be entered
+            where, found = str(error.filename or spec.model), error.strerror or str(error)
+            problems.append(Problem(name, where, found, "files that can be read"))
     return sources, problems
 
 
@@ -181,6 +178,8 @@ def open_source(name: str, spec: ExpertSpec, seed: Source | None, scratch: Calla
         InputError: it is not there, cannot be read, is no Llama, or an adapter that does not fit its base.
     """
     located = locate(name, spec.model)
+    if odd := list(file_problems(located.folder, SMALL_FILES)):
+        raise InputError(odd)
     if not (located.folder / "adapter_config.json").exists():
         if spec.base is not None:
             remedy = "Leave `base` out."
@@ -265,8 +264,11 @@ def _open_checkpoint(name: str, located: Located, weight: float) -> Source:
     raw = read_json(located.folder / "config.json")
     _refuse_other_models(name, raw)
     refuse_odd_values(name, raw)
-    tensors = read_tensors(name, located.folder)
-    return Source(name, located, normalise_config(raw), raw, tensors, weight=weight)
+    config = normalise_config(raw)
+    tensors = read_tensors(name, located.folder, tied=config["tie_word_embeddings"])
+    if problems := list(layer_problems(name, config, tensors)):
+        raise InputError(problems)
+    return Source(name, located, config, raw, tensors, weight=weight)
 
 
 def _refuse_other_models(name: str, raw: Mapping[str, Any]) -> None:
@@ -286,91 +288,5 @@ def _refuse_other_models(name: str, raw: Mapping[str, Any]) -> None:
         raise InputError(problems)
 
 
-def refuse_odd_values(name: str, raw: Mapping[str, Any]) -> None:
-    """Values that no Llama can have; what the config leaves out has a default.
-
-    Raises:
-        InputError: all of them.
-    """
-    problems = []
-    for key, value in raw.items():
-        if key in _SIZES:
-            fine, expected = type(value) is int and value > 0, "a whole number above 0"
-        elif key in _SWITCHES:
-            fine, expected = isinstance(value, bool), "true or false"
-        elif key in ("rope_scaling", "rope_parameters"):
-            fine, expected = isinstance(value, dict | None), "an object"
-        elif key in ("rms_norm_eps", "rope_theta", "initializer_range"):
-            fine, expected = type(value) in (int, float), "a number"
-        else:
-            continue
-        if not fine and not (value is None and DEFAULTS.get(key, 0) is None):
-            problems.append(Problem(name, f"config.json: {key}", json.dumps(value), expected, _SAVE_AGAIN))
-    if problems:
-        raise InputError(problems)
-
-
-def read_tensors(name: str, folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint, from one file or from the shards that its index names.
-
-    Raises:
-        InputError: every file that is missing, cannot be read, or does not agree with the index.
-    """
-    single = _first_existing(folder, _SINGLE_FILES)
-    index = _first_existing(folder, _INDEXES)
-    if single is not None and (index is None or single.suffix == ".safetensors"):
-        return read_tensor_file(single)
-    if index is None:
-        expected = f"{' or '.join(_SINGLE_FILES)}, or shards with their index"
-        raise InputError([Problem(name, str(folder), "no weights", expected, _COPY_THE_REST)])
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise InputError([Problem(name, index.name, "no weight_map", "tensor name to file name", _SAVE_AGAIN)])
-    tensors: dict[str, StoredTensor] = {}
-    problems = []
-    for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard or shard in ("", ".."):
-            found = f"points outside its folder, to {shard}"
-            problems.append(Problem(name, index.name, found, "file names", "Do not use this checkpoint as it is."))
-            continue
-        if not (folder / shard).exists():
-            remedy = "Download or copy the missing file."
-            problems.append(Problem(name, shard, "missing", f"beside {index.name}, which names it", remedy))
-            continue
-        try:
-            found_here = read_tensor_file(folder / shard)
-        except InputError as error:
-            problems += error.problems
-            continue
-        for key in sorted(found_here.keys() & tensors.keys()):
-            found = f"{key} stands there and in {tensors[key].file.name}"
-            problems.append(Problem(name, shard, found, "once", _SAVE_AGAIN))
-        for key in sorted(key for key, file in weight_map.items() if file == shard and key not in found_here):
-            problems.append(Problem(name, shard, f"lacks {key}", f"it there, by {index.name}", _SAVE_AGAIN))
-        tensors |= found_here
-    if problems:
-        raise InputError(problems)
-    return tensors
-
-
 def _first_existing(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).exists()), None)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of a source.
-
-    Raises:
-        InputError: the file is missing, is no JSON or no object.
-    """
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        found = "missing" if isinstance(error, FileNotFoundError) else str(error.strerror)
-        expected = "a folder saved by save_pretrained"
-        raise InputError([Problem("", str(file), found, expected, _COPY_THE_REST)]) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError([Problem("", str(file), f"not JSON: {error}", "a JSON object", _SAVE_AGAIN)]) from error
-    if not isinstance(values, dict):
-        raise InputError([Problem("", str(file), "not a JSON object", "one", _SAVE_AGAIN)])
-    return values
