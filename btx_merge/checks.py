@@ -16,8 +16,9 @@ from btx_merge.errors import InputError, Problem, capped
 from btx_merge.folder_files import read_json
 from btx_merge.layout import portions
 from btx_merge.llama import EMBEDDING, HEAD, MUST_AGREE, expected_tensors, is_computed
+from btx_merge.opening import open_sources
 from btx_merge.recipe import SEED, MergeRecipe
-from btx_merge.sources import Source, open_sources
+from btx_merge.sources import Source
 from btx_merge.texts import check_texts
 from btx_merge.vocabulary import Vocabulary, plan_vocabulary
 
@@ -199,7 +200,10 @@ def _tying_problems(recipe: MergeRecipe, source: Source, seed: Source) -> Iterat
     if tied != seed_tied and not recipe.untie:
         remedy = "Give --untie (`untie: true`) to untie them all: a tied source's head is its embedding."
         where = "config.json: tie_word_embeddings"
-        yield Problem(source.name, where, repr(tied), f"{seed_tied!r} as in the seed", remedy)
+        found = repr(tied)
+        if source.base and not tied:
+            found = "False: the adapter changes embedding and head apart, or one of them alone"
+        yield Problem(source.name, where, found, f"{seed_tied!r} as in the seed", remedy)
 
 
 def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:
@@ -231,6 +235,8 @@ def _side_file_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> Itera
 
 def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
     seed = sources[0]
+    for source in sources:
+        yield from source.warnings
     for source in sources[1:]:
         length, wanted = (s.config["max_position_embeddings"] for s in (source, seed))
         if length != wanted:

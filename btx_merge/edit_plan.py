@@ -25,10 +25,11 @@ from btx_merge.folder_files import checked
 from btx_merge.layout import Job, OutputTensor, lay_out
 from btx_merge.llama import EMBEDDING
 from btx_merge.merged_model import SELECTION_BIAS, MergedModel
+from btx_merge.opening import open_each
 from btx_merge.plan import ROUTER, Plan, make_plan
 from btx_merge.recipe import REGMEAN_METHODS, SEED, ExpertSpec, MergeRecipe
 from btx_merge.records import RECIPE_FILE, anchor_sources
-from btx_merge.sources import Source, open_each
+from btx_merge.sources import Source
 from btx_merge.texts import public_reference
 from btx_merge.yaml_files import read_yaml
 

@@ -32,6 +32,7 @@ from btx_merge.merging import fill
 from btx_merge.model_folder import open_model
 from btx_merge.plan import ExpertRows, SharedRows
 from btx_merge.records import RECIPE_FILE
+from btx_merge.scratch import scratch_folder
 from btx_merge.texts import check_texts, public_record
 from btx_merge.vocabulary import tokenizer_json
 from btx_merge.writer import Progress, Staging, continuable, fingerprint
@@ -136,8 +137,7 @@ def edit(
     with ExitStack() as stack:
 
         def scratch() -> Path:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="btx-adapter-", dir=target.parent)))
+            return stack.enter_context(scratch_folder(target.parent))
 
         edited = _plan(recipe, target, overwrite, device, scratch)
         planned = edited.planned

@@ -25,6 +25,7 @@ SMALL_FILES = [
 """What is read of a repository, or kept in what is made of it, beside its weights. No code, nothing in folders."""
 LOG_IN_AGAIN = "Run `hf auth login`, or set HF_TOKEN to one that is valid."
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SNAPSHOT = re.compile(r"(?:.*[\\/])?models--([\w.-]+)[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]*")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Located:
 
     folder: Path
     repo_id: str | None = None
-    """The Hub id; None for a folder of the user's."""
+    """The Hub id; None for a folder of the user's. A folder of a Hub's cache is known by it too."""
     revision: str | None = None
     """The commit that a Hub id was resolved to."""
 
@@ -49,20 +50,38 @@ def locate(source: str, reference: str, *, weights: bool = True) -> Located:
     Raises:
         InputError: neither a folder nor a Hub id; or the Hub refuses, lacks it or cannot be reached.
     """
-    folder = Path(reference)
-    try:
-        folder = folder.expanduser()
-        is_folder, is_there = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError, ValueError):  # nobody's home, a name too long, a byte that no name has
-        is_folder = is_there = False
-    if is_folder:
-        return Located(folder)
+    if is_folder(reference):
+        folder = Path(reference).expanduser()
+        return Located(folder, *(cached_repository(str(folder.resolve())) or (None, None)))
+    is_there = _is_there(reference)
     repo_id, _, revision = reference.partition("@")
     if is_there or reference.startswith((".", "/", "~")) or not _REPO_ID.fullmatch(repo_id):
         found = "a file" if is_there else "no such folder"
         expected = "a folder with config.json and weights, or a Hub id `org/name` or `org/name@revision`"
         raise InputError([Problem(source, reference, found, expected, "Check the path.")])
     return _download(source, repo_id, revision or None, weights)
+
+
+def is_folder(reference: str) -> bool:
+    """Return whether a folder of that name is there; also where no name can be so."""
+    return _is_there(reference) and Path(reference).expanduser().is_dir()
+
+
+def _is_there(reference: str) -> bool:
+    try:
+        return Path(reference).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # nobody's home, a name too long, a byte that no name has
+        return False
+
+
+def cached_repository(path: str) -> tuple[str, str] | None:
+    """Return the Hub id and commit of a folder in a Hub's cache, on this machine or another, by its path alone.
+
+    >>> cached_repository("/home/me/.cache/huggingface/hub/models--org--name/snapshots/" + "0f" * 20)
+    ('org/name', '0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f')
+    """
+    match = _SNAPSHOT.fullmatch(path)
+    return (match[1].replace("--", "/"), match[2]) if match else None
 
 
 def _download(source: str, repo_id: str, revision: str | None, weights: bool) -> Located:

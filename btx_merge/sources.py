@@ -6,31 +6,25 @@ A source is a checkpoint, or a LoRA adapter over its base; from here on nobody n
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from btx_merge.adapter import LoraDelta, is_plain_lora, merge_through_peft, split_adapter
+from btx_merge.adapter import LoraDelta
 from btx_merge.dtypes import STORED, Float32, Raw, all_finite, to_float32
 from btx_merge.errors import InputError, NonFiniteError, Problem
-from btx_merge.folder_files import file_problems, read_json, read_text
-from btx_merge.hub import SMALL_FILES, Located, locate
+from btx_merge.folder_files import read_json, read_text
+from btx_merge.hub import Located
 from btx_merge.llama import EMBEDDING, HEAD, normalise_config
-from btx_merge.recipe import SEED, ExpertSpec, MergeRecipe
 from btx_merge.source_config import layer_problems, refuse_odd_values
 from btx_merge.source_tensors import read_tensors
-from btx_merge.tensorfiles import StoredTensor, read_tensor_file
+from btx_merge.tensorfiles import StoredTensor
 
-_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_SAVED_EMBEDDINGS = ("embed_tokens.weight", "embed_tokens.base_layer.weight")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-_COPY_THE_REST = "Give another folder, or copy the missing file there."
-_IS_IT_ITS_BASE = "Was it trained on this model? `base:` in the recipe names another."
-_UNTIE_ADAPTER = "Merge it with peft, untie the result, save it, and give that folder."
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +45,10 @@ class Source:
     weight: float = 1.0
     origin: tuple[Path, ...] = ()
     """The files that a source was made from where its tensors lie in a temporary folder."""
+    base_dtype: str | None = None
+    """The dtype of the base, where peft merged an adapter into it in float32."""
+    warnings: tuple[Problem, ...] = ()
+    """What should be looked at twice, though the source can be merged."""
 
     @property
     def files(self) -> list[Path]:
@@ -74,6 +72,8 @@ class Source:
     @property
     def dtype(self) -> str:
         """safetensors' name of the dtype that most of its bytes have."""
+        if self.base_dtype:
+            return self.base_dtype
         sizes: dict[str, int] = {}
         for tensor in self.tensors.values():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
@@ -144,123 +144,12 @@ def front_matter(text: str) -> tuple[dict[str, Any], str]:
     return (metadata, text[match.end() :]) if match and isinstance(metadata, dict) else ({}, text)
 
 
-def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list[Source], list[Problem]]:
-    """The seed, then the experts in the recipe's order, opened without reading weights; and why others were not.
-
-    `scratch` makes a folder for what peft has to merge itself (adapters that are not plain LoRA).
-    """
-    seed, problems = open_each({SEED: ExpertSpec(recipe.seed, recipe.seed_weight)}, None, scratch)
-    experts, more = open_each(recipe.experts, seed.get(SEED), scratch)
-    return [*seed.values(), *experts.values()], [*problems, *more]
-
-
-def open_each(
-    specs: Mapping[str, ExpertSpec], seed: Source | None, scratch: Callable[[], Path]
-) -> tuple[dict[str, Source], list[Problem]]:
-    """Sources by name, opened without reading weights; and why others were not."""
-    sources: dict[str, Source] = {}
-    problems: list[Problem] = []
-    for name, spec in specs.items():
-        try:
-            sources[name] = open_source(name, spec, seed, scratch)
-        except InputError as error:
-            problems += [replace(problem, source=name) for problem in error.problems]
-        except OSError as error:  # such as a folder that may not be entered
-            where, found = str(error.filename or spec.model), error.strerror or str(error)
-            problems.append(Problem(name, where, found, "files that can be read"))
-    return sources, problems
-
-
-def open_source(name: str, spec: ExpertSpec, seed: Source | None, scratch: Callable[[], Path]) -> Source:
-    """One source, opened without reading weights. An adapter's base is the seed where its config agrees.
+def open_checkpoint(name: str, located: Located, weight: float) -> Source:
+    """Open a folder with config.json and weights, without reading weights.
 
     Raises:
-        InputError: it is not there, cannot be read, is no Llama, or an adapter that does not fit its base.
+        InputError: it cannot be read, or is no Llama.
     """
-    located = locate(name, spec.model)
-    if odd := list(file_problems(located.folder, SMALL_FILES)):
-        raise InputError(odd)
-    if not (located.folder / "adapter_config.json").exists():
-        if spec.base is not None:
-            remedy = "Leave `base` out."
-            raise InputError([Problem(name, "base", "given for a checkpoint", "only for an adapter", remedy)])
-        return _open_checkpoint(name, located, spec.weight)
-    config = read_json(located.folder / "adapter_config.json")
-    file = _first_existing(located.folder, _ADAPTER_FILES)
-    if file is None:
-        expected = " or ".join(_ADAPTER_FILES)
-        raise InputError([Problem(name, str(located.folder), "no weights", expected, _COPY_THE_REST)])
-    base = _adapter_base(name, config, spec.base, seed)
-    stored = read_tensor_file(file)
-    if not is_plain_lora(config):
-        rows = next((t.shape[0] for key, t in stored.items() if key.endswith(_SAVED_EMBEDDINGS)), None)
-        merged = merge_through_peft(name, base.located.folder, located.folder, scratch(), rows)
-        source = _open_checkpoint(name, Located(merged), spec.weight)
-        origin = (located.folder / "adapter_config.json", file, *base.files)
-        return replace(source, located=located, base=base.located, origin=origin)
-    deltas, replaced = split_adapter(config, stored)
-    tensors = {**base.tensors, **replaced}
-    _check_fit(name, file, base, deltas, replaced, tensors)
-    source = replace(base, name=name, located=located, tensors=tensors, deltas=deltas, base=base.located)
-    vocab_size = tensors[EMBEDDING].shape[0] if EMBEDDING in tensors else base.config["vocab_size"]
-    return replace(source, config={**base.config, "vocab_size": vocab_size}, weight=spec.weight)
-
-
-def _adapter_base(name: str, config: Mapping[str, Any], given: str | None, seed: Source | None) -> Source:
-    """The model under an adapter: the recipe's, otherwise the seed where the adapter's config agrees."""
-    recorded = config.get("base_model_name_or_path")
-    if not isinstance(recorded, str | None):
-        found = f"base_model_name_or_path is {recorded!r}"
-        remedy = "Correct it, or give `base:` in the recipe."
-        raise InputError([Problem(name, "adapter_config.json", found, "a folder or a Hub id", remedy)])
-    if given is None and seed is not None and seed.base is None:
-        names = {seed.located.public_name, str(seed.located.folder), str(seed.located.folder.resolve())}
-        if not recorded or recorded in names or Path(recorded).name == Path(seed.located.public_name).name:
-            return seed
-    reference = given or recorded
-    if not reference:
-        raise InputError([Problem(name, "adapter_config.json", "names no base", "", "Give `base:` in the recipe.")])
-    if not given and config.get("revision") and not Path(reference).is_dir():
-        reference += f"@{config['revision']}"
-    try:
-        return _open_checkpoint(name, locate(name, reference), 1.0)
-    except InputError as error:
-        remedy = "If it was trained on the seed, say `base:` with the seed's own reference in the recipe."
-        found = f"the adapter's base {reference} is not the seed"
-        raise InputError([Problem(name, "adapter_config.json", found, "", remedy), *error.problems]) from error
-
-
-def _check_fit(
-    name: str,
-    file: Path,
-    base: Source,
-    deltas: Mapping[str, LoraDelta],
-    replaced: Mapping[str, StoredTensor],
-    tensors: Mapping[str, StoredTensor],
-) -> None:
-    problems = []
-    for key in sorted({*deltas, *replaced} - set(base.tensors)):
-        if key == HEAD and base.config["tie_word_embeddings"]:
-            if HEAD not in deltas and EMBEDDING in replaced:
-                continue  # peft saves both after a resize; that they are one is for the checks
-            problems.append(Problem(name, file.name, f"changes {HEAD}, which its base ties", "", _UNTIE_ADAPTER))
-        else:
-            problems.append(
-                Problem(name, file.name, f"changes {key}, which its base does not have", "", _IS_IT_ITS_BASE)
-            )
-    alone = EMBEDDING in replaced and EMBEDDING not in deltas and HEAD not in {*deltas, *replaced}
-    if alone and base.config["tie_word_embeddings"]:
-        found = f"replaces {EMBEDDING}, but not {HEAD}, which its base ties to it"
-        problems.append(Problem(name, file.name, found, "", _UNTIE_ADAPTER))
-    for key, delta in deltas.items():
-        if key in tensors and tensors[key].shape != delta.shape:
-            found, expected = f"the delta of {key} is {list(delta.shape)}", f"{list(tensors[key].shape)}"
-            problems.append(Problem(name, file.name, found, expected, _IS_IT_ITS_BASE))
-    if problems:
-        raise InputError(problems)
-
-
-def _open_checkpoint(name: str, located: Located, weight: float) -> Source:
     raw = read_json(located.folder / "config.json")
     _refuse_other_models(name, raw)
     refuse_odd_values(name, raw)
@@ -286,7 +175,3 @@ def _refuse_other_models(name: str, raw: Mapping[str, Any]) -> None:
         problems.append(Problem(name, "config.json", f"a quantised checkpoint ({method})", "plain weights", remedy))
     if problems:
         raise InputError(problems)
-
-
-def _first_existing(folder: Path, names: tuple[str, ...]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).exists()), None)

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError, MergeRecipe, check, merge
 from btx_merge.hub import Located
-from btx_merge.sources import Source, open_sources
+from btx_merge.opening import open_sources
+from btx_merge.sources import Source
 from tests.common import edit_json, grow, save_seed, tensors_of
 from tests.conftest import Family
 
