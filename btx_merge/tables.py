@@ -17,6 +17,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from btx_merge.card import count
 from btx_merge.dtypes import TORCH_NAMES
@@ -125,6 +126,17 @@ def print_check(checked: Check) -> None:
         "working memory": f"about {_size(plan.working_memory)}",
     }
     console.print(_facts(lines))
+
+
+def print_files(checked: Check) -> None:
+    """What a merge would write, and where."""
+    console = Console()
+    console.print(Text(f"\nWould be written to {checked.output}"), soft_wrap=True)
+    table = Table("file", box=SIMPLE, pad_edge=False)
+    table.add_column("size", justify="right")
+    for name, nbytes in checked.files.items():
+        table.add_row(Text(name), _size(nbytes) if nbytes >= 1e5 else f"{nbytes:,} bytes")
+    console.print(table)
 
 
 def print_report(report: Report) -> None:
