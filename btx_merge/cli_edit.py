@@ -131,8 +131,6 @@ def edit_command(
             print(f"rows     {', '.join(f'{name} {init}' for name, init in report.router_rows.items())}")
         if report.layers:
             print(f"routers  {fit_line(report.layers)}")
-        if report.undone:
-            print("undone   the model is as it was before, byte for byte")
         print(f"took     {report.seconds:.1f} s")
 
 

@@ -19,9 +19,9 @@ from btx_merge.recipe import (
     ROUTER_INITS,
     ROUTER_TYPES,
     MergeRecipe,
-    read_recipe_file,
 )
 from btx_merge.recipe_template import recipe_template
+from btx_merge.records import read_recipe_file
 from btx_merge.texts import parse_domain_texts
 
 

@@ -15,8 +15,8 @@ import typer
 from btx_merge.cli_options import Json, Overwrite, Quiet, option
 from btx_merge.errors import InputError, Problem
 from btx_merge.finetuning import LORA_TARGETS, OPTION_NAMES, TRAIN_MODES, TrainRecipe
-from btx_merge.recipe import read_yaml
 from btx_merge.texts import domain_texts_of, parse_domain_texts
+from btx_merge.yaml_files import read_yaml
 
 
 def train_command(

@@ -7,7 +7,7 @@ difference of the two merges, in float32, rounded once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,9 @@ from btx_merge.edit_plan import EditPlan
 from btx_merge.errors import NonFiniteError
 from btx_merge.layout import Block, Job, OutputTensor, portions
 from btx_merge.llama import EMBEDDING, HEAD
-from btx_merge.plan import DIFFERENCE_METHODS, Plan, SharedRows
+from btx_merge.plan import DIFFERENCE_METHODS, Plan
 from btx_merge.segments import Segment, runs
-from btx_merge.tensorfiles import StoredTensor
 from btx_merge.vocabulary import token_ids
-
-Patches = dict[str, tuple[NDArray[np.int64], Raw]]
-"""Tensor to places in it and the bytes of the values there."""
 
 
 def move(raw: Raw, dtype: str, old: Float32, new: Float32) -> Raw:
@@ -77,11 +73,11 @@ class _Merges:
     """None: the result's own."""
     new_rows: tuple[Segment, ...] | None
 
-    def move(self, tensor: OutputTensor, raw: Raw, start: int, stop: int, *, back: bool = False) -> Raw:
-        """Stored rows [start, stop) moved to the new set's merge, or back; those stay that one of the two lacks."""
+    def move(self, tensor: OutputTensor, raw: Raw, start: int, stop: int) -> Raw:
+        """Return stored rows [start, stop) moved to the new set's merge; rows that one of the two lacks stay."""
         old, has_old = _rows_at(self.old, self.old_rows, tensor, start, stop)
         new, has_new = _rows_at(self.new, self.new_rows, tensor, start, stop)
-        moved = move(raw, tensor.dtype, *((new, old) if back else (old, new))).reshape(stop - start, -1)
+        moved = move(raw, tensor.dtype, old, new).reshape(stop - start, -1)
         lacking = ~(has_old & has_new)
         moved[lacking] = raw.reshape(stop - start, -1)[lacking]
         return moved.reshape(-1)
@@ -94,8 +90,6 @@ class SharedWeights:
     edit: EditPlan
     update: SharedUpdate | None
     """None: they are kept."""
-    patches: Patches
-    """What an undo puts right behind it."""
 
     def rows(self, job: Job) -> Iterator[Block]:
         """A job's rows, block by block."""
@@ -108,27 +102,6 @@ class SharedWeights:
         stored = self.edit.model.tensors[name]
         assert self.update is None
         return to_float32(stored.read_rows(0, stored.shape[0]), stored.dtype)
-
-    def lost(self, written: Mapping[str, StoredTensor]) -> Patches:
-        """Where moving the written tensors back would not give the model's own bytes, and what it has there."""
-        patches: Patches = {}
-        for job in self.edit.plan.jobs if self.update else ():
-            tensor = job.tensor
-            if not isinstance(job, SharedRows) or self.edit.is_of_router(tensor):
-                continue
-            stored = self.edit.model.tensors[tensor.name]
-            kind, merges = STORED[stored.dtype], self._merges(tensor.name)
-            assert merges is not None
-            for start, stop in self._blocks(tensor, job.start, min(job.stop, stored.shape[0])):
-                before = stored.read_rows(start, stop).copy().view(kind)
-                after = written[tensor.name].read_rows(start, stop).copy()
-                back = merges.move(tensor, after, start, stop, back=True).view(kind)
-                differing = np.flatnonzero(back != before)
-                if differing.size:
-                    places, values = patches.get(tensor.name, (np.empty(0, np.int64), np.empty(0, np.uint8)))
-                    places = np.append(places, differing + start * (tensor.row_bytes // kind.itemsize))
-                    patches[tensor.name] = (places, np.append(values, before[differing].view(np.uint8)))
-        return patches
 
     def _merges(self, name: str) -> _Merges | None:
         if self.update is None:
@@ -156,12 +129,6 @@ class SharedWeights:
         if is_new.any():  # tokens that a new expert brings: the mean over those who have them
             values = owners_mean(self.edit.plan, tensor.name, [], start, stop)[0]
             rows[is_new] = cast(values, job, self.edit.plan).reshape(stop - start, -1)[is_new]
-        places, patch = self.patches.get(tensor.name, (np.empty(0, np.int64), np.empty(0, np.uint8)))
-        if places.size:
-            kind = STORED[tensor.dtype]
-            width = tensor.row_bytes // kind.itemsize
-            first, last = np.searchsorted(places, [start * width, stop * width])
-            out.view(kind)[places[first:last] - start * width] = patch.view(kind)[first:last]
         if merges and not self.edit.plan.recipe.allow_nonfinite and not all_finite(out, tensor.dtype):
             raise NonFiniteError(
                 f"{tensor.name}: a value leaves the range of {tensor.dtype}, or the model holds NaN or Inf. "

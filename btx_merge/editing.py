@@ -20,19 +20,17 @@ from btx_merge.edit_card import edit_section, edited_card
 from btx_merge.edit_plan import EditPlan, plan_edit
 from btx_merge.edit_recipe import EditRecipe
 from btx_merge.edit_shared import SharedWeights
-from btx_merge.edit_undo import Undo, find_undo, small_files, write_undo
 from btx_merge.edit_update import shared_update
 from btx_merge.errors import InputError, Problem
 from btx_merge.experts import expert_rows
-from btx_merge.files import UNDO_FILE, add_tokens, append_record, copy_model_code, write_index, write_json
+from btx_merge.files import add_tokens, append_record, copy_model_code, write_index, write_json
 from btx_merge.fitting import device_problems, fit_folder
 from btx_merge.layout import INDEX_FILE, Block, Job
 from btx_merge.llama import FF_NORM
 from btx_merge.merging import fill
 from btx_merge.model_folder import open_model
 from btx_merge.plan import ExpertRows, SharedRows
-from btx_merge.recipe import RECIPE_FILE
-from btx_merge.tensorfiles import stored_tensors
+from btx_merge.records import RECIPE_FILE
 from btx_merge.texts import check_texts, public_record
 from btx_merge.vocabulary import tokenizer_json
 from btx_merge.writer import Progress, Staging, continuable, fingerprint
@@ -56,8 +54,6 @@ class EditReport:
     """Why they were kept, or what their update goes by."""
     router_rows: dict[str, str]
     """New expert to how its row came about: ridge, random, zeros, or kept for one that was replaced."""
-    undone: bool
-    """Whether the model is again, byte for byte, what it was before the edit that added what was dropped."""
     warnings: tuple[Problem, ...]
     kept_bytes: int
     """Bytes that an earlier, interrupted run had written."""
@@ -78,7 +74,6 @@ class _Edit:
     planned: EditPlan
     shared: SharedWeights
     reason: str
-    undo: Undo | None
 
     @property
     def outcome(self) -> str:
@@ -103,7 +98,7 @@ class _Edit:
         update = self.shared.update
         plans = [self.planned.plan, *((update.before, update.after) if update else ())]
         files = sorted({(str(file), file) for plan in plans for source in plan.sources for file in source.files})
-        return fingerprint(self.planned.plan, files, repr(self.planned.recipe), self.outcome, self.undo is not None)
+        return fingerprint(self.planned.plan, files, repr(self.planned.recipe), self.outcome)
 
 
 def edit(
@@ -120,8 +115,7 @@ def edit(
 ) -> EditReport:
     """Writes a merged model with other experts into the folder `output`; the model itself stays as it is.
 
-    Experts that stay and their router rows are copied bit for bit. Dropping what the last edit added gives back the
-    model before it, byte for byte. What was interrupted is continued by the same call.
+    Experts that stay and their router rows are copied bit for bit. What was interrupted is continued by the same call.
 
     Args:
         overwrite: whether `output` may be replaced; that happens when the new model is complete.
@@ -157,8 +151,7 @@ def edit(
             files = Path(small)
             _write_files(edited, files)
             layers = _fit(planned, staging.folder, files, device, on_layer) if planned.fitted_rows else []
-            if edited.undo is None:
-                _write_records(edited, files, staging.folder, layers)
+            _write_records(edited, files, layers)
             for file in sorted(files.iterdir(), key=lambda file: file.name == "config.json"):  # that one last
                 shutil.copyfile(file, staging.folder / file.name)
             staging.finish(overwrite)
@@ -168,7 +161,6 @@ def edit(
         edited.outcome,
         edited.reason,
         planned.router_inits,
-        edited.undo is not None,
         tuple(warning for warning in planned.examined.warnings if warning.source in planned.new),
         staging.kept_bytes,
         time.perf_counter() - began,
@@ -182,28 +174,17 @@ def _plan(recipe: EditRecipe, target: Path, overwrite: bool, device: str | None,
     if problems or model is None:
         raise InputError(problems)
     planned = plan_edit(recipe, model, scratch)
-    undo = find_undo(model.located.folder, recipe)
-    if undo and undo.shared == KEPT:
-        update, reason = None, "as the edit that is undone kept them"
-    else:
-        update, reason = shared_update(planned, scratch)
-        undo = undo if update else None
-    if undo:
-        tensors, shards = undo.layout()
-        planned = replace(planned, plan=replace(planned.plan, tensors=tensors, shards=shards))
-    return _Edit(planned, SharedWeights(planned, update, undo.patches if undo else {}), reason, undo)
+    update, reason = shared_update(planned, scratch)
+    return _Edit(planned, SharedWeights(planned, update), reason)
 
 
 def _write_files(edited: _Edit, folder: Path) -> None:
     """Everything beside the weights, without a record of the edit."""
     planned, plan = edited.planned, edited.planned.plan
     for name, file in small_files(planned.model.located.folder).items():
-        if name not in (UNDO_FILE, INDEX_FILE):
+        if name != INDEX_FILE:
             shutil.copyfile(file, folder / name)
     copy_model_code(folder)
-    if edited.undo:
-        edited.undo.restore_files(folder)
-        return
     if plan.vocabulary.new_tokens:
         add_tokens(folder, json.loads(tokenizer_json(folder)), plan.vocabulary.new_tokens)
     write_index(plan, folder)
@@ -247,8 +228,8 @@ def _fit(
     )
 
 
-def _write_records(edited: _Edit, files: Path, weights: Path, layers: list[LayerFit]) -> None:
-    """The edit in the recipe and on the card; and the way back, where experts were only added."""
+def _write_records(edited: _Edit, files: Path, layers: list[LayerFit]) -> None:
+    """Add the edit to the recipe and to the card."""
     planned, recipe = edited.planned, edited.planned.recipe
     values = planned.new_values(public=True) if planned.values else {}
     if edited.outcome == KEPT and planned.values and not recipe.is_rename_only:
@@ -273,6 +254,9 @@ def _write_records(edited: _Edit, files: Path, weights: Path, layers: list[Layer
     tools = ("btx-merge", "numpy", *(("torch", "transformers") if layers else ()))
     entry["tools"] = {name: version(name) for name in tools}
     append_record(files, "edits", entry, edit_section(planned, edited.outcome), f" {UNTRAINED}")
-    if recipe.add and not (recipe.drop or recipe.replace or recipe.rename or recipe.num_experts_per_tok):
-        lost = edited.shared.lost(stored_tensors(weights))
-        write_undo(planned.model.located.folder, files, list(recipe.add), edited.outcome, lost)
+
+
+def small_files(folder: Path) -> dict[str, Path]:
+    """Return everything in a model's folder that is not weights, by name."""
+    files = (file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("."))
+    return {file.name: file for file in files if file.suffix != ".safetensors"}

@@ -12,6 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from btx_merge.shown import printable
+
+_MOST_PROBLEMS = 100
+
 
 class BTXError(Exception):
     """Base of every error that btx-merge raises on purpose."""
@@ -33,10 +37,10 @@ class Problem:
     """What to do about it."""
 
     def __str__(self) -> str:
-        text = f"{self.source}: {self.where}: {self.found}"
+        text = f"{printable(self.source)}: {printable(self.where)}: {printable(self.found)}"
         if self.expected:
-            text += f"; expected {self.expected}"
-        return text + (f". {self.remedy}" if self.remedy else "")
+            text += f"; expected {printable(self.expected)}"
+        return text + (f". {printable(self.remedy)}" if self.remedy else "")
 
 
 class InputError(BTXError):
@@ -44,11 +48,21 @@ class InputError(BTXError):
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = tuple(problems)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        super().__init__("\n".join(self.lines))
+
+    @property
+    def lines(self) -> list[str]:
+        """One line for each problem; where there are very many, the first of them and how many more there are."""
+        lines = [str(problem) for problem in self.problems[:_MOST_PROBLEMS]]
+        more = len(self.problems) - len(lines)
+        return [*lines, f"{more:,} more problems"] if more else lines
 
 
 class MergeError(BTXError):
     """The merge could not be carried out."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class NonFiniteError(MergeError):

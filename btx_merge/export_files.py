@@ -18,7 +18,7 @@ from btx_merge.files import PRIVATE_KEYS, TOKENIZER_FILES, write_json
 from btx_merge.hub import Located
 from btx_merge.llama import DEFAULTS
 from btx_merge.merged_model import MergedModel
-from btx_merge.recipe import RECIPE_FILE
+from btx_merge.records import RECIPE_FILE
 from btx_merge.sources import front_matter
 
 _OWN_TAGS = ("btx", "branch-train-mix", "mixture-of-experts")

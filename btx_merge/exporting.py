@@ -20,8 +20,8 @@ from btx_merge.merged_model import MergedModel
 from btx_merge.merging import peak_memory
 from btx_merge.mixtral import mixtral_card, mixtral_config, mixtral_refusals, mixtral_tensors, mixtral_warnings
 from btx_merge.model_folder import open_model
-from btx_merge.recipe import parse_size
 from btx_merge.tensorfiles import StoredTensor
+from btx_merge.values import parse_size, size_problem
 from btx_merge.writer import Progress
 
 FORMATS = ("mixtral",)
@@ -152,10 +152,9 @@ def _write(
     """Checks, with `problems` as those that are known; then writes what `derive` makes of the model."""
     began = time.perf_counter()
     target = Path(output).expanduser().resolve()
-    shard_bytes = parse_size(max_shard_size)
+    shard_bytes = parse_size(max_shard_size) if isinstance(max_shard_size, str) else None
     if not shard_bytes:
-        expected = "a size such as 5GB, 500MB or 5GiB"
-        problems.append(Problem("command", "--max-shard-size", repr(max_shard_size), expected))
+        problems.append(size_problem("--max-shard-size", max_shard_size))
     merged, of_model = open_model(model, target, overwrite)
     problems += of_model
     derived = None

@@ -18,13 +18,11 @@ from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.layout import INDEX_FILE, Layout
 from btx_merge.llama import DEFAULTS
 from btx_merge.plan import DIFFERENCE_METHODS, Plan
-from btx_merge.recipe import RECIPE_FILE
+from btx_merge.records import RECIPE_FILE
 from btx_merge.sources import Source
 from btx_merge.texts import public_reference
 from btx_merge.vocabulary import tokenizer_json
 
-UNDO_FILE = "btx_undo.json"
-"""What an edit keeps to be undone: of this folder only, it goes nowhere with a model that is changed further."""
 PICTURE = "training.png"
 ROUTING = "routing.jsonl"
 MODEL_CODE = ("configuration_btx.py", "experts_btx.py", "modeling_btx.py", "routing_btx.py")

@@ -16,10 +16,10 @@ from typing import Any
 
 from btx_merge.card_checks import card_problems
 from btx_merge.errors import InputError, Problem
-from btx_merge.files import MODEL_CODE, PICTURE, ROUTING, TOKENIZER_FILES, UNDO_FILE
+from btx_merge.files import MODEL_CODE, PICTURE, ROUTING, TOKENIZER_FILES
 from btx_merge.layout import INDEX_FILE
 from btx_merge.private_text import private_text
-from btx_merge.recipe import RECIPE_FILE
+from btx_merge.records import RECIPE_FILE
 from btx_merge.sources import read_json, read_tensors
 from btx_merge.tensorfiles import StoredTensor
 
@@ -31,7 +31,7 @@ _MODEL_FILES = (  # beside the weights; a pattern may match several
     *("vocab.json", "merges.txt", "additional_chat_templates/*.jinja"),
 )
 _OTHER_FILES = re.compile(r"README\.md|\.gitattributes|(?:LICEN[SC]E|NOTICE|COPYING|USE_POLICY)[\w.-]*", re.IGNORECASE)
-_PASSED_OVER = (".git", ".DS_Store", "runs", UNDO_FILE)  # runs: TensorBoard's, with the host's name
+_PASSED_OVER = (".git", ".DS_Store", "runs")  # runs: TensorBoard's, with the host's name
 _PIPELINES = {
     "BTXModel": "feature-extraction",
     "BTXForSequenceClassification": "text-classification",

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from btx_merge.recipe import ExpertSpec, MergeRecipe, anchor_sources
+from btx_merge.recipe import ExpertSpec, MergeRecipe
+from btx_merge.records import anchor_sources
 from btx_merge.texts import DomainText, domain_texts_of
 
 _WIDTH = 100

@@ -385,8 +385,3 @@ def test_an_expert_from_the_hub_joins_a_model_from_the_hub(
     metadata = yaml.safe_load((tmp_path / "out/README.md").read_text().split("---")[1])
     assert metadata["base_model"] == ["org/seed", "org/math", "org/bio"]
     assert (tmp_path / "out/modeling_btx.py").exists()  # which the Hub was not asked for
-    # and back, where only something was added
-    done = btx(hub, merged / "home", "edit", "org/merged", "--add", "bio=org/bio", "-o", str(tmp_path / "added"))
-    done = btx(hub, merged / "home", "edit", str(tmp_path / "added"), "--drop", "bio", "-o", str(tmp_path / "back"))
-    assert "undone" in done.stdout, done.stderr
-    assert files_of(tmp_path / "back") == files_of(merged / "out")

@@ -280,7 +280,7 @@ def test_what_is_sent_beside_the_model_and_what_is_passed_over(model: Path) -> N
     before = set(files_of(model))
     sent = ["LICENSE.txt", "NOTICE", "USE_POLICY.md", "training.png", "routing.jsonl", "chat_template.jinja"]
     sent += [".gitattributes", "additional_chat_templates/tool.jinja"]
-    passed_over = [".cache/huggingface/download/x.lock", ".git/config", ".DS_Store", "btx_undo.json"]
+    passed_over = [".cache/huggingface/download/x.lock", ".git/config", ".DS_Store"]
     passed_over += ["runs/events.out.tfevents.1.host"]
     for name in sent + passed_over:
         (model / name).parent.mkdir(parents=True, exist_ok=True)
