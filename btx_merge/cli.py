@@ -17,6 +17,7 @@ from btx_merge.cli_edit import edit_command
 from btx_merge.cli_export import export_command, extract_command
 from btx_merge.cli_fit import fit_command
 from btx_merge.cli_merge import check_command, merge_command
+from btx_merge.cli_print import error as print_error
 from btx_merge.cli_push import push_command
 from btx_merge.cli_train import train_command
 from btx_merge.errors import BTXError, InputError, MergeInterrupted
@@ -81,7 +82,7 @@ def _failed(error: BaseException, lines: list[str], code: int, as_json: bool) ->
     if as_json:
         print(json.dumps({"error": type(error).__name__, "problems": lines}, indent=2))
     for line in lines:
-        print(f"error: {line}", file=sys.stderr)
+        print_error(line)
     return typer.Exit(code)
 
 

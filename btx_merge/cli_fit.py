@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from btx_merge.cli_options import Device, Json, Model, Output, Overwrite, Quiet, lists, option
+from btx_merge.cli_print import result
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS
 from btx_merge.texts import parse_domain_texts
 
@@ -59,7 +60,7 @@ def fit_command(
         layers = [asdict(layer) for layer in report.layers]
         print(json.dumps({"output": str(report.output), "seconds": report.seconds, "layers": layers}, indent=2))
     elif not quiet:
-        print(f"written  {report.output}")
+        result(f"written  {report.output}")
         if report.layers:
-            print(f"routers  {fit_line(report.layers)}")
-        print(f"took     {report.seconds:.1f} s")
+            result(f"routers  {fit_line(report.layers)}")
+        result(f"took     {report.seconds:.1f} s")

@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from btx_merge.cli_options import Device, Json, Overwrite, Quiet, Workers, note, option, warn
+from btx_merge.cli_options import Device, Json, Overwrite, Quiet, Workers, option
+from btx_merge.cli_print import note, warn
 from btx_merge.cli_recipe import GivenRecipe, takes_recipe
 from btx_merge.errors import InputError, Problem
 

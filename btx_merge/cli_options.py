@@ -1,8 +1,7 @@
-"""What several commands have: options, such as those of the form `NAME=VALUE`, and what they say on stderr."""
+"""What several commands have: options, such as those of the form `NAME=VALUE`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,17 +37,6 @@ Workers = Annotated[
 Device = Annotated[str | None, option("Where to fit: cpu, cuda, ... [default: a GPU where there is one].")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
-
-
-def warn(warnings: Iterable[Problem]) -> None:
-    """Tells a person what deserves a look."""
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-
-
-def note(line: str) -> None:
-    """Tells a person something, where nothing else is printed."""
-    print(f"note: {line}", file=sys.stderr)
 
 
 def pairs(flag: str, items: list[str]) -> dict[str, str]:

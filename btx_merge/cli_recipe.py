@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from btx_merge.cli_options import lists, note, option, pairs
+from btx_merge.cli_options import lists, option, pairs
+from btx_merge.cli_print import note
 from btx_merge.dtypes import SAFETENSORS_NAMES
 from btx_merge.errors import InputError, Problem
 from btx_merge.recipe import (

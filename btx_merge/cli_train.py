@@ -13,8 +13,10 @@ from typing import Annotated, Any
 import typer
 
 from btx_merge.cli_options import Json, Overwrite, Quiet, option
+from btx_merge.cli_print import result, warning
 from btx_merge.errors import InputError, Problem
 from btx_merge.finetuning import LORA_TARGETS, OPTION_NAMES, TRAIN_MODES, TrainRecipe
+from btx_merge.shown import printable
 from btx_merge.texts import domain_texts_of, parse_domain_texts
 from btx_merge.yaml_files import read_yaml
 
@@ -93,16 +95,16 @@ def train_command(
         output,
         resume=resume,
         overwrite=overwrite,
-        show=(lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True)),
-        warn=lambda line: print(f"warning: {line}", file=sys.stderr, flush=True),
+        show=(lambda line: None) if quiet else (lambda line: print(printable(line), file=sys.stderr, flush=True)),
+        warn=warning,
     )
     if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all
         return
     if json_output:
         print(json.dumps({"output": str(report.output), "seconds": report.seconds, **report.entry}, indent=2))
     elif not quiet:
-        print(f"written  {report.output}")
-        print(f"took     {report.seconds:.1f} s")
+        result(f"written  {report.output}")
+        result(f"took     {report.seconds:.1f} s")
 
 
 _SHOWN_ARGUMENTS = (

@@ -7,6 +7,7 @@ expert brings come behind them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -20,13 +21,15 @@ from btx_merge.dtypes import TORCH_NAMES, Float32, from_float32
 from btx_merge.edit_recipe import EditRecipe
 from btx_merge.errors import InputError, Problem
 from btx_merge.files import public_source
+from btx_merge.folder_files import checked
 from btx_merge.layout import Job, OutputTensor, lay_out
 from btx_merge.llama import EMBEDDING
 from btx_merge.merged_model import SELECTION_BIAS, MergedModel
+from btx_merge.opening import open_each
 from btx_merge.plan import ROUTER, Plan, make_plan
 from btx_merge.recipe import REGMEAN_METHODS, SEED, ExpertSpec, MergeRecipe
 from btx_merge.records import RECIPE_FILE, anchor_sources
-from btx_merge.sources import Source, open_each
+from btx_merge.sources import Source
 from btx_merge.texts import public_reference
 from btx_merge.yaml_files import read_yaml
 
@@ -185,7 +188,9 @@ def plan_edit(recipe: EditRecipe, model: MergedModel, scratch: Callable[[], Path
 def _recipe_values(model: MergedModel) -> dict[str, Any]:
     """The model's own recipe as it lies; empty where it has none (transformers' save_pretrained leaves it behind)."""
     file = model.located.folder / RECIPE_FILE
-    return read_yaml(file, "model", "a recipe, as `btx merge` writes it") if file.exists() else {}
+    if not os.path.lexists(file):
+        return {}
+    return read_yaml(checked(file), "model", "a recipe, as `btx merge` writes it")
 
 
 def _name_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]:

@@ -9,10 +9,13 @@ BTXError
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from btx_merge.shown import printable
+
+_MANY = 4
+"""Problems of one kind that are shown one by one."""
 
 _MOST_PROBLEMS = 100
 
@@ -41,6 +44,14 @@ class Problem:
         if self.expected:
             text += f"; expected {printable(self.expected)}"
         return text + (f". {printable(self.remedy)}" if self.remedy else "")
+
+
+def capped(problems: Sequence[Problem]) -> list[Problem]:
+    """Return the first problems of one kind; those behind them become one that counts them."""
+    if len(problems) <= _MANY:
+        return list(problems)
+    last = problems[-1]
+    return [*problems[:_MANY], replace(last, found=f"{len(problems) - _MANY:,} more like these", expected="none")]
 
 
 class InputError(BTXError):

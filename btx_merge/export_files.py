@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +13,9 @@ import yaml
 
 from btx_merge.card import LICENCE_KEYS, hub_ids, link_licence
 from btx_merge.dtypes import TORCH_NAMES
+from btx_merge.errors import InputError
 from btx_merge.files import PRIVATE_KEYS, TOKENIZER_FILES, write_json
+from btx_merge.folder_files import copy_file, read_json, read_text
 from btx_merge.hub import Located
 from btx_merge.llama import DEFAULTS
 from btx_merge.merged_model import MergedModel
@@ -64,8 +65,8 @@ def write_export_files(
     source = model.located.folder
     _copy_tokenizer(source, folder)
     for name in ("generation_config.json", RECIPE_FILE):
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        if os.path.lexists(source / name):
+            copy_file(source / name, folder / name)
     metadata = yaml.safe_dump(_metadata(model.located, tags), sort_keys=False, allow_unicode=True)
     (folder / "README.md").write_text(f"---\n{metadata}---\n\n{card}", encoding="utf-8")
     write_json(folder / "config.json", config)
@@ -87,12 +88,12 @@ def origin(model: MergedModel, command: str) -> str:
 def _copy_tokenizer(source: Path, folder: Path) -> None:
     """The tokenizer's files. Where transformers 5 has a new name or form for something, the one that 4 knows too."""
     for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        if os.path.lexists(source / name):
+            copy_file(source / name, folder / name)
     file = folder / "tokenizer_config.json"
     if not file.exists():
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json(file)
     config = {key: value for key, value in before.items() if key not in PRIVATE_KEYS}
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -105,8 +106,8 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 def _metadata(located: Located, tags: list[str]) -> dict[str, Any]:
     """The metadata of the merged model's card as far as they hold for what is made of it."""
     try:
-        known = front_matter((located.folder / "README.md").read_text(encoding="utf-8"))[0]
-    except (OSError, ValueError):  # none, or no UTF-8
+        known = front_matter(read_text(located.folder / "README.md"))[0]
+    except InputError:  # none, or no UTF-8
         known = {}
     given = known.get("tags") if isinstance(known.get("tags"), list) else []
     out: dict[str, Any] = {

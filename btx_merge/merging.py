@@ -27,6 +27,7 @@ from btx_merge.model_folder import room_problems
 from btx_merge.plan import ExpertColumns, ExpertRows, Fate, Plan, RouterRows, SharedRows, make_plan
 from btx_merge.recipe import MergeRecipe
 from btx_merge.router_init import initial_router
+from btx_merge.scratch import scratch_folder
 from btx_merge.sources import Source
 from btx_merge.writer import Progress, Staging, check_target, continuable, fingerprint
 
@@ -209,10 +210,7 @@ def _checked(recipe: MergeRecipe, target: Path | None = None) -> Iterator[Check]
     with ExitStack() as stack:
 
         def scratch() -> Path:
-            if target:
-                target.parent.mkdir(parents=True, exist_ok=True)
-            beside = target.parent if target else None
-            return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="btx-adapter-", dir=beside)))
+            return stack.enter_context(scratch_folder(target.parent if target else None))
 
         examined = examine(recipe, scratch)
         if target:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from btx_merge.errors import InputError, Problem
+from btx_merge.folder_files import file_problems, small_files
 from btx_merge.hub import Located, locate
 from btx_merge.merged_model import MergedModel, open_merged
 from btx_merge.writer import check_target
@@ -17,6 +18,7 @@ def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located |
     if model is None:
         return None, problems
     folder = model.located.folder
+    problems += file_problems(folder, [*small_files(folder)])
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         problems.append(Problem("model", str(folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

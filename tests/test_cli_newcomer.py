@@ -144,6 +144,7 @@ def test_a_dry_run_refuses_what_the_merge_would(family: Family, tmp_path: Path) 
     assert "overlaps with the source seed" in line
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_an_adapter_leaves_nothing_behind(tmp_path: Path) -> None:
     """One that peft has to merge itself, for which a merge makes a folder beside the output."""
     from peft import LoraConfig, get_peft_model
