@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from btx_merge.card import CITATION, CITATION_TITLE, ROUTERS_TITLE, UNTRAINED, how_to_use, project_link, with_metadata
+from btx_merge.cards import front_matter
 from btx_merge.held_out import MODEL_INDEX, OF_AN_EARLIER_ONE, OF_THIS_MODEL, model_index
 from btx_merge.hub import Located
-from btx_merge.sources import front_matter
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

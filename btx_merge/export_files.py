@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.card import LICENCE_KEYS, PAPER, UNTRAINED, hub_ids, link_licence, project_link, with_metadata
+from btx_merge.cards import card_texts, code_in_card, front_matter
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError
 from btx_merge.files import PRIVATE_KEYS, TOKENIZER_FILES, write_json
@@ -20,7 +21,6 @@ from btx_merge.llama import DEFAULTS
 from btx_merge.merged_model import MergedModel
 from btx_merge.records import RECIPE_FILE
 from btx_merge.router_state import untrained_experts
-from btx_merge.sources import front_matter
 from btx_merge.yaml_files import read_yaml
 
 _OWN_TAGS = ("btx", "branch-train-mix", "mixture-of-experts")
@@ -77,7 +77,7 @@ def write_export_files(
 def origin(model: MergedModel, command: str) -> str:
     """The card's sentence about where the model comes from. A folder stands there without its path."""
     located = model.located
-    name = f"`{located.public_name}`"
+    name = code_in_card(located.public_name)
     if located.repo_id:
         name = f"[{located.repo_id}](https://huggingface.co/{located.repo_id}) at revision {located.revision}"
     recipe = f" Its recipe is `{RECIPE_FILE}`." if (located.folder / RECIPE_FILE).exists() else ""
@@ -129,17 +129,20 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 
 def _metadata(located: Located, tags: list[str], keeps_figures: bool) -> dict[str, Any]:
     """The metadata of the merged model's card as far as they hold for what is made of it."""
-    known = front_matter(_card_of(located))[0]
-    given = known.get("tags") if isinstance(known.get("tags"), list) else []
+    known = card_texts(located.folder)
+    given = known.get("tags", [])
+    given = [given] if isinstance(given, str) else given
     out: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys([*tags, *(tag for tag in given or [] if tag not in _OWN_TAGS)])),
+        "tags": list(dict.fromkeys([*tags, *(tag for tag in given if tag not in _OWN_TAGS)])),
     }
     if bases := hub_ids(known.get("base_model")):
         out["base_model"] = bases
         out |= {key: known[key] for key in ("base_model_relation",) if key in known}
-    kept = (*LICENCE_KEYS, "language", *([MODEL_INDEX] if keeps_figures and known.get(MODEL_INDEX) else []))
-    out |= {key: known[key] for key in kept if key in known}
+    out |= {key: known[key] for key in (*LICENCE_KEYS, "language") if key in known}
+    figures = front_matter(_card_of(located))[0].get(MODEL_INDEX)
+    if keeps_figures and figures:
+        out[MODEL_INDEX] = figures
     link_licence(out, located)
     return out

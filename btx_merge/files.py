@@ -27,6 +27,7 @@ from btx_merge.records import RECIPE_FILE
 from btx_merge.sources import Source
 from btx_merge.texts import public_reference
 from btx_merge.vocabulary import tokenizer_json
+from btx_merge.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -159,7 +160,7 @@ def append_record(
         results: held-out figures of the model as it is now. None: the old ones still hold.
     """
     recipe = folder / RECIPE_FILE
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
+    values = read_yaml(recipe, "model", "a recipe, as `btx merge` writes it") if recipe.exists() else {}
     values[key] = [*(values.get(key) or []), dict(entry)]
     recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     card = folder / "README.md"

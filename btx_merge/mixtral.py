@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from btx_merge.card import CITATION, UNTRAINED, how_to_use
+from btx_merge.cards import in_card
 from btx_merge.errors import Problem
 from btx_merge.export_files import origin, shared_config
 from btx_merge.llama import EMBEDDING
@@ -120,7 +121,7 @@ def mixtral_card(model: MergedModel, untrained: Sequence[str] = ()) -> str:
     rows = "\n".join(f"| {number} | {name} |" for number, name in enumerate(model.expert_names))
     of = "" if len(untrained) == model.num_experts else f" of {', '.join(untrained)}"
     warning = f"Its routers{of} are as a merge begins with them. {UNTRAINED}\n\n" if untrained else ""
-    return f"""# {model.located.public_name.rpartition("/")[2]} as a Mixtral
+    return f"""# {in_card(model.located.public_name.rpartition("/")[2])} as a Mixtral
 
 {origin(model, "btx export --format mixtral")}
 
