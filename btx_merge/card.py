@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 LICENCE_KEYS = ("license", "license_name", "license_link")
 ROUTERS_TITLE = "## Routers"
 UNTRAINED = "**They have not been trained yet**: finetune them before you judge the model."
+_PATH_COMMENT = "  # the folder of this model, or its id on the Hub"
+_PATH_LINE = re.compile(rf'^path = "[^"\n]*"{re.escape(_PATH_COMMENT)}$', re.MULTILINE)
 PAPER = "https://arxiv.org/abs/2403.07816"
 CITATION_TITLE = "## Citation"
 CITATION = f"""{CITATION_TITLE}
@@ -111,13 +113,23 @@ def how_to_use(arguments: str = "") -> str:
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-path = "."  # this folder, or this repository's id
+{path_line(".")}
 tokenizer = AutoTokenizer.from_pretrained(path{arguments})
 model = AutoModelForCausalLM.from_pretrained(path{arguments}, dtype="auto")
 inputs = tokenizer("The answer is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 """
+
+
+def path_line(path: str) -> str:
+    """Return the line of a card's code that says where the model lies."""
+    return f'path = "{path}"{_PATH_COMMENT}'
+
+
+def with_path(card: str, path: str) -> str:
+    """Return a card whose code finds the model there: `.` for its own folder, `org/name` for a repository."""
+    return _PATH_LINE.sub(lambda match: path_line(path), card)
 
 
 def count(number: int) -> str:

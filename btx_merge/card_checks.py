@@ -8,22 +8,23 @@ from typing import Any
 import yaml
 
 from btx_merge.errors import Problem
+from btx_merge.publish_kinds import BTX, Kind
 from btx_merge.shown import short
 from btx_merge.yaml_files import parse_yaml
 
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_RELATIONS = ("merge", "finetune")  # of other models; or a fitted or finetuned one of them
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]+)*|code|multilingual")
 
 
-def card_problems(text: str, pipeline: str) -> tuple[list[Problem], list[Problem]]:
+def card_problems(text: str, pipeline: str, kind: Kind = BTX) -> tuple[list[Problem], list[Problem]]:
     """What is wrong with a card, and what it lacks that nobody but its author can know.
 
     Args:
         text: of README.md.
         pipeline: the `pipeline_tag` that it should have.
+        kind: what is published.
     """
     match = _FRONT_MATTER.match(text)
     if match is None:
@@ -37,16 +38,19 @@ def card_problems(text: str, pipeline: str) -> tuple[list[Problem], list[Problem
     if not isinstance(metadata, dict):
         return [Problem("model", "README.md", "its metadata is no mapping", "`key: value` lines")], []
     problems: list[Problem] = []
-    for key, value in {"library_name": "transformers", "pipeline_tag": pipeline}.items():
+    for key, value in {"library_name": kind.library, "pipeline_tag": pipeline}.items():
         if metadata.get(key) != value:
             problems.append(_problem(metadata, key, value))
-    if "btx" not in _listed(metadata.get("tags")):
-        problems.append(_problem(metadata, "tags", "a list with btx"))
-    warnings = _origin(metadata, problems) + _licence(metadata, problems) + _languages(metadata, problems)
+    problems += [
+        _problem(metadata, "tags", f"a list with {tag}")
+        for tag in kind.tags
+        if tag not in _listed(metadata.get("tags"))
+    ]
+    warnings = _origin(metadata, problems, kind) + _licence(metadata, problems) + _languages(metadata, problems)
     return problems, warnings
 
 
-def _origin(metadata: dict[str, Any], problems: list[Problem]) -> list[Problem]:
+def _origin(metadata: dict[str, Any], problems: list[Problem], kind: Kind) -> list[Problem]:
     """`base_model` and `base_model_relation`: together, or not at all."""
     models, relation = metadata.get("base_model"), metadata.get("base_model_relation")
     if models is None and relation is None:
@@ -54,8 +58,8 @@ def _origin(metadata: dict[str, Any], problems: list[Problem]) -> list[Problem]:
         return [Problem("model", "README.md: base_model", "does not say which models were merged", "", remedy)]
     if not isinstance(models, list) or not models or not all(_is_hub_id(item) for item in models):
         problems.append(_problem(metadata, "base_model", "a list of Hub ids, org/name"))
-    if relation not in _RELATIONS:
-        problems.append(_problem(metadata, "base_model_relation", " or ".join(_RELATIONS)))
+    if relation not in kind.relations:
+        problems.append(_problem(metadata, "base_model_relation", " or ".join(kind.relations)))
     return []
 
 

@@ -6,7 +6,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from btx_merge.card import CITATION, CITATION_TITLE, ROUTERS_TITLE, UNTRAINED, how_to_use, project_link, with_metadata
+from btx_merge.card import (
+    CITATION,
+    CITATION_TITLE,
+    ROUTERS_TITLE,
+    UNTRAINED,
+    how_to_use,
+    project_link,
+    with_metadata,
+    with_path,
+)
 from btx_merge.cards import front_matter
 from btx_merge.held_out import MODEL_INDEX, OF_AN_EARLIER_ONE, OF_THIS_MODEL, model_index
 from btx_merge.hub import Located
@@ -35,6 +44,7 @@ def updated_card(
         results: held-out figures of the model as it is now. None: the old ones still hold.
     """
     metadata, body = front_matter(text or _bare_card())
+    body = with_path(body, ".")  # one from the Hub names its repository, which holds another model
     if results is not None:
         body = body.replace(OF_THIS_MODEL, OF_AN_EARLIER_ONE)
     if sentence and f" {UNTRAINED}" in body:

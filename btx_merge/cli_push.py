@@ -1,4 +1,4 @@
-"""`btx push`: a merged model to the Hub."""
+"""`btx push`: a model or an adapter to the Hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from btx_merge.cli_print import result, warn
 
 
 def push_command(
-    model: Annotated[str, typer.Argument(help="Folder of a merged model.")],
+    model: Annotated[str, typer.Argument(help="Folder of a merged, exported or extracted model, or of an adapter.")],
     repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub; created if need be.")],
     private: Annotated[
         bool, typer.Option("--private", help="Create a private repository; refuse one that is public.")
@@ -23,11 +23,14 @@ def push_command(
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request instead of committing to the branch.")
     ] = False,
+    base_model: Annotated[
+        str | None, option("ORG/NAME[@REVISION] of an adapter's base, where it was trained on a folder.")
+    ] = None,
     commit_message: Annotated[str | None, option("First line of the commit.")] = None,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """Check a merged model and publish it on the Hub, in one commit."""
+    """Check a model or an adapter and publish it on the Hub, in one commit."""
     from btx_merge.publishing import push
 
     if quiet:
@@ -40,6 +43,7 @@ def push_command(
         revision=revision,
         create_pr=create_pr,
         commit_message=commit_message,
+        base_model=base_model,
         on_checked=warn,
     )
     if json_output:
@@ -52,4 +56,6 @@ def push_command(
         result(f"files     {len(report.files)} new or changed, {report.nbytes / 1e6:.1f} MB")
         if report.deleted:
             result(f"deleted   {', '.join(report.deleted)}, of an earlier model")
+        if report.adapted:
+            result(f"adapted   {' and '.join(report.adapted)}, to their place on the Hub; the folder stays as it is")
         result(f"took      {report.seconds:.1f} s")

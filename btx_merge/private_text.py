@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from btx_merge.errors import Problem
@@ -18,15 +18,20 @@ _OF_TOKENIZERS = (
 )
 
 
-def private_text(folder: Path, names: list[str]) -> Iterator[Problem]:
+def private_text(folder: Path, names: list[str], changed: Mapping[str, str] | None = None) -> Iterator[Problem]:
     """Every token and path of this machine in these files, with its line.
 
     In a tokenizer's files and in chat templates only tokens are looked for.
+
+    Args:
+        changed: files' names to what is published in place of what they hold.
     """
     own = _own_paths(folder)
     for name in names:
         has_paths = name not in _OF_TOKENIZERS and not name.endswith(".jinja")
-        text = (folder / name).read_text(encoding="utf-8", errors="replace")
+        text = (changed or {}).get(name)
+        if text is None:
+            text = (folder / name).read_text(encoding="utf-8", errors="replace")
         for number, line in enumerate(text.splitlines(), 1):
             where = f"{name}, line {number}"
             for secret in _SECRET.findall(line):

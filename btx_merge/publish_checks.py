@@ -1,4 +1,4 @@
-"""May a merged model's folder be published as it is? It is complete, it loads, and it holds nothing else."""
+"""May a folder be published as it is? It is complete, it loads, and it holds nothing else."""
 
 from __future__ import annotations
 
@@ -10,27 +10,21 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from btx_merge.card import with_path
 from btx_merge.card_checks import card_problems
 from btx_merge.errors import InputError, Problem
-from btx_merge.files import MODEL_CODE, PICTURE, ROUTING, TOKENIZER_FILES
+from btx_merge.files import MODEL_CODE
 from btx_merge.folder_files import read_json
 from btx_merge.layout import INDEX_FILE
 from btx_merge.private_text import private_text
-from btx_merge.records import RECIPE_FILE
+from btx_merge.publish_adapter import published_adapter
+from btx_merge.publish_kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BTX, Kind, kind_of
 from btx_merge.source_tensors import read_tensors
 from btx_merge.tensorfiles import StoredTensor
 
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-_MODEL_FILES = (  # beside the weights; a pattern may match several
-    *("config.json", "generation_config.json", INDEX_FILE, RECIPE_FILE, PICTURE, ROUTING),
-    *MODEL_CODE,
-    *TOKENIZER_FILES,
-    *("vocab.json", "merges.txt", "additional_chat_templates/*.jinja"),
-)
 _OTHER_FILES = re.compile(r"README\.md|\.gitattributes|(?:LICEN[SC]E|NOTICE|COPYING|USE_POLICY)[\w.-]*", re.IGNORECASE)
 _PASSED_OVER = (".git", ".DS_Store", "runs")  # runs: TensorBoard's, with the host's name
 _PIPELINES = {
@@ -50,37 +44,91 @@ class Publishable:
     files: tuple[str, ...]
     """Names relative to the folder, the weights first."""
     warnings: tuple[Problem, ...]
+    kind: Kind
+    changed: Mapping[str, str]
+    """Files that are published otherwise than they lie there, with their text."""
+
+    def content(self, name: str) -> Path | bytes:
+        """Return what is to be sent of a file."""
+        return self.changed[name].encode() if name in self.changed else self.folder / name
 
 
-def is_model_file(name: str) -> bool:
-    """Whether a file of a repository belongs to a model, so that another model's file would change it."""
-    return _WEIGHTS.fullmatch(name) is not None or any(fnmatchcase(name, pattern) for pattern in _MODEL_FILES)
-
-
-def examine(folder: Path) -> Publishable:
+def examine(folder: Path, repo_id: str = "", base_model: str | None = None) -> Publishable:
     """Everything that will be sent, if it all may be. Reads no weights, only their headers.
 
-    Takes as long as importing transformers: the model is built in a process of its own, on the meta device, with the
-    code in the folder and without btx-merge.
+    Takes as long as importing transformers: the model is built in a process of its own, on the meta device, without
+    btx-merge.
+
+    Args:
+        repo_id: where it is to be published, for the code in its card; empty leaves that as it is.
+        base_model: of an adapter, `org/name` or `org/name@revision`, where another than the recorded one is meant.
 
     Raises:
         InputError: every reason not to publish it.
     """
     if not folder.is_dir():
-        expected = "a folder that btx merge, fit or train wrote"
+        expected = "a folder that btx merge, fit, train, edit, export or extract wrote"
         raise InputError([Problem("model", str(folder), "no such folder", expected, "Check the path.")])
-    if (folder / "adapter_config.json").exists():
-        remedy = (
-            "Merge it into the model first (merge_and_unload, save_pretrained), or publish it by peft's push_to_hub."
-        )
-        raise InputError([Problem("model", "adapter_config.json", "an adapter", "a whole model", remedy)])
-    try:
-        config = read_json(folder / "config.json")
-    except InputError as error:
-        raise InputError([_of_model(problem) for problem in error.problems]) from None
-    if config.get("model_type") != "btx":
-        found = repr(config.get("model_type"))
-        raise InputError([Problem("model", "config.json: model_type", found, "'btx'", "Merge first: btx merge.")])
+    card, of_card = _card_text(folder)
+    kind, config = _kind(folder, card)
+    wrong: list[Problem] = []
+    warnings: list[Problem] = []
+    changed: dict[str, str] = {}
+    if repo_id:
+        card = with_path(card, repo_id)
+    if base_model is not None and not kind.is_adapter:
+        wrong.append(Problem("command", "--base-model", f"given, but this is {kind.text}", "", "Leave it out."))
+    if kind.is_adapter:
+        changed, of_adapter = published_adapter(folder, card, base_model)
+        wrong += of_adapter
+        card = changed.get("README.md", card)
+        weights, stored = {ADAPTER_WEIGHTS}, None
+    else:
+        weights, stored, of_model = _model(folder, config)
+        wrong += of_model
+    names, foreign = _files(folder, weights, kind)
+    wrong += foreign
+    wrong += _missing(names, kind)
+    if kind is not BTX or set(MODEL_CODE) <= set(names):
+        wrong += _loading_problems(folder, stored)
+    texts = [name for name in names if not name.endswith((".safetensors", ".png"))]
+    if not of_card:
+        changed["README.md"] = card
+        of_card, warnings = card_problems(card, _pipeline(config), kind)
+    wrong += private_text(folder, texts, changed)
+    if wrong or of_card:
+        raise InputError([*wrong, *of_card])
+    changed = {name: text for name, text in changed.items() if text.encode() != (folder / name).read_bytes()}
+    ordered = tuple(sorted(names, key=lambda name: (name not in weights, name)))
+    return Publishable(folder, ordered, tuple(warnings), kind, changed)
+
+
+def _kind(folder: Path, card: str) -> tuple[Kind, dict[str, Any]]:
+    """What the folder holds, with its config; of an adapter an empty one.
+
+    Raises:
+        InputError: nothing that btx-merge makes.
+    """
+    name: object = "adapter"
+    config: dict[str, Any] = {}
+    where = ADAPTER_CONFIG
+    if not (folder / ADAPTER_CONFIG).exists():
+        try:
+            config = read_json(folder / "config.json")
+        except InputError as error:
+            raise InputError([_of_model(problem) for problem in error.problems]) from None
+        name, where = config.get("model_type"), "config.json: model_type"
+    kind = kind_of(name, {file.name for file in folder.iterdir()}, card)
+    if kind is None:
+        expected = "'btx', or what btx export, extract or train made, with its btx_recipe.yaml or its card"
+        raise InputError([Problem("model", where, repr(name), expected, "Merge first: btx merge.")])
+    return kind, config
+
+
+def _model(
+    folder: Path, config: Mapping[str, Any]
+) -> tuple[set[str], Mapping[str, StoredTensor] | None, list[Problem]]:
+    """The names of the weights, the stored tensors if they can be read, and what is wrong."""
     problems: list[Problem] = []
     if config.get("quantization_config") is not None:
         remedy = "Publish the model as it was; whoever loads it can quantise it."
@@ -90,23 +138,21 @@ def examine(folder: Path) -> Publishable:
         stored = _weights(folder)
     except InputError as error:
         problems += [_of_model(problem) for problem in error.problems]
-    weights = _weight_names(folder)
-    names, foreign = _files(folder, weights)
-    problems += foreign
-    problems += [
-        Problem("model", name, "missing", "the model's code", "Copy it from another merge: btx merge writes it.")
-        for name in MODEL_CODE
-        if name not in names
-    ]
-    if not {"tokenizer.json", "tokenizer.model"} & set(names):
+    return _weight_names(folder), stored, problems
+
+
+def _missing(names: list[str], kind: Kind) -> list[Problem]:
+    """What a model cannot do without. An adapter has its base's tokenizer."""
+    problems = []
+    if kind is BTX:
+        problems += [
+            Problem("model", name, "missing", "the model's code", "Copy it from another merge: btx merge writes it.")
+            for name in MODEL_CODE
+            if name not in names
+        ]
+    if not kind.is_adapter and not {"tokenizer.json", "tokenizer.model"} & set(names):
         problems.append(Problem("model", "tokenizer.json", "missing", "it or tokenizer.model"))
-    if set(MODEL_CODE) <= set(names):
-        problems += _loading_problems(folder, stored)
-    problems += private_text(folder, [name for name in names if not name.endswith((".safetensors", ".png"))])
-    wrong, warnings = _card(folder, config)
-    if problems or wrong:
-        raise InputError([*problems, *wrong])
-    return Publishable(folder, tuple(sorted(names, key=lambda name: (name not in weights, name))), tuple(warnings))
+    return problems
 
 
 def _of_model(problem: Problem) -> Problem:
@@ -114,19 +160,21 @@ def _of_model(problem: Problem) -> Problem:
     return Problem("model", Path(problem.where).name, problem.found, problem.expected, problem.remedy)
 
 
-def _card(folder: Path, config: Mapping[str, Any]) -> tuple[list[Problem], list[Problem]]:
-    """What is wrong with the model card, and what it lacks."""
+def _card_text(folder: Path) -> tuple[str, list[Problem]]:
+    """The model card, empty where there is none that can be read, and what is wrong then."""
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
+        return (folder / "README.md").read_text(encoding="utf-8"), []
     except FileNotFoundError:
-        return [Problem("model", "README.md", "missing", "a model card", "btx merge writes one.")], []
+        return "", [Problem("model", "README.md", "missing", "a model card", "btx merge writes one.")]
     except UnicodeDecodeError as error:
-        return [Problem("model", "README.md", f"is no UTF-8 ({error.reason})", "", "Save it as UTF-8.")], []
-    architecture = next(iter(config.get("architectures") or []), "")
-    return card_problems(text, _PIPELINES.get(architecture, "text-generation"))
+        return "", [Problem("model", "README.md", f"is no UTF-8 ({error.reason})", "", "Save it as UTF-8.")]
 
 
-def _files(folder: Path, weights: set[str]) -> tuple[list[str], list[Problem]]:
+def _pipeline(config: Mapping[str, Any]) -> str:
+    return _PIPELINES.get(next(iter(config.get("architectures") or []), ""), "text-generation")
+
+
+def _files(folder: Path, weights: set[str], kind: Kind) -> tuple[list[str], list[Problem]]:
     """What is to be sent, and what has no business there."""
     names, problems = [], []
     entries = list(folder.iterdir())
@@ -150,7 +198,7 @@ def _files(folder: Path, weights: set[str]) -> tuple[list[str], list[Problem]]:
         elif name.endswith(".safetensors"):
             remedy = "Move it away: it seems to be left from another save."
             problems.append(Problem("model", name, "weights that are no part of this model", "", remedy))
-        elif is_model_file(name):
+        elif kind.has(name):
             names.append(name)
         else:
             problems.append(Problem("model", name, "a file that is no part of a model", "", _MOVE))
@@ -186,7 +234,7 @@ def _weights(folder: Path) -> Mapping[str, StoredTensor]:
 
 
 def _loading_problems(folder: Path, stored: Mapping[str, StoredTensor] | None) -> list[Problem]:
-    """What a stranger would meet who loads the folder with `trust_remote_code=True`."""
+    """What a stranger would meet who loads the folder."""
     answer = _load(folder.resolve())
     problems = [
         Problem("model", where, f"does not load where btx-merge is not installed ({found})")

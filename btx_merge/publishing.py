@@ -1,4 +1,4 @@
-"""The public verb `push`: a merged model becomes a repository on the Hub, in one commit.
+"""The public verb `push`: a model becomes a repository on the Hub, in one commit.
 
 All checks come first. Weights are uploaded file by file, and the Hub keeps what it has: an interrupted push continues.
 The commit at the end brings everything, and takes away what belonged to an earlier model; so nobody ever sees half of
@@ -46,6 +46,9 @@ class PushReport:
     """Of the new or changed files."""
     seconds: float
     warnings: tuple[Problem, ...]
+    adapted: tuple[str, ...]
+    """Files that were published otherwise than they lie in the folder: the card, whose code now names the repository,
+    and an adapter's config, where its base has another name on the Hub."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them."""
@@ -61,9 +64,12 @@ def push(
     create_pr: bool = False,
     commit_message: str | None = None,
     token: str | None = None,
+    base_model: str | None = None,
     on_checked: Callable[[tuple[Problem, ...]], None] | None = None,
 ) -> PushReport:
-    """Publishes a merged model's folder on the Hub, as one commit to `repo_id`, which is created if need be.
+    """Publish a model's folder on the Hub, as one commit to `repo_id`, which is created if need be.
+
+    It is a merged model, what `export` or `extract` made of one, or an adapter that `train` wrote.
 
     Args:
         repo_id: `org/name`.
@@ -71,6 +77,8 @@ def push(
         revision: a branch; it is created from main where there is none of that name.
         create_pr: open a pull request instead of committing to the branch.
         token: by default that of HF_TOKEN or `hf auth login`.
+        base_model: of an adapter, `org/name` or `org/name@revision`: its base on the Hub, where it was trained on a
+            folder.
         on_checked: called once with the warnings before anything is sent.
 
     Raises:
@@ -78,7 +86,7 @@ def push(
         MergeError: the network or the Hub failed; the same call continues. `MergeInterrupted` for Ctrl-C.
     """
     began = time.perf_counter()
-    checked, token = _check(Path(model).expanduser(), repo_id, revision, token)
+    checked, token = _check(Path(model).expanduser(), repo_id, revision, token, base_model)
     if on_checked:
         on_checked(checked.warnings)
     from huggingface_hub import HfApi
@@ -86,7 +94,7 @@ def push(
     api = HfApi(token=token)
     target = Target(api, repo_id, revision, create_pr, private)
     with bars_on_terminals_only(), _told(api, repo_id, token):
-        patiently(lambda: _validate_card(api, checked.folder))
+        patiently(lambda: _validate_card(api, checked))
         changes, commit, pull_request = target.send(checked, commit_message)
     url = f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision else "")
     return PushReport(
@@ -99,10 +107,13 @@ def push(
         sum(operation.upload_info.size for operation in changes.added),
         time.perf_counter() - began,
         checked.warnings,
+        tuple(checked.changed),
     )
 
 
-def _check(folder: Path, repo_id: str, revision: str | None, token: str | None) -> tuple[Publishable, str]:
+def _check(
+    folder: Path, repo_id: str, revision: str | None, token: str | None, base_model: str | None
+) -> tuple[Publishable, str]:
     """All that can be found out without the Hub, in one report; and the token."""
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
@@ -124,7 +135,7 @@ def _check(folder: Path, repo_id: str, revision: str | None, token: str | None) 
     if not token:
         problems.append(Problem("push", "token", "there is none", f"one that may write to {repo_id}", _LOG_IN))
     try:
-        checked = examine(folder)
+        checked = examine(folder, repo_id, base_model)
     except InputError as error:
         raise InputError([*problems, *error.problems]) from None
     if problems or not token:
@@ -132,12 +143,14 @@ def _check(folder: Path, repo_id: str, revision: str | None, token: str | None) 
     return checked, token
 
 
-def _validate_card(api: HfApi, folder: Path) -> None:
+def _validate_card(api: HfApi, checked: Publishable) -> None:
     """Asks the Hub, whose rules are more than ours, before an upload of hours ends with its no."""
     from huggingface_hub import get_session
     from huggingface_hub.utils import hf_raise_for_status
 
-    asked = {"repoType": "model", "content": (folder / "README.md").read_text(encoding="utf-8")}
+    card = checked.content("README.md")
+    text = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
+    asked = {"repoType": "model", "content": text}
     response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)
     if response.status_code == 400:
         said = [str(error.get("message")) for error in response.json().get("errors", [])]

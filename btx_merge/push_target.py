@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from btx_merge.errors import InputError, Problem
-from btx_merge.publish_checks import Publishable, is_model_file
+from btx_merge.publish_checks import Publishable
+from btx_merge.publish_kinds import ADAPTER_CONFIG, Kind, kind_of
 from btx_merge.push_errors import is_passing
 
 if TYPE_CHECKING:
@@ -45,12 +46,12 @@ class Target:
         """Uploads and commits what has changed: the changes, the commit, the pull request's URL."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        head = self._prepared()
+        head = self._prepared(checked.kind)
         operations = {
-            name: CommitOperationAdd(path_in_repo=name, path_or_fileobj=checked.folder / name)
+            name: CommitOperationAdd(path_in_repo=name, path_or_fileobj=checked.content(name))
             for name in checked.files
         }
-        first = changes = _changes_of(operations, head)
+        first = changes = _changes_of(operations, head, checked.kind)
         for operation in changes.added:
             if operation.path_in_repo.endswith(".safetensors"):
                 self.api.preupload_lfs_files(
@@ -79,7 +80,7 @@ class Target:
                 found, _ = self._find()
                 assert found is not None
                 head = found
-                changes = _changes_of(operations, head)
+                changes = _changes_of(operations, head, checked.kind)
             else:
                 return first, str(done.oid), done.pr_url
         raise AssertionError("the last try returns or raises")
@@ -98,7 +99,7 @@ class Target:
         except RepositoryNotFoundError:
             return None, False
 
-    def _prepared(self) -> ModelInfo:
+    def _prepared(self, kind: Kind) -> ModelInfo:
         """Creates what is missing, and refuses a repository that a model should not be pushed to."""
         found, needs_branch = self._find()
         if found is None and not self.create_pr:
@@ -113,7 +114,7 @@ class Target:
         if self.private and not found.private:
             remedy = "Leave out --private, give another name, or make it private in its settings first."
             raise self._refusal("the repository is public", "a private one, as --private says", remedy)
-        self._check_content(found)
+        self._check_content(found, kind)
         if needs_branch:
             branch = str(self.revision)
             if self.create_pr:
@@ -121,32 +122,44 @@ class Target:
             patiently(lambda: self.api.create_branch(self.repo_id, branch=branch, exist_ok=True))
         return found
 
-    def _check_content(self, found: ModelInfo) -> None:
+    def _check_content(self, found: ModelInfo, kind: Kind) -> None:
+        """Refuses to put a model in the place of what is no earlier one of its kind."""
         names = {sibling.rfilename for sibling in found.siblings or ()}
         if self.create_pr or all(_NEW_REPOSITORY.fullmatch(name) for name in names):
             return
-        kind = None
-        if "config.json" in names:
-            with tempfile.TemporaryDirectory(prefix="btx-push-") as scratch:
-                file = self.api.hf_hub_download(self.repo_id, "config.json", revision=found.sha, local_dir=scratch)
+        name: object = "adapter"
+        card = ""
+        with tempfile.TemporaryDirectory(prefix="btx-push-") as scratch:
+
+            def text_of(file: str) -> str:
+                path = self.api.hf_hub_download(self.repo_id, file, revision=found.sha, local_dir=scratch)
+                return Path(path).read_text(encoding="utf-8", errors="replace")
+
+            if ADAPTER_CONFIG not in names:
                 try:
-                    kind = json.loads(Path(file).read_text(encoding="utf-8"))["model_type"]
+                    name = json.loads(text_of("config.json"))["model_type"] if "config.json" in names else None
                 except (ValueError, KeyError, TypeError):
-                    kind = None
-        if kind != "btx":
-            text = f"the repository holds a model of type {kind!r}" if kind else "the repository holds something else"
+                    name = None
+            if "README.md" in names:
+                card = text_of("README.md")
+        if kind_of(name, names, card) is not kind:
+            text = f"the repository holds a model of type {name!r}" if name else "the repository holds something else"
+            if name == "adapter":
+                text = "the repository holds an adapter"
+            elif name == kind.name:
+                text += " that is not of btx-merge"
             remedy = "Give another name, or --create-pr to propose it there."
-            raise self._refusal(text, "none, or an empty one, or one with a merged model", remedy)
+            raise self._refusal(text, f"none, or an empty one, or one with {kind.text}", remedy)
 
     def _refusal(self, found: str, expected: str, remedy: str) -> InputError:
         return InputError([Problem("push", self.repo_id, found, expected, remedy)])
 
 
-def _changes_of(operations: Mapping[str, CommitOperationAdd], head: ModelInfo) -> Changes:
+def _changes_of(operations: Mapping[str, CommitOperationAdd], head: ModelInfo, kind: Kind) -> Changes:
     """What the repository as it is lacks, and what it has too much."""
     there = {sibling.rfilename: sibling for sibling in head.siblings or ()}
     added = [operation for name, operation in operations.items() if not _is_same(operation, there.get(name))]
-    deleted = [name for name in there if is_model_file(name) and name not in operations]
+    deleted = [name for name in there if kind.has(name) and name not in operations]
     return Changes(tuple(added), tuple(deleted))
 
 

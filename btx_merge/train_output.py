@@ -69,7 +69,7 @@ def write_records(
         entry,
         training_section(entry, history),
         " Trained: see [below](#training).",
-        located=located,
+        located=None if entry["train"] == "lora" else located,  # an adapter's card names its base already
         results=training_results(entry),
     )
 

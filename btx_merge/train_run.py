@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
+from btx_merge.adapter_card import write_adapter_card
 from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
 from btx_merge.files import PICTURE
 from btx_merge.finetuning import LORA_TARGETS, Show, TrainRecipe, last_checkpoint, tools
@@ -132,7 +133,8 @@ class Run:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         if self.recipe.train == "lora":
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, save_embedding_layers=False)  # no target; peft would ask the Hub
+            write_adapter_card(folder, self.located, entry)
         else:
             write_model(self.located.folder, folder, trained)
         write_records(folder, entry, self.history, self.located)
@@ -166,7 +168,9 @@ class Run:
 
             lora = lora_config(LORA_TARGETS[recipe.lora_target], model, r=recipe.lora_r, lora_alpha=recipe.lora_alpha)
             adapted = get_peft_model(model, lora)
-            adapted.peft_config["default"].base_model_name_or_path = recipe.model
+            of = adapted.peft_config["default"]  # peft knows no org/name@revision
+            of.base_model_name_or_path = self.located.repo_id or str(self.located.folder.resolve())
+            of.revision = self.located.revision
             model = adapted
         else:
             for name, parameter in model.named_parameters():

@@ -21,7 +21,8 @@ from btx_merge.card_checks import card_problems
 from btx_merge.layout import INDEX_FILE
 from btx_merge.load_as_stranger import load
 from btx_merge.private_text import private_text
-from btx_merge.publish_checks import Publishable, examine, is_model_file
+from btx_merge.publish_checks import Publishable, examine
+from btx_merge.publish_kinds import BTX
 from tests.common import edit_json, files_of, grow, save_seed, tiny_tokenizer
 
 TOKEN = "hf_" + "aB3" * 12
@@ -116,13 +117,14 @@ def test_a_head_for_classification(merged: Path, tmp_path: Path) -> None:
 
 def test_no_folder_and_no_merged_model(tmp_path: Path, family: Any) -> None:
     (line,) = refused(tmp_path / "x")
-    assert line.startswith(f"model: {tmp_path / 'x'}: no such folder; expected a folder that btx merge, fit or train")
-    assert refused(family.seed) == ["model: config.json: model_type: 'llama'; expected 'btx'. Merge first: btx merge."]
+    assert line.startswith(f"model: {tmp_path / 'x'}: no such folder; expected a folder that btx merge, fit, train")
+    (line,) = refused(family.seed)
+    assert line.startswith("model: config.json: model_type: 'llama'; expected 'btx', or what btx export, extract or")
     (line,) = refused(tmp_path)
     assert line.startswith("model: config.json: missing")
     (tmp_path / "adapter_config.json").write_text("{}")
     (line,) = refused(tmp_path)
-    assert line.startswith("model: adapter_config.json: an adapter; expected a whole model. Merge it into")
+    assert line.startswith("model: adapter_config.json: 'adapter'; expected 'btx', or what btx export, extract or")
 
 
 @pytest.mark.usefixtures("loaded_here")
@@ -300,9 +302,9 @@ def test_files_of_an_earlier_model() -> None:
         "tokenizer.model",
         "routing_btx.py",
     ):
-        assert is_model_file(name)
+        assert BTX.has(name)
     for name in ("README.md", "LICENSE", "logo.png", ".gitattributes", "adapter_model.safetensors", "x/config.json"):
-        assert not is_model_file(name)
+        assert not BTX.has(name)
 
 
 # Nothing private

@@ -111,6 +111,14 @@ def repository(hub: Hub, repo_id: str = "org/m", ref: str = "main") -> dict[str,
     return {name: content for name, content in files_of(hub.folder(repo_id, ref)).items() if name != ".gitattributes"}
 
 
+def as_sent(model: Path, repo_id: str = "org/m") -> dict[str, bytes]:
+    """A folder's files as they are published: the code in the card names the repository."""
+    files = files_of(model)
+    before = files["README.md"].decode()
+    assert before.count('\npath = "."  #') == 1
+    return {**files, "README.md": before.replace('\npath = "."  #', f'\npath = "{repo_id}"  #').encode()}
+
+
 # Round trips
 
 LOAD = (
@@ -144,7 +152,7 @@ def test_a_round_trip(hub: Hub, model: Path, home: Path, tmp_path: Path) -> None
     lines = done.stdout.splitlines()
     assert lines[0] == f"published {hub.url}/org/m (commit {commit[:8]})"
     assert lines[1].startswith(f"files     {len(files_of(model))} new or changed, 0.")
-    assert repository(hub) == files_of(model)
+    assert repository(hub) == as_sent(model)
     assert sorted(put(hub)) == sorted(hashes(model))
     assert len(hashes(model)) > 2
     commits = hub.requests(lambda line: line.startswith("POST /api/models/org/m/commit"))
@@ -163,8 +171,9 @@ def test_as_json_and_again(hub: Hub, model: Path, home: Path) -> None:
         "pull_request": None,
         "files": [*sorted(file.name for file in model.glob("*.safetensors")), *report["files"][-11:]],
         "deleted": [],
-        "nbytes": sum(len(content) for content in files_of(model).values()),
+        "nbytes": sum(len(content) for content in as_sent(model).values()),
         "warnings": [],
+        "adapted": ["README.md"],
     }
     assert sorted(report["files"]) == sorted(files_of(model))
     assert hub.repo("org/m")["messages"][commit] == "First words"
@@ -186,9 +195,9 @@ def test_a_smaller_model_over_a_larger_one(hub: Hub, model: Path, family: Family
     gone = {"chat_template.jinja", "model.safetensors.index.json", *(file.name for file in model.glob("model-*"))}
     assert set(report["deleted"]) == gone
     assert set(report["files"]) == {"model.safetensors", "config.json", "README.md", "btx_recipe.yaml"}
-    assert repository(hub) == {**files_of(small), "logo.png": b"x"}
+    assert repository(hub) == {**as_sent(small), "logo.png": b"x"}
     assert "deleted   " in btx(hub, home, "push", model, "org/m").stdout
-    assert repository(hub) == {**files_of(model), "logo.png": b"x"}
+    assert repository(hub) == {**as_sent(model), "logo.png": b"x"}
 
 
 PUSH_TO_HUB = """
@@ -221,7 +230,7 @@ def test_push_to_hub(hub: Hub, model: Path, home: Path, tmp_path: Path) -> None:
 def test_a_branch(hub: Hub, model: Path, home: Path) -> None:
     report = pushed(hub, home, model, "org/m", "--revision", "v2")
     assert report["url"] == f"{hub.url}/org/m/tree/v2"
-    assert repository(hub, ref="v2") == files_of(model)
+    assert repository(hub, ref="v2") == as_sent(model)
     assert repository(hub) == {}
     assert pushed(hub, home, model, "org/m", "--revision", "v2")["files"] == []
 
@@ -234,9 +243,9 @@ def test_a_pull_request(hub: Hub, model: Path, home: Path) -> None:
     edit_json(changed / "config.json", num_experts_per_tok=1)
     report = pushed(hub, home, changed, "other/m", "--create-pr")
     assert report["url"] == report["pull_request"] == f"{hub.url}/other/m/discussions/1"
-    assert report["files"] == ["config.json"]
+    assert report["files"] == ["README.md", "config.json"]
     assert repository(hub, "other/m") == files_of(model)
-    assert repository(hub, "other/m", "refs/pr/1") == files_of(changed)
+    assert repository(hub, "other/m", "refs/pr/1") == as_sent(changed, "other/m")
     line = error_of(btx(hub, home, "push", changed, "other/m", "--create-pr", "--revision", "v9"))
     assert line.startswith("push: other/m: there is no branch v9; expected one, for a pull request")
     line = error_of(btx(hub, home, "push", changed, "other/none", "--create-pr"))
@@ -250,7 +259,7 @@ def test_a_private_repository(hub: Hub, model: Path, home: Path, tmp_path: Path)
     code = "import sys, huggingface_hub\nprint(huggingface_hub.snapshot_download('org/m', local_dir=sys.argv[1]))"
     command = [sys.executable, "-c", code, str(tmp_path / "copy")]
     subprocess.run(command, env=hub.environment(home, HF_TOKEN=READER), check=True, capture_output=True)
-    assert {name: (tmp_path / "copy" / name).read_bytes() for name in files_of(model)} == files_of(model)
+    assert {name: (tmp_path / "copy" / name).read_bytes() for name in files_of(model)} == as_sent(model)
     for token in ("", STRANGER):
         lines = btx(hub, home, "fit", "org/m", "-o", tmp_path / "out", "--method", "prompts", token=token).stderr
         assert lines.startswith("error: model: org/m: no such folder here and no such repository on the Hub; expected")
@@ -287,7 +296,7 @@ def test_a_repository_made_on_the_web(hub: Hub, model: Path, home: Path, tmp_pat
         (tmp_path / "new" / name).write_text("---\nlicense: mit\n---\n")
     hub.add("org/m", tmp_path / "new", private=True)
     pushed(hub, home, model, "org/m", "--private")
-    assert repository(hub) == files_of(model)
+    assert repository(hub) == as_sent(model)
 
 
 # What goes wrong on the way
@@ -305,7 +314,7 @@ def test_an_interrupted_upload_continues(hub: Hub, model: Path, home: Path) -> N
     hub.heal()
     pushed(hub, home, model, "org/m")
     assert put(hub) == [first, *others]
-    assert repository(hub) == files_of(model)
+    assert repository(hub) == as_sent(model)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
@@ -330,7 +339,7 @@ def test_killed_in_the_middle_of_an_upload(hub: Hub, model: Path, home: Path, ho
     hub.heal()
     pushed(hub, home, model, "org/m")
     assert put(hub) == hashes(model)
-    assert repository(hub) == files_of(model)
+    assert repository(hub) == as_sent(model)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +349,7 @@ def test_500_twice_is_waited_for(hub: Hub, model: Path, home: Path, request_: st
     hub.fail(request_, "500", times=2)
     pushed(hub, home, model, "org/m")
     assert len([line for line in hub.requests() if line.endswith(" 500")]) == 2
-    assert repository(hub) == files_of(model)
+    assert repository(hub) == as_sent(model)
 
 
 @pytest.mark.parametrize("request_", ["PUT /lfs/", "POST .*/commit/", "GET /api/models/", "validate-yaml"])
@@ -359,7 +368,7 @@ def test_a_commit_of_which_the_answer_is_lost(hub: Hub, model: Path, home: Path)
     assert report["commit"] == hub.repo("org/m")["refs"]["main"]
     assert len(report["files"]) == len(files_of(model))
     assert len(hub.repo("org/m")["messages"]) == 1
-    assert repository(hub) == files_of(model)
+    assert repository(hub) == as_sent(model)
 
 
 def test_somebody_else_commits_meanwhile(hub: Hub, model: Path, home: Path) -> None:
@@ -371,7 +380,7 @@ def test_somebody_else_commits_meanwhile(hub: Hub, model: Path, home: Path) -> N
     hub.fail("POST .*/commit/", "412")
     line = error_of(btx(hub, home, "push", changed, "org/m"), 1)
     assert line.startswith("org/m: it was changed by somebody else meanwhile (")
-    assert repository(hub) == files_of(model)
+    assert repository(hub) == as_sent(model)
 
 
 # What the user can mend
