@@ -32,6 +32,7 @@ from btx_merge.model_folder import open_model
 from btx_merge.plan import ExpertRows, SharedRows
 from btx_merge.recipe import RECIPE_FILE
 from btx_merge.texts import check_texts, public_record
+from btx_merge.tokenizer_files import copy_templates
 from btx_merge.vocabulary import tokenizer_json
 from btx_merge.writer import Progress, Staging, continuable, fingerprint
 
@@ -184,6 +185,7 @@ def _write_files(edited: _Edit, folder: Path) -> None:
     for name, file in small_files(planned.model.located.folder).items():
         if name != INDEX_FILE:
             shutil.copyfile(file, folder / name)
+    copy_templates(planned.model.located.folder, folder)
     copy_model_code(folder)
     if plan.vocabulary.new_tokens:
         add_tokens(folder, json.loads(tokenizer_json(folder)), plan.vocabulary.new_tokens)

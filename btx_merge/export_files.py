@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +14,14 @@ import yaml
 
 from btx_merge.card import LICENCE_KEYS, hub_ids, link_licence
 from btx_merge.dtypes import TORCH_NAMES
-from btx_merge.files import PRIVATE_KEYS, TOKENIZER_FILES, write_json
+from btx_merge.errors import Problem
+from btx_merge.files import write_json
 from btx_merge.hub import Located
 from btx_merge.llama import DEFAULTS
 from btx_merge.merged_model import MergedModel
 from btx_merge.recipe import RECIPE_FILE
 from btx_merge.sources import front_matter
+from btx_merge.tokenizer_files import check_alike, has_tokenizer, write_portable
 
 _OWN_TAGS = ("btx", "branch-train-mix", "mixture-of-experts")
 _NOT_OF_EVERY_LLAMA = ("attention_bias", "mlp_bias", "pretraining_tp")
@@ -62,13 +64,30 @@ def write_export_files(
         card: the model card's text, below the metadata.
     """
     source = model.located.folder
-    _copy_tokenizer(source, folder)
+    if has_tokenizer(source):
+        write_portable(source, folder)
     for name in ("generation_config.json", RECIPE_FILE):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
     metadata = yaml.safe_dump(_metadata(model.located, tags), sort_keys=False, allow_unicode=True)
     (folder / "README.md").write_text(f"---\n{metadata}---\n\n{card}", encoding="utf-8")
     write_json(folder / "config.json", config)
+
+
+def check_tokenizer(model: MergedModel, config: Mapping[str, Any]) -> list[Problem]:
+    """Hold the tokenizer that will be written against the model's own; a warning where there is none.
+
+    Raises:
+        InputError: it cannot be read, or it would read a line differently; the line is shown.
+    """
+    source = model.located.folder
+    if not has_tokenizer(source):
+        return [Problem("model", str(source), "no tokenizer", "", "The result has none either: copy one there.")]
+    with tempfile.TemporaryDirectory(prefix="btx-tokenizer-") as place:
+        write_portable(source, Path(place))
+        write_json(Path(place) / "config.json", config)
+        check_alike(source, Path(place))
+    return []
 
 
 def origin(model: MergedModel, command: str) -> str:
@@ -82,24 +101,6 @@ def origin(model: MergedModel, command: str) -> str:
         f"Made from {name}, Llama models merged by [Branch-Train-MiX](https://arxiv.org/abs/2403.07816), by "
         f"`{command}` of btx-merge {version('btx-merge')}.{recipe}"
     )
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """The tokenizer's files. Where transformers 5 has a new name or form for something, the one that 4 knows too."""
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
-    file = folder / "tokenizer_config.json"
-    if not file.exists():
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))
-    config = {key: value for key, value in before.items() if key not in PRIVATE_KEYS}
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    if config != before:
-        write_json(file, config)
 
 
 def _metadata(located: Located, tags: list[str]) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from btx_merge.hub import Located, locate
 from btx_merge.llama import DEFAULTS, EMBEDDING, HEAD, normalise_config
 from btx_merge.recipe import SEED, ExpertSpec, MergeRecipe
 from btx_merge.tensorfiles import StoredTensor, read_tensor_file
+from btx_merge.tokenizer_files import TOKENIZER_FILES, has_tokenizer
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _SAVED_EMBEDDINGS = ("embed_tokens.weight", "embed_tokens.base_layer.weight")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _SAVE_AGAIN = "Save it again with save_pretrained, or download it again."
 _COPY_THE_REST = "Give another folder, or copy the missing file there."
 _IS_IT_ITS_BASE = "Was it trained on this model? `base:` in the recipe names another."
@@ -65,15 +65,20 @@ class Source:
             return list(self.origin)
         factors = [factor for delta in self.deltas.values() for factor in (delta.down, delta.up)]
         folders = [self.located.folder, *([self.base.folder] if self.base else [])]
-        names = ("config.json", "adapter_config.json", "generation_config.json", *_TOKENIZER_FILES)
+        names = ("config.json", "adapter_config.json", "generation_config.json", *TOKENIZER_FILES)
         small = [folder / name for folder in folders for name in names if (folder / name).exists()]
         return sorted({tensor.file for tensor in (*self.tensors.values(), *factors)} | set(small))
 
     @property
+    def folders(self) -> tuple[Path, ...]:
+        """Its own folder, and its base's behind it."""
+        return (self.located.folder, *([self.base.folder] if self.base else []))
+
+    @property
     def tokenizer_folder(self) -> Path | None:
         """Where its tokenizer lies: its own, or its base's; None where neither has one."""
-        for folder in (self.located.folder, *([self.base.folder] if self.base else [])):
-            if any((folder / name).exists() for name in _TOKENIZER_FILES):
+        for folder in self.folders:
+            if has_tokenizer(folder):
                 return folder
         return None
 

@@ -18,6 +18,7 @@ from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, Problem
 from btx_merge.files import PICTURE, ROUTING, append_record, copy_model_code
 from btx_merge.tensorfiles import stored_tensors
+from btx_merge.tokenizer_files import copy_templates
 from btx_merge.writer import put_in_place
 
 
@@ -42,6 +43,7 @@ def write_model(source: Path, folder: Path, trained: Mapping[str, torch.Tensor])
     for file in source.iterdir():
         if file.is_file() and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
+    copy_templates(source, folder)
     copy_model_code(folder)
     stored = stored_tensors(folder)
     for name, tensor in trained.items():
