@@ -201,6 +201,14 @@ def _by_token(merges: Sequence[tuple[str, ...]]) -> Any:
     return [(token, frozenset(pairs)) for token, pairs in groupby(merges, "".join)]
 
 
+def token_ids(vocabulary: Vocabulary, sources: Sequence[Source]) -> Mapping[str, int] | None:
+    """Every token of a planned result and its row; None where no source has a tokenizer."""
+    if vocabulary.ids is not None:
+        return vocabulary.ids
+    folder = next((source.tokenizer_folder for source in sources if source.tokenizer_folder), None)
+    return _parse(folder, tokenizer_json(folder)).ids if folder else None
+
+
 def _content(folder: Path) -> bytes:
     """Return the bytes that a folder's tokens depend on; equal ones need to be read once only."""
     parts = []
