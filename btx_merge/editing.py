@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from btx_merge.bounded_json import parse_json
 from btx_merge.card import UNTRAINED
 from btx_merge.edit_card import edit_section, edited_card
 from btx_merge.edit_plan import EditPlan, plan_edit
@@ -25,12 +25,14 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.experts import expert_rows
 from btx_merge.files import add_tokens, append_record, copy_model_code, write_index, write_json
 from btx_merge.fitting import device_problems, fit_folder
+from btx_merge.folder_files import copy_file, file_problems, read_text, small_files
 from btx_merge.layout import INDEX_FILE, Block, Job
 from btx_merge.llama import FF_NORM
 from btx_merge.merging import fill
 from btx_merge.model_folder import open_model
 from btx_merge.plan import ExpertRows, SharedRows
-from btx_merge.recipe import RECIPE_FILE
+from btx_merge.records import RECIPE_FILE
+from btx_merge.scratch import scratch_folder
 from btx_merge.texts import check_texts, public_record
 from btx_merge.tokenizer_files import copy_templates
 from btx_merge.vocabulary import tokenizer_json
@@ -136,8 +138,7 @@ def edit(
     with ExitStack() as stack:
 
         def scratch() -> Path:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="btx-adapter-", dir=target.parent)))
+            return stack.enter_context(scratch_folder(target.parent))
 
         edited = _plan(recipe, target, overwrite, device, scratch)
         planned = edited.planned
@@ -172,6 +173,8 @@ def edit(
 def _plan(recipe: EditRecipe, target: Path, overwrite: bool, device: str | None, scratch: Callable[[], Path]) -> _Edit:
     model, problems = open_model(recipe.model, target, overwrite)
     problems += [*check_texts(recipe.domain_text), *device_problems(device)]
+    if model:
+        problems += file_problems(model.located.folder, [*small_files(model.located.folder)])
     if problems or model is None:
         raise InputError(problems)
     planned = plan_edit(recipe, model, scratch)
@@ -184,11 +187,11 @@ def _write_files(edited: _Edit, folder: Path) -> None:
     planned, plan = edited.planned, edited.planned.plan
     for name, file in small_files(planned.model.located.folder).items():
         if name != INDEX_FILE:
-            shutil.copyfile(file, folder / name)
+            copy_file(file, folder / name)
     copy_templates(planned.model.located.folder, folder)
     copy_model_code(folder)
     if plan.vocabulary.new_tokens:
-        add_tokens(folder, json.loads(tokenizer_json(folder)), plan.vocabulary.new_tokens)
+        add_tokens(folder, parse_json(tokenizer_json(folder)), plan.vocabulary.new_tokens)
     write_index(plan, folder)
     write_json(folder / "config.json", _config(planned))
 
@@ -240,7 +243,7 @@ def _write_records(edited: _Edit, files: Path, layers: list[LayerFit]) -> None:
         values["shared_over"] = planned.values["shared_over"]
     (files / RECIPE_FILE).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     if (files / "README.md").exists():
-        card = (files / "README.md").read_text(encoding="utf-8")
+        card = read_text(files / "README.md")
         (files / "README.md").write_text(edited_card(card, planned, edited.outcome == UPDATED), encoding="utf-8")
     done: dict[str, Any] = {"drop": list(recipe.drop), "rename": dict(recipe.rename)}
     done |= {key: list(getattr(recipe, key)) for key in ("add", "replace")}
@@ -256,9 +259,3 @@ def _write_records(edited: _Edit, files: Path, layers: list[LayerFit]) -> None:
     tools = ("btx-merge", "numpy", *(("torch", "transformers") if layers else ()))
     entry["tools"] = {name: version(name) for name in tools}
     append_record(files, "edits", entry, edit_section(planned, edited.outcome), f" {UNTRAINED}")
-
-
-def small_files(folder: Path) -> dict[str, Path]:
-    """Return everything in a model's folder that is not weights, by name."""
-    files = (file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("."))
-    return {file.name: file for file in files if file.suffix != ".safetensors"}

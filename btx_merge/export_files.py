@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
+import os
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -13,14 +13,15 @@ from typing import Any
 import yaml
 
 from btx_merge.card import LICENCE_KEYS, hub_ids, link_licence
+from btx_merge.cards import card_texts, code_in_card
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import Problem
 from btx_merge.files import write_json
+from btx_merge.folder_files import copy_file
 from btx_merge.hub import Located
 from btx_merge.llama import DEFAULTS
 from btx_merge.merged_model import MergedModel
-from btx_merge.recipe import RECIPE_FILE
-from btx_merge.sources import front_matter
+from btx_merge.records import RECIPE_FILE
 from btx_merge.tokenizer_files import check_alike, has_tokenizer, write_portable
 
 _OWN_TAGS = ("btx", "branch-train-mix", "mixture-of-experts")
@@ -67,8 +68,8 @@ def write_export_files(
     if has_tokenizer(source):
         write_portable(source, folder)
     for name in ("generation_config.json", RECIPE_FILE):
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        if os.path.lexists(source / name):
+            copy_file(source / name, folder / name)
     metadata = yaml.safe_dump(_metadata(model.located, tags), sort_keys=False, allow_unicode=True)
     (folder / "README.md").write_text(f"---\n{metadata}---\n\n{card}", encoding="utf-8")
     write_json(folder / "config.json", config)
@@ -93,7 +94,7 @@ def check_tokenizer(model: MergedModel, config: Mapping[str, Any]) -> list[Probl
 def origin(model: MergedModel, command: str) -> str:
     """The card's sentence about where the model comes from. A folder stands there without its path."""
     located = model.located
-    name = f"`{located.public_name}`"
+    name = code_in_card(located.public_name)
     if located.repo_id:
         name = f"[{located.repo_id}](https://huggingface.co/{located.repo_id}) at revision {located.revision}"
     recipe = f" Its recipe is `{RECIPE_FILE}`." if (located.folder / RECIPE_FILE).exists() else ""
@@ -105,15 +106,13 @@ def origin(model: MergedModel, command: str) -> str:
 
 def _metadata(located: Located, tags: list[str]) -> dict[str, Any]:
     """The metadata of the merged model's card as far as they hold for what is made of it."""
-    try:
-        known = front_matter((located.folder / "README.md").read_text(encoding="utf-8"))[0]
-    except (OSError, ValueError):  # none, or no UTF-8
-        known = {}
-    given = known.get("tags") if isinstance(known.get("tags"), list) else []
+    known = card_texts(located.folder)
+    given = known.get("tags", [])
+    given = [given] if isinstance(given, str) else given
     out: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys([*tags, *(tag for tag in given or [] if tag not in _OWN_TAGS)])),
+        "tags": list(dict.fromkeys([*tags, *(tag for tag in given if tag not in _OWN_TAGS)])),
     }
     if bases := hub_ids(known.get("base_model")):
         out["base_model"] = bases

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,14 @@ from typing import Any
 
 import yaml
 
+from btx_merge.bounded_json import parse_json
 from btx_merge.card import UNTRAINED, model_card
 from btx_merge.dtypes import TORCH_NAMES
+from btx_merge.folder_files import read_json
 from btx_merge.layout import INDEX_FILE, Layout
 from btx_merge.llama import DEFAULTS
 from btx_merge.plan import DIFFERENCE_METHODS, Plan
-from btx_merge.recipe import RECIPE_FILE
+from btx_merge.records import RECIPE_FILE
 from btx_merge.sources import Source
 from btx_merge.texts import public_reference
 from btx_merge.tokenizer_files import (
@@ -30,6 +33,7 @@ from btx_merge.tokenizer_files import (
     has_speech,
 )
 from btx_merge.vocabulary import tokenizer_json
+from btx_merge.yaml_files import read_yaml
 
 PICTURE = "training.png"
 ROUTING = "routing.jsonl"
@@ -131,7 +135,7 @@ def append_record(folder: Path, key: str, entry: Mapping[str, Any], section: str
         sentence: for the place where the card says that the routers are untrained.
     """
     recipe = folder / RECIPE_FILE
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
+    values = read_yaml(recipe, "model", "a recipe, as `btx merge` writes it") if recipe.exists() else {}
     values[key] = [*(values.get(key) or []), dict(entry)]
     recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     card = folder / "README.md"
@@ -173,7 +177,7 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.setdefault("tokenizer_class", _default_class(folder))
     if plan.vocabulary.new_tokens:
-        add_tokens(folder, json.loads(tokenizer_json(origin)), plan.vocabulary.new_tokens)
+        add_tokens(folder, parse_json(tokenizer_json(origin)), plan.vocabulary.new_tokens)
     if "added_tokens_decoder" in config:  # as older versions saved it, perhaps by another source's ids
         added = _read_json(folder / "tokenizer.json").get("added_tokens") or []
         keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
@@ -217,8 +221,7 @@ def _with_union_ids(plan: Plan, chat: Source, values: Mapping[str, Any]) -> dict
 
 def _read_json(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return values
+    return read_json(file) if os.path.lexists(file) else {}
 
 
 def write_index(layout: Layout, folder: Path) -> None:

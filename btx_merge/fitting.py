@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
 from btx_merge.experts import expert_names, own_experts
 from btx_merge.files import append_record
+from btx_merge.folder_files import copy_file, read_json
 from btx_merge.model_folder import find_model
 from btx_merge.plan import Plan
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS, SEED
@@ -131,7 +131,7 @@ def fit(
             router_ridge=recipe.router_ridge,
         )
         _record(staged, recipe, layers)
-        shutil.copyfile(located.folder / "config.json", staged / "config.json")
+        copy_file(located.folder / "config.json", staged / "config.json")
         publish(staged, target, overwrite)
     except KeyboardInterrupt:
         raise MergeInterrupted("Interrupted. Nothing was written; the same command begins anew.") from None
@@ -191,7 +191,7 @@ def device_problems(device: str | None) -> list[Problem]:
 
 def _name_problems(recipe: FitRecipe, folder: Path) -> list[Problem]:
     """Whether every expert has its text, and every text its expert."""
-    names = expert_names(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    names = expert_names(read_json(folder / "config.json"))
     texts = [text.name for text in recipe.domain_text]
     given, flag = (texts, "--domain-text") if recipe.method == "ridge" else (list(recipe.prompts), "--prompt")
     domains = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from pathlib import Path
 from typing import Any
 
 from btx_merge.errors import InputError, Problem
+from btx_merge.folder_files import copy_file, read_json
 
 TEMPLATES = "additional_chat_templates"
 """The folder in which transformers keeps chat templates under names, beside the default one."""
@@ -45,16 +46,15 @@ def has_speech(folder: Path) -> bool:
 def copy_files(names: tuple[str, ...], source: Path, folder: Path) -> None:
     """Copy those of the named files that are there."""
     for name in names:
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        if os.path.lexists(source / name):
+            copy_file(source / name, folder / name)
 
 
 def copy_templates(source: Path, folder: Path) -> None:
     """Copy the chat templates that have names."""
     for file in sorted((source / TEMPLATES).glob("*.jinja")):
-        if file.is_file():
-            (folder / TEMPLATES).mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / TEMPLATES / file.name)
+        (folder / TEMPLATES).mkdir(exist_ok=True)
+        copy_file(file, folder / TEMPLATES / file.name, source)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -116,6 +116,8 @@ def check_alike(source: Path, folder: Path) -> None:
 
 def _conversations(tokenizer: Any) -> list[str]:
     """Return a short conversation as each of the chat templates writes it; not those that want other roles."""
+    import jinja2
+
     templates = tokenizer.chat_template
     names = list(templates) if isinstance(templates, dict) else [None] if templates else []
     messages = [{"role": "user", "content": "Hi,  there"}, {"role": "assistant", "content": "Hello"}]
@@ -123,7 +125,9 @@ def _conversations(tokenizer: Any) -> list[str]:
     for name in names:
         try:
             out.append(str(tokenizer.apply_chat_template(messages, chat_template=name, tokenize=False)))
-        except Exception:
+        except (jinja2.TemplateError, TypeError, ValueError):
+            # A template may refuse this conversation (raise_exception) or want tools and documents. It is a text that
+            # travels as it is, so nothing is lost: only these lines are not compared.
             continue
     return out
 
@@ -141,7 +145,7 @@ def write_portable(source: Path, folder: Path) -> None:
     copy_files(("tokenizer.json", "tokenizer.model", *SPEECH_FILES), source, folder)
     copy_templates(source, folder)
     file = folder / "tokenizer_config.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    before = read_json(file) if file.exists() else {}
     config = {key: value for key, value in before.items() if key not in PRIVATE_KEYS}
     if type(tokenizer).__name__ != "TokenizersBackend" or not (folder / "tokenizer.json").exists():
         tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))

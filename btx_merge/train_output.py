@@ -17,6 +17,7 @@ import torch
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, Problem
 from btx_merge.files import PICTURE, ROUTING, append_record, copy_model_code
+from btx_merge.folder_files import copy_file, small_files
 from btx_merge.tensorfiles import stored_tensors
 from btx_merge.tokenizer_files import copy_templates
 from btx_merge.writer import put_in_place
@@ -40,9 +41,8 @@ def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
 
 def write_model(source: Path, folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
     """Copies a checkpoint and puts the trained tensors in their places, in the dtype that they had there."""
-    for file in source.iterdir():
-        if file.is_file() and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
+    for file in [*small_files(source).values(), *source.glob("*.safetensors")]:
+        copy_file(file, folder / file.name)
     copy_templates(source, folder)
     copy_model_code(folder)
     stored = stored_tensors(folder)

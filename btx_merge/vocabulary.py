@@ -6,7 +6,7 @@ their rows are averaged over the sources that own them. Rows without a token (pa
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from btx_merge.bounded_json import parse_json
 from btx_merge.errors import InputError, Problem
+from btx_merge.folder_files import read_bytes
 from btx_merge.segments import Segment, runs
 from btx_merge.sources import Source
 from btx_merge.tokenizer_files import VOCABULARY_FILES, load_tokenizer, vocabulary_file
@@ -145,11 +147,11 @@ def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer, seed_
     elif tokenizer.base != seed.base:
         new = [token for token in tokenizer.ids if token not in seed.ids and token not in tokenizer.added]
         found = "its base vocabulary or its merges differ from the seed's"
+        remedy = "Only tokens added with add_tokens can be joined."
         if new:
             found += f" ({len(new)} other tokens: {', '.join(map(repr, new[:_SHOWN]))})"
-        remedy = (
-            "Only tokens added with add_tokens can be joined. If it is the same, copy the seed's tokenizer.json there."
-        )
+        else:
+            remedy += " If the model was trained with the seed's tokenizer, copy the seed's tokenizer.json there."
         problems.append(Problem(source.name, where, found, "the seed's", remedy))
     return problems
 
@@ -180,7 +182,7 @@ def _read_tokenizers(sources: Sequence[Source]) -> tuple[dict[str, Tokenizer | N
 
 
 def _parse(folder: Path, content: bytes) -> Tokenizer:
-    data = json.loads(content)
+    data = parse_json(content)
     vocab = data["model"]["vocab"]
     base = {piece: row for row, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
     # "a b" until tokenizers 0.20, ["a", "b"] since
@@ -214,11 +216,11 @@ def _content(folder: Path) -> bytes:
     parts = []
     for name in VOCABULARY_FILES:
         if (folder / name).exists():
-            parts.append(name.encode() + b"\0" + (folder / name).read_bytes())
+            parts.append(name.encode() + b"\0" + read_bytes(folder / name))
             if name == "tokenizer.json":
                 return parts[0]  # the other files repeat what it says
     if (folder / "tokenizer_config.json").exists():
-        parts.append((folder / "tokenizer_config.json").read_bytes())
+        parts.append(read_bytes(folder / "tokenizer_config.json"))
     return b"\0".join(parts)
 
 
@@ -226,8 +228,8 @@ def tokenizer_json(folder: Path) -> bytes:
     """A folder's tokenizer.json, or what transformers makes of its other files.
 
     Raises:
-        InputError: transformers cannot read them; the package that it lacks is named.
+        InputError: the files cannot be read; a package that transformers lacks is named.
     """
-    if (folder / "tokenizer.json").exists():
-        return (folder / "tokenizer.json").read_bytes()
+    if os.path.lexists(folder / "tokenizer.json"):
+        return read_bytes(folder / "tokenizer.json")
     return str(load_tokenizer(folder).backend_tokenizer.to_str()).encode()
