@@ -7,14 +7,15 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from btx_merge.files import MODEL_CODE, PICTURE, ROUTING, TOKENIZER_FILES
+from btx_merge.files import MODEL_CODE, PICTURE, ROUTING
 from btx_merge.layout import INDEX_FILE
 from btx_merge.records import RECIPE_FILE
+from btx_merge.tokenizer_files import TOKENIZER_FILES
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-_TOKENIZER_FILES = (*TOKENIZER_FILES, "vocab.json", "merges.txt", "additional_chat_templates/*.jinja")
+_TOKENIZER_FILES = (*TOKENIZER_FILES, "additional_chat_templates/*.jinja")
 _MODEL_FILES = ("config.json", "generation_config.json", INDEX_FILE, RECIPE_FILE, *_TOKENIZER_FILES)
 _OF_A_RUN = (PICTURE, ROUTING)
 
