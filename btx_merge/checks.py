@@ -18,6 +18,7 @@ from btx_merge.layout import portions
 from btx_merge.llama import EMBEDDING, HEAD, MUST_AGREE, expected_tensors, is_computed
 from btx_merge.opening import open_sources
 from btx_merge.recipe import SEED, MergeRecipe
+from btx_merge.source_digest import changed_problems
 from btx_merge.sources import Source
 from btx_merge.texts import check_texts
 from btx_merge.vocabulary import Vocabulary, plan_vocabulary
@@ -46,7 +47,9 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
     Raises:
         InputError: every problem of every source.
     """
-    return examine_sources(recipe, *open_sources(recipe, scratch))
+    sources, problems = open_sources(recipe, scratch)
+    problems += changed_problems(sources, recipe.resolved.get("sources", {}))
+    return examine_sources(recipe, sources, problems)
 
 
 def examine_sources(recipe: MergeRecipe, sources: Sequence[Source], problems: list[Problem]) -> Examined:
@@ -225,7 +228,7 @@ def _side_file_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> Itera
     for source in sources:
         folders = (source.located.folder, source.base.folder) if source.base else (source.located.folder,)
         for folder in folders if source.name == recipe.tokenizer_source else ():
-            for name in ("generation_config.json", "tokenizer_config.json"):
+            for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
                 if (folder / name).exists():
                     try:
                         read_json(folder / name)
@@ -235,6 +238,9 @@ def _side_file_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> Itera
 
 def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
     seed = sources[0]
+    if not any(source.tokenizer_folder for source in sources):
+        remedy = "The result has none either: copy a tokenizer's files into the seed's folder."
+        yield Problem(SEED, "tokenizer", "no source has one", "", remedy)
     for source in sources:
         yield from source.warnings
     for source in sources[1:]:
