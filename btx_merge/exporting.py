@@ -172,6 +172,7 @@ def _write(
         on_start(sum(tensor.nbytes for tensor in layout.tensors))
     kept = write_copy(
         layout,
+        merged.located,
         target,
         partial(write_export_files, merged, config=derived.config, tags=derived.tags, card=derived.card),
         overwrite=overwrite,

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from btx_merge.card import UNTRAINED, model_card
+from btx_merge.disk_errors import naming
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.layout import INDEX_FILE, Layout
 from btx_merge.llama import DEFAULTS
@@ -223,4 +224,5 @@ def write_index(layout: Layout, folder: Path) -> None:
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """As all our JSON files are written."""
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with naming(file):
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -8,7 +8,8 @@ from pathlib import Path
 from btx_merge.errors import InputError, Problem
 from btx_merge.hub import Located, locate
 from btx_merge.merged_model import MergedModel, open_merged
-from btx_merge.writer import check_target
+from btx_merge.placing import MARKS, check_target
+from btx_merge.sizes import readable
 
 
 def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located | None, list[Problem]]:
@@ -17,14 +18,20 @@ def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located |
     if model is None:
         return None, problems
     folder = model.located.folder
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        problems.append(Problem("model", str(folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
+    problems += tokenizer_problems(folder)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     room = next(folder for folder in (target, *target.parents) if folder.exists())
     if weights > (free := shutil.disk_usage(room).free):
-        expected = f"{weights / 1e9:.2f} GB for the result alone"
-        problems.append(Problem("output", str(room), f"{free / 1e9:.2f} GB free", expected, "Make room."))
+        found, expected = f"{readable(free)} free", f"{readable(weights)} for the result alone"
+        problems.append(Problem("output", str(room), found, expected, "Make room."))
     return model.located, problems
+
+
+def tokenizer_problems(folder: Path) -> list[Problem]:
+    """Return what a model lacks that is to read texts."""
+    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return []
+    return [Problem("model", str(folder), "no tokenizer", "tokenizer.json or tokenizer.model")]
 
 
 def open_model(reference: str, target: Path, overwrite: bool) -> tuple[MergedModel | None, list[Problem]]:
@@ -41,3 +48,13 @@ def open_model(reference: str, target: Path, overwrite: bool) -> tuple[MergedMod
         return open_merged(located), problems
     except InputError as error:
         return None, [*problems, *error.problems]
+
+
+def small_files(folder: Path) -> dict[str, Path]:
+    """Return everything in a model's folder that is not weights, by name."""
+    files = {}
+    for file in sorted(folder.iterdir()):
+        is_other = file.name.startswith(".") or file.name in MARKS or file.suffix == ".safetensors"
+        if file.is_file() and not is_other:
+            files[file.name] = file
+    return files

@@ -6,7 +6,6 @@ All is written into a folder beside the target, which takes the target's name wh
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +16,8 @@ import torch
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, Problem
 from btx_merge.files import PICTURE, ROUTING, append_record, copy_model_code
+from btx_merge.placing import MARKS
 from btx_merge.tensorfiles import stored_tensors
-from btx_merge.writer import put_in_place
 
 
 def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
@@ -40,7 +39,7 @@ def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
 def write_model(source: Path, folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
     """Copies a checkpoint and puts the trained tensors in their places, in the dtype that they had there."""
     for file in source.iterdir():
-        if file.is_file() and not file.name.startswith("."):
+        if file.is_file() and not file.name.startswith(".") and file.name not in MARKS:
             shutil.copyfile(file, folder / file.name)
     copy_model_code(folder)
     stored = stored_tensors(folder)
@@ -93,17 +92,6 @@ def training_section(entry: Mapping[str, Any], history: Sequence[Mapping[str, An
 {curve}
 ![losses, perplexities and loads of the run]({PICTURE})
 """
-
-
-def publish(staged: Path, target: Path, overwrite: bool) -> None:
-    """Gives a complete folder the target's name. What had it before goes only then."""
-    for file in staged.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-    old = put_in_place(staged, target, overwrite)
-    if old is not None:
-        shutil.rmtree(old)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
