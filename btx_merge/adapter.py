@@ -1,7 +1,7 @@
 """A PEFT adapter as an overlay on its base, applied while streaming.
 
 Plain LoRA (Hu et al., arXiv 2106.09685) and rsLoRA are computed here, row by row: W + s B A, in float32.
-Everything else that peft knows is merged by peft itself, into a folder of its own.
+Everything else that peft knows is merged by peft itself (`adapter_peft`).
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import functools
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from btx_merge.adapter_targets import Matches, by_key
 from btx_merge.dtypes import STORED, Float32, all_finite, to_float32
 from btx_merge.errors import InputError, Problem
 from btx_merge.tensorfiles import StoredTensor
@@ -29,6 +28,8 @@ _PLAIN_KEYS = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "bias",
+        "ensure_weight_tying",
+        "eva_config",
         "exclude_modules",
         "inference_mode",
         "layers_pattern",
@@ -115,7 +116,7 @@ def _whole(tensor: StoredTensor) -> Float32:
 
 
 def split_adapter(
-    config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+    config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], matches: Matches
 ) -> tuple[dict[str, LoraDelta], dict[str, StoredTensor]]:
     """The adapter's tensors as deltas on the base's, and as tensors that replace the base's.
 
@@ -154,8 +155,8 @@ def split_adapter(
             problems.append(Problem("", file, found, "lora_A [r, in] and lora_B [out, r]", _SAVE_AGAIN))
             continue
         try:
-            scaling = _scaling(config, module, rank)
-        except (AttributeError, TypeError, ValueError, re.error) as error:
+            scaling = _scaling(config, module, rank, matches)
+        except (KeyError, OverflowError, TypeError, ValueError) as error:
             found = f"lora_alpha or alpha_pattern cannot be understood for {module} ({error})"
             raise InputError([Problem("", "adapter_config.json", found, "numbers", _SAVE_AGAIN)]) from error
         deltas[f"{module}.weight"] = LoraDelta(down, up, scaling, embedding)
@@ -164,47 +165,36 @@ def split_adapter(
     return deltas, replaced
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+def _scaling(config: Mapping[str, Any], module: str, rank: int, matches: Matches) -> float:
     """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732). peft takes the first pattern that matches."""
     alpha = float(config.get("lora_alpha", 8))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+    for key, value in (config.get("alpha_pattern") or {}).items():
+        if module in matches.of(by_key(key)):
             alpha = float(value)
             break
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha is {alpha}")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
-def merge_through_peft(name: str, base: Path, adapter: Path, out: Path, rows: int | None) -> Path:
-    """The adapter merged into its base by peft, saved under `out`. Needs memory for the whole base.
+_COMPARED = 64 * 2**20  # bytes that are read at once
 
-    `rows` of the embedding are the adapter's own, where it has grown the vocabulary.
 
-    The base is loaded without its own code; peft's merge checks that nothing becomes NaN.
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Return whether two tensors hold the same numbers in the same dtype. Reads both."""
+    if one.shape != other.shape or one.dtype != other.dtype or not one.shape:
+        return False
+    step = max(1, _COMPARED // max(1, one.row_bytes))
+    for start in range(0, one.shape[0], step):
+        stop = min(start + step, one.shape[0])
+        if one.read_rows(start, stop).tobytes() != other.read_rows(start, stop).tobytes():
+            return False
+    return True
 
-    Raises:
-        InputError: peft cannot load it, or it is of a kind that cannot be merged into weights.
-    """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the merge has its own
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are for who trains
-            warnings.filterwarnings("error", message="Found missing adapter keys")  # and this one is for us
-            model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=False)
-            if rows is not None and rows != model.config.vocab_size:
-                model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter has all of its rows
-            merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-            merged.save_pretrained(out)
-    except Exception as error:  # of any kind: peft has dozens of adapter types
-        reason = str(error).strip().split("\n")[0]
-        found = f"peft cannot merge it ({type(error).__name__}: {reason})"
-        remedy = "Merge it into its base yourself, save the whole model, and give that folder."
-        raise InputError([Problem(name, "adapter_config.json", found, "", remedy)]) from error
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-    return out
+def same_delta(embedding: LoraDelta, head: LoraDelta) -> bool:
+    """Return whether an embedding's delta and a head's are one, whose factors then stand the other way round."""
+    if embedding.shape != head.shape or embedding.scaling != head.scaling or not embedding.embedding:
+        return False
+    down, up = _whole(embedding.down), _whole(embedding.up)
+    return np.array_equal(down.T, _whole(head.up)) and np.array_equal(up.T, _whole(head.down))

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from btx_merge.combine import BLOCK_BYTES
 from btx_merge.divergence import Divergence, measure_divergence
 from btx_merge.dtypes import STORED
-from btx_merge.errors import InputError, Problem
-from btx_merge.llama import BUFFERS, EMBEDDING, HEAD, MUST_AGREE, expected_tensors
+from btx_merge.errors import InputError, Problem, capped
+from btx_merge.folder_files import read_json
+from btx_merge.layout import portions
+from btx_merge.llama import EMBEDDING, HEAD, MUST_AGREE, expected_tensors, is_computed
+from btx_merge.opening import open_sources
 from btx_merge.recipe import SEED, MergeRecipe
-from btx_merge.sources import Source, open_sources, read_json
+from btx_merge.sources import Source
 from btx_merge.texts import check_texts
 from btx_merge.vocabulary import Vocabulary, plan_vocabulary
 
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.")
 _MANY = 4  # tensors named one by one; more of one kind become one line
 
 
@@ -115,7 +122,7 @@ def _differing(name: str, where: str, found: Any, wanted: Any) -> Iterator[Probl
 def tensor_problems(source: Source) -> Iterator[Problem]:
     """Tensors that are missing, unexpected, of another shape than config.json says, or of a dtype of their own."""
     expected = expected_tensors(source.config)
-    found = {name for name in source.tensors if not name.endswith(BUFFERS)}
+    found = {name for name in source.tensors if not is_computed(name)}
     if source.config["tie_word_embeddings"] and HEAD in found:
         found.discard(HEAD)
         yield from _head_of_tied_problems(source)
@@ -123,20 +130,46 @@ def tensor_problems(source: Source) -> Iterator[Problem]:
     remedy = "Save the whole LlamaForCausalLM with save_pretrained."
     if missing and len({"model." + name for name in found} & set(missing)) > len(missing) // 2:
         remedy = "This is a bare LlamaModel; save the LlamaForCausalLM."
+    if prefix := _common_prefix(found, expected):
+        remedy = (
+            f"Every name begins with `{prefix}`, which a wrapper left there: take it off all names and save again."
+        )
     yield from _listed(source, "missing", missing, "there, by config.json", remedy)
-    remedy = "If config.json is right, leave these tensors out and save the model again."
+    if not prefix:
+        remedy = "If config.json is right, leave these tensors out and save the model again."
     yield from _listed(source, "unexpected", sorted(found - set(expected)), "a Llama's tensors only", remedy)
-    for name in sorted(found & set(expected)):
+    yield from _shape_problems(source, expected, sorted(found & set(expected)))
+
+
+def _common_prefix(found: Collection[str], expected: Collection[str]) -> str:
+    """Return what a wrapper such as torch.compile or DataParallel has put before every name; "" for nothing."""
+    for prefix in _WRAPPERS:
+        bare = {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
+        if len(bare) == len(found) and bare & set(expected):
+            return prefix
+    return ""
+
+
+def _shape_problems(
+    source: Source, expected: Mapping[str, tuple[int, ...]], names: Sequence[str]
+) -> Iterator[Problem]:
+    shapes, dtypes = [], []
+    for name in names:
         tensor = source.tensors[name]
         if tensor.shape != expected[name]:
             wanted = f"{list(expected[name])} by config.json"
             remedy = "Weights and config.json must be of one model: save both again with save_pretrained."
-            yield Problem(source.name, f"{tensor.file.name}: {name}", f"shape {list(tensor.shape)}", wanted, remedy)
+            where = f"{tensor.file.name}: {name}"
+            shapes.append(Problem(source.name, where, f"shape {list(tensor.shape)}", wanted, remedy))
         if tensor.dtype not in STORED:
             remedy = "A quantised checkpoint: load it, call model.dequantize(), save it, and give that folder."
+            if tensor.dtype == "F64":
+                remedy = "Load it in transformers, call model.float(), save_pretrained, and give that folder."
             found_dtype = f"dtype {tensor.dtype}"
             wanted = f"one of {', '.join(STORED)}"
-            yield Problem(source.name, f"{tensor.file.name}: {name}", found_dtype, wanted, remedy)
+            dtypes.append(Problem(source.name, f"{tensor.file.name}: {name}", found_dtype, wanted, remedy))
+    yield from capped(shapes)
+    yield from capped(dtypes)
 
 
 def _listed(source: Source, kind: str, names: Sequence[str], expected: str, remedy: str) -> Iterator[Problem]:
@@ -149,13 +182,13 @@ def _listed(source: Source, kind: str, names: Sequence[str], expected: str, reme
 def _head_of_tied_problems(source: Source) -> Iterator[Problem]:
     """A tied checkpoint may still hold its head, if that is the embedding once more."""
     head, embedding = source.tensors[HEAD], source.tensors.get(EMBEDDING)
-    if embedding is None or head.shape != embedding.shape or head.dtype != embedding.dtype:
-        same = False
-    else:
-        rows = range(0, head.shape[0], max(1, head.shape[0] // 64))
-        same = all(
-            head.read_rows(row, row + 1).tobytes() == embedding.read_rows(row, row + 1).tobytes() for row in rows
-        )
+    same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    if same and embedding is not None and head.shape:
+        for start, stop in portions(0, head.shape[0], max(1, head.row_bytes), BLOCK_BYTES):
+            ours = head.read_rows(start, stop).copy()  # the next read uses the same buffer
+            if not np.array_equal(ours, embedding.read_rows(start, stop)):
+                same = False
+                break
     if not same:
         found = f"{HEAD} differs from the embedding although tie_word_embeddings is true"
         remedy = "Say false in its config.json if the head is meant, or delete the tensor if it is not."
@@ -167,7 +200,10 @@ def _tying_problems(recipe: MergeRecipe, source: Source, seed: Source) -> Iterat
     if tied != seed_tied and not recipe.untie:
         remedy = "Give --untie (`untie: true`) to untie them all: a tied source's head is its embedding."
         where = "config.json: tie_word_embeddings"
-        yield Problem(source.name, where, repr(tied), f"{seed_tied!r} as in the seed", remedy)
+        found = repr(tied)
+        if source.base and not tied:
+            found = "False: the adapter changes embedding and head apart, or one of them alone"
+        yield Problem(source.name, where, found, f"{seed_tied!r} as in the seed", remedy)
 
 
 def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:
@@ -199,6 +235,8 @@ def _side_file_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> Itera
 
 def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
     seed = sources[0]
+    for source in sources:
+        yield from source.warnings
     for source in sources[1:]:
         length, wanted = (s.config["max_position_embeddings"] for s in (source, seed))
         if length != wanted:

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from btx_merge.cli_options import Device, Json, Model, Output, Overwrite, Quiet, Workers, note, option, pairs, warn
+from btx_merge.cli_options import Device, Json, Model, Output, Overwrite, Quiet, Workers, option, pairs
+from btx_merge.cli_print import note, result, warn
 from btx_merge.edit_recipe import ROW_INITS, SHARED_UPDATES, EditRecipe
 from btx_merge.errors import InputError, Problem
 from btx_merge.texts import parse_domain_texts
@@ -30,7 +31,8 @@ def edit_command(
         str | None,
         option(
             f"{', '.join(SHARED_UPDATES)}: whether shared weights move as if merged with the new set; auto: where the "
-            "sources are there [default: auto]."
+            "sources are there [default: auto].",
+            choices=SHARED_UPDATES,
         ),
     ] = None,
     source: Annotated[
@@ -44,7 +46,10 @@ def edit_command(
     ] = None,
     router_init: Annotated[
         str | None,
-        option(f"{', '.join(ROW_INITS)}: rows of new experts [default: ridge with text; else random, or as it was]."),
+        option(
+            f"{', '.join(ROW_INITS)}: rows of new experts [default: ridge with text; else random, or as it was].",
+            choices=ROW_INITS,
+        ),
     ] = None,
     router_std: Annotated[
         float | None, option("Deviation of random rows [default: the model's initializer_range].")
@@ -120,14 +125,14 @@ def edit_command(
     if json_output:
         print(json.dumps(report.to_dict(), indent=2))
     elif not quiet:
-        print(f"written  {report.output}")
-        print(f"experts  {', '.join(report.experts)}")
-        print(f"shared   {report.shared}: {report.shared_reason}")
+        result(f"written  {report.output}")
+        result(f"experts  {', '.join(report.experts)}")
+        result(f"shared   {report.shared}: {report.shared_reason}")
         if report.router_rows:
-            print(f"rows     {', '.join(f'{name} {init}' for name, init in report.router_rows.items())}")
+            result(f"rows     {', '.join(f'{name} {init}' for name, init in report.router_rows.items())}")
         if report.layers:
-            print(f"routers  {fit_line(report.layers)}")
-        print(f"took     {report.seconds:.1f} s")
+            result(f"routers  {fit_line(report.layers)}")
+        result(f"took     {report.seconds:.1f} s")
 
 
 def _number(name: str, value: str) -> float:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from btx_merge.cli_options import Json, Model, Output, Overwrite, Quiet, Workers, note, option, warn
+from btx_merge.cli_options import Json, Model, Output, Overwrite, Quiet, Workers, option
+from btx_merge.cli_print import note, warn
 from btx_merge.errors import InputError, Problem
 
 if TYPE_CHECKING:

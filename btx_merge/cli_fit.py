@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-from btx_merge.cli_options import Device, Json, Model, Output, Overwrite, Quiet, lists, note, option
+from btx_merge.cli_options import Device, Json, Model, Output, Overwrite, Quiet, lists, option
+from btx_merge.cli_print import note, result
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS
 from btx_merge.texts import parse_domain_texts
 
@@ -17,7 +18,7 @@ from btx_merge.texts import parse_domain_texts
 def fit_command(
     model: Model,
     output: Output,
-    method: Annotated[str | None, option(f"{', '.join(ROUTER_FITS)} [default: ridge].")] = None,
+    method: Annotated[str | None, option(f"{', '.join(ROUTER_FITS)} [default: ridge].", choices=ROUTER_FITS)] = None,
     domain_text: Annotated[
         list[str] | None,
         option("Again for every expert: text of its domain.", metavar="NAME=TEXT[:WEIGHT]"),
@@ -28,7 +29,8 @@ def fit_command(
     domain_tokens: Annotated[int | None, option("Tokens read of each domain [default: 200000].")] = None,
     router_ridge: Annotated[float | None, option("Relative penalty [default: 0.001].")] = None,
     fit_through: Annotated[
-        str | None, option(f"{', '.join(FIT_THROUGH)}: what leads to the next layer [default: expert].")
+        str | None,
+        option(f"{', '.join(FIT_THROUGH)}: what leads to the next layer [default: expert].", choices=FIT_THROUGH),
     ] = None,
     statistics: Annotated[
         Path | None, option("Folder for what the texts tell: kept there, or taken from there.")
@@ -66,7 +68,7 @@ def fit_command(
         layers = [asdict(layer) for layer in report.layers]
         print(json.dumps({"output": str(report.output), "seconds": report.seconds, "layers": layers}, indent=2))
     elif not quiet:
-        print(f"written  {report.output}")
+        result(f"written  {report.output}")
         if report.layers:
-            print(f"routers  {fit_line(report.layers)}")
-        print(f"took     {report.seconds:.1f} s")
+            result(f"routers  {fit_line(report.layers)}")
+        result(f"took     {report.seconds:.1f} s")

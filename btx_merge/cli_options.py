@@ -1,8 +1,7 @@
-"""What several commands have: options, such as those of the form `NAME=VALUE`, and what they say on stderr."""
+"""What several commands have: options, such as those of the form `NAME=VALUE`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,9 +11,19 @@ import typer
 from btx_merge.errors import InputError, Problem
 
 
-def option(help: str, *names: str, metavar: str | None = None) -> Any:
-    """An option whose default the help names itself."""
-    return typer.Option(*names, help=help, show_default=False, metavar=metavar)
+def option(help: str, *names: str, metavar: str | None = None, choices: Iterable[str] = ()) -> Any:
+    """Return an option whose default the help names itself.
+
+    Args:
+        choices: what a shell completes its value to.
+    """
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return typer.Option(
+        *names, help=help, show_default=False, metavar=metavar, autocompletion=complete if choices else None
+    )
 
 
 Model = Annotated[str, typer.Argument(help="Folder or org/name[@revision] of a merged model.")]
@@ -28,17 +37,6 @@ Workers = Annotated[
 Device = Annotated[str | None, option("Where to fit: cpu, cuda, ... [default: a GPU where there is one].")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
-
-
-def warn(warnings: Iterable[Problem]) -> None:
-    """Tells a person what deserves a look."""
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-
-
-def note(line: str) -> None:
-    """Tells a person something, where nothing else is printed."""
-    print(f"note: {line}", file=sys.stderr)
 
 
 def pairs(flag: str, items: list[str]) -> dict[str, str]:

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from btx_merge.cli_options import Json, Quiet, option, warn
+from btx_merge.cli_options import Json, Quiet, option
+from btx_merge.cli_print import result, warn
 
 
 def push_command(
@@ -45,10 +46,10 @@ def push_command(
         print(json.dumps(report.to_dict(), indent=2))
     elif not quiet:
         if not report.files and not report.deleted:
-            print(f"unchanged {report.url} holds this very model; nothing was committed")
+            result(f"unchanged {report.url} holds this very model; nothing was committed")
             return
-        print(f"published {report.url} (commit {report.commit[:8]})")
-        print(f"files     {len(report.files)} new or changed, {report.nbytes / 1e6:.1f} MB")
+        result(f"published {report.url} (commit {report.commit[:8]})")
+        result(f"files     {len(report.files)} new or changed, {report.nbytes / 1e6:.1f} MB")
         if report.deleted:
-            print(f"deleted   {', '.join(report.deleted)}, of an earlier model")
-        print(f"took      {report.seconds:.1f} s")
+            result(f"deleted   {', '.join(report.deleted)}, of an earlier model")
+        result(f"took      {report.seconds:.1f} s")

@@ -13,10 +13,12 @@ from typing import Annotated, Any
 import typer
 
 from btx_merge.cli_options import Json, Overwrite, Quiet, option
+from btx_merge.cli_print import result, warning
 from btx_merge.errors import InputError, Problem
 from btx_merge.finetuning import LORA_TARGETS, OPTION_NAMES, TRAIN_MODES, TrainRecipe
-from btx_merge.recipe import read_yaml
+from btx_merge.shown import printable
 from btx_merge.texts import domain_texts_of, parse_domain_texts
+from btx_merge.yaml_files import read_yaml
 
 
 def train_command(
@@ -28,18 +30,23 @@ def train_command(
         list[str] | None,
         option("Again for every text: file, folder, glob or Hub dataset.", metavar="NAME=TEXT[:WEIGHT]"),
     ] = None,
-    train: Annotated[str | None, option(f"{', '.join(TRAIN_MODES)} [default: shared].")] = None,
+    train: Annotated[str | None, option(f"{', '.join(TRAIN_MODES)} [default: shared].", choices=TRAIN_MODES)] = None,
     max_length: Annotated[int | None, option("Tokens of a window [default: 1024, or the model's].")] = None,
     holdout: Annotated[float | None, option("Part of each domain that is scored instead [default: 0.02].")] = None,
     shuffle: Annotated[int | None, option("Windows among which the next is drawn [default: 256].")] = None,
-    router_grad: Annotated[str | None, option("sparse or dense [default: the model's].")] = None,
+    router_grad: Annotated[
+        str | None, option("sparse or dense [default: the model's].", choices=("sparse", "dense"))
+    ] = None,
     router_aux_loss_coef: Annotated[
         float | None, option("Coefficient of the balancing loss [default: the model's].")
     ] = None,
     router_aux_loss_scope: Annotated[
-        str | None, option("global_batch or micro_batch [default: global_batch].")
+        str | None,
+        option("global_batch or micro_batch [default: global_batch].", choices=("global_batch", "micro_batch")),
     ] = None,
-    lora_target: Annotated[str | None, option(f"{', '.join(LORA_TARGETS)} [default: shared].")] = None,
+    lora_target: Annotated[
+        str | None, option(f"{', '.join(LORA_TARGETS)} [default: shared].", choices=LORA_TARGETS)
+    ] = None,
     lora_r: Annotated[int | None, option("Rank [default: 16].")] = None,
     lora_alpha: Annotated[float | None, option("Scale, times the rank [default: 32].")] = None,
     fsdp_size: Annotated[int | None, option("Ranks that parameters are sharded over [default: 1].")] = None,
@@ -88,16 +95,16 @@ def train_command(
         output,
         resume=resume,
         overwrite=overwrite,
-        show=(lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True)),
-        warn=lambda line: print(f"warning: {line}", file=sys.stderr, flush=True),
+        show=(lambda line: None) if quiet else (lambda line: print(printable(line), file=sys.stderr, flush=True)),
+        warn=warning,
     )
     if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all
         return
     if json_output:
         print(json.dumps({"output": str(report.output), "seconds": report.seconds, **report.entry}, indent=2))
     elif not quiet:
-        print(f"written  {report.output}")
-        print(f"took     {report.seconds:.1f} s")
+        result(f"written  {report.output}")
+        result(f"took     {report.seconds:.1f} s")
 
 
 _SHOWN_ARGUMENTS = (

@@ -7,6 +7,7 @@ expert brings come behind them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -20,21 +21,17 @@ from btx_merge.dtypes import TORCH_NAMES, Float32, from_float32
 from btx_merge.edit_recipe import EditRecipe
 from btx_merge.errors import InputError, Problem
 from btx_merge.files import public_source
+from btx_merge.folder_files import checked
 from btx_merge.layout import Job, OutputTensor, lay_out
 from btx_merge.llama import EMBEDDING
 from btx_merge.merged_model import SELECTION_BIAS, MergedModel
+from btx_merge.opening import open_each
 from btx_merge.plan import ROUTER, Plan, make_plan
-from btx_merge.recipe import (
-    RECIPE_FILE,
-    REGMEAN_METHODS,
-    SEED,
-    ExpertSpec,
-    MergeRecipe,
-    anchor_sources,
-    read_yaml,
-)
-from btx_merge.sources import Source, open_each
+from btx_merge.recipe import REGMEAN_METHODS, SEED, ExpertSpec, MergeRecipe
+from btx_merge.records import RECIPE_FILE, anchor_sources
+from btx_merge.sources import Source
 from btx_merge.texts import public_reference
+from btx_merge.yaml_files import read_yaml
 
 _HERE = "(the model)"
 
@@ -171,7 +168,7 @@ def plan_edit(recipe: EditRecipe, model: MergedModel, scratch: Callable[[], Path
     """
     values = _recipe_values(model)
     opened, problems = _open_new(recipe, model, values, scratch)
-    if named := [*_name_problems(recipe, model), *_kind_problems(model, values)]:
+    if named := [*_name_problems(recipe, model), *_count_problems(recipe, model), *_kind_problems(model, values)]:
         raise InputError([*named, *problems])
     origins = _origins(recipe, model)
     problems += _text_problems(recipe, model, origins)
@@ -191,7 +188,9 @@ def plan_edit(recipe: EditRecipe, model: MergedModel, scratch: Callable[[], Path
 def _recipe_values(model: MergedModel) -> dict[str, Any]:
     """The model's own recipe as it lies; empty where it has none (transformers' save_pretrained leaves it behind)."""
     file = model.located.folder / RECIPE_FILE
-    return read_yaml(file, "model", "a recipe, as `btx merge` writes it") if file.exists() else {}
+    if not os.path.lexists(file):
+        return {}
+    return read_yaml(checked(file), "model", "a recipe, as `btx merge` writes it")
 
 
 def _name_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]:
@@ -206,6 +205,17 @@ def _name_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]:
     for name in sorted({name for name in taken if taken.count(name) > 1}):
         remedy = "Choose another name; --replace puts another model in an expert's place."
         yield Problem("model", "--add" if name in recipe.add else "--rename", f"two experts {name}", "one", remedy)
+
+
+def _count_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]:
+    left = len({*model.domains} - {*recipe.drop}) + len(recipe.add)
+    experts = left * model.config.get("num_chunks", 1)
+    chosen = recipe.num_experts_per_tok or model.config["num_experts_per_tok"]
+    if not left:
+        yield Problem("model", "--drop", "all experts", "at least one that stays", "Leave one out, or --add another.")
+    elif chosen > experts:
+        expected = f"in [1, {experts}], for there are {experts} experts" if experts > 1 else "1, for there is 1 expert"
+        yield Problem("model", "num_experts_per_tok", f"{chosen}", expected, "Give --num-experts-per-tok.")
 
 
 def _kind_problems(model: MergedModel, values: Mapping[str, Any]) -> Iterator[Problem]:

@@ -15,7 +15,8 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.llama import GATE
 from btx_merge.merged_model import MergedModel
 from btx_merge.plan import DIFFERENCE_METHODS, Plan, make_plan
-from btx_merge.recipe import RECIPE_FILE, RECORDS, REGMEAN_METHODS, SEED, MergeRecipe, anchor_sources
+from btx_merge.recipe import REGMEAN_METHODS, SEED, MergeRecipe
+from btx_merge.records import RECIPE_FILE, RECORDS, anchor_sources
 from btx_merge.sources import Source
 
 _SAMPLE_ROWS = 8

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from btx_merge.bounded_json import parse_json
 from btx_merge.card import UNTRAINED
 from btx_merge.disk_errors import continuable
 from btx_merge.edit_card import edit_section, edited_card
@@ -26,13 +25,15 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.experts import expert_rows
 from btx_merge.files import add_tokens, append_record, copy_model_code, write_index, write_json
 from btx_merge.fitting import device_problems, fit_folder
+from btx_merge.folder_files import copy_file, file_problems, read_text, small_files
 from btx_merge.layout import INDEX_FILE, Block, Job
 from btx_merge.llama import FF_NORM
 from btx_merge.merging import fill, read_files
-from btx_merge.model_folder import open_model, small_files
+from btx_merge.model_folder import open_model
 from btx_merge.plan import ExpertRows, SharedRows
 from btx_merge.reading import ReadFiles
-from btx_merge.recipe import RECIPE_FILE
+from btx_merge.records import RECIPE_FILE
+from btx_merge.scratch import scratch_folder
 from btx_merge.texts import check_texts, public_record
 from btx_merge.vocabulary import tokenizer_json
 from btx_merge.writer import Progress, Staging
@@ -100,7 +101,7 @@ class _Edit:
         update = self.shared.update
         plans = [self.planned.plan, *((update.before, update.after) if update else ())]
         sources = {id(source): source for plan in plans for source in plan.sources}
-        return read_files(sources.values())
+        return read_files(sources.values(), self.planned.model.located)
 
 
 def edit(
@@ -137,8 +138,7 @@ def edit(
     with ExitStack() as stack:
 
         def scratch() -> Path:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="btx-adapter-", dir=target.parent)))
+            return stack.enter_context(scratch_folder(target.parent))
 
         edited = _plan(recipe, target, overwrite, device, scratch)
         planned = edited.planned
@@ -173,6 +173,8 @@ def edit(
 def _plan(recipe: EditRecipe, target: Path, overwrite: bool, device: str | None, scratch: Callable[[], Path]) -> _Edit:
     model, problems = open_model(recipe.model, target, overwrite)
     problems += [*check_texts(recipe.domain_text), *device_problems(device)]
+    if model:
+        problems += file_problems(model.located.folder, [*small_files(model.located.folder)])
     if problems or model is None:
         raise InputError(problems)
     planned = plan_edit(recipe, model, scratch)
@@ -185,10 +187,10 @@ def _write_files(edited: _Edit, folder: Path) -> None:
     planned, plan = edited.planned, edited.planned.plan
     for name, file in small_files(planned.model.located.folder).items():
         if name != INDEX_FILE:
-            shutil.copyfile(file, folder / name)
+            copy_file(file, folder / name)
     copy_model_code(folder)
     if plan.vocabulary.new_tokens:
-        add_tokens(folder, json.loads(tokenizer_json(folder)), plan.vocabulary.new_tokens)
+        add_tokens(folder, parse_json(tokenizer_json(folder)), plan.vocabulary.new_tokens)
     write_index(plan, folder)
     write_json(folder / "config.json", _config(planned))
 
@@ -240,7 +242,7 @@ def _write_records(edited: _Edit, files: Path, layers: list[LayerFit]) -> None:
         values["shared_over"] = planned.values["shared_over"]
     (files / RECIPE_FILE).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     if (files / "README.md").exists():
-        card = (files / "README.md").read_text(encoding="utf-8")
+        card = read_text(files / "README.md")
         (files / "README.md").write_text(edited_card(card, planned, edited.outcome == UPDATED), encoding="utf-8")
     done: dict[str, Any] = {"drop": list(recipe.drop), "rename": dict(recipe.rename)}
     done |= {key: list(getattr(recipe, key)) for key in ("add", "replace")}

@@ -9,8 +9,15 @@ BTXError
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from btx_merge.shown import printable
+
+_MANY = 4
+"""Problems of one kind that are shown one by one."""
+
+_MOST_PROBLEMS = 100
 
 
 class BTXError(Exception):
@@ -33,10 +40,18 @@ class Problem:
     """What to do about it."""
 
     def __str__(self) -> str:
-        text = f"{self.source}: {self.where}: {self.found}"
+        text = f"{printable(self.source)}: {printable(self.where)}: {printable(self.found)}"
         if self.expected:
-            text += f"; expected {self.expected}"
-        return text + (f". {self.remedy}" if self.remedy else "")
+            text += f"; expected {printable(self.expected)}"
+        return text + (f". {printable(self.remedy)}" if self.remedy else "")
+
+
+def capped(problems: Sequence[Problem]) -> list[Problem]:
+    """Return the first problems of one kind; those behind them become one that counts them."""
+    if len(problems) <= _MANY:
+        return list(problems)
+    last = problems[-1]
+    return [*problems[:_MANY], replace(last, found=f"{len(problems) - _MANY:,} more like these", expected="none")]
 
 
 class InputError(BTXError):
@@ -44,11 +59,21 @@ class InputError(BTXError):
 
     def __init__(self, problems: Iterable[Problem]):
         self.problems = tuple(problems)
-        super().__init__("\n".join(str(problem) for problem in self.problems))
+        super().__init__("\n".join(self.lines))
+
+    @property
+    def lines(self) -> list[str]:
+        """One line for each problem; where there are very many, the first of them and how many more there are."""
+        lines = [str(problem) for problem in self.problems[:_MOST_PROBLEMS]]
+        more = len(self.problems) - len(lines)
+        return [*lines, f"{more:,} more problems"] if more else lines
 
 
 class MergeError(BTXError):
     """The merge could not be carried out."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class NonFiniteError(MergeError):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import Any
 import yaml
 
 from btx_merge.card import LICENCE_KEYS, hub_ids, link_licence
+from btx_merge.cards import card_texts, code_in_card
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.files import PRIVATE_KEYS, TOKENIZER_FILES, write_json
+from btx_merge.folder_files import copy_file, read_json
 from btx_merge.hub import Located
 from btx_merge.llama import DEFAULTS
 from btx_merge.merged_model import MergedModel
-from btx_merge.recipe import RECIPE_FILE
-from btx_merge.sources import front_matter
+from btx_merge.records import RECIPE_FILE
 
 _OWN_TAGS = ("btx", "branch-train-mix", "mixture-of-experts")
 _NOT_OF_EVERY_LLAMA = ("attention_bias", "mlp_bias", "pretraining_tp")
@@ -64,8 +64,8 @@ def write_export_files(
     source = model.located.folder
     _copy_tokenizer(source, folder)
     for name in ("generation_config.json", RECIPE_FILE):
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        if os.path.lexists(source / name):
+            copy_file(source / name, folder / name)
     metadata = yaml.safe_dump(_metadata(model.located, tags), sort_keys=False, allow_unicode=True)
     (folder / "README.md").write_text(f"---\n{metadata}---\n\n{card}", encoding="utf-8")
     write_json(folder / "config.json", config)
@@ -74,7 +74,7 @@ def write_export_files(
 def origin(model: MergedModel, command: str) -> str:
     """The card's sentence about where the model comes from. A folder stands there without its path."""
     located = model.located
-    name = f"`{located.public_name}`"
+    name = code_in_card(located.public_name)
     if located.repo_id:
         name = f"[{located.repo_id}](https://huggingface.co/{located.repo_id}) at revision {located.revision}"
     recipe = f" Its recipe is `{RECIPE_FILE}`." if (located.folder / RECIPE_FILE).exists() else ""
@@ -87,12 +87,12 @@ def origin(model: MergedModel, command: str) -> str:
 def _copy_tokenizer(source: Path, folder: Path) -> None:
     """The tokenizer's files. Where transformers 5 has a new name or form for something, the one that 4 knows too."""
     for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
+        if os.path.lexists(source / name):
+            copy_file(source / name, folder / name)
     file = folder / "tokenizer_config.json"
     if not file.exists():
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json(file)
     config = {key: value for key, value in before.items() if key not in PRIVATE_KEYS}
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -104,15 +104,13 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 
 def _metadata(located: Located, tags: list[str]) -> dict[str, Any]:
     """The metadata of the merged model's card as far as they hold for what is made of it."""
-    try:
-        known = front_matter((located.folder / "README.md").read_text(encoding="utf-8"))[0]
-    except (OSError, ValueError):  # none, or no UTF-8
-        known = {}
-    given = known.get("tags") if isinstance(known.get("tags"), list) else []
+    known = card_texts(located.folder)
+    given = known.get("tags", [])
+    given = [given] if isinstance(given, str) else given
     out: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys([*tags, *(tag for tag in given or [] if tag not in _OWN_TAGS)])),
+        "tags": list(dict.fromkeys([*tags, *(tag for tag in given if tag not in _OWN_TAGS)])),
     }
     if bases := hub_ids(known.get("base_model")):
         out["base_model"] = bases

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.card import how_to_use
+from btx_merge.cards import in_card
 from btx_merge.copying import copy_layout, write_copy
 from btx_merge.errors import InputError, Problem
 from btx_merge.export_files import origin, shared_config, write_export_files
@@ -20,8 +21,8 @@ from btx_merge.merged_model import MergedModel
 from btx_merge.merging import peak_memory
 from btx_merge.mixtral import mixtral_card, mixtral_config, mixtral_refusals, mixtral_tensors, mixtral_warnings
 from btx_merge.model_folder import open_model
-from btx_merge.recipe import parse_size
 from btx_merge.tensorfiles import StoredTensor
+from btx_merge.values import parse_size, size_problem
 from btx_merge.writer import Progress
 
 FORMATS = ("mixtral",)
@@ -152,10 +153,9 @@ def _write(
     """Checks, with `problems` as those that are known; then writes what `derive` makes of the model."""
     began = time.perf_counter()
     target = Path(output).expanduser().resolve()
-    shard_bytes = parse_size(max_shard_size)
+    shard_bytes = parse_size(max_shard_size) if isinstance(max_shard_size, str) else None
     if not shard_bytes:
-        expected = "a size such as 5GB, 500MB or 5GiB"
-        problems.append(Problem("command", "--max-shard-size", repr(max_shard_size), expected))
+        problems.append(size_problem("--max-shard-size", max_shard_size))
     merged, of_model = open_model(model, target, overwrite)
     problems += of_model
     derived = None
@@ -199,7 +199,7 @@ def _dense_config(model: MergedModel) -> dict[str, Any]:
 
 
 def _dense_card(model: MergedModel, expert: str) -> str:
-    return f"""# The expert {expert} of {model.located.public_name.rpartition("/")[2]}
+    return f"""# The expert {expert} of {in_card(model.located.public_name.rpartition("/")[2])}
 
 {origin(model, f"btx extract {expert}")}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,16 +14,19 @@ from typing import Any
 
 import yaml
 
+from btx_merge.bounded_json import parse_json
 from btx_merge.card import UNTRAINED, model_card
 from btx_merge.disk_errors import naming
 from btx_merge.dtypes import TORCH_NAMES
+from btx_merge.folder_files import copy_file, read_json
 from btx_merge.layout import INDEX_FILE, Layout
 from btx_merge.llama import DEFAULTS
 from btx_merge.plan import DIFFERENCE_METHODS, Plan
-from btx_merge.recipe import RECIPE_FILE
+from btx_merge.records import RECIPE_FILE
 from btx_merge.sources import Source
 from btx_merge.texts import public_reference
 from btx_merge.vocabulary import tokenizer_json
+from btx_merge.yaml_files import read_yaml
 
 PICTURE = "training.png"
 ROUTING = "routing.jsonl"
@@ -135,7 +139,7 @@ def append_record(folder: Path, key: str, entry: Mapping[str, Any], section: str
         sentence: for the place where the card says that the routers are untrained.
     """
     recipe = folder / RECIPE_FILE
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
+    values = read_yaml(recipe, "model", "a recipe, as `btx merge` writes it") if recipe.exists() else {}
     values[key] = [*(values.get(key) or []), dict(entry)]
     recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     card = folder / "README.md"
@@ -167,14 +171,14 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
     for name in TOKENIZER_FILES:
         about_text = name in ("tokenizer.json", "tokenizer.model", "added_tokens.json")
         file = (origin if about_text else template) / name
-        if file.exists():
-            shutil.copyfile(file, folder / name)
+        if os.path.lexists(file):
+            copy_file(file, folder / name)
     config = _read_json(folder / "tokenizer_config.json")
     for key in PRIVATE_KEYS:
         config.pop(key, None)
     config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")  # what tokenizer.json says, nothing assumed
     if plan.vocabulary.new_tokens:
-        add_tokens(folder, json.loads(tokenizer_json(origin)), plan.vocabulary.new_tokens)
+        add_tokens(folder, parse_json(tokenizer_json(origin)), plan.vocabulary.new_tokens)
     if "added_tokens_decoder" in config:  # as older versions saved it, perhaps by another source's ids
         added = _read_json(folder / "tokenizer.json").get("added_tokens") or []
         keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
@@ -212,8 +216,7 @@ def _with_union_ids(plan: Plan, chat: Source, values: Mapping[str, Any]) -> dict
 
 def _read_json(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
-    values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return values
+    return read_json(file) if os.path.lexists(file) else {}
 
 
 def write_index(layout: Layout, folder: Path) -> None:

@@ -242,7 +242,7 @@ def _publish(work: Path, target: Path, overwrite: bool, read: ReadFiles, note: N
     """Give the result its name, unless what it was made from has changed since."""
     if changes := read.changes():
         raise InputError(changes)
-    put_in_place(work / _RESULT, target, overwrite, note)
+    put_in_place(work / _RESULT, target, overwrite, note, "the same command with --resume")
     remove(work, note)
 
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from btx_merge.errors import InputError, Problem
-from btx_merge.sources import read_json
+from btx_merge.folder_files import read_json
 
 OFF_DIAGONAL = 0.9
 """RegMean's factor on what inputs have in common (arXiv 2212.09849, section 4.2: alpha)."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +15,8 @@ from btx_merge.disk_errors import continuable
 from btx_merge.errors import InputError, Problem
 from btx_merge.experts import expert_names, own_experts
 from btx_merge.files import append_record, copy_model_code
-from btx_merge.model_folder import open_model, small_files, tokenizer_problems
+from btx_merge.folder_files import copy_file, read_json, small_files
+from btx_merge.model_folder import find_model
 from btx_merge.plan import Plan
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS, SEED
 from btx_merge.texts import DomainText, check_texts, public_record, public_reference
@@ -107,16 +106,13 @@ def fit(
     """
     began = time.perf_counter()
     target = Path(output).expanduser().resolve()
-    model, problems = open_model(recipe.model, target, overwrite)
+    located, problems = find_model(recipe.model, target, overwrite)
     problems += [*check_texts(recipe.domain_text), *device_problems(device)]
-    if model:
-        problems += tokenizer_problems(model.located.folder)
-    if model and not problems:
-        problems = _name_problems(recipe, model.located.folder)
-    if problems or model is None:
+    if located and not problems:
+        problems = _name_problems(recipe, located.folder)
+    if problems or located is None:
         raise InputError(problems)
 
-    located = model.located
     layout = same_layout(located.folder)
     with continuable(target), copy_staging(layout, located, target, on_note) as staging:
         staging.write()
@@ -135,10 +131,10 @@ def fit(
         )
         for name, file in small_files(located.folder).items():
             if name != "config.json":  # that one last: without it this is no model yet
-                shutil.copyfile(file, staging.folder / name)
+                copy_file(file, staging.folder / name)
         copy_model_code(staging.folder)
         _record(staging.folder, recipe, layers)
-        shutil.copyfile(located.folder / "config.json", staging.folder / "config.json")
+        copy_file(located.folder / "config.json", staging.folder / "config.json")
         staging.finish(overwrite)
     return FitReport(target, tuple(layers), time.perf_counter() - began)
 
@@ -192,7 +188,7 @@ def device_problems(device: str | None) -> list[Problem]:
 
 def _name_problems(recipe: FitRecipe, folder: Path) -> list[Problem]:
     """Whether every expert has its text, and every text its expert."""
-    names = expert_names(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    names = expert_names(read_json(folder / "config.json"))
     texts = [text.name for text in recipe.domain_text]
     given, flag = (texts, "--domain-text") if recipe.method == "ridge" else (list(recipe.prompts), "--prompt")
     domains = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))

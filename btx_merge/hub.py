@@ -6,7 +6,6 @@ in the cache.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from btx_merge.errors import InputError, Problem
+from btx_merge.folder_files import is_plain_name, read_json
 from btx_merge.reading import Stamp, stamps_in
 
 SMALL_FILES = [
@@ -26,7 +26,7 @@ SMALL_FILES = [
 """What is read of a repository, or kept in what is made of it, beside its weights. No code, nothing in folders."""
 LOG_IN_AGAIN = "Run `hf auth login`, or set HF_TOKEN to one that is valid."
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_FILE_NAME = re.compile(r"[\w.-]+")  # nothing that a pattern would take for more than one file
+_SNAPSHOT = re.compile(r"(?:.*[\\/])?models--([\w.-]+)[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]*")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Located:
 
     folder: Path
     repo_id: str | None = None
-    """The Hub id; None for a folder of the user's."""
+    """The Hub id; None for a folder of the user's. A folder of a Hub's cache is known by it too."""
     revision: str | None = None
     """The commit that a Hub id was resolved to."""
     stamps: Mapping[Path, Stamp] = field(init=False, compare=False, repr=False)
@@ -56,20 +56,38 @@ def locate(source: str, reference: str, *, weights: bool = True) -> Located:
     Raises:
         InputError: neither a folder nor a Hub id; or the Hub refuses, lacks it or cannot be reached.
     """
-    folder = Path(reference)
-    try:
-        folder = folder.expanduser()
-        is_folder, is_there = folder.is_dir(), folder.exists()
-    except (OSError, RuntimeError, ValueError):  # nobody's home, a name too long, a byte that no name has
-        is_folder = is_there = False
-    if is_folder:
-        return Located(folder)
+    if is_folder(reference):
+        folder = Path(reference).expanduser()
+        return Located(folder, *(cached_repository(str(folder.resolve())) or (None, None)))
+    is_there = _is_there(reference)
     repo_id, _, revision = reference.partition("@")
     if is_there or reference.startswith((".", "/", "~")) or not _REPO_ID.fullmatch(repo_id):
         found = "a file" if is_there else "no such folder"
         expected = "a folder with config.json and weights, or a Hub id `org/name` or `org/name@revision`"
         raise InputError([Problem(source, reference, found, expected, "Check the path.")])
     return _download(source, repo_id, revision or None, weights)
+
+
+def is_folder(reference: str) -> bool:
+    """Return whether a folder of that name is there; also where no name can be so."""
+    return _is_there(reference) and Path(reference).expanduser().is_dir()
+
+
+def _is_there(reference: str) -> bool:
+    try:
+        return Path(reference).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # nobody's home, a name too long, a byte that no name has
+        return False
+
+
+def cached_repository(path: str) -> tuple[str, str] | None:
+    """Return the Hub id and commit of a folder in a Hub's cache, on this machine or another, by its path alone.
+
+    >>> cached_repository("/home/me/.cache/huggingface/hub/models--org--name/snapshots/" + "0f" * 20)
+    ('org/name', '0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f0f')
+    """
+    match = _SNAPSHOT.fullmatch(path)
+    return (match[1].replace("--", "/"), match[2]) if match else None
 
 
 def _download(source: str, repo_id: str, revision: str | None, weights: bool) -> Located:
@@ -145,8 +163,8 @@ def _weight_choices(folder: Path) -> Iterator[list[str]]:
     yield ["model.safetensors"]
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         try:
-            shards = set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            shards = read_json(folder / index)["weight_map"].values()
+        except (InputError, KeyError, AttributeError, TypeError):
             continue  # not there, or what is wrong with it is said when the source is opened
-        yield sorted(shard for shard in shards if isinstance(shard, str) and _FILE_NAME.fullmatch(shard))
+        yield sorted({shard for shard in shards if is_plain_name(shard) and not set(shard) & set("[]")})
     yield ["pytorch_model.bin"]

@@ -33,7 +33,7 @@ DOWN = "model.layers.{layer}.mlp.down_proj.weight"
 EXPERT_TENSORS = {GATE: "I H", UP: "I H", DOWN: "H I"}  # become experts
 FF_NORM = "model.layers.{layer}.post_attention_layernorm.weight"
 
-BUFFERS = ("rotary_emb.inv_freq",)
+BUFFERS = tuple(f"rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached"))
 """Endings of tensors that old versions saved and that are computed today: passed over."""
 
 DEFAULTS: dict[str, Any] = {  # LlamaConfig's, for keys that a config.json leaves out
@@ -70,6 +70,13 @@ MUST_AGREE = (  # between all sources; the vocabulary and the tying have checks 
     "attention_bias",
     "mlp_bias",
     "rope_parameters",
+)
+ACTIVATIONS = frozenset(  # transformers' `ACT2FN`, which is not imported here because it needs torch
+    (
+        *("gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "gelu_accurate", "laplace"),
+        *("gelu_python_tanh", "leaky_relu", "linear", "mish", "prelu", "quick_gelu", "relu", "relu2", "relu6"),
+        *("sigmoid", "silu", "swish", "sqrtsoftplus", "tanh", "xielu", "hardswish"),
+    )
 )
 _ROPE_FROM_LENGTH = ("llama3", "yarn", "longrope")  # original_max_position_embeddings defaults to the maximum
 
@@ -118,6 +125,11 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         for pattern, letters in table.items()
         for name in per_layer(pattern, config["num_hidden_layers"])
     }
+
+
+def is_computed(name: str) -> bool:
+    """Return whether a tensor is one that old versions saved and that is computed today."""
+    return name.endswith(BUFFERS)
 
 
 def per_layer(pattern: str, layers: int) -> Iterator[str]:

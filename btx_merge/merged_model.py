@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from btx_merge.dtypes import STORED, Raw
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, Problem, capped
 from btx_merge.experts import expert_names
-from btx_merge.hub import Located
+from btx_merge.folder_files import file_problems, read_json
+from btx_merge.hub import SMALL_FILES, Located
 from btx_merge.llama import DOWN, GATE, UP, expected_tensors, normalise_config, per_layer
 from btx_merge.plan import DOWN_EXPERTS, GATE_UP_EXPERTS, ROUTER
-from btx_merge.sources import read_json, read_tensors, refuse_odd_values
+from btx_merge.source_config import layer_problems, refuse_odd_values
+from btx_merge.source_tensors import read_tensors
 from btx_merge.tensorfiles import StoredTensor
 
 SELECTION_BIAS = "model.layers.{layer}.mlp.routing.e_score_correction_bias"
@@ -181,9 +183,14 @@ def open_merged(located: Located) -> MergedModel:
         return _open(located)
     except InputError as error:
         raise InputError(replace(problem, source="model") for problem in error.problems) from error
+    except OSError as error:  # such as a folder that may not be entered
+        where, found = str(error.filename or located.folder), error.strerror or str(error)
+        raise InputError([Problem("model", where, found, "files that can be read")]) from error
 
 
 def _open(located: Located) -> MergedModel:
+    if odd := list(file_problems(located.folder, SMALL_FILES)):
+        raise InputError(odd)
     config = read_json(located.folder / "config.json")
     if config.get("model_type") != "btx":
         remedy = "Merge first: btx merge."
@@ -194,7 +201,7 @@ def _open(located: Located) -> MergedModel:
     if problems:
         raise InputError(problems)
     model = MergedModel(located, config, read_tensors("model", located.folder))
-    problems = list(_tensor_problems(model))
+    problems = list(layer_problems("model", config, model.tensors)) or list(_tensor_problems(model))
     if problems:
         raise InputError(problems)
     return model
@@ -230,10 +237,17 @@ def _is_count(value: Any) -> bool:
 def _tensor_problems(model: MergedModel) -> Iterator[Problem]:
     expected = merged_shapes(model.config)
     remedy = "Weights and config.json must be of one model: write it again."
-    for name in sorted(expected.keys() - model.tensors.keys()):
-        yield Problem("model", f"tensor {name}", "missing", f"{list(expected[name])} by config.json", remedy)
-    for name in sorted(model.tensors.keys() - expected.keys()):
-        yield Problem("model", f"tensor {name}", "unexpected", "a BTX model's tensors only", remedy)
+    missing = sorted(expected.keys() - model.tensors.keys())
+    unexpected = sorted(model.tensors.keys() - expected.keys())
+    yield from capped(
+        [
+            Problem("model", f"tensor {name}", "missing", f"{list(expected[name])} by config.json", remedy)
+            for name in missing
+        ]
+    )
+    yield from capped(
+        [Problem("model", f"tensor {name}", "unexpected", "a BTX model's tensors only", remedy) for name in unexpected]
+    )
     for name in sorted(expected.keys() & model.tensors.keys()):
         tensor = model.tensors[name]
         if tensor.shape != expected[name]:

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 from btx_merge.errors import InputError, Problem
+from btx_merge.folder_files import file_problems, small_files
 from btx_merge.hub import Located, locate
 from btx_merge.merged_model import MergedModel, open_merged
-from btx_merge.placing import MARKS, check_target
+from btx_merge.placing import check_target, partial_of
 from btx_merge.sizes import readable
 
 
@@ -18,20 +19,27 @@ def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located |
     if model is None:
         return None, problems
     folder = model.located.folder
-    problems += tokenizer_problems(folder)
+    problems += file_problems(folder, [*small_files(folder)])
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        problems.append(Problem("model", str(folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    room = next(folder for folder in (target, *target.parents) if folder.exists())
-    if weights > (free := shutil.disk_usage(room).free):
-        found, expected = f"{readable(free)} free", f"{readable(weights)} for the result alone"
-        problems.append(Problem("output", str(room), found, expected, "Make room."))
-    return model.located, problems
+    return model.located, problems + room_problems(target, weights)
 
 
-def tokenizer_problems(folder: Path) -> list[Problem]:
-    """Return what a model lacks that is to read texts."""
-    if any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+def room_problems(target: Path, nbytes: int) -> list[Problem]:
+    """Return whether the disk has too little room for a result of so many bytes in `target`.
+
+    What an interrupted run has written beside it already counts as room.
+    """
+    folder = next(folder for folder in (target, *target.parents) if folder.exists())
+    partial = partial_of(target)
+    present = sum(file.stat().st_blocks * 512 for file in partial.iterdir()) if partial.is_dir() else 0
+    free = shutil.disk_usage(folder).free
+    if nbytes - present <= free:
         return []
-    return [Problem("model", str(folder), "no tokenizer", "tokenizer.json or tokenizer.model")]
+    expected = f"{readable(nbytes - present)} for the result"
+    remedy = "Make room, or write to another disk."
+    return [Problem("output", str(folder), f"{readable(free)} free", expected, remedy)]
 
 
 def open_model(reference: str, target: Path, overwrite: bool) -> tuple[MergedModel | None, list[Problem]]:
@@ -48,13 +56,3 @@ def open_model(reference: str, target: Path, overwrite: bool) -> tuple[MergedMod
         return open_merged(located), problems
     except InputError as error:
         return None, [*problems, *error.problems]
-
-
-def small_files(folder: Path) -> dict[str, Path]:
-    """Return everything in a model's folder that is not weights, by name."""
-    files = {}
-    for file in sorted(folder.iterdir()):
-        is_other = file.name.startswith(".") or file.name in MARKS or file.suffix == ".safetensors"
-        if file.is_file() and not is_other:
-            files[file.name] = file
-    return files

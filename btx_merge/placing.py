@@ -170,11 +170,14 @@ def try_rename(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def put_in_place(folder: Path, target: Path, overwrite: bool, note: Note) -> None:
+def put_in_place(folder: Path, target: Path, overwrite: bool, note: Note, again: str = "the same command") -> None:
     """Give a complete folder the target's name, and remove what had it before.
 
     All is on the disk before the result has its name, and the name before anything is removed. What cannot be
     removed afterwards is said in a note.
+
+    Args:
+        again: which command finishes what could not be put in place.
 
     Raises:
         InputError: something that may not be replaced has come into the target's place meanwhile.
@@ -192,7 +195,7 @@ def put_in_place(folder: Path, target: Path, overwrite: bool, note: Note) -> Non
             os.replace(folder, target)  # an empty folder makes way
     except OSError as error:
         text = f"{target}: {error.strerror}. The result is complete, in {folder}, but cannot get its name. "
-        text += f"Move away what is at {target}, then the same command finishes; or copy the result by `cp -r`."
+        text += f"Move away what is at {target}, then {again} finishes; or copy the result by `cp -r`."
         raise MergeError(text) from error
     sync(target.parent)
     if replaced is not None and replaced != old_of(target):

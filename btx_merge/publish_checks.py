@@ -17,10 +17,11 @@ from typing import Any
 from btx_merge.card_checks import card_problems
 from btx_merge.errors import InputError, Problem
 from btx_merge.files import MODEL_CODE, PICTURE, ROUTING, TOKENIZER_FILES
+from btx_merge.folder_files import read_json
 from btx_merge.layout import INDEX_FILE
 from btx_merge.private_text import private_text
-from btx_merge.recipe import RECIPE_FILE
-from btx_merge.sources import read_json, read_tensors
+from btx_merge.records import RECIPE_FILE
+from btx_merge.source_tensors import read_tensors
 from btx_merge.tensorfiles import StoredTensor
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")

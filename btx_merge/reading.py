@@ -7,8 +7,8 @@ from pathlib import Path
 
 from btx_merge.errors import Problem
 
-Stamp = tuple[int, int, int]
-"""Size, time of the last change in nanoseconds, inode."""
+Stamp = tuple[int, int]
+"""Size, and time of the last change in nanoseconds. No inode: on some mounts it changes by itself."""
 _CARD = "README.md"  # read once, for the card: a change of it mixes nothing
 
 
@@ -18,7 +18,7 @@ def stamp_of(file: Path) -> Stamp | None:
         stat = file.stat()
     except OSError:
         return None
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+    return stat.st_size, stat.st_mtime_ns
 
 
 def stamps_in(folder: Path) -> dict[Path, Stamp]:
@@ -53,10 +53,7 @@ class ReadFiles:
 
     def identity(self) -> list[list[object]]:
         """Return what an unfinished result depends on, in plain values: a copy of a file with its time is as good."""
-        return sorted(
-            [source, file.name, *(self._before[file] or ())[:2]]  # a copy has another inode
-            for file, source in self._files.items()
-        )
+        return sorted([source, file.name, *(self._before[file] or ())] for file, source in self._files.items())
 
     def changes(self) -> list[Problem]:
         """Return a problem for every file that is not what it was."""

@@ -5,20 +5,33 @@ Its values are validated here, all together; whether the sources fit each other 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from btx_merge.dtypes import SAFETENSORS_NAMES
 from btx_merge.errors import InputError, Problem
-from btx_merge.hub import locate
+from btx_merge.recipe_checks import SEED as SEED
+from btx_merge.recipe_checks import together_problems
+from btx_merge.records import read_recipe_file
+from btx_merge.shown import short
 from btx_merge.texts import DomainText, domain_texts_of
+from btx_merge.values import (
+    ABOVE_ZERO,
+    RANDOM_SEED,
+    SHARD_SIZE,
+    Rule,
+    at_least,
+    is_number,
+    is_text,
+    one_of,
+    parse_size,
+    unknown_problems,
+    value_problems,
+)
 
 REGMEAN_METHODS = ("regmean", "regmean_merged")
 """Ways to combine that are fitted on text."""
@@ -29,15 +42,8 @@ ROUTER_FITS = ("ridge", "prompts")
 ROUTER_INITS = ("random", "zeros", *ROUTER_FITS)
 FIT_THROUGH = ("expert", "router")
 ROUTER_TYPES = ("top_k", "switch", "soft", "sample_top_1")
-SEED = "seed"
-RECIPE_FILE = "btx_recipe.yaml"
-"""What a merge writes down of itself beside its result: a recipe with everything resolved."""
-RECORDS = {"resolved": "", "fits": "fitted", "training": "trained", "edits": "edited", "shared_over": ""}
-"""Keys of that file that are no recipe, and what they say was done to the model since."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,16 +145,15 @@ class MergeRecipe:
                 object.__setattr__(self, key, parse(getattr(self, key)))
             except InputError as error:
                 problems += error.problems
-        problems += _value_problems(self, complete=not problems)
+        problems += value_problems(self, _VALUES)
+        problems = problems or together_problems(self)
         if problems:
             raise InputError(problems)
 
     @property
     def shard_bytes(self) -> int:
         """`max_shard_size` in bytes."""
-        size = parse_size(self.max_shard_size)
-        assert size is not None
-        return size
+        return parse_size(self.max_shard_size) or 0
 
     @property
     def fits_shared(self) -> bool:
@@ -168,7 +173,7 @@ class MergeRecipe:
             InputError: an unknown key, a missing seed, or a value that cannot be meant.
         """
         known = [item.name for item in fields(cls)]
-        problems = [_unknown(origin, str(key), known) for key in values if key not in known]
+        problems = unknown_problems(origin, values, known)
         try:
             recipe = cls(**{"seed": "", **{key: value for key, value in values.items() if key in known}})
         except InputError as error:
@@ -191,88 +196,6 @@ class MergeRecipe:
         return {**asdict(self), "domain_text": texts, "prompts": prompts}
 
 
-class _NoDuplicates(yaml.SafeLoader):
-    """YAML's own loader takes the last of two equal keys: an expert would vanish without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                twice = f"the key {key} stands there twice"
-                raise yaml.constructor.ConstructorError(None, None, twice, node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def read_recipe_file(file: str | Path, on_note: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """The values of a recipe file, with the folders that it names relative to itself made absolute.
-
-    A merged model's folder or Hub id stands for its own `btx_recipe.yaml`. That names folders and texts without their
-    paths; they are looked for beside the model too.
-
-    Args:
-        on_note: called with what has become of the model since it was merged, which its recipe does not repeat.
-
-    Raises:
-        InputError: the file is missing, is no YAML or no mapping, or the Hub refuses.
-    """
-    path = Path(file)
-    if _HUB_ID.fullmatch(str(file)) and not path.exists() and path.suffix not in (".yaml", ".yml"):
-        path = locate("recipe", str(file), weights=False).folder / RECIPE_FILE
-    path = path / RECIPE_FILE if (path / RECIPE_FILE).is_file() else path
-    roots = [path.parent, *([path.parent.parent] if path.name == RECIPE_FILE else [])]
-    values = read_yaml(path, "recipe", "at least `seed:` and `experts:`")
-    recorded = {key: values.pop(key, None) for key in RECORDS}
-    since = [done for key, done in RECORDS.items() if done and recorded[key]]
-    if since and on_note:
-        on_note(f"{path}: the model was {' and '.join(since)} since it was merged; its recipe gives the merge alone.")
-
-    values = anchor_sources(values, roots)
-    if "domain_text" in values:
-        texts = domain_texts_of(str(file), values["domain_text"], roots, "domain_text")
-        values["domain_text"] = {text.name: text for text in texts}
-    return values
-
-
-def anchor_sources(values: Mapping[str, Any], roots: Sequence[Path]) -> dict[str, Any]:
-    """A recipe's values with the folders of its sources made absolute, seen from the first root where one is."""
-
-    def anchored(reference: Any) -> Any:
-        if not isinstance(reference, str):
-            return reference
-        beside = next((root / reference for root in roots if (root / reference).is_dir()), None)
-        if beside is None and (reference.startswith(("./", "../")) or reference in (".", "..")):
-            beside = roots[0] / reference
-        return str(beside.resolve()) if beside else reference
-
-    out = {**values, "seed": anchored(values.get("seed"))}
-    if isinstance(experts := values.get("experts"), dict):
-        out["experts"] = {
-            name: {key: anchored(value) if key in ("model", "base") else value for key, value in spec.items()}
-            if isinstance(spec, dict)
-            else anchored(spec)
-            for name, spec in experts.items()
-        }
-    return out
-
-
-def read_yaml(file: Path, source: str, expected: str) -> dict[str, Any]:
-    """The mapping in a YAML file, in which no key stands twice.
-
-    Raises:
-        InputError: the file is missing, is no YAML or no mapping.
-    """
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), _NoDuplicates)
-    except OSError as error:
-        raise InputError([Problem(source, str(file), error.strerror or str(error))]) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError([Problem(source, str(file), f"unreadable: {reason}")]) from error
-    if not isinstance(values, dict):
-        raise InputError([Problem(source, str(file), "no keys", expected)])
-    return values
-
-
 def _as_texts(values: Any) -> dict[str, DomainText]:
     if isinstance(values, Mapping) and all(isinstance(text, DomainText) for text in values.values()):
         return dict(values)
@@ -286,14 +209,20 @@ def _as_texts(values: Any) -> dict[str, DomainText]:
 
 def _as_prompts(values: Any) -> dict[str, tuple[str, ...]]:
     if not isinstance(values, Mapping):
-        raise InputError([Problem("recipe", "prompts", f"{values!r}", "`name: [line, line]`, one entry per expert")])
+        raise InputError([Problem("recipe", "prompts", short(values), "`name: [line, line]`, one entry per expert")])
     problems, prompts = [], {}
     for name, given in values.items():
         lines = (given,) if isinstance(given, str) else given
-        if isinstance(lines, (list, tuple)) and lines and all(isinstance(x, str) and x.strip() for x in lines):
-            prompts[str(name)] = tuple(lines)
+        if (
+            is_text(name)
+            and isinstance(lines, (list, tuple))
+            and lines
+            and all(is_text(x) and x.strip() for x in lines)
+        ):
+            prompts[name] = tuple(lines)
         else:
-            problems.append(Problem("recipe", f"prompts.{name}", f"{given!r}", "lines of text"))
+            key = name if isinstance(name, str) else short(name)
+            problems.append(Problem("recipe", f"prompts.{key}", short(given), "lines of text"))
     if problems:
         raise InputError(problems)
     return prompts
@@ -312,153 +241,50 @@ def as_spec(name: Any, spec: Any, key: str = "experts") -> ExpertSpec:
     Raises:
         InputError: a name or a value that cannot be meant.
     """
-    where = f"{key}.{name}"
+    where = f"{key}.{name if isinstance(name, str) else short(name)}"
     if isinstance(spec, (str, Path)):
         spec = {"model": str(spec)}
     if isinstance(spec, ExpertSpec):
         spec = asdict(spec)
     if not isinstance(spec, Mapping):
-        raise InputError([Problem("recipe", where, f"{spec!r}", "a model, or `model:` and `weight:`")])
+        raise InputError([Problem("recipe", where, short(spec), "a model, or `model:` and `weight:`")])
     known = [item.name for item in fields(ExpertSpec)]
-    problems = [_unknown("recipe", f"{where}.{key}", known) for key in spec if key not in known]
-    values = {"weight": 1.0, "base": None, **{key: _as_text(value) for key, value in spec.items()}}
+    problems = unknown_problems("recipe", spec, known, f"{where}.")
+    values = {"weight": 1.0, "base": None, **{key: _as_text(spec[key]) for key in known if key in spec}}
     if not values.get("model"):
         problems.append(Problem("recipe", where, "no model", "`model: folder or org/name`"))
-    elif not isinstance(values["model"], str):
-        problems.append(Problem("recipe", f"{where}.model", f"{values['model']!r}", "a folder or org/name"))
-    if not _is_number(values["weight"]) or not 0 <= values["weight"] < math.inf:
-        problems.append(Problem("recipe", f"{where}.weight", f"{values['weight']!r}", "a number, at least 0"))
-    if values["base"] is not None and not (values["base"] and isinstance(values["base"], str)):
-        problems.append(Problem("recipe", f"{where}.base", f"{values['base']!r}", "a folder or org/name"))
+    elif not is_text(values["model"]):
+        problems.append(Problem("recipe", f"{where}.model", short(values["model"]), "a folder or org/name"))
+    if not is_number(values["weight"]) or not 0 <= values["weight"] < math.inf:
+        problems.append(Problem("recipe", f"{where}.weight", short(values["weight"]), "a number, at least 0"))
+    if values["base"] is not None and not (values["base"] and is_text(values["base"])):
+        problems.append(Problem("recipe", f"{where}.base", short(values["base"]), "a folder or org/name"))
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name == SEED:
         expected = "letters, digits, `_`, `-`, `.`; not `seed`, which is the seed's own"
-        problems.append(Problem("recipe", key, f"the name {name!r}", expected))
+        problems.append(Problem("recipe", key, f"the name {short(name)}", expected))
     if problems:
         raise InputError(problems)
     return ExpertSpec(**values)
 
 
-def _unknown(origin: str, key: str, known: list[str]) -> Problem:
-    near = difflib.get_close_matches(key.split(".")[-1].replace("-", "_"), known, 1)
-    remedy = f"Did you mean {near[0]}?" if near else f"Known are: {', '.join(known)}."
-    return Problem(origin, key, "unknown key", "", remedy)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # annotation to what a person calls it
-    "str": ("text", lambda value: isinstance(value, str)),
-    "bool": ("true or false", lambda value: isinstance(value, bool)),
-    "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    "float": ("a number", _is_number),
-}
-_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what is expected, and whether a value is that
+_VALUES: dict[str, Rule] = {
     "seed": ("the model that all experts grew from", bool),
     "seed_weight": ("a number, at least 0", lambda value: 0 <= value < math.inf),
-    "combine": (f"one of {', '.join(COMBINE_METHODS)}", lambda value: value in COMBINE_METHODS),
+    "combine": one_of(COMBINE_METHODS),
     "density": ("in (0, 1]", lambda value: 0 < value <= 1),
     "scale": ("a finite number", math.isfinite),
-    "expert_mode": (f"one of {', '.join(EXPERT_MODES)}", lambda value: value in EXPERT_MODES),
-    "num_chunks": ("at least 1", lambda value: value >= 1),
-    "router_init": (f"one of {', '.join(ROUTER_INITS)}", lambda value: value in ROUTER_INITS),
-    "router_std": ("above 0", lambda value: 0 < value < math.inf),
-    "domain_tokens": ("at least 64", lambda value: value >= 64),
-    "router_ridge": ("above 0", lambda value: 0 < value < math.inf),
-    "regmean_ridge": ("above 0", lambda value: 0 < value < math.inf),
-    "fit_through": (f"one of {', '.join(FIT_THROUGH)}", lambda value: value in FIT_THROUGH),
-    "random_seed": ("in [0, 2**32)", lambda value: 0 <= value < 2**32),
-    "router_type": (f"one of {', '.join(ROUTER_TYPES)}", lambda value: value in ROUTER_TYPES),
-    "num_experts_per_tok": ("at least 1", lambda value: value >= 1),
-    "router_aux_loss_coef": ("at least 0", lambda value: 0 <= value < math.inf),
-    "dtype": (f"one of {', '.join(SAFETENSORS_NAMES)}", lambda value: value in SAFETENSORS_NAMES),
-    "max_shard_size": ("a size such as 5GB, 500MB or 5GiB", lambda value: bool(parse_size(value))),
+    "expert_mode": one_of(EXPERT_MODES),
+    "num_chunks": at_least(1),
+    "router_init": one_of(ROUTER_INITS),
+    "router_std": ABOVE_ZERO,
+    "domain_tokens": at_least(64),
+    "router_ridge": ABOVE_ZERO,
+    "regmean_ridge": ABOVE_ZERO,
+    "fit_through": one_of(FIT_THROUGH),
+    "random_seed": RANDOM_SEED,
+    "router_type": one_of(ROUTER_TYPES),
+    "num_experts_per_tok": at_least(1),
+    "router_aux_loss_coef": at_least(0),
+    "dtype": one_of(SAFETENSORS_NAMES),
+    "max_shard_size": SHARD_SIZE,
 }
-
-
-def _exponent_remedy(value: Any) -> str:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return ""
-    return "In YAML a number stands without quotes, and with a point before an exponent: 1.0e-5."
-
-
-def parse_size(text: str) -> int | None:
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        return None
-    base = 1024 if "i" in text.lower() else 1000
-    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
-
-
-def _value_problems(recipe: MergeRecipe, complete: bool) -> list[Problem]:
-    """What is wrong with single values; then, if nothing is, what does not go together."""
-    problems = []
-
-    def problem(key: str, found: str, expected: str, remedy: str = "") -> None:
-        problems.append(Problem("recipe", key, found, expected, remedy))
-
-    for item in fields(recipe):
-        value, annotation = getattr(recipe, item.name), str(item.type)
-        kind, is_kind = _KINDS.get(annotation.removesuffix(" | None"), ("", None))
-        if is_kind is None or (value is None and annotation.endswith(" | None")):
-            continue
-        expected, is_fine = _VALUES.get(item.name, (kind, lambda value: True))
-        if value is None and item.name == "seed":
-            problem("seed", "missing", expected)
-        elif not is_kind(value):
-            problem(item.name, f"{value!r}", expected if kind == "text" else kind, _exponent_remedy(value))
-        elif not is_fine(value):
-            problem(item.name, f"{value!r}" if value != "" else "missing", expected)
-    if problems or not complete:
-        return problems
-
-    sources = len(recipe.experts) + recipe.seed_expert
-    experts = sources * recipe.num_chunks if recipe.expert_mode == "split" else sources
-    if not sources:
-        problem("experts", "none", "at least one", "Give --expert NAME=MODEL.")
-    elif recipe.num_experts_per_tok > experts:
-        expected = f"in [1, {experts}], for there are {experts} experts" if experts > 1 else "1, for there is 1 expert"
-        problem("num_experts_per_tok", f"{recipe.num_experts_per_tok}", expected, "Give --num-experts-per-tok.")
-    names = (SEED, *recipe.experts)
-    if recipe.tokenizer_source not in names:
-        problem("tokenizer_source", f"{recipe.tokenizer_source!r}", f"one of {', '.join(names)}")
-    weights = [spec.weight for spec in recipe.experts.values()] + [recipe.seed_weight] * recipe.seed_expert
-    if sources and not sum(weights) > 0:
-        problem("weight", "all are 0", "at least one above 0")
-    elif recipe.combine in ("mean", "seed", *REGMEAN_METHODS) and set(weights) - {1.0}:
-        remedy = "Say combine: weighted (or ties, dare_ties, dare_linear), or leave the weights out."
-        problem("weight", f"weights, which combine: {recipe.combine} ignores", "", remedy)
-    return problems + _fit_problems(recipe)
-
-
-def _fit_problems(recipe: MergeRecipe) -> list[Problem]:
-    """Whether what is fitted has its text, and no text is given in vain."""
-    problems = []
-    needs_text = recipe.fits_shared or recipe.router_init == "ridge"
-    needs_prompts = recipe.router_init == "prompts"
-    known = (*((SEED,) if recipe.seed_expert else ()), *recipe.experts)
-    for key, flag, given, needed in (
-        ("domain_text", "--domain-text {}=FILE", recipe.domain_text, needs_text),
-        ("prompts", "--prompt {}=TEXT", recipe.prompts, needs_prompts),
-    ):
-        problems += [
-            Problem("recipe", f"{key}.{name}", f"no expert {name}", f"one of {', '.join(known)}")
-            for name in given
-            if name not in known
-        ]
-        missing = [name for name in recipe.experts if name not in given]
-        if needed and missing:
-            remedy = "Give " + ", ".join(flag.format(name) for name in missing) + "."
-            expected = "for every expert but the seed, which may go without"
-            problems.append(Problem("recipe", key, f"none for {', '.join(missing)}", expected, remedy))
-        elif given and not needed:
-            remedy = "Say router_init: ridge or combine: regmean_merged, or leave it out."
-            remedy = "Say router_init: prompts, or leave them out." if key == "prompts" else remedy
-            problems.append(Problem("recipe", key, "given, but nothing is fitted on it", "", remedy))
-    if recipe.is_fitted and recipe.expert_mode == "blend":
-        remedy = "Choose whole or split, or fit nothing."
-        problems.append(Problem("recipe", "expert_mode", "blend", "experts that belong to a domain", remedy))
-    return problems

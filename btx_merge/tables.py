@@ -23,9 +23,15 @@ from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.exporting import ExportReport
 from btx_merge.merging import Check, Report
 from btx_merge.plan import Fate
+from btx_merge.shown import printable
 
 if TYPE_CHECKING:
     from btx_merge.fit_walk import LayerFit
+
+
+def _console(stderr: bool = False) -> Console:
+    """Return a console that takes text as it is: `[bold]` and `:cat:` in a path are no markup and no picture."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 class ProgressBar:
@@ -38,7 +44,7 @@ class ProgressBar:
             DownloadColumn(),
             TransferSpeedColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=_console(stderr=True),
             disable=not shown,
         )
 
@@ -67,7 +73,7 @@ class LayerBar:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=_console(stderr=True),
             disable=not shown,
         )
         self._task: TaskID | None = None
@@ -110,8 +116,8 @@ def print_check(checked: Check) -> None:
         if source.base:
             model += f" on {source.base.public_name}"
         cells = [distance.get((source.name, group), "") for group in groups]
-        table.add_row(source.name, model, source.dtype, *cells)
-    console = Console()
+        table.add_row(*map(printable, (source.name, model, source.dtype, *cells)))
+    console = _console()
     console.print(table)
     recipe = plan.recipe
     lines = {
@@ -127,9 +133,20 @@ def print_check(checked: Check) -> None:
     console.print(_facts(lines))
 
 
+def print_files(checked: Check) -> None:
+    """What a merge would write, and where."""
+    console = _console()
+    console.print(printable(f"Would be written to {checked.output}"), soft_wrap=True)
+    table = Table("file", box=SIMPLE, pad_edge=False)
+    table.add_column("size", justify="right")
+    for name, nbytes in checked.files.items():
+        table.add_row(printable(name), _size(nbytes) if nbytes >= 1e5 else f"{nbytes:,} bytes")
+    console.print(table)
+
+
 def print_report(report: Report) -> None:
     """What became of every input tensor, and what it cost."""
-    console = Console()
+    console = _console()
     console.print(_fates(report.fates))
     plan = report.checked.plan
     rate = plan.bytes_to_write / max(report.seconds, 1e-9)
@@ -154,7 +171,7 @@ def print_export(report: ExportReport) -> None:
     }
     if report.kept_bytes:
         lines["kept"] = f"{_size(report.kept_bytes)} of an interrupted run"
-    Console().print(_facts(lines))
+    _console().print(_facts(lines))
 
 
 def _fates(fates: tuple[Fate, ...]) -> Table:
@@ -164,14 +181,14 @@ def _fates(fates: tuple[Fate, ...]) -> Table:
         table.add_column(kind, justify="right")
     for source in dict.fromkeys(fate.source for fate in fates):
         cells = {fate.fate: f"{fate.tensors} ({_size(fate.nbytes)})" for fate in fates if fate.source == source}
-        table.add_row(source, *(cells.get(kind, "") for kind in kinds))
+        table.add_row(printable(source), *(cells.get(kind, "") for kind in kinds))
     return table
 
 
 def _facts(lines: dict[str, str]) -> Table:
     table = Table.grid(padding=(0, 2))
     for key, value in lines.items():
-        table.add_row(key, value)
+        table.add_row(key, printable(value))
     return table
 
 

@@ -6,23 +6,28 @@ A file is never trusted: what its header promises is held against its size, and 
 
 from __future__ import annotations
 
-import json
-import math
 import struct
 import threading
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from btx_merge.bounded_json import parse_json
 from btx_merge.disk_errors import naming
 from btx_merge.dtypes import STORED, TORCH_NAMES, Raw
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, Problem, capped
+from btx_merge.folder_files import checked
 from btx_merge.pagecache import forget_range, was_cached
 
-_MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself
+_MAX_HEADER = 25_000_000
+"""Bytes of a header, or of the pickle that is one in torch's format. A hundred thousand tensors need 15 MB."""
+_MAX_BYTES = 2**63 - 1
+_MAX_DIMENSIONS = 16
+_MAX_SHOWN = 200
+"""Characters of a header's entry that an error repeats."""
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -79,6 +84,13 @@ def _problem(file: Path, found: str, expected: str = "", remedy: str = "") -> Pr
     return Problem(file.parent.name, file.name, found, expected, remedy)
 
 
+def _checked(file: Path) -> Path:
+    try:
+        return checked(file)
+    except InputError as error:
+        raise InputError(replace(problem, where=file.name) for problem in error.problems) from error
+
+
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
@@ -95,7 +107,7 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
         InputError: the file is truncated, or its header is no JSON, names a tensor twice, or lies about
             offsets or shapes. All such problems of the file in one error.
     """
-    size = file.stat().st_size
+    size = _checked(file).stat().st_size
     with file.open("rb") as stream:
         head = stream.read(8)
         length = int.from_bytes(head, "little")
@@ -105,10 +117,10 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
                 found = f"{size} bytes, not even a header"
             raise InputError([_problem(file, found, "a safetensors file", _FETCH_AGAIN)])
         try:
-            header = json.loads(stream.read(length), object_pairs_hook=_refuse_duplicates)
+            header = parse_json(stream.read(length), object_pairs_hook=_refuse_duplicates)
             if not isinstance(header, dict):
                 raise ValueError("it is no JSON object")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             remedy = "Save the checkpoint again with save_pretrained, or download it again."
             raise InputError([_problem(file, f"unreadable header: {error}", "", remedy)]) from error
     header.pop("__metadata__", None)
@@ -119,33 +131,49 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
             numbers = (*shape, begin, end)
             if not all(type(number) is int and number >= 0 for number in numbers):  # True is no number here
                 raise ValueError
-            if not isinstance(dtype, str) or begin > end:
+            if not isinstance(dtype, str) or begin > end or end > _MAX_BYTES:
+                raise ValueError
+            if len(shape) > _MAX_DIMENSIONS or _values_in(shape) is None:
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            found, expected = f"the header's entry for {name} is malformed: {entry!r}", "dtype, shape, data_offsets"
+            found, expected = (
+                f"the header's entry for {name} is malformed: {repr(entry)[:_MAX_SHOWN]}",
+                "dtype, shape, data_offsets",
+            )
             problems.append(_problem(file, found, expected, _FETCH_AGAIN))
             continue
         tensors[name] = StoredTensor(name, file, dtype, shape, 8 + length + begin, end - begin)
-    problems += _layout_problems(file, size, 8 + length, list(tensors.values()))
-    if problems:
+    if problems := [*capped(problems), *_layout_problems(file, size, 8 + length, list(tensors.values()))]:
         raise InputError(problems)
     return tensors
 
 
+def _values_in(shape: tuple[int, ...]) -> int | None:
+    """Return how many values a tensor of this shape has; None where no file could hold them."""
+    product = 1
+    for number in shape:
+        if number > _MAX_BYTES or (product := product * number) > _MAX_BYTES:
+            return None
+    return product
+
+
 def _layout_problems(file: Path, size: int, data_start: int, tensors: list[StoredTensor]) -> list[Problem]:
     """Offsets must follow each other without gap or overlap, fit the shapes, and end where the file ends."""
-    problems = []
+    problems: list[Problem] = []
+    wrong_sizes: list[Problem] = []
     expected_start = data_start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
         width = STORED[tensor.dtype].itemsize if tensor.dtype in STORED else _WIDTHS.get(tensor.dtype)
-        if width is not None and tensor.nbytes != math.prod(tensor.shape) * width:
+        wanted = (_values_in(tensor.shape) or 0) * (width or 0)
+        if width is not None and tensor.nbytes != wanted:
             found = f"the header gives {tensor.name} {tensor.nbytes:,} bytes"
-            expected = f"{math.prod(tensor.shape) * width:,} for shape {list(tensor.shape)} in {tensor.dtype}"
-            problems.append(_problem(file, found, expected, _FETCH_AGAIN))
+            expected = f"{wanted:,} for shape {list(tensor.shape)} in {tensor.dtype}"
+            wrong_sizes.append(_problem(file, found, expected, _FETCH_AGAIN))
         if tensor.start != expected_start:
             found = f"the header puts {tensor.name} at byte {tensor.start:,}"
             problems.append(_problem(file, found, f"byte {expected_start:,}", _FETCH_AGAIN))
         expected_start = tensor.start + tensor.nbytes
+    problems = [*capped(wrong_sizes), *capped(problems)]
     if expected_start > size:
         problems.append(_problem(file, f"truncated: {size:,} bytes", f"{expected_start:,}", _FETCH_AGAIN))
     elif expected_start < size and not problems:
@@ -167,7 +195,7 @@ def read_torch(file: Path) -> dict[str, StoredTensor]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     names = {getattr(torch, torch_name): name for name, torch_name in TORCH_NAMES.items()}
-    records = _uncompressed_records(file)
+    records = _uncompressed_records(_checked(file))
     try:
         with FakeTensorMode():
             loaded = torch.load(file, map_location="cpu", weights_only=True)
@@ -204,23 +232,32 @@ def read_torch(file: Path) -> dict[str, StoredTensor]:
 
 
 def _uncompressed_records(file: Path) -> dict[int, int]:
-    """Where each member of the zip file that is not compressed begins, and its size; nothing of another format.
+    """Return where each member of the zip file that is not compressed begins, and its size; nothing of another format.
 
     Raises:
-        InputError: big-endian numbers, at which torch would crash under fake tensors.
+        InputError: big-endian numbers, at which torch would crash under fake tensors; members besides the tensors'
+            data that would fill the memory; a zip file that is broken.
     """
     out: dict[int, int] = {}
+    if not zipfile.is_zipfile(file):
+        return out
     try:
         with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
             for member in archive.infolist():
-                if member.filename.endswith("/byteorder") and archive.read(member) != b"little":
+                if "/data/" not in member.filename and member.file_size > _MAX_HEADER:
+                    found = f"{member.filename} announces {member.file_size:,} bytes"
+                    raise InputError([_problem(file, found, f"at most {_MAX_HEADER:,}", _SAVE_AGAIN)])
+                if member.filename.endswith("/byteorder") and archive.open(member).read(16) != b"little":
                     raise InputError([_problem(file, "its numbers are big-endian", "little-endian", _SAVE_AGAIN)])
                 stream.seek(member.header_offset + 26)  # the lengths of the name and of the extra field behind it
                 name_length, extra_length = struct.unpack("<HH", stream.read(4))
                 if member.compress_type == zipfile.ZIP_STORED:
                     out[member.header_offset + 30 + name_length + extra_length] = member.file_size
-    except (zipfile.BadZipFile, NotImplementedError, struct.error):
-        return {}
+    except InputError:
+        raise
+    except Exception as error:  # zipfile and its decompressors raise many kinds; each means the same to us
+        reason = str(error) or type(error).__name__
+        raise InputError([_problem(file, f"a broken zip file ({reason})", "", _FETCH_AGAIN)]) from error
     return out
 
 

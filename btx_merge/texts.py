@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.errors import InputError, Problem
+from btx_merge.shown import short
 from btx_merge.textfiles import READERS, Record, is_installed, read_file, read_hub, suffix_of
+from btx_merge.values import is_number, is_text
 
 EXTRA = "pip install 'btx-merge[train]'"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -78,20 +80,20 @@ def domain_texts_of(origin: str, values: Any, folders: Sequence[Path], key: str 
     """
     expected = "a reference, a list of references, or `text:` and `weight:`"
     if not isinstance(values, Mapping):
-        raise InputError([Problem(origin, key, f"{values!r}", "`name: reference`, one line for each domain")])
+        raise InputError([Problem(origin, key, short(values), "`name: reference`, one line for each domain")])
     problems, texts = [], []
     for name, value in values.items():
-        where = f"{key}.{name}"
+        where = f"{key}.{name if isinstance(name, str) else short(name)}"
         given = value if isinstance(value, Mapping) else {"text": value}
         text = given.get("text")
         listed: list[Any] = text if isinstance(text, list) else [text]
         weight = given.get("weight", 1.0)
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            problems.append(Problem(origin, key, f"the name {name!r}", "letters, digits, `_`, `-`, `.`"))
-        if set(given) - {"text", "weight"} or not listed or not all(isinstance(x, str) and x for x in listed):
-            problems.append(Problem(origin, where, f"{value!r}", expected))
+            problems.append(Problem(origin, key, f"the name {short(name)}", "letters, digits, `_`, `-`, `.`"))
+        if set(given) - {"text", "weight"} or not listed or not all(is_text(x) and x for x in listed):
+            problems.append(Problem(origin, where, short(value), expected))
         elif not _is_weight(weight):
-            problems.append(Problem(origin, f"{where}.weight", f"{weight!r}", "a number above 0"))
+            problems.append(Problem(origin, f"{where}.weight", short(weight), "a number above 0"))
         else:
             references = tuple(_relative_to(folders, reference) for reference in listed)
             texts.append(DomainText(str(name), references, float(weight)))
@@ -260,7 +262,7 @@ def _split_weight(given: str) -> tuple[str, float | None]:
 
 
 def _is_weight(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return is_number(value) and 0 < value < math.inf
 
 
 def _relative_to(folders: Sequence[Path], reference: str) -> str:

@@ -6,7 +6,6 @@ All is written into a folder beside the target, which takes the target's name wh
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, Problem
 from btx_merge.files import PICTURE, ROUTING, append_record, copy_model_code
-from btx_merge.placing import MARKS
+from btx_merge.folder_files import copy_file, small_files
 from btx_merge.tensorfiles import stored_tensors
 
 
@@ -38,9 +37,8 @@ def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
 
 def write_model(source: Path, folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
     """Copies a checkpoint and puts the trained tensors in their places, in the dtype that they had there."""
-    for file in source.iterdir():
-        if file.is_file() and not file.name.startswith(".") and file.name not in MARKS:
-            shutil.copyfile(file, folder / file.name)
+    for file in [*small_files(source).values(), *source.glob("*.safetensors")]:
+        copy_file(file, folder / file.name)
     copy_model_code(folder)
     stored = stored_tensors(folder)
     for name, tensor in trained.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import threading
@@ -21,6 +20,7 @@ from transformers.utils import logging
 from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
 from btx_merge.files import PICTURE
 from btx_merge.finetuning import LORA_TARGETS, Show, TrainRecipe, last_checkpoint, tools
+from btx_merge.folder_files import read_json
 from btx_merge.hub import Located
 from btx_merge.modeling import BTXForCausalLM
 from btx_merge.texts import public_reference
@@ -274,5 +274,5 @@ def _precision(recipe: TrainRecipe, located: Located) -> dict[str, bool]:
     """A GPU computes in bfloat16 what is stored so, where nothing else was asked for."""
     if {"bf16", "fp16", "use_cpu"} & set(recipe.arguments) or not torch.cuda.is_available():
         return {}
-    stored = json.loads((located.folder / "config.json").read_text(encoding="utf-8")).get("dtype")
+    stored = read_json(located.folder / "config.json").get("dtype")
     return {"bf16": True} if stored == "bfloat16" and torch.cuda.is_bf16_supported() else {}

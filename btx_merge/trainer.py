@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
@@ -31,7 +32,14 @@ _RUNNING = ("_tr_loss", "_globalstep_last_logged")
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a run changes: parameters that have a gradient, and the routers' selection bias where there is one."""
+    """Return what a run changes: parameters that have a gradient, and the routers' selection bias where there is one.
+
+    After an evaluation FSDP2 leaves some parameters gathered. They are no `DTensor` then, and a tied head has a name
+    of its own; so all are sharded again first.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
     trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     return trained | {name: tensor for name, tensor in model.named_buffers() if name.endswith(SELECTION_BIAS)}
 

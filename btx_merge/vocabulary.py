@@ -6,7 +6,7 @@ their rows are averaged over the sources that own them. Rows without a token (pa
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from btx_merge.bounded_json import parse_json
 from btx_merge.errors import InputError, Problem
+from btx_merge.folder_files import read_bytes
 from btx_merge.segments import Segment, runs
 from btx_merge.sources import Source
 
@@ -174,7 +176,7 @@ def _read_tokenizers(sources: Sequence[Source]) -> tuple[dict[str, Tokenizer | N
 
 
 def _parse(folder: Path, content: bytes) -> Tokenizer:
-    data = json.loads(content)
+    data = parse_json(content)
     vocab = data["model"]["vocab"]
     base = {piece: row for row, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
     # "a b" until tokenizers 0.20, ["a", "b"] since
@@ -196,8 +198,8 @@ def token_ids(vocabulary: Vocabulary, sources: Sequence[Source]) -> Mapping[str,
 
 def tokenizer_json(folder: Path) -> bytes:
     """A folder's tokenizer.json, or what transformers makes of sentencepiece's tokenizer.model."""
-    if (folder / "tokenizer.json").exists():
-        return (folder / "tokenizer.json").read_bytes()
+    if os.path.lexists(folder / "tokenizer.json"):
+        return read_bytes(folder / "tokenizer.json")
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -17,11 +17,12 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, PromptTuningConfi
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from btx_merge import InputError, MergeRecipe, NonFiniteError, check, merge
+from btx_merge import InputError, MergeRecipe, NonFiniteError, check, extract, merge
 from btx_merge.adapter import is_plain_lora
 from btx_merge.dtypes import from_float32
-from btx_merge.sources import Source, open_sources
-from tests.common import edit_json, save_seed, tensors_of, tiny_tokenizer
+from btx_merge.opening import open_sources
+from btx_merge.sources import Source
+from tests.common import edit_json, load_float32, logits_of, save_seed, tensors_of, tiny_tokenizer
 
 # What peft and transformers say to who trains is not about us.
 pytestmark = [pytest.mark.filterwarnings("ignore:::peft"), pytest.mark.filterwarnings("ignore:::transformers")]
@@ -178,7 +179,7 @@ def test_plain_lora_in_float32(kind: str, base_of: Callable[..., Path], tmp_path
     assert_equal_in_float32(open_adapter(base, adapter), merged_by_peft(base, adapter), changed)
 
 
-@pytest.mark.parametrize("kind", ["all linear", "embedding"])
+@pytest.mark.parametrize("kind", ["all linear"])
 def test_plain_lora_on_a_tied_base(kind: str, base_of: Callable[..., Path], tmp_path: Path) -> None:
     """What changes the embedding changes the head with it."""
     base = base_of(tied=True)
@@ -204,7 +205,6 @@ GROWN: dict[str, tuple[bool, dict[str, Any], int]] = {  # whether the base is ti
     "resized": (False, {"target_modules": ["q_proj"]}, 4),  # then peft saves embedding and head untrained
     "LoRA on them": (False, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, 4),
     "tied, resized": (True, {"target_modules": ["q_proj"]}, 3),
-    "tied, LoRA on the embedding": (True, {"target_modules": ["q_proj", "embed_tokens"]}, 3),
     "DoRA": (False, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "use_dora": True}, 4),
     "DoRA on them": (False, {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "use_dora": True}, 4),
     "tied together": (
@@ -375,8 +375,13 @@ def test_what_peft_cannot_merge_is_refused(kind: str, base_of: Callable[..., Pat
         check(MergeRecipe(str(base), {"expert": str(adapter)}))
     (problem,) = caught.value.problems
     line = str(problem)
-    assert line.startswith("expert: adapter_config.json: peft cannot merge it (")
-    assert line.endswith("Merge it into its base yourself, save the whole model, and give that folder.")
+    said = {
+        "prompt tuning": "adapter_config.json: an adapter of type PROMPT_TUNING, which changes what goes through",
+        "nonsense": "adapter_config.json: peft_type is 'NONSENSE', which the installed peft",
+        "adapter with another shape": "adapter_config.json: peft cannot merge it (",
+        "a part missing": "adapter weights: lacks base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector",
+    }
+    assert line.startswith(f"expert: {said[kind]}")
     assert "\n" not in line
 
 
@@ -434,7 +439,9 @@ def test_a_seed_that_is_an_adapter_itself(base_of: Callable[..., Path], tmp_path
     adapter = train(base, tmp_path / "adapter", LoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj"], r=2))
     assert_equal_in_float32(open_adapter(seed, adapter), merged_by_peft(base, adapter), 2)
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=None)
-    assert refused(seed, adapter) == ["adapter_config.json: names no base. Give `base:` in the recipe."]
+    assert refused(seed, adapter) == [
+        "adapter_config.json: names no base. Name its base: --base NAME=MODEL (`base:` in the recipe)."
+    ]
 
 
 def refused(seed: Path, adapter: Path, **spec: Any) -> list[str]:
@@ -448,8 +455,8 @@ def test_a_base_that_is_nowhere(base_of: Callable[..., Path], tmp_path: Path) ->
     adapter = make_lora(base_of(), tmp_path / "adapter")
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="/gone/other")
     assert refused(base_of(), adapter) == [
-        "adapter_config.json: the adapter's base /gone/other is not the seed. If it was trained on the seed, say "
-        "`base:` with the seed's own reference in the recipe.",
+        "adapter_config.json: the adapter's base /gone/other is not the seed, and cannot be used. If it was trained "
+        "on the seed, or another model is meant: name its base: --base NAME=MODEL (`base:` in the recipe).",
         "/gone/other: no such folder; expected a folder with config.json and weights, or a Hub id `org/name` or "
         "`org/name@revision`. Check the path.",
     ]
@@ -478,7 +485,7 @@ def test_a_base_that_lacks_the_module(base_of: Callable[..., Path], tmp_path: Pa
         "model.layers.2.self_attn.q_proj.bias",
         "model.layers.2.self_attn.q_proj.weight",
     ]
-    remedy = "Was it trained on this model? `base:` in the recipe names another."
+    remedy = "Was it trained on this model? --base NAME=MODEL (`base:` in the recipe) names another."
     assert refused(base_of(), adapter) == [
         f"adapter_model.safetensors: changes {name}, which its base does not have. {remedy}" for name in names
     ]
@@ -490,53 +497,140 @@ def test_a_base_of_another_shape(base_of: Callable[..., Path], tmp_path: Path) -
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=None)
     assert refused(base_of(), adapter) == [
         f"adapter_model.safetensors: the delta of model.layers.{layer}.self_attn.q_proj.weight is [128, 128]; "
-        "expected [64, 64]. Was it trained on this model? `base:` in the recipe names another."
+        "expected [64, 64]. Was it trained on this model? --base NAME=MODEL (`base:` in the recipe) names another."
         for layer in range(2)
     ]
 
 
-@pytest.mark.parametrize("options", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}])
-def test_a_head_apart_from_a_tied_base_is_refused(
-    options: dict[str, Any], base_of: Callable[..., Path], tmp_path: Path
+APART: dict[str, dict[str, Any]] = {
+    "LoRA on the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "LoRA on both": {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "use_rslora": True},
+    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "both saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "DoRA on the embedding": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    "DoRA on the head": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+    "PiSSA on the head": {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": "pissa"},
+}
+TOGETHER: dict[str, dict[str, Any]] = {
+    "LoRA": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "LoRA, named by the head": {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [5, 37]},
+}
+
+
+def trained(base: Path, folder: Path, config: Any) -> torch.Tensor:
+    """Save an adapter with random weights, and return what the model computes with it before any merge."""
+    model = get_peft_model(load(base), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.eval().save_pretrained(folder)
+    return logits_of(model)
+
+
+def alone(base: Path, adapter: Path, room: Path, **recipe: Any) -> torch.Tensor:
+    """Merge the adapter as the only expert, take it out again, and return what the dense model computes."""
+    options = {"seed_expert": False, "num_experts_per_tok": 1, **recipe}
+    merge(MergeRecipe(str(base), {"expert": str(adapter)}, **options), room / "merged")
+    extract(room / "merged", "expert", room / "dense")
+    return logits_of(load_float32(room / "dense"))
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_embedding_and_head_of_a_tied_base_changed_apart(
+    kind: str, base_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    """What was trained has two matrices: it merges untied, and is refused otherwise."""
+    base = base_of(tied=True)
+    wanted = trained(base, tmp_path / "adapter", LoraConfig(task_type="CAUSAL_LM", r=4, **APART[kind]))
+    (line,) = refused(base, tmp_path / "adapter")
+    assert line.startswith("config.json: tie_word_embeddings: False: the adapter changes embedding and head apart")
+    assert "--untie" in line
+    torch.testing.assert_close(alone(base, tmp_path / "adapter", tmp_path, untie=True), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", TOGETHER)
+def test_embedding_and_head_of_a_tied_base_changed_together(
+    kind: str, base_of: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = base_of(tied=True)
-    adapter = train(
-        base, tmp_path / "a", LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **options})
-    )
-    remedy = "Merge it with peft, untie the result, save it, and give that folder."
-    assert refused(base, adapter) == [
-        f"adapter_model.safetensors: changes lm_head.weight, which its base ties. {remedy}"
-    ]
+    wanted = trained(base, tmp_path / "adapter", LoraConfig(task_type="CAUSAL_LM", r=4, **TOGETHER[kind]))
+    torch.testing.assert_close(alone(base, tmp_path / "adapter", tmp_path), wanted, rtol=0, atol=1e-5)
 
 
-def test_an_embedding_trained_apart_from_its_tied_head_is_refused(
-    base_of: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_file_that_lost_tensors(dora: bool, base_of: Callable[..., Path], tmp_path: Path) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=4, use_dora=dora)
+    file = train(base_of(), tmp_path / "adapter", config) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({key: value for key, value in tensors.items() if ".layers.0." in key}, file)
+    line = refused(base_of(), tmp_path / "adapter")[0]
+    assert "lacks" in line
+    assert "layers.1.mlp.down_proj" in line
+    save_file({}, file)
+    (line,) = refused(base_of(), tmp_path / "adapter")
+    assert line.startswith("adapter_model.safetensors: holds no tensor at all")
+
+
+def test_a_recorded_folder_of_the_seeds_name(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Two runs, two folders of one name: the recorded one is the base."""
+    other = shutil.copytree(base_of(), tmp_path / base_of().name)
+    moved = {name: tensor * 1.01 for name, tensor in tensors_of(other).items()}
+    save_file(moved, other / "model.safetensors", {"format": "pt"})
+    source = open_adapter(base_of(), make_lora(other, tmp_path / "adapter"))
+    assert source.base is not None
+    assert source.base.folder == other
+    edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=f"/gone/{other.name}")
+    checked = check(MergeRecipe(str(base_of()), {"expert": str(tmp_path / "adapter")}))
+    assert any("is used as its base" in warning.found for warning in checked.warnings)
+
+
+def test_a_recorded_revision_that_is_not_the_seeds(
+    base_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """peft leaves the head as it was: what merge_and_unload returns is no tied model any more."""
-    base = base_of(tied=True)
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
-    adapter = train(base, tmp_path / "adapter", config)
-    merged = merged_by_peft(base, adapter)
-    assert not torch.equal(merged["model.embed_tokens.weight"], merged["lm_head.weight"])
-    assert refused(base, adapter) == [
-        "adapter_model.safetensors: replaces model.embed_tokens.weight, but not lm_head.weight, which its base ties "
-        "to it. Merge it with peft, untie the result, save it, and give that folder."
-    ]
+    """Both commits lie in a Hub's cache; the seed is one of them, given as a folder, the adapter's the other."""
+    snapshots, one, two = tmp_path / "models--org--tiny" / "snapshots", "a" * 40, "b" * 40
+    for commit in (one, two):
+        shutil.copytree(base_of(), snapshots / commit)
+    (snapshots.parent / "refs").mkdir()
+    (snapshots.parent / "refs" / "v2").write_text(two)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    adapter = make_lora(base_of(), tmp_path / "adapter")
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="org/tiny", revision=two)
+    source = open_adapter(snapshots / one, adapter)
+    assert source.base is not None
+    assert (source.base.repo_id, source.base.revision) == ("org/tiny", two)
+    elsewhere = f"/home/somebody/hub/models--org--tiny/snapshots/{one}"
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=elsewhere, revision=None)
+    source = open_adapter(snapshots / one, adapter)
+    assert source.base is not None
+    assert source.base.revision == one
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="org/tiny", revision="c" * 40)
+    assert "cannot be compared with the seed's" in refused(snapshots / one, adapter)[0]
 
 
-def test_embedding_and_head_trained_apart_on_a_tied_base_are_refused(
-    base_of: Callable[..., Path], tmp_path: Path
-) -> None:
-    base = base_of(tied=True)
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
-    adapter = train(base, tmp_path / "adapter", config)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    tensors["base_model.model.lm_head.weight"] += 1
-    save_file(tensors, adapter / "adapter_model.safetensors")
-    (line,) = refused(base, adapter)
-    assert line.startswith(
-        "adapter_model.safetensors: lm_head.weight differs from the embedding although tie_word_embeddings is true"
-    )
+def test_an_option_that_peft_does_not_know_is_named(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    adapter = make_lora(base_of(), tmp_path / "adapter")
+    edit_json(adapter / "adapter_config.json", use_something_new=True)
+    checked = check(MergeRecipe(str(base_of()), {"expert": str(adapter)}))
+    (said,) = [warning.found for warning in checked.warnings if "peft warns" in warning.found]
+    assert "use_something_new" in said
+    assert "pip install -U peft" in said
+
+
+def test_a_killed_runs_folder_goes(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    left = tmp_path / "room" / "btx-adapter-left"
+    (left / "files").mkdir(parents=True)
+    (left / "in-use.lock").touch()
+    adapter = train(base_of(), tmp_path / "adapter", THROUGH_PEFT["DoRA"])
+    merge(MergeRecipe(str(base_of()), {"expert": str(adapter)}), tmp_path / "room" / "out")
+    assert [path.name for path in (tmp_path / "room").iterdir()] == ["out"]
 
 
 # Broken adapters
@@ -596,11 +690,16 @@ def test_factors_of_an_odd_dtype(broken: tuple[Path, dict[str, torch.Tensor]], b
             {"lora_alpha": "x"},
             "lora_alpha or alpha_pattern cannot be understood for model.layers.0.self_attn.q_proj (",
         ),
-        (
-            {"alpha_pattern": [1]},
-            "lora_alpha or alpha_pattern cannot be understood for model.layers.0.self_attn.q_proj (",
-        ),
-        ({"alpha_pattern": {"(": 1}}, "lora_alpha or alpha_pattern cannot be understood for "),
+        ({"alpha_pattern": [1]}, "alpha_pattern is '[1]'"),
+        ({"alpha_pattern": {"(": 1}}, r"'(.*\\.)?(()' is no regular expression (missing )"),
+        ({"rank_pattern": {"a{99999999999}": 1}}, r"'(.*\\.)?(a{99999999999})' is no regular expression ("),
+        ({"alpha_pattern": {"(" * 5000: 1}}, r"'(.*\\.)?((((("),
+        ({"alpha_pattern": {"(([a-z_.0-9]+)+)+X": 1}}, r"'(.*\\.)?((([a-z_.0-9]+)+)+X)': trying it on the modules"),
+        ({"target_modules": "(([a-z_.0-9]+)+)+X"}, "'(([a-z_.0-9]+)+)+X': trying it on the modules"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is pissa_niter_4, which moved the base's weights"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights is lora_ga, which moved the base's weights"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens: an activated LoRA"),
+        ({"peft_type": "PREFIX_TUNING"}, "an adapter of type PREFIX_TUNING, which changes what goes through"),
     ],
 )
 def test_odd_values_of_an_adapter_config(

@@ -296,7 +296,11 @@ def test_quantised_tensors_without_a_word_in_the_config(
     (problem,) = refusal(tmp_path, family.seed, experts={"odd": odd})
     assert str(problem) == (
         f"odd: model.safetensors: {DOWN}: dtype {name}; expected one of BF16, F16, F32. "
-        "A quantised checkpoint: load it, call model.dequantize(), save it, and give that folder."
+        + (
+            "Load it in transformers, call model.float(), save_pretrained, and give that folder."
+            if name == "F64"
+            else "A quantised checkpoint: load it, call model.dequantize(), save it, and give that folder."
+        )
     )
 
 

@@ -488,7 +488,10 @@ WRONG = {
     "not there": ({"add": {"bio": "{root}/nowhere"}}, "bio: .*nowhere: no such folder"),
     "unrelated": ({"add": {"bio": "{root}/other"}}, "bio: weights: not grown from the seed"),
     "too few": ({"drop": ("code", "math")}, r"num_experts_per_tok: 2; expected 1, for there is 1 expert"),
-    "all": ({"drop": ("seed", "code", "math")}, "experts: none; expected at least one"),
+    "all": (
+        {"drop": ("seed", "code", "math")},
+        "--drop: all experts; expected at least one that stays. Leave one out, or --add",
+    ),
     "text": ({"drop": ("code",), "domain_text": "math"}, "no new expert's row is fitted on it"),
     "no text": ({"add": {"bio": "{root}/bio"}, "router_init": "ridge"}, "none for bio; expected text of every new"),
     "shared": ({"drop": ("code",), "shared": "no"}, "shared: 'no'; expected one of auto, update, keep"),

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-import btx_merge.sources
+import btx_merge.opening
 from btx_merge import ExpertSpec, MergeRecipe, merge
 from btx_merge.cli import app
 from btx_merge.hub import Located
@@ -190,7 +190,7 @@ def test_model_card_and_recipe_name_what_is_on_the_hub(family, tmp_path, monkeyp
     def locate(source, reference):
         return hub.get(reference) or Located(Path(reference))
 
-    monkeypatch.setattr(btx_merge.sources, "locate", locate)
+    monkeypatch.setattr(btx_merge.opening, "locate", locate)
     recipe = MergeRecipe("org/llama@main", {"code": "org/llama-code", "math": str(family.math)})
     merge(recipe, tmp_path / "out")
     metadata = front_matter(tmp_path / "out")
@@ -230,7 +230,7 @@ def test_the_licence_is_carried_only_when_all_agree(family, tmp_path, cards, car
         folder = tmp_path / f"source{number}"
         folder.mkdir()
         for file in source.iterdir():
-            (folder / file.name).symlink_to(file)
+            shutil.copyfile(file, folder / file.name)
         if card is not None:
             (folder / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n# A model\n")
         folders.append(str(folder))

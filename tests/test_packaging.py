@@ -144,6 +144,7 @@ def test_wheel(wheel):
         "pyyaml",
         "rich",
         "safetensors",
+        "sentencepiece",
         "torch",
         "transformers",
         "typer",

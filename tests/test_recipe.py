@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from btx_merge import ExpertSpec, InputError, MergeRecipe
 from btx_merge.cli import app
-from btx_merge.recipe import read_recipe_file
+from btx_merge.records import read_recipe_file
 
 
 def problems_of(**values: Any) -> dict[str, str]:
@@ -148,7 +148,8 @@ def test_a_plain_string_or_a_path_stands_for_its_model() -> None:
         ("1.5 kb", 1500),
         ("100KB", 100_000),
         ("2TiB", 2**41),
-        ("4096", 4096),
+        ("4096B", 4096),
+        ("5g", 5_000_000_000),
     ],
 )
 def test_shard_sizes(text: str, nbytes: int) -> None:
@@ -203,6 +204,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("dtype", 16, "16; expected one of bfloat16, float16, float32"),
     ("max_shard_size", "5 apples", "'5 apples'; expected a size such as 5GB, 500MB or 5GiB"),
     ("max_shard_size", "0GB", "'0GB'; expected a size such as 5GB, 500MB or 5GiB"),
+    ("max_shard_size", "5", "'5'; expected a size such as 5GB, 500MB or 5GiB. Say 5GB or 5MB."),
     ("max_shard_size", "-5GB", "'-5GB'; expected a size such as 5GB, 500MB or 5GiB"),
     ("tokenizer_source", "maths", "'maths'; expected one of seed, code"),
     ("untie", 1, "1; expected true or false"),
@@ -215,6 +217,12 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
 def test_bad_values(key: str, value: Any, line: str) -> None:
     found = problems_of(**{key: value})
     assert {where: text.split(". In YAML")[0] for where, text in found.items()} == {key: f"merge.yaml: {key}: {line}"}
+
+
+def test_a_size_of_400_digits() -> None:
+    (line,) = problems_of(max_shard_size="9" * 400 + "GB").values()
+    assert line.endswith("99GB'; expected a size such as 5GB, 500MB or 5GiB")
+    assert len(line) < 400
 
 
 def test_numbers_that_yaml_takes_for_text_are_explained() -> None:
@@ -275,11 +283,13 @@ def test_all_problems_come_in_one_report() -> None:
     }
 
 
-def test_no_experts() -> None:
+@pytest.mark.parametrize("seed_expert", [True, False])
+def test_no_experts(seed_expert: bool) -> None:
     with pytest.raises(
         InputError, match=r"^recipe: experts: none; expected at least one\. Give --expert NAME=MODEL\.$"
     ):
-        MergeRecipe("org/seed", {}, seed_expert=False)
+        MergeRecipe("org/seed", {}, seed_expert=seed_expert)
+    assert MergeRecipe("org/seed", {}, num_experts_per_tok=1).experts == {}  # the seed alone, if one insists
 
 
 def test_as_many_experts_per_token_as_there_are() -> None:

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError, MergeRecipe, check, merge
 from btx_merge.hub import Located
-from btx_merge.sources import Source, open_sources
+from btx_merge.opening import open_sources
+from btx_merge.sources import Source
 from tests.common import edit_json, grow, save_seed, tensors_of
 from tests.conftest import Family
 
@@ -157,7 +158,7 @@ def test_seed_and_experts_in_every_form_at_once(family: Family, tmp_path: Path) 
         ("~/nowhere-at-all", "~/nowhere-at-all: no such folder; expected a folder"),
         ("~nobody-of-this-name/x", "~nobody-of-this-name/x: no such folder; expected a folder"),
         ("x" * 300, f"{'x' * 300}: no such folder, and no name that a repository can have ("),
-        ("nul\0byte", "nul\0byte: no such folder; expected a folder"),
+        ("nul\0byte", r"nul\x00byte: no such folder; expected a folder"),
         ("a/b/c", "a/b/c: no such folder; expected a folder"),
         ("org/name with space", "org/name with space: no such folder; expected a folder"),
         ("org/na--me", "org/na--me: no such folder, and no name that a repository can have ("),
@@ -238,10 +239,18 @@ def test_a_shard_that_is_a_broken_link(sharded: Path) -> None:
 
 
 def test_shards_behind_links_are_read(sharded: Path, tmp_path: Path) -> None:
-    """As in every Hub cache."""
-    (sharded / SHARDS[1]).rename(tmp_path / "blob")
-    (sharded / SHARDS[1]).symlink_to(tmp_path / "blob")
-    assert len(open_one(sharded).tensors) == 21
+    """As in every Hub cache; a link that leads elsewhere is refused."""
+    snapshot, blob = tmp_path / "cache/snapshots/abc", tmp_path / "cache/blobs/123"
+    snapshot.parent.mkdir(parents=True)
+    blob.parent.mkdir()
+    sharded.rename(snapshot)
+    (snapshot / SHARDS[1]).rename(blob)
+    (snapshot / SHARDS[1]).symlink_to(Path("../../blobs/123"))
+    assert len(open_one(snapshot).tensors) == 21
+    blob.rename(tmp_path / "elsewhere")
+    blob.symlink_to(tmp_path / "elsewhere")
+    (line,) = refusal(snapshot)
+    assert f"a link that leads out of the folder, to {tmp_path / 'elsewhere'}" in line
 
 
 def test_truncated_and_missing_shards_in_one_report(sharded: Path) -> None:
@@ -332,16 +341,31 @@ def test_problems_of_the_files_of_all_sources_in_one_report(family: Family, shar
         ("vocab_size", True, "config.json: vocab_size: true; expected a whole number above 0"),
         ("head_dim", [16], "config.json: head_dim: [16]; expected a whole number above 0"),
         ("tie_word_embeddings", "no", 'config.json: tie_word_embeddings: "no"; expected true or false'),
-        ("rms_norm_eps", "1e-5", 'config.json: rms_norm_eps: "1e-5"; expected a number'),
-        ("rope_theta", {}, "config.json: rope_theta: {}; expected a number"),
-        ("rope_scaling", "linear", 'config.json: rope_scaling: "linear"; expected an object'),
-        ("rope_parameters", [1], "config.json: rope_parameters: [1]; expected an object"),
+        ("rms_norm_eps", "1e-5", 'config.json: rms_norm_eps: "1e-5"; expected a number, at least 0'),
+        ("rope_theta", {}, "config.json: rope_theta: {}; expected a number above 0"),
+        ("rope_scaling", "linear", 'config.json: rope_scaling: "linear"; expected an object of numbers and words'),
+        ("rope_parameters", [1], "config.json: rope_parameters: [1]; expected an object of numbers and words"),
+        ("rms_norm_eps", float("nan"), "config.json: rms_norm_eps: NaN; expected a number, at least 0"),
+        ("initializer_range", -0.02, "config.json: initializer_range: -0.02; expected a number, at least 0"),
+        (
+            "hidden_act",
+            {"a": 1},
+            'config.json: hidden_act: {"a": 1}; expected an activation that transformers knows, such as silu',
+        ),
     ],
 )
 def test_odd_values_of_a_config(key: str, value: Any, said: str, family: Family, tmp_path: Path) -> None:
     folder = save_as(tmp_path / "copy", family.seed, "single bin")
     edit_json(folder / "config.json", **{key: value})
     assert refusal(folder) == [said + SAVE_AGAIN]
+
+
+def test_more_layers_than_there_are_tensors_for(family: Family, tmp_path: Path) -> None:
+    """Found before a name is made for each of a thousand million layers."""
+    folder = save_as(tmp_path / "copy", family.seed, "single safetensors")
+    edit_json(folder / "config.json", num_hidden_layers=10**9)
+    (line,) = refusal(folder)
+    assert line.startswith("config.json: num_hidden_layers: 1,000,000,000; expected no more than its 21 tensors")
 
 
 @pytest.mark.parametrize("key", ["head_dim", "num_key_value_heads", "rope_scaling"])

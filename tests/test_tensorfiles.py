@@ -110,7 +110,7 @@ LIES: dict[str, tuple[Header | bytes, int, str]] = {  # header, bytes of data, w
     "shape beyond everything": (
         {"a": entry(0, 8, (2**62, 2**62))},
         8,
-        f"the header gives a 8 bytes; expected {2**126:,} for shape [{2**62}, {2**62}] in F32",
+        "the header's entry for a is malformed: ",
     ),
     "longer than the file": ({"a": entry(0, 8)}, 4, "truncated: {size:4} bytes; expected {at:8}"),
     "far longer than the file": (
@@ -217,7 +217,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_a_folder_in_place_of_a_file(name: str, tmp_path: Path) -> None:
     (tmp_path / name).mkdir()
-    assert "irectory" in refusal(tmp_path / name)
+    assert "a folder; expected a plain file" in refusal(tmp_path / name)
 
 
 class Malicious:

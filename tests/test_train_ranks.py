@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from btx_merge import MergeRecipe, merge
 from btx_merge.finetuning import train
-from tests.common import assert_complete, raw_bytes, tensors_of
+from tests.common import assert_complete, grow, raw_bytes, save_seed, tensors_of
 from tests.test_finetuning import recipe
 
 TORCHRUN = [
@@ -46,13 +47,17 @@ def steps_of(lines: list[str]) -> list[list[str]]:
     return [line.split()[1:3] for line in lines if re.match(r" +\d+/6 ", line)]
 
 
+def on_one_rank(merged: Path, texts: dict[str, str], out: Path, **changes: Any) -> tuple[dict[str, Any], Path]:
+    """Four rows at once on one process."""
+    lines: list[str] = []
+    settings = {"per_device_train_batch_size": 4, "save_steps": 2}
+    report = train(recipe(merged, texts, arguments=settings, **changes), out, show=lines.append)
+    return {**report.entry, "lines": steps_of(lines)}, out
+
+
 @pytest.fixture(scope="module")
 def alone(merged, texts, tmp_path_factory):
-    """Four rows at once on one process."""
-    out, lines = tmp_path_factory.mktemp("alone") / "out", []
-    settings = {"per_device_train_batch_size": 4, "save_steps": 2}
-    report = train(recipe(merged, texts, arguments=settings), out, show=lines.append)
-    return {**report.entry, "lines": steps_of(lines)}, out
+    return on_one_rank(merged, texts, tmp_path_factory.mktemp("alone") / "out")
 
 
 def assert_the_same(ours: dict[str, Any], out: Path, alone: Any, merged: Path) -> None:
@@ -81,10 +86,37 @@ def test_two_ranks_as_one(merged, texts, tmp_path, alone, sharded):
     assert_the_same(ours, tmp_path / "out", alone, merged)
 
 
+@pytest.fixture(scope="module")
+def tied(texts, tmp_path_factory) -> Path:
+    """A merged model whose head is its embedding, as Llama 3.2 1B's and SmolLM2's is."""
+    root = tmp_path_factory.mktemp("tied")
+    seed = save_seed(root / "seed", tie_word_embeddings=True)
+    expert = grow(seed, root / "expert")
+    merge(MergeRecipe(str(seed), {"code": str(expert)}), root / "merged")
+    return root / "merged"
+
+
+@pytest.mark.parametrize("mode", ["shared", "all"])
+def test_a_tied_model_in_shards_as_on_one_rank(tied, texts, tmp_path, mode):
+    """Head and embedding stay one tensor, trained once and written once. Weights of about 1e-2 within 1e-3."""
+    expected, folder = on_one_rank(tied, texts, tmp_path / "alone", train=mode)
+    flags = [*("--train", mode), *("-o", tmp_path / "out"), "--per-device-train-batch-size=2", "--fsdp-size=2"]
+    ours = run(TORCHRUN, tied, texts, *flags)
+    assert ours["lines"] == expected["lines"]
+    assert "lm_head.weight" not in tensors_of(tmp_path / "out")
+    theirs = tensors_of(folder)
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        assert (tensor - theirs[name]).abs().max() <= 1e-3, name
+    assert_complete(tmp_path / "out")
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["merged", "tied"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_ranks_go_on(merged, texts, tmp_path, alone, sharded):
+def test_two_ranks_go_on(request, texts, tmp_path, model, sharded):
     """Rank 1 is killed in step 5; both go on from the checkpoint of step 4."""
+    merged = request.getfixturevalue(model)
+    alone = on_one_rank(merged, texts, tmp_path / "alone")
     flags = ["-o", tmp_path / "out", "--per-device-train-batch-size=2", *(["--fsdp-size=2"] if sharded else [])]
     killer = tmp_path / "killer"
     killer.mkdir()

@@ -1,0 +1,40 @@
+"""A folder for what is needed during a merge only; what a killed run left of one goes at the next."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+_PREFIX = "btx-adapter-"
+_LOCK = "in-use.lock"
+
+
+@contextmanager
+def scratch_folder(parent: Path | None) -> Iterator[Path]:
+    """Make an empty folder in `parent`, or where temporary files lie, and remove it in the end.
+
+    While it is in use its lock is held, so that a later run knows the folders of runs that were killed.
+    """
+    parent = parent or Path(tempfile.gettempdir())
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(parent)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name, FileLock(Path(name) / _LOCK):
+        folder = Path(name) / "files"
+        folder.mkdir()
+        yield folder
+
+
+def _remove_leftovers(parent: Path) -> None:
+    for folder in parent.glob(f"{_PREFIX}*"):
+        if folder.is_symlink() or not (folder / _LOCK).is_file():
+            continue  # none of ours, or one that is being made
+        try:
+            with FileLock(folder / _LOCK, timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+        except (Timeout, OSError):
+            continue  # in use, or another user's

@@ -1,0 +1,47 @@
+"""Text from outside, made fit to be shown: on one line, without control characters, of a bounded length."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+_MOST_CHARACTERS = 4000
+_MOST_BITS = 1000  # Python refuses to write out integers of more than 4300 digits
+
+
+def printable(text: str, most: int = _MOST_CHARACTERS) -> str:
+    r"""Return the text with what cannot be seen as escapes (`\n`, `\x1b`, `\u202e`), cut in the middle if it is long.
+
+    A name in a checkpoint can hold anything: an escape sequence that rewrites the terminal, a line end behind which a
+    forged message begins, a mark that turns the direction of writing.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode("ascii")
+
+
+def short(value: Any) -> str:
+    """Return a value as Python writes it, shortened where it is long, deep or expands without end."""
+    return _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    """`reprlib` with room for a path, and for integers that Python does not write out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 300, 300
+
+    def repr_int(self, value: int, level: int) -> str:
+        if value.bit_length() > _MOST_BITS:
+            return f"a whole number of {value.bit_length()} bits"
+        return super().repr_int(value, level)
+
+
+_SHORT = _Short()
