@@ -10,12 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from btx_merge.card import ROUTERS_TITLE
 from btx_merge.copying import copy_staging, same_layout
 from btx_merge.disk_errors import continuable
 from btx_merge.errors import InputError, Problem
 from btx_merge.experts import expert_names, own_experts
 from btx_merge.files import append_record, copy_model_code
 from btx_merge.folder_files import copy_file, read_json, small_files
+from btx_merge.held_out import router_results, router_table
+from btx_merge.hub import Located
 from btx_merge.model_folder import find_model
 from btx_merge.plan import Plan
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS, SEED
@@ -133,7 +136,7 @@ def fit(
             if name != "config.json":  # that one last: without it this is no model yet
                 copy_file(file, staging.folder / name)
         copy_model_code(staging.folder)
-        _record(staging.folder, recipe, layers)
+        _record(staging.folder, recipe, layers, located)
         copy_file(located.folder / "config.json", staging.folder / "config.json")
         staging.finish(overwrite)
     return FitReport(target, tuple(layers), time.perf_counter() - began)
@@ -254,7 +257,7 @@ def fit_folder(
     return layers
 
 
-def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit]) -> None:
+def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit], located: Located) -> None:
     """What the result's recipe and card say about the fit."""
     used: dict[str, Any] = {"prompts": {name: list(lines) for name, lines in recipe.prompts.items()}}
     if recipe.method == "ridge":
@@ -267,10 +270,13 @@ def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit]) -> None
         "tools": {name: version(name) for name in ("btx-merge", "torch", "transformers")},
     }
     by = "ridge regression on text of each domain" if recipe.method == "ridge" else "a few prompts per expert"
+    table = f"\n{router_table(layers)}" if layers else ""
     append_record(
         folder,
         "fits",
         entry,
-        f"## Routers\n\nFitted in closed form, by {by} (`btx fit`).\n",
+        f"{ROUTERS_TITLE}\n\nFitted in closed form, by {by} (`btx fit`).\n{table}",
         " Fitted since: see [below](#routers).",
+        located=located,
+        results=router_results(layers, [text.name for text in recipe.domain_text]),
     )
