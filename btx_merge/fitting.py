@@ -119,19 +119,23 @@ def fit(
     layout = same_layout(located.folder)
     with continuable(target), copy_staging(layout, located, target, on_note) as staging:
         staging.write()
-        layers = fit_folder(
-            staging.folder,
-            located.folder,
-            {text.name: text for text in recipe.domain_text},
-            recipe.prompts,
-            domain_tokens=recipe.domain_tokens,
-            statistics=statistics,
-            device=device,
-            on_layer=on_layer,
-            router=recipe.method,
-            through=recipe.fit_through,
-            router_ridge=recipe.router_ridge,
-        )
+        try:
+            layers = fit_folder(
+                staging.folder,
+                located.folder,
+                {text.name: text for text in recipe.domain_text},
+                recipe.prompts,
+                domain_tokens=recipe.domain_tokens,
+                statistics=statistics,
+                device=device,
+                on_layer=on_layer,
+                router=recipe.method,
+                through=recipe.fit_through,
+                router_ridge=recipe.router_ridge,
+            )
+        except InputError:
+            staging.discard()  # a copy of weights is soon made again
+            raise
         for name, file in small_files(located.folder).items():
             if name != "config.json":  # that one last: without it this is no model yet
                 copy_file(file, staging.folder / name)

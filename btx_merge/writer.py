@@ -126,6 +126,10 @@ class Staging:
             shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 
+    def discard(self) -> None:
+        """Keep nothing of what was written once the context ends."""
+        self._finished.clear()
+
     def scratch(self) -> Path:
         """Return a new, empty folder for files on their way to the result. It goes before the result gets its name."""
         folder = self.folder / _SCRATCH
