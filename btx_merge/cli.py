@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -103,8 +102,4 @@ def main() -> None:
     # Read when torch is imported: threads that wait for each other give up their core soon. Where another program
     # keeps one of two cores busy, a fit takes a quarter of the time.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    try:
-        app()
-    except KeyboardInterrupt:  # before anything was written
-        print("error: Interrupted.", file=sys.stderr)
-        sys.exit(130)
+    app()

@@ -17,6 +17,7 @@ import yaml
 from btx_merge.bounded_json import parse_json
 from btx_merge.card import model_card
 from btx_merge.card_update import updated_card
+from btx_merge.disk_errors import naming
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.folder_files import read_json
 from btx_merge.hub import Located
@@ -255,4 +256,5 @@ def write_index(layout: Layout, folder: Path) -> None:
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """As all our JSON files are written."""
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with naming(file):
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

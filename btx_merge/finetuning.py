@@ -11,9 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from btx_merge.errors import InputError, MergeError, Problem
+from btx_merge.disk_errors import disk_error
+from btx_merge.errors import InputError, Problem
 from btx_merge.hub import Located
 from btx_merge.model_folder import find_model
+from btx_merge.placing import Note, put_in_place, remove, repair
+from btx_merge.reading import ReadFiles
 from btx_merge.textfiles import is_installed
 from btx_merge.texts import EXTRA, DomainText, check_texts
 
@@ -159,18 +162,24 @@ def train(
     work = target.with_name(target.name + SUFFIX)
     located = _check(recipe, target, work, resume, overwrite)
     show, warn = show or (lambda line: None), warn or (lambda line: None)
+    read = ReadFiles.of_folder("model", located.stamps)
     run = Run(recipe, located, work, show, warn)
     if run.is_main:
+        repair(target, warn)
         _begin(work, recipe, run.settings, resume)
     run.wait()
     try:
         run.train(resume)
         entry = run.finish(work / _RESULT)
         if run.is_main:
-            _publish(work, target, overwrite)
+            _publish(work, target, overwrite, read, warn)
         run.wait()
     except OSError as error:
-        raise MergeError(f"{error.filename or work}: {error.strerror or error}. {KEPT}") from error
+        raise disk_error(error, work, KEPT) from error
+    except Exception as error:
+        if changes := read.changes():
+            raise InputError(changes) from error
+        raise
     return TrainReport(target, entry, tuple(run.history), time.perf_counter() - began)
 
 
@@ -229,11 +238,12 @@ def _begin(work: Path, recipe: TrainRecipe, settings: Mapping[str, Any], resume:
         raise InputError(problems)
 
 
-def _publish(work: Path, target: Path, overwrite: bool) -> None:
-    from btx_merge.train_output import publish
-
-    publish(work / _RESULT, target, overwrite)
-    shutil.rmtree(work)
+def _publish(work: Path, target: Path, overwrite: bool, read: ReadFiles, note: Note) -> None:
+    """Give the result its name, unless what it was made from has changed since."""
+    if changes := read.changes():
+        raise InputError(changes)
+    put_in_place(work / _RESULT, target, overwrite, note, "the same command with --resume")
+    remove(work, note)
 
 
 def tools() -> dict[str, str]:

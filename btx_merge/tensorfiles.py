@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from btx_merge.bounded_json import parse_json
+from btx_merge.disk_errors import naming
 from btx_merge.dtypes import STORED, TORCH_NAMES, Raw
 from btx_merge.errors import InputError, Problem, capped
 from btx_merge.folder_files import checked
@@ -60,7 +61,7 @@ class StoredTensor:
         if nbytes > getattr(_buffers, "raw", _NOTHING).size:
             _buffers.raw = np.empty(nbytes, np.uint8)
         out: Raw = _buffers.raw[:nbytes]
-        with self.file.open("rb", buffering=0) as file:
+        with naming(self.file), self.file.open("rb", buffering=0) as file:
             file.seek(first)
             filled = 0
             while filled < nbytes:

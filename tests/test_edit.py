@@ -564,7 +564,7 @@ def test_interrupted_and_continued(root, two, tmp_path, monkeypatch):
         return plain(self, job)
 
     monkeypatch.setattr(SharedWeights, "rows", failing)
-    with pytest.raises(MergeError, match=r"No space left on device\. What is finished is kept"):
+    with pytest.raises(MergeError, match=r"No space left on device\. Make room\. What is finished is kept"):
         edited(two, tmp_path / "out", add={"bio": str(root / "bio")})
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(SharedWeights, "rows", plain)
