@@ -156,7 +156,10 @@ def edit(
             layers = _fit(planned, staging.folder, files, device, on_layer) if planned.fitted_rows else []
             _write_records(edited, files, layers)
             for file in sorted(files.iterdir(), key=lambda file: file.name == "config.json"):  # that one last
-                shutil.copyfile(file, staging.folder / file.name)
+                if file.is_dir():  # chat templates that have names
+                    shutil.copytree(file, staging.folder / file.name, dirs_exist_ok=True)
+                else:
+                    shutil.copyfile(file, staging.folder / file.name)
             staging.finish(overwrite)
     return EditReport(
         target,

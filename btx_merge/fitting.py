@@ -23,6 +23,7 @@ from btx_merge.model_folder import find_model
 from btx_merge.plan import Plan
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS, SEED
 from btx_merge.texts import DomainText, check_texts, public_record, public_reference
+from btx_merge.tokenizer_files import copy_templates
 
 if TYPE_CHECKING:
     from btx_merge.fit_walk import LayerFit
@@ -139,6 +140,7 @@ def fit(
         for name, file in small_files(located.folder).items():
             if name != "config.json":  # that one last: without it this is no model yet
                 copy_file(file, staging.folder / name)
+        copy_templates(located.folder, staging.folder)
         copy_model_code(staging.folder)
         _record(staging.folder, recipe, layers, located)
         copy_file(located.folder / "config.json", staging.folder / "config.json")
