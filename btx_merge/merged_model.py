@@ -9,6 +9,7 @@ Legend: E experts, I width of one, H hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,14 +19,17 @@ import numpy as np
 from btx_merge.dtypes import STORED, Raw
 from btx_merge.errors import InputError, Problem, capped
 from btx_merge.experts import expert_names
-from btx_merge.folder_files import file_problems, read_json
+from btx_merge.folder_files import file_problems
 from btx_merge.hub import SMALL_FILES, Located
 from btx_merge.llama import DOWN, GATE, UP, expected_tensors, normalise_config, per_layer
+from btx_merge.other_folders import merged_config
 from btx_merge.plan import DOWN_EXPERTS, GATE_UP_EXPERTS, ROUTER
 from btx_merge.source_config import layer_problems, refuse_odd_values
 from btx_merge.source_tensors import read_tensors
 from btx_merge.tensorfiles import StoredTensor
 
+_MOST = 10_000
+"""Layers, and experts, of a model that is described by its config alone."""
 SELECTION_BIAS = "model.layers.{layer}.mlp.routing.e_score_correction_bias"
 
 
@@ -179,8 +183,38 @@ def open_merged(located: Located) -> MergedModel:
         InputError: no checkpoint of `btx merge`; or tensors that are missing, unexpected or of another shape than
             its config says. All problems in one error.
     """
+    with _as_model(located):
+        config = _checked_config(located)
+        model = MergedModel(located, config, read_tensors("model", located.folder))
+        problems = list(layer_problems("model", config, model.tensors)) or list(_tensor_problems(model))
+        if problems:
+            raise InputError(problems)
+        return model
+
+
+def open_config(located: Located) -> MergedModel:
+    """Return a merged model without tensors, whose weights may be elsewhere.
+
+    Raises:
+        InputError: no checkpoint of `btx merge`, or a config that none can have.
+    """
+    with _as_model(located):
+        config = _checked_config(located)
+        problems = [
+            Problem("model", f"config.json: {key}", f"{config[key]:,}", f"at most {_MOST:,}")
+            for key in ("num_hidden_layers", "num_local_experts")
+            if config[key] > _MOST
+        ]
+        if problems:
+            raise InputError(problems)
+        return MergedModel(located, config, {})
+
+
+@contextmanager
+def _as_model(located: Located) -> Iterator[None]:
+    """Say of every problem inside that it is the model's."""
     try:
-        return _open(located)
+        yield
     except InputError as error:
         raise InputError(replace(problem, source="model") for problem in error.problems) from error
     except OSError as error:  # such as a folder that may not be entered
@@ -188,23 +222,13 @@ def open_merged(located: Located) -> MergedModel:
         raise InputError([Problem("model", where, found, "files that can be read")]) from error
 
 
-def _open(located: Located) -> MergedModel:
+def _checked_config(located: Located) -> dict[str, Any]:
     if odd := list(file_problems(located.folder, SMALL_FILES)):
         raise InputError(odd)
-    config = read_json(located.folder / "config.json")
-    if config.get("model_type") != "btx":
-        remedy = "Merge first: btx merge."
-        raise InputError(
-            [Problem("model", "config.json: model_type", f"{config.get('model_type')!r}", "'btx'", remedy)]
-        )
-    problems = list(_config_problems(config))
-    if problems:
+    config = merged_config(located.folder)
+    if problems := list(_config_problems(config)):
         raise InputError(problems)
-    model = MergedModel(located, config, read_tensors("model", located.folder))
-    problems = list(layer_problems("model", config, model.tensors)) or list(_tensor_problems(model))
-    if problems:
-        raise InputError(problems)
-    return model
+    return config
 
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:

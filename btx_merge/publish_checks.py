@@ -19,6 +19,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.files import MODEL_CODE, PICTURE, ROUTING, TOKENIZER_FILES
 from btx_merge.folder_files import read_json
 from btx_merge.layout import INDEX_FILE
+from btx_merge.other_folders import merged_config
 from btx_merge.private_text import private_text
 from btx_merge.records import RECIPE_FILE
 from btx_merge.source_tensors import read_tensors
@@ -75,12 +76,9 @@ def examine(folder: Path) -> Publishable:
         )
         raise InputError([Problem("model", "adapter_config.json", "an adapter", "a whole model", remedy)])
     try:
-        config = read_json(folder / "config.json")
+        config = merged_config(folder)
     except InputError as error:
         raise InputError([_of_model(problem) for problem in error.problems]) from None
-    if config.get("model_type") != "btx":
-        found = repr(config.get("model_type"))
-        raise InputError([Problem("model", "config.json: model_type", found, "'btx'", "Merge first: btx merge.")])
     problems: list[Problem] = []
     if config.get("quantization_config") is not None:
         remedy = "Publish the model as it was; whoever loads it can quantise it."

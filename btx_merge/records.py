@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.hub import locate
+from btx_merge.mergekit_moe import from_mergekit, is_mergekit
 from btx_merge.texts import domain_texts_of
 from btx_merge.yaml_files import read_yaml
 
@@ -26,8 +27,11 @@ def read_recipe_file(file: str | Path, on_note: Callable[[str], None] | None = N
     A merged model's folder or Hub id stands for its own `btx_recipe.yaml`. That names folders and texts without their
     paths; they are looked for beside the model too.
 
+    A file of mergekit-moe is translated (`mergekit_moe`).
+
     Args:
-        on_note: called with what has become of the model since it was merged, which its recipe does not repeat.
+        on_note: called with how it was translated; or with what has become of the model since it was merged, which
+            its recipe does not repeat.
 
     Raises:
         InputError: the file is missing, is no YAML or no mapping, or the Hub refuses.
@@ -38,6 +42,9 @@ def read_recipe_file(file: str | Path, on_note: Callable[[str], None] | None = N
     path = path / RECIPE_FILE if os.path.isfile(path / RECIPE_FILE) else path
     roots = [path.parent, *([path.parent.parent] if path.name == RECIPE_FILE else [])]
     values = read_yaml(path, "recipe", "at least `seed:` and `experts:`")
+    if is_mergekit(values):
+        values = from_mergekit(values, str(file), on_note)
+        roots.append(Path())  # mergekit sees folders from where it is called
     recorded = {key: values.pop(key, None) for key in RECORDS}
     since = [done for key, done in RECORDS.items() if done and recorded[key]]
     if since and on_note:

@@ -19,7 +19,7 @@ from btx_merge.shown import short
 from btx_merge.textfiles import READERS, Record, is_installed, read_file, read_hub, suffix_of
 from btx_merge.values import is_number, is_text
 
-EXTRA = "pip install 'btx-merge[train]'"
+EXTRA = "pip install '.[train]' in a checkout of btx-merge"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _CHARS_AT_ONCE = 1_000_000

@@ -527,7 +527,7 @@ def test_several_problems_come_together(root, two, tmp_path):
 
 
 def test_models_that_cannot_be_edited(root, two, tmp_path):
-    with pytest.raises(InputError, match=r"model_type: 'llama'; expected 'btx'\. Merge first"):
+    with pytest.raises(InputError, match=r"model_type: 'llama', a dense Llama; expected 'btx'\. Merge first"):
         edited(root / "seed", tmp_path / "out", drop=("code",))
     with pytest.raises(InputError, match="is where the model lies"):
         edited(two, two, drop=("code",))

@@ -96,7 +96,7 @@ def test_what_can_be_seen_without_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "is_installed", lambda package: False)
     found = [str(problem) for problem in check_texts([DomainText("math", ("org/name", "t.parquet"))])]
     assert [("datasets" in line, "pyarrow" in line) for line in found] == [(True, False), (False, True)]
-    assert all("pip install 'btx-merge[train]'" in line for line in found)
+    assert all("pip install '.[train]'" in line for line in found)
     assert "no such file" in refused("missing.jsonl")
 
 
