@@ -17,6 +17,7 @@ from btx_merge.mixtral import mixtral_refusals
 from btx_merge.plan import active_parameters, experts_per_token
 from btx_merge.recipe import SEED
 from btx_merge.records import RECIPE_FILE
+from btx_merge.router_state import untrained_experts
 from btx_merge.shown import short
 from btx_merge.yaml_files import read_yaml
 
@@ -54,6 +55,8 @@ class ModelInfo:
     experts_per_token: int
     routers: str
     """How the routers came to be: random, zeros, fitted, trained, or unknown where there is no recipe."""
+    untrained: tuple[str, ...]
+    """Experts whose router rows nobody has fitted or trained yet."""
     parameters: int
     active_parameters: int
     """Weights that one token passes through."""
@@ -97,6 +100,7 @@ def info(model: str) -> ModelInfo:
     recipe = _recipe(located)
     router_type = str(merged.config.get("router_type", "top_k"))
     per_token = experts_per_token(router_type, merged.experts_per_token, merged.num_experts)
+    untrained = tuple(untrained_experts(recipe, merged.expert_names))
     names = ("tokenizer.json", "tokenizer.model")
     return ModelInfo(
         model=str(model),
@@ -107,6 +111,7 @@ def info(model: str) -> ModelInfo:
         router_type=router_type,
         experts_per_token=per_token,
         routers=_routers(recipe),
+        untrained=untrained,
         parameters=sum(map(math.prod, shapes.values())),
         active_parameters=active_parameters(shapes, merged.num_experts, per_token),
         dtype=dtype,
@@ -114,7 +119,7 @@ def info(model: str) -> ModelInfo:
         disk_bytes=None if located.repo_id else _disk_bytes(located),
         tokenizer=any((located.folder / name).exists() for name in names),
         history=tuple(_history(recipe)),
-        next=tuple(_next(str(model), merged, _routers(recipe))),
+        next=tuple(_next(str(model), merged, untrained)),
     )
 
 
@@ -155,7 +160,7 @@ def _experts(merged: MergedModel, recipe: Mapping[str, Any]) -> Iterator[ExpertI
 
 
 def _routers(recipe: Mapping[str, Any]) -> str:
-    if _entries(recipe, "training"):
+    if [entry for entry in _entries(recipe, "training") if entry.get("train") != "lora"]:
         return "trained"
     if _entries(recipe, "fits") or recipe.get("router_init") in ("ridge", "prompts"):
         return "fitted"
@@ -188,9 +193,9 @@ def _names(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _next(model: str, merged: MergedModel, routers: str) -> Iterator[str]:
+def _next(model: str, merged: MergedModel, untrained: tuple[str, ...]) -> Iterator[str]:
     given, out = shlex.quote(model), shlex.quote(merged.located.public_name.rpartition("/")[2])
-    if routers in ("random", "zeros"):
+    if untrained:
         texts = " ".join(f"--domain-text {name}=TEXT" for name in merged.domains if name != SEED)
         yield f"btx fit {given} {texts} -o {out}-fitted"
         data = " ".join(f"--data {name}=TEXT" for name in merged.domains if name != SEED)

@@ -187,7 +187,7 @@ def print_info(info: ModelInfo) -> None:
     lines = {
         "model": info.model + (f"@{info.revision[:8]}" if info.revision else ""),
         "routing": f"{info.router_type}, {info.experts_per_token} of {len(info.experts)} experts per token",
-        "routers": info.routers,
+        "routers": info.routers + (f"; untrained: {', '.join(info.untrained)}" if info.untrained else ""),
         "parameters": f"{count(info.parameters)} in all, {count(info.active_parameters)} active per token",
         "size": f"{_size(info.nbytes)} of weights in {info.dtype}{on_disk}",
         "tokenizer": "yes" if info.tokenizer else "none",

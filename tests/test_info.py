@@ -68,7 +68,7 @@ def test_the_next_command_runs(merged: Path, texts: dict[str, str], tmp_path: Pa
     assert [line.split()[1] for line in found.next] == ["export", "push"]
 
 
-def test_what_was_done_since(merged: Path, tmp_path: Path) -> None:
+def test_what_was_done_since(family: Family, merged: Path, tmp_path: Path) -> None:
     shutil.copytree(merged, tmp_path / "merged")
     lines = {"code": ["w1 w2"], "math": ["w70 w71"], "seed": ["w3"]}
     fit(FitRecipe(str(tmp_path / "merged"), "prompts", prompts=lines), tmp_path / "fitted")
@@ -81,11 +81,20 @@ def test_what_was_done_since(merged: Path, tmp_path: Path) -> None:
         "edited: drop code, rename math to maths; shared weights kept",
         "routers fitted: prompts",
     )
+    assert (found.untrained, found.next[0].split()[:2]) == ((), ["btx", "export"])
+    added = EditRecipe(str(tmp_path / "edited"), add={"new": str(family.code)}, shared="keep")
+    edit(added, tmp_path / "wider")
+    found = info(str(tmp_path / "wider"))
+    assert (found.routers, found.untrained, found.next[0].split()[:2]) == ("fitted", ("new",), ["btx", "fit"])
+    assert found.history[2] == "edited: add new, the router row of new random; shared weights kept"
     recipe = tmp_path / "edited/btx_recipe.yaml"
     trained = {"training": [{"train": "routers", "steps": 7, "tokens": 70, "data": [{"name": "code"}]}]}
     recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), **trained}))
     found = info(str(tmp_path / "edited"))
     assert (found.routers, found.history[-1]) == ("trained", "trained: routers, 7 steps, 70 tokens of code")
+    odd = {"edits": [{"rename": "x", "add": 3, "router_rows": ["y"], "trainings_before": "z"}], "experts": [1]}
+    recipe.write_text(yaml.safe_dump(odd))
+    assert info(str(tmp_path / "edited")).history == ("edited: add 3, rename x; shared weights None",)
     recipe.unlink()
     assert (info(str(tmp_path / "edited")).routers, info(str(tmp_path / "edited")).history) == ("unknown", ())
 
