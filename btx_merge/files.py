@@ -17,11 +17,11 @@ import yaml
 from btx_merge.bounded_json import parse_json
 from btx_merge.card import UNTRAINED, model_card
 from btx_merge.dtypes import TORCH_NAMES
-from btx_merge.folder_files import copy_file, read_json
+from btx_merge.folder_files import copy_file, read_json, read_text
 from btx_merge.layout import INDEX_FILE, Layout
 from btx_merge.llama import DEFAULTS
 from btx_merge.plan import DIFFERENCE_METHODS, Plan
-from btx_merge.records import RECIPE_FILE
+from btx_merge.records import RECIPE_FILE, read_record
 from btx_merge.sources import Source
 from btx_merge.texts import public_reference
 from btx_merge.vocabulary import tokenizer_json
@@ -137,11 +137,11 @@ def append_record(folder: Path, key: str, entry: Mapping[str, Any], section: str
         sentence: for the place where the card says that the routers are untrained.
     """
     recipe = folder / RECIPE_FILE
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
+    values = read_record(folder)
     values[key] = [*(values.get(key) or []), dict(entry)]
     recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else "# A finetuned Branch-Train-MiX model\n"
+    text = read_text(card) if card.exists() else "# A finetuned Branch-Train-MiX model\n"
     text = text.replace(f" {UNTRAINED}", sentence)
     card.write_text(text.rstrip() + "\n\n" + section, encoding="utf-8")
 
