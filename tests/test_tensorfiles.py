@@ -342,7 +342,7 @@ def test_bin_whose_byte_order_cannot_be_unpacked(compression: int, damage: str, 
     assert found.startswith(("a broken zip file (", "its numbers are big-endian")), found
 
 
-def many(kind: str, count: int = 60_000) -> Header:
+def many(kind: str, count: int = 10_000) -> Header:
     if kind == "malformed":
         return {f"t{number}": {} for number in range(count)}
     if kind == "of one place":
