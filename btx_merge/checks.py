@@ -16,6 +16,7 @@ from btx_merge.errors import InputError, Problem, capped
 from btx_merge.folder_files import read_json
 from btx_merge.layout import portions
 from btx_merge.llama import EMBEDDING, HEAD, MUST_AGREE, expected_tensors, is_computed
+from btx_merge.loading_rules import config_refusals, generation_refusals
 from btx_merge.opening import open_sources
 from btx_merge.recipe import SEED, MergeRecipe
 from btx_merge.sources import Source
@@ -103,6 +104,7 @@ def config_problems(source: Source, seed: Source) -> Iterator[Problem]:
     for key in keys:
         if source.config[key] != seed.config[key]:
             yield from _differing(source.name, f"config.json: {key}", source.config[key], seed.config[key])
+    yield from config_refusals(source.name, source.config)
     if source.config["mlp_bias"]:
         remedy = "Feed-forward blocks with biases cannot become experts."
         yield Problem(source.name, "config.json: mlp_bias", "True", "False", remedy)
@@ -228,9 +230,12 @@ def _side_file_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> Itera
             for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
                 if (folder / name).exists():
                     try:
-                        read_json(folder / name)
+                        values = read_json(folder / name)
                     except InputError as error:
                         yield from (replace(problem, source=source.name) for problem in error.problems)
+                        continue
+                    if name == "generation_config.json":
+                        yield from generation_refusals(source.name, name, values)
 
 
 def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
