@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
+from btx_merge.cards import code_in_card, is_web_link
 from btx_merge.experts import own_experts
 from btx_merge.hub import Located
 from btx_merge.plan import Plan
@@ -129,16 +131,20 @@ def published(source: Source) -> list[str]:
 def hub_ids(given: Any) -> list[str]:
     """What of a card's `base_model`, a name or a list of them, can be ids on the Hub."""
     candidates = given if isinstance(given, list) else [given]
-    return [str(candidate) for candidate in candidates if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(candidate))]
+    texts = [candidate for candidate in candidates if isinstance(candidate, str)]
+    return [text for text in texts if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text)]
 
 
 def link_licence(metadata: dict[str, Any], located: Located) -> None:
     """Links a licence that is a file beside a model's card, which does not come along; or leaves the link out."""
-    link = str(metadata.get("license_link", ""))
-    if link and "://" not in link:
-        del metadata["license_link"]
-        if located.repo_id:
-            metadata["license_link"] = f"https://huggingface.co/{located.repo_id}/blob/{located.revision}/{link}"
+    link = metadata.get("license_link")
+    if not link or (isinstance(link, str) and is_web_link(link)):
+        return
+    del metadata["license_link"]
+    is_file = isinstance(link, str) and re.fullmatch(r"[\w ./-]+", link) and ".." not in link.split("/")
+    if located.repo_id and is_file:
+        file = quote(link.removeprefix("./"))
+        metadata["license_link"] = f"https://huggingface.co/{located.repo_id}/blob/{located.revision}/{file}"
 
 
 def source_row(plan: Plan, source: Source) -> str:
@@ -147,9 +153,9 @@ def source_row(plan: Plan, source: Source) -> str:
     if located.repo_id:
         model = f"[{located.repo_id}](https://huggingface.co/{located.repo_id})"
     else:
-        model = f"`{located.public_name}` (a local folder)"
+        model = f"{code_in_card(located.public_name)} (a local folder)"
     if source.base:
-        model += f", an adapter on `{source.base.public_name}`"
+        model += f", an adapter on {code_in_card(source.base.public_name)}"
     return f"| {source.name} | {model} | {located.revision or ''} | {expert_numbers(plan, source)} |"
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 from btx_merge.errors import Problem
+from btx_merge.shown import short
+from btx_merge.yaml_files import parse_yaml
 
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -27,8 +29,8 @@ def card_problems(text: str, pipeline: str) -> tuple[list[Problem], list[Problem
         remedy = f"Let it begin with: --- / library_name: transformers / pipeline_tag: {pipeline} / tags: [btx] / ---"
         return [Problem("model", "README.md", "no metadata", "YAML between two lines of ---", remedy)], []
     try:
-        metadata = yaml.safe_load(match[1])
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+        metadata = parse_yaml(match[1])
+    except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         return [Problem("model", "README.md", f"its metadata is no YAML ({reason})")], []
     if not isinstance(metadata, dict):
@@ -89,5 +91,5 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _problem(metadata: dict[str, Any], key: str, expected: str) -> Problem:
-    found = repr(metadata[key]) if metadata.get(key) is not None else "missing"
+    found = short(metadata[key]) if metadata.get(key) is not None else "missing"
     return Problem("model", f"README.md: {key}", found, expected)

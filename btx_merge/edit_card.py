@@ -19,10 +19,10 @@ from btx_merge.card import (
     sizes,
     source_row,
 )
+from btx_merge.cards import front_matter
 from btx_merge.edit_plan import EditPlan
 from btx_merge.plan import active_parameters, experts_per_token
 from btx_merge.recipe import SEED
-from btx_merge.sources import front_matter
 
 _COMBINED = re.compile(r"^(- Attention, embeddings, norms and head: `\w+` over ).*\.$", re.MULTILINE)
 _ROW = re.compile(r"^\| (\S+) \| (.*) \| (.*) \| ([\d, ]+|none) \|\n", re.MULTILINE)

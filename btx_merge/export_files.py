@@ -12,15 +12,14 @@ from typing import Any
 import yaml
 
 from btx_merge.card import LICENCE_KEYS, hub_ids, link_licence
+from btx_merge.cards import card_texts, code_in_card
 from btx_merge.dtypes import TORCH_NAMES
-from btx_merge.errors import InputError
 from btx_merge.files import PRIVATE_KEYS, TOKENIZER_FILES, write_json
-from btx_merge.folder_files import copy_file, read_json, read_text
+from btx_merge.folder_files import copy_file, read_json
 from btx_merge.hub import Located
 from btx_merge.llama import DEFAULTS
 from btx_merge.merged_model import MergedModel
 from btx_merge.records import RECIPE_FILE
-from btx_merge.sources import front_matter
 
 _OWN_TAGS = ("btx", "branch-train-mix", "mixture-of-experts")
 _NOT_OF_EVERY_LLAMA = ("attention_bias", "mlp_bias", "pretraining_tp")
@@ -75,7 +74,7 @@ def write_export_files(
 def origin(model: MergedModel, command: str) -> str:
     """The card's sentence about where the model comes from. A folder stands there without its path."""
     located = model.located
-    name = f"`{located.public_name}`"
+    name = code_in_card(located.public_name)
     if located.repo_id:
         name = f"[{located.repo_id}](https://huggingface.co/{located.repo_id}) at revision {located.revision}"
     recipe = f" Its recipe is `{RECIPE_FILE}`." if (located.folder / RECIPE_FILE).exists() else ""
@@ -105,15 +104,13 @@ def _copy_tokenizer(source: Path, folder: Path) -> None:
 
 def _metadata(located: Located, tags: list[str]) -> dict[str, Any]:
     """The metadata of the merged model's card as far as they hold for what is made of it."""
-    try:
-        known = front_matter(read_text(located.folder / "README.md"))[0]
-    except InputError:  # none, or no UTF-8
-        known = {}
-    given = known.get("tags") if isinstance(known.get("tags"), list) else []
+    known = card_texts(located.folder)
+    given = known.get("tags", [])
+    given = [given] if isinstance(given, str) else given
     out: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys([*tags, *(tag for tag in given or [] if tag not in _OWN_TAGS)])),
+        "tags": list(dict.fromkeys([*tags, *(tag for tag in given if tag not in _OWN_TAGS)])),
     }
     if bases := hub_ids(known.get("base_model")):
         out["base_model"] = bases

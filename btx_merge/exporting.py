@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.card import how_to_use
+from btx_merge.cards import in_card
 from btx_merge.copying import copy_layout, write_copy
 from btx_merge.errors import InputError, Problem
 from btx_merge.export_files import origin, shared_config, write_export_files
@@ -197,7 +198,7 @@ def _dense_config(model: MergedModel) -> dict[str, Any]:
 
 
 def _dense_card(model: MergedModel, expert: str) -> str:
-    return f"""# The expert {expert} of {model.located.public_name.rpartition("/")[2]}
+    return f"""# The expert {expert} of {in_card(model.located.public_name.rpartition("/")[2])}
 
 {origin(model, f"btx extract {expert}")}
 

@@ -25,6 +25,7 @@ from btx_merge.records import RECIPE_FILE
 from btx_merge.sources import Source
 from btx_merge.texts import public_reference
 from btx_merge.vocabulary import tokenizer_json
+from btx_merge.yaml_files import read_yaml
 
 PICTURE = "training.png"
 ROUTING = "routing.jsonl"
@@ -137,7 +138,7 @@ def append_record(folder: Path, key: str, entry: Mapping[str, Any], section: str
         sentence: for the place where the card says that the routers are untrained.
     """
     recipe = folder / RECIPE_FILE
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
+    values = read_yaml(recipe, "model", "a recipe, as `btx merge` writes it") if recipe.exists() else {}
     values[key] = [*(values.get(key) or []), dict(entry)]
     recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     card = folder / "README.md"

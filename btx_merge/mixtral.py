@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from btx_merge.card import how_to_use
+from btx_merge.cards import in_card
 from btx_merge.errors import Problem
 from btx_merge.export_files import origin, shared_config
 from btx_merge.llama import EMBEDDING
@@ -108,7 +109,7 @@ def mixtral_warnings(model: MergedModel) -> Iterator[Problem]:
 def mixtral_card(model: MergedModel) -> str:
     """The model card's text."""
     rows = "\n".join(f"| {number} | {name} |" for number, name in enumerate(model.expert_names))
-    return f"""# {model.located.public_name.rpartition("/")[2]} as a Mixtral
+    return f"""# {in_card(model.located.public_name.rpartition("/")[2])} as a Mixtral
 
 {origin(model, "btx export --format mixtral")}
 

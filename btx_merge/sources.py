@@ -5,19 +5,18 @@ A source is a checkpoint, or a LoRA adapter over its base; from here on nobody n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from btx_merge.adapter import LoraDelta
+from btx_merge.cards import card_texts
 from btx_merge.dtypes import STORED, Float32, Raw, all_finite, to_float32
 from btx_merge.errors import InputError, NonFiniteError, Problem
-from btx_merge.folder_files import read_json, read_text
+from btx_merge.folder_files import read_json
 from btx_merge.hub import Located
 from btx_merge.llama import EMBEDDING, HEAD, normalise_config
 from btx_merge.source_config import layer_problems, refuse_odd_values
@@ -126,22 +125,9 @@ class Source:
             "Repair or leave out this source; --allow-nonfinite goes on all the same."
         )
 
-    def card_metadata(self) -> dict[str, Any]:
-        """The YAML front matter of its README.md; empty where there is none that can be read."""
-        try:
-            return front_matter(read_text(self.located.folder / "README.md"))[0]
-        except InputError:  # none, or no UTF-8
-            return {}
-
-
-def front_matter(text: str) -> tuple[dict[str, Any], str]:
-    """A model card's metadata, empty where they cannot be read, and the text behind them."""
-    match = re.match(r"---\r?\n(.*?)\r?\n---\r?\n?", text, re.DOTALL)
-    try:
-        metadata = yaml.safe_load(match[1]) if match else None
-    except (ValueError, yaml.YAMLError):  # ValueError: a date that does not exist
-        metadata = None
-    return (metadata, text[match.end() :]) if match and isinstance(metadata, dict) else ({}, text)
+    def card_metadata(self) -> dict[str, str | list[str]]:
+        """Return the strings of its README.md's metadata; empty where there are none that can be read."""
+        return card_texts(self.located.folder)
 
 
 def open_checkpoint(name: str, located: Located, weight: float) -> Source:
