@@ -75,7 +75,7 @@ class TrainRecipe:
     """Of `transformers.TrainingArguments`, by name. `max_steps` must be there."""
 
     def __post_init__(self) -> None:
-        problems = []
+        problems: list[Problem] = []
         try:
             object.__setattr__(self, "data", as_domain_texts(self.data, "data"))
         except InputError as error:

@@ -52,7 +52,7 @@ class FitRecipe:
     """expert: tokens pass through their own domain's; router: through those that the fitted router chooses."""
 
     def __post_init__(self) -> None:
-        problems = []
+        problems: list[Problem] = []
         try:
             object.__setattr__(self, "domain_text", as_domain_texts(self.domain_text, "domain_text"))
         except InputError as error:

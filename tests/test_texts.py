@@ -17,7 +17,8 @@ from btx_merge.edit_recipe import EditRecipe
 from btx_merge.finetuning import TrainRecipe
 from btx_merge.fitting import FitRecipe
 from btx_merge.text_checks import check_texts
-from btx_merge.texts import DomainText, documents, domain_texts_of, packed_windows, parse_domain_texts
+from btx_merge.texts import DomainText, documents, domain_texts_of, parse_domain_texts
+from btx_merge.windows import packed_windows
 from tests.common import tiny_tokenizer
 from tests.models import tiny_btx
 
@@ -116,9 +117,11 @@ def test_first_records_are_looked_at_in_the_check(tmp_path):
         "f.parquet": "none",
         "g.txt": "fine",
     }
+    tokenizer = tmp_path / "tokenizer"
+    tmp_path = tmp_path / "texts"
+    tmp_path.mkdir()
     for name, content in contents.items():
         (tmp_path / name).write_text(content)
-    tokenizer = tmp_path / "tokenizer"
     tiny_tokenizer().save_pretrained(tokenizer)
     data = (DomainText("code", (str(tmp_path), "gone.txt")), DomainText("math", (tmp_path / "a.jsonl",)))
     found = [str(problem) for problem in check_texts(data, tokenizer)]
