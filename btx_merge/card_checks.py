@@ -13,6 +13,7 @@ from btx_merge.yaml_files import parse_yaml
 
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_RELATIONS = ("merge", "finetune")  # of other models; or a fitted or finetuned one of them
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]+)*|code|multilingual")
 
@@ -53,8 +54,8 @@ def _origin(metadata: dict[str, Any], problems: list[Problem]) -> list[Problem]:
         return [Problem("model", "README.md: base_model", "does not say which models were merged", "", remedy)]
     if not isinstance(models, list) or not models or not all(_is_hub_id(item) for item in models):
         problems.append(_problem(metadata, "base_model", "a list of Hub ids, org/name"))
-    if relation != "merge":
-        problems.append(_problem(metadata, "base_model_relation", "merge"))
+    if relation not in _RELATIONS:
+        problems.append(_problem(metadata, "base_model_relation", " or ".join(_RELATIONS)))
     return []
 
 

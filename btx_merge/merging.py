@@ -184,7 +184,7 @@ def merge(
                         device=device,
                         on_layer=on_layer,
                     )
-            write_files(plan, staging.folder)
+            write_files(plan, staging.folder, layers)
             staging.finish(overwrite)
     seconds = time.perf_counter() - began
     return Report(target, checked, seconds, peak_memory(), staging.kept_bytes, tuple(layers))
