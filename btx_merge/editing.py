@@ -35,6 +35,7 @@ from btx_merge.router_state import trainings
 from btx_merge.scratch import scratch_folder
 from btx_merge.text_checks import check_texts
 from btx_merge.texts import public_record
+from btx_merge.tokenizer_files import copy_templates
 from btx_merge.vocabulary import tokenizer_json
 from btx_merge.writer import Progress, Staging, continuable, fingerprint
 
@@ -189,6 +190,7 @@ def _write_files(edited: _Edit, folder: Path) -> None:
     for name, file in small_files(planned.model.located.folder).items():
         if name != INDEX_FILE:
             copy_file(file, folder / name)
+    copy_templates(planned.model.located.folder, folder)
     copy_model_code(folder)
     if plan.vocabulary.new_tokens:
         add_tokens(folder, parse_json(tokenizer_json(folder)), plan.vocabulary.new_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -12,15 +13,16 @@ from typing import Any
 from btx_merge.card import LICENCE_KEYS, PAPER, UNTRAINED, hub_ids, link_licence, project_link, with_metadata
 from btx_merge.cards import card_texts, code_in_card, front_matter
 from btx_merge.dtypes import TORCH_NAMES
-from btx_merge.errors import InputError
-from btx_merge.files import PRIVATE_KEYS, TOKENIZER_FILES, write_json
-from btx_merge.folder_files import copy_file, read_json, read_text
+from btx_merge.errors import InputError, Problem
+from btx_merge.files import write_json
+from btx_merge.folder_files import copy_file, read_text
 from btx_merge.held_out import MODEL_INDEX
 from btx_merge.hub import Located
 from btx_merge.llama import DEFAULTS
 from btx_merge.merged_model import MergedModel
 from btx_merge.records import RECIPE_FILE
 from btx_merge.router_state import untrained_experts
+from btx_merge.tokenizer_files import check_alike, has_tokenizer, write_portable
 from btx_merge.yaml_files import read_yaml
 
 _OWN_TAGS = ("btx", "branch-train-mix", "mixture-of-experts")
@@ -65,13 +67,30 @@ def write_export_files(
         keeps_figures: whether it computes what the model does, so that held-out figures hold for it too.
     """
     source = model.located.folder
-    _copy_tokenizer(source, folder)
+    if has_tokenizer(source):
+        write_portable(source, folder)
     for name in ("generation_config.json", RECIPE_FILE):
         if os.path.lexists(source / name):
             copy_file(source / name, folder / name)
     metadata = _metadata(model.located, tags, keeps_figures)
     (folder / "README.md").write_text(with_metadata(metadata, f"\n{card}"), encoding="utf-8")
     write_json(folder / "config.json", config)
+
+
+def check_tokenizer(model: MergedModel, config: Mapping[str, Any]) -> list[Problem]:
+    """Hold the tokenizer that will be written against the model's own; a warning where there is none.
+
+    Raises:
+        InputError: it cannot be read, or it would read a line differently; the line is shown.
+    """
+    source = model.located.folder
+    if not has_tokenizer(source):
+        return [Problem("model", str(source), "no tokenizer", "", "The result has none either: copy one there.")]
+    with tempfile.TemporaryDirectory(prefix="btx-tokenizer-") as place:
+        write_portable(source, Path(place))
+        write_json(Path(place) / "config.json", config)
+        check_alike(source, Path(place))
+    return []
 
 
 def origin(model: MergedModel, command: str) -> str:
@@ -107,24 +126,6 @@ def _card_of(located: Located) -> str:
         return read_text(located.folder / "README.md")
     except InputError:  # none, or no UTF-8
         return ""
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """The tokenizer's files. Where transformers 5 has a new name or form for something, the one that 4 knows too."""
-    for name in TOKENIZER_FILES:
-        if os.path.lexists(source / name):
-            copy_file(source / name, folder / name)
-    file = folder / "tokenizer_config.json"
-    if not file.exists():
-        return
-    before = read_json(file)
-    config = {key: value for key, value in before.items() if key not in PRIVATE_KEYS}
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    if config != before:
-        write_json(file, config)
 
 
 def _metadata(located: Located, tags: list[str], keeps_figures: bool) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from btx_merge.card import CITATION, how_to_use
 from btx_merge.cards import in_card
 from btx_merge.copying import copy_layout, write_copy
 from btx_merge.errors import InputError, Problem
-from btx_merge.export_files import origin, shared_config, untrained_routers, write_export_files
+from btx_merge.export_files import check_tokenizer, origin, shared_config, untrained_routers, write_export_files
 from btx_merge.merged_model import MergedModel
 from btx_merge.merging import peak_memory
 from btx_merge.mixtral import mixtral_card, mixtral_config, mixtral_refusals, mixtral_tensors, mixtral_warnings
@@ -165,6 +165,8 @@ def _write(
     if merged:
         try:
             derived = derive(merged)
+            warnings = check_tokenizer(merged, derived.config)
+            derived = replace(derived, warnings=(*derived.warnings, *warnings))
         except InputError as error:
             problems += error.problems
     if problems or not (merged and derived and shard_bytes):

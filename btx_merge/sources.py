@@ -22,8 +22,7 @@ from btx_merge.llama import EMBEDDING, HEAD, normalise_config
 from btx_merge.source_config import layer_problems, refuse_odd_values
 from btx_merge.source_tensors import read_tensors
 from btx_merge.tensorfiles import StoredTensor
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+from btx_merge.tokenizer_files import TOKENIZER_FILES, has_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +55,20 @@ class Source:
             return list(self.origin)
         factors = [factor for delta in self.deltas.values() for factor in (delta.down, delta.up)]
         folders = [self.located.folder, *([self.base.folder] if self.base else [])]
-        names = ("config.json", "adapter_config.json", "generation_config.json", *_TOKENIZER_FILES)
+        names = ("config.json", "adapter_config.json", "generation_config.json", *TOKENIZER_FILES)
         small = [folder / name for folder in folders for name in names if (folder / name).exists()]
         return sorted({tensor.file for tensor in (*self.tensors.values(), *factors)} | set(small))
 
     @property
+    def folders(self) -> tuple[Path, ...]:
+        """Its own folder, and its base's behind it."""
+        return (self.located.folder, *([self.base.folder] if self.base else []))
+
+    @property
     def tokenizer_folder(self) -> Path | None:
         """Where its tokenizer lies: its own, or its base's; None where neither has one."""
-        for folder in (self.located.folder, *([self.base.folder] if self.base else [])):
-            if any((folder / name).exists() for name in _TOKENIZER_FILES):
+        for folder in self.folders:
+            if has_tokenizer(folder):
                 return folder
         return None
 

@@ -21,6 +21,7 @@ from btx_merge.folder_files import copy_file, small_files
 from btx_merge.held_out import OF_THIS_MODEL, training_results
 from btx_merge.hub import Located
 from btx_merge.tensorfiles import stored_tensors
+from btx_merge.tokenizer_files import copy_templates
 from btx_merge.writer import put_in_place
 
 
@@ -44,6 +45,7 @@ def write_model(source: Path, folder: Path, trained: Mapping[str, torch.Tensor])
     """Copies a checkpoint and puts the trained tensors in their places, in the dtype that they had there."""
     for file in [*small_files(source).values(), *source.glob("*.safetensors")]:
         copy_file(file, folder / file.name)
+    copy_templates(source, folder)
     copy_model_code(folder)
     stored = stored_tensors(folder)
     for name, tensor in trained.items():
