@@ -18,6 +18,7 @@ from btx_merge.layout import portions
 from btx_merge.llama import EMBEDDING, HEAD, MUST_AGREE, expected_tensors, is_computed
 from btx_merge.opening import open_sources
 from btx_merge.recipe import SEED, MergeRecipe
+from btx_merge.source_digest import changed_problems
 from btx_merge.sources import Source
 from btx_merge.text_checks import check_texts
 from btx_merge.tokenizer_files import has_speech
@@ -47,7 +48,9 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
     Raises:
         InputError: every problem of every source.
     """
-    return examine_sources(recipe, *open_sources(recipe, scratch))
+    sources, problems = open_sources(recipe, scratch)
+    problems += changed_problems(sources, recipe.resolved.get("sources", {}))
+    return examine_sources(recipe, sources, problems)
 
 
 def examine_sources(recipe: MergeRecipe, sources: Sequence[Source], problems: list[Problem]) -> Examined:

@@ -184,7 +184,8 @@ def _given(options: dict[str, Any]) -> GivenRecipe:
     texts = parse_domain_texts("--domain-text", options.pop("domain_text", []))
     prompts = lists("--prompt", options.pop("prompt", []))
     file = options.pop("recipe", None)
-    values = read_recipe_file(file, note) if file else {}
+    given = {*specs["expert"], *specs["base"], *({"seed"} & options.keys())}
+    values = read_recipe_file(file, note, given.__contains__) if file else {}
     values |= options
     for key, named in (("domain_text", {text.name: text for text in texts}), ("prompts", prompts)):
         if named:

@@ -24,6 +24,7 @@ from btx_merge.layout import INDEX_FILE, Layout
 from btx_merge.llama import DEFAULTS
 from btx_merge.plan import DIFFERENCE_METHODS, Plan
 from btx_merge.records import RECIPE_FILE
+from btx_merge.source_digest import source_digest
 from btx_merge.sources import Source
 from btx_merge.texts import public_reference
 from btx_merge.tokenizer_files import (
@@ -124,6 +125,7 @@ def resolved_recipe(plan: Plan) -> dict[str, Any]:
     packages = {"torch": needs_peft or is_fitted, "peft": needs_peft, "transformers": is_fitted}
     tools = ("btx-merge", "numpy", *(name for name, is_used in packages.items() if is_used))
     values["resolved"] = {
+        "sources": {source.name: source_digest(source) for source in plan.sources},
         "expert_names": plan.expert_names,
         "tools": {"python": platform.python_version(), **{tool: version(tool) for tool in tools}},
     }

@@ -126,6 +126,8 @@ class MergeRecipe:
     """Whether to go on where a source holds NaN or Inf."""
     allow_unrelated: bool = False
     """Whether to go on where a source does not seem to have grown from the seed."""
+    resolved: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Written by a merge, not by hand. Of its `sources`, name to digest, each must be the same model again."""
 
     def __post_init__(self) -> None:
         problems: list[Problem] = []
@@ -140,7 +142,7 @@ class MergeRecipe:
             except InputError as error:
                 problems += error.problems
         object.__setattr__(self, "experts", specs)
-        for key, parse in (("domain_text", _by_name), ("prompts", _as_prompts)):
+        for key, parse in (("domain_text", _by_name), ("prompts", _as_prompts), ("resolved", _as_resolved)):
             try:
                 object.__setattr__(self, key, parse(getattr(self, key)))
             except InputError as error:
@@ -185,15 +187,21 @@ class MergeRecipe:
     @classmethod
     def from_yaml(cls, file: str | Path, **overrides: Any) -> MergeRecipe:
         """A recipe from a YAML file; `overrides` win over the file. Relative folders are the file's."""
-        return cls.from_dict({**read_recipe_file(file), **overrides}, str(file))
+
+        def is_given(name: str) -> bool:
+            return (SEED if name == SEED else "experts") in overrides
+
+        return cls.from_dict({**read_recipe_file(file, is_given=is_given), **overrides}, str(file))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, which `from_dict` takes back."""
+        """Plain values, which `from_dict` takes back; without `resolved`, which is no part of what is merged."""
         texts = {
             name: {"text": list(text.references), "weight": text.weight} for name, text in self.domain_text.items()
         }
         prompts = {name: list(lines) for name, lines in self.prompts.items()}
-        return {**asdict(self), "domain_text": texts, "prompts": prompts}
+        values = {**asdict(self), "domain_text": texts, "prompts": prompts}
+        del values["resolved"]
+        return values
 
 
 def _by_name(values: Any) -> dict[str, DomainText]:
@@ -219,6 +227,16 @@ def _as_prompts(values: Any) -> dict[str, tuple[str, ...]]:
     if problems:
         raise InputError(problems)
     return prompts
+
+
+def _as_resolved(values: Any) -> dict[str, dict[str, str]]:
+    """Return the digests of the sources; what else a merge wrote down there is for people."""
+    sources = values.get("sources", {}) if isinstance(values, Mapping) else values
+    if not isinstance(sources, Mapping) or not all(is_text(part) for item in sources.items() for part in item):
+        remedy = "Leave `resolved` out: then the sources are not compared."
+        expected = "name to digest, as `btx merge` writes it"
+        raise InputError([Problem("recipe", "resolved.sources", short(sources), expected, remedy)])
+    return {"sources": dict(sources)}
 
 
 def _as_text(value: Any) -> Any:

@@ -33,6 +33,8 @@ def recipe_template(values: Mapping[str, Any]) -> str:
     descriptions = field_descriptions(MergeRecipe)
     blocks = [_comment(_HEAD)]
     for item in fields(MergeRecipe):
+        if item.name == "resolved":  # for a merge to write
+            continue
         lines = [_comment(descriptions[item.name])]
         if item.name == "experts":
             lines += [_comment("An expert with options:"), _comment_of_spec()]
