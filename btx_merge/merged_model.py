@@ -22,6 +22,7 @@ from btx_merge.folder_files import file_problems, read_json
 from btx_merge.hub import SMALL_FILES, Located
 from btx_merge.llama import DOWN, GATE, UP, expected_tensors, normalise_config, per_layer
 from btx_merge.plan import DOWN_EXPERTS, GATE_UP_EXPERTS, ROUTER
+from btx_merge.shown import short
 from btx_merge.source_config import layer_problems, refuse_odd_values
 from btx_merge.source_tensors import read_tensors
 from btx_merge.tensorfiles import StoredTensor
@@ -216,8 +217,8 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
         if config.get(key) is None:
             yield Problem("model", f"config.json: {key}", "missing", "a whole number above 0")
     experts, names = config.get("num_local_experts"), config.get("expert_names")
-    if not _is_count(experts):
-        yield Problem("model", "config.json: num_local_experts", f"{experts!r}", "a whole number above 0")
+    if not isinstance(experts, int) or not _is_count(experts):
+        yield Problem("model", "config.json: num_local_experts", short(experts), "a whole number above 0")
         return
     per_token, chunks = config.get("num_experts_per_tok", 2), config.get("num_chunks", 1)
     if not _is_count(per_token) or per_token > experts:
@@ -227,7 +228,25 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("model", "config.json: num_chunks", f"{chunks!r}", f"a divisor of the {experts} experts")
     fine = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if names is not None and not (fine and len(set(names)) == len(names) == experts):
-        yield Problem("model", "config.json: expert_names", f"{names!r}", f"{experts} different names")
+        yield Problem("model", "config.json: expert_names", short(names), f"{experts} different names")
+        return
+    active = config.get("active_experts")
+    if active is not None and not _are_experts(active, experts, names or []):
+        expected = f"a list of different experts, by name or number in [0, {experts})"
+        yield Problem("model", "config.json: active_experts", short(active), expected)
+
+
+def _are_experts(active: Any, experts: int, names: list[str]) -> bool:
+    """Return whether a value is a list of different experts."""
+    numbers = []
+    for expert in active if isinstance(active, list) else []:
+        if isinstance(expert, str) and expert in names:
+            numbers.append(names.index(expert))
+        elif type(expert) is int and 0 <= expert < experts:
+            numbers.append(expert)
+        else:
+            return False
+    return 0 < len(numbers) == len(set(numbers))
 
 
 def _is_count(value: Any) -> bool:

@@ -9,6 +9,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.folder_files import file_problems, small_files
 from btx_merge.hub import Located, locate
 from btx_merge.merged_model import MergedModel, open_merged
+from btx_merge.records import read_record
 from btx_merge.tokenizer_files import has_tokenizer
 from btx_merge.writer import check_target
 
@@ -20,6 +21,10 @@ def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located |
         return None, problems
     folder = model.located.folder
     problems += file_problems(folder, [*small_files(folder)])
+    try:
+        read_record(folder)
+    except InputError as error:
+        problems += error.problems
     if not has_tokenizer(folder):
         problems.append(Problem("model", str(folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

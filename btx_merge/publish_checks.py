@@ -17,7 +17,7 @@ from typing import Any
 from btx_merge.card_checks import card_problems
 from btx_merge.errors import InputError, Problem
 from btx_merge.files import MODEL_CODE, PICTURE, ROUTING
-from btx_merge.folder_files import read_json
+from btx_merge.folder_files import read_json, read_text
 from btx_merge.layout import INDEX_FILE
 from btx_merge.private_text import private_text
 from btx_merge.records import RECIPE_FILE
@@ -117,12 +117,12 @@ def _of_model(problem: Problem) -> Problem:
 
 def _card(folder: Path, config: Mapping[str, Any]) -> tuple[list[Problem], list[Problem]]:
     """What is wrong with the model card, and what it lacks."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not os.path.lexists(folder / "README.md"):
         return [Problem("model", "README.md", "missing", "a model card", "btx merge writes one.")], []
-    except UnicodeDecodeError as error:
-        return [Problem("model", "README.md", f"is no UTF-8 ({error.reason})", "", "Save it as UTF-8.")], []
+    try:
+        text = read_text(folder / "README.md")
+    except InputError as error:
+        return [_of_model(problem) for problem in error.problems], []
     architecture = next(iter(config.get("architectures") or []), "")
     return card_problems(text, _PIPELINES.get(architecture, "text-generation"))
 
