@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.recipe import SEED, ExpertSpec, as_spec
-from btx_merge.texts import DomainText
+from btx_merge.texts import DomainText, as_domain_texts
 from btx_merge.values import ABOVE_ZERO, RANDOM_SEED, Rule, at_least, one_of, value_problems
 
 SHARED_UPDATES = ("auto", "update", "keep")
@@ -46,7 +46,7 @@ class EditRecipe:
     random_seed: int = 0
     """Seed of random rows. In [0, 2**32)."""
     domain_text: tuple[DomainText, ...] = ()
-    """For ridge: text of the new experts; of others too where there is some, for contrast."""
+    """For ridge: text of the new experts; of others too where there is some, for contrast. Also by name: a mapping."""
     domain_tokens: int = 200_000
     """Tokens of each domain that are read, at least 64."""
     router_ridge: float = 0.001
@@ -60,6 +60,10 @@ class EditRecipe:
 
     def __post_init__(self) -> None:
         problems = list(_value_problems(self))
+        try:
+            object.__setattr__(self, "domain_text", as_domain_texts(self.domain_text, "domain_text"))
+        except InputError as error:
+            problems += error.problems
         for key in ("add", "replace"):
             specs = {}
             for name, spec in getattr(self, key).items():
