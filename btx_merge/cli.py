@@ -15,6 +15,7 @@ import typer
 from btx_merge.cli_edit import edit_command
 from btx_merge.cli_export import export_command, extract_command
 from btx_merge.cli_fit import fit_command
+from btx_merge.cli_info import info_command
 from btx_merge.cli_merge import check_command, merge_command
 from btx_merge.cli_print import error as print_error
 from btx_merge.cli_push import push_command
@@ -87,6 +88,7 @@ def _failed(error: BaseException, lines: list[str], code: int, as_json: bool) ->
 
 app.command("check")(_ends_in_one_line(check_command))
 app.command("merge")(_ends_in_one_line(merge_command))
+app.command("info")(_ends_in_one_line(info_command))
 app.command("fit")(_ends_in_one_line(fit_command))
 app.command("edit")(_ends_in_one_line(edit_command))
 app.command("push")(_ends_in_one_line(push_command))

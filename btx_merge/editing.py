@@ -34,7 +34,8 @@ from btx_merge.reading import ReadFiles
 from btx_merge.records import RECIPE_FILE
 from btx_merge.router_state import trainings
 from btx_merge.scratch import scratch_folder
-from btx_merge.texts import check_texts, public_record
+from btx_merge.text_checks import check_texts
+from btx_merge.texts import public_record
 from btx_merge.tokenizer_files import copy_templates
 from btx_merge.vocabulary import tokenizer_json
 from btx_merge.writer import Progress, Staging
@@ -176,7 +177,8 @@ def edit(
 
 def _plan(recipe: EditRecipe, target: Path, overwrite: bool, device: str | None, scratch: Callable[[], Path]) -> _Edit:
     model, problems = open_model(recipe.model, target, overwrite)
-    problems += [*check_texts(recipe.domain_text), *device_problems(device)]
+    problems += check_texts(recipe.domain_text, model.located.folder if model else None)
+    problems += device_problems(device)
     if model:
         problems += file_problems(model.located.folder, [*small_files(model.located.folder)])
     if problems or model is None:

@@ -17,8 +17,9 @@ from btx_merge.hub import Located
 from btx_merge.model_folder import find_model
 from btx_merge.placing import Note, put_in_place, remove, repair
 from btx_merge.reading import ReadFiles
+from btx_merge.text_checks import check_texts
 from btx_merge.textfiles import is_installed
-from btx_merge.texts import EXTRA, DomainText, check_texts
+from btx_merge.texts import EXTRA, DomainText, as_domain_texts
 
 TRAIN_MODES = ("routers", "shared", "all", "lora")
 LORA_TARGETS = {"routers": "routers", "shared": "routers + shared", "experts": "experts"}
@@ -47,7 +48,7 @@ class TrainRecipe:
     model: str
     """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
     data: tuple[DomainText, ...] = ()
-    """The mixture."""
+    """The mixture. Also a mapping: name to a reference, several, or `text:` and `weight:`."""
     train: str = "shared"
     """routers; shared (routers and everything that was averaged: the paper's variant with frozen experts); all; lora.
     """
@@ -77,7 +78,11 @@ class TrainRecipe:
     """Of `transformers.TrainingArguments`, by name. `max_steps` must be there."""
 
     def __post_init__(self) -> None:
-        problems = []
+        problems: list[Problem] = []
+        try:
+            object.__setattr__(self, "data", as_domain_texts(self.data, "data"))
+        except InputError as error:
+            problems += error.problems
         for name, (expected, is_fine) in _VALUES.items():
             value = getattr(self, name)
             if not is_fine(value):
@@ -185,11 +190,11 @@ def train(
 
 def _check(recipe: TrainRecipe, target: Path, work: Path, resume: bool, overwrite: bool) -> Located:
     """All that can be known before anything heavy is imported. The model's folder."""
-    problems = check_texts(recipe.data)
+    located, of_model = find_model(recipe.model, target, overwrite)
+    problems = check_texts(recipe.data, located.folder if located else None)
     needed = ["accelerate", "matplotlib", *([] if "report_to" in recipe.arguments else ["tensorboard"])]
     missing = [package for package in needed if not is_installed(package)]
     problems += [Problem("command", package, "is not installed", "", f"{EXTRA}.") for package in missing]
-    located, of_model = find_model(recipe.model, target, overwrite)
     problems += of_model
     if resume and last_checkpoint(work) is None:
         remedy = "Leave out --resume, which begins anew."

@@ -22,7 +22,8 @@ from btx_merge.hub import Located
 from btx_merge.model_folder import find_model
 from btx_merge.plan import Plan
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS, SEED
-from btx_merge.texts import DomainText, check_texts, public_record, public_reference
+from btx_merge.text_checks import check_texts
+from btx_merge.texts import DomainText, as_domain_texts, public_record, public_reference
 from btx_merge.tokenizer_files import copy_templates
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class FitRecipe:
     method: str = "ridge"
     """ridge, on `domain_text`; or prompts, from `prompts`."""
     domain_text: tuple[DomainText, ...] = ()
-    """Text for every expert, by its name; the seed may go without."""
+    """Text for every expert, by its name; the seed may go without. Also a mapping, as in `MergeRecipe`."""
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Expert to a few lines that are typical of it."""
     domain_tokens: int = 200_000
@@ -56,7 +57,11 @@ class FitRecipe:
     """expert: tokens pass through their own domain's; router: through those that the fitted router chooses."""
 
     def __post_init__(self) -> None:
-        problems = []
+        problems: list[Problem] = []
+        try:
+            object.__setattr__(self, "domain_text", as_domain_texts(self.domain_text, "domain_text"))
+        except InputError as error:
+            problems += error.problems
         fine = {
             "model": (bool(self.model), "a merged checkpoint"),
             "method": (self.method in ROUTER_FITS, f"one of {', '.join(ROUTER_FITS)}"),
@@ -111,7 +116,8 @@ def fit(
     began = time.perf_counter()
     target = Path(output).expanduser().resolve()
     located, problems = find_model(recipe.model, target, overwrite)
-    problems += [*check_texts(recipe.domain_text), *device_problems(device)]
+    problems += check_texts(recipe.domain_text, located.folder if located else None)
+    problems += device_problems(device)
     if located and not problems:
         problems = _name_problems(recipe, located.folder)
     if problems or located is None:

@@ -10,6 +10,7 @@ from btx_merge.folder_files import file_problems, small_files
 from btx_merge.hub import Located, locate
 from btx_merge.merged_model import MergedModel, open_merged
 from btx_merge.placing import check_target, partial_of
+from btx_merge.records import read_record
 from btx_merge.sizes import readable
 from btx_merge.tokenizer_files import has_tokenizer
 
@@ -21,6 +22,10 @@ def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located |
         return None, problems
     folder = model.located.folder
     problems += file_problems(folder, [*small_files(folder)])
+    try:
+        read_record(folder)
+    except InputError as error:
+        problems += error.problems
     if not has_tokenizer(folder):
         problems.append(Problem("model", str(folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -115,7 +115,10 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
             found = f"{size:,} bytes, too few for the {length:,} bytes of header that it announces"
             if len(head) < 8:
                 found = f"{size} bytes, not even a header"
-            raise InputError([_problem(file, found, "a safetensors file", _FETCH_AGAIN)])
+            expected = "a safetensors file"
+            if _MAX_HEADER < length <= size - 8:
+                found, expected = f"a header of {length:,} bytes", f"at most {_MAX_HEADER:,}"
+            raise InputError([_problem(file, found, expected, _FETCH_AGAIN)])
         try:
             header = parse_json(stream.read(length), object_pairs_hook=_refuse_duplicates)
             if not isinstance(header, dict):

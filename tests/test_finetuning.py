@@ -364,7 +364,7 @@ def test_packages_that_are_missing_are_named_first(merged, texts, tmp_path, monk
     monkeypatch.setattr("btx_merge.finetuning.is_installed", lambda package: False)
     found = problems_of(train, recipe(merged, texts, arguments={"report_to": None}), tmp_path / "out")
     assert [line.split(":")[1].strip() for line in found] == ["accelerate", "matplotlib"]
-    assert all("pip install 'btx-merge[train]'" in line for line in found)
+    assert all("pip install '.[train]'" in line for line in found)
 
 
 def test_lora_is_not_sharded(merged, texts):

@@ -13,7 +13,8 @@ from btx_merge.cli import app
 from btx_merge.experts import own_experts
 from btx_merge.fit_equations import OFF_DIAGONAL, TEMPERATURES, Statistics, prompt_rows, ridge_solution
 from btx_merge.fitting import FitRecipe, fit
-from btx_merge.texts import DomainText, documents, packed_windows
+from btx_merge.texts import DomainText, documents
+from btx_merge.windows import packed_windows
 from tests.common import LAYERS, VOCAB, WORDS, files_of, grow, load_float32, save_seed, tensors_of, tiny_tokenizer
 
 GATE = "model.layers.{}.mlp.gate.weight"
