@@ -94,8 +94,11 @@ def merge_through_peft(
         raise
     except Exception as error:  # of any kind: peft has dozens of adapter types
         reason = str(error).strip().split("\n")[0]
-        found = f"peft cannot merge it ({type(error).__name__}: {reason})"
-        raise InputError([Problem(name, "adapter_config.json", found, "", _YOURSELF)]) from error
+        found = f"peft cannot merge an adapter of type {config['peft_type']} here ({type(error).__name__}: {reason})"
+        remedy = (
+            "If peft's merge_and_unload can, save the whole model and give that folder; else leave this expert out."
+        )
+        raise InputError([Problem(name, "adapter_config.json", found, "", remedy)]) from error
     finally:
         if had_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]

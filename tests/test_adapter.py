@@ -378,7 +378,7 @@ def test_what_peft_cannot_merge_is_refused(kind: str, base_of: Callable[..., Pat
     said = {
         "prompt tuning": "adapter_config.json: an adapter of type PROMPT_TUNING, which changes what goes through",
         "nonsense": "adapter_config.json: peft_type is 'NONSENSE', which the installed peft",
-        "adapter with another shape": "adapter_config.json: peft cannot merge it (",
+        "adapter with another shape": "adapter_config.json: peft cannot merge an adapter of type LORA here (",
         "a part missing": "adapter weights: lacks base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector",
     }
     assert line.startswith(f"expert: {said[kind]}")
