@@ -4,25 +4,58 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from importlib.metadata import metadata as package_metadata
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import yaml
 
+from btx_merge.cards import code_in_card, is_web_link
 from btx_merge.experts import own_experts
+from btx_merge.held_out import MODEL_INDEX, model_index, router_results, router_table
 from btx_merge.hub import Located
 from btx_merge.plan import Plan
 from btx_merge.recipe import REGMEAN_METHODS
 from btx_merge.sources import Source
 
+if TYPE_CHECKING:
+    from btx_merge.fit_walk import LayerFit
+
 LICENCE_KEYS = ("license", "license_name", "license_link")
+ROUTERS_TITLE = "## Routers"
 UNTRAINED = "**They have not been trained yet**: finetune them before you judge the model."
-_PAPER = "https://arxiv.org/abs/2403.07816"
+PAPER = "https://arxiv.org/abs/2403.07816"
+CITATION_TITLE = "## Citation"
+CITATION = f"""{CITATION_TITLE}
+
+The method is Branch-Train-MiX:
+
+```bibtex
+@misc{{sukhbaatar2024branchtrainmix,
+  title = {{Branch-Train-MiX: Mixing Expert LLMs into a Mixture-of-Experts LLM}},
+  author = {{Sainbayar Sukhbaatar and Olga Golovneva and Vasu Sharma and Hu Xu and Xi Victoria Lin and
+            Baptiste Rozi{{\\`e}}re and Jacob Kahn and Daniel Li and Wen-tau Yih and Jason Weston and Xian Li}},
+  year = {{2024}},
+  eprint = {{2403.07816}},
+  archivePrefix = {{arXiv}},
+  primaryClass = {{cs.CL}},
+  url = {{{PAPER}}}
+}}
+```
+"""
 
 
-def model_card(plan: Plan) -> str:
-    """README.md of the result: metadata for the Hub, then text and a snippet that runs."""
-    metadata = yaml.safe_dump(card_metadata(plan), sort_keys=False, allow_unicode=True)
+def model_card(plan: Plan, layers: Sequence[LayerFit] = ()) -> str:
+    """Return README.md of the result: metadata for the Hub, then text and a snippet that runs.
+
+    Args:
+        layers: how the routers came out that were fitted by ridge regression.
+    """
     recipe, seed = plan.recipe, plan.seed
+    title = f"{len(plan.sources)} Llama models merged by Branch-Train-MiX"
+    metadata = card_metadata(plan)
+    if layers:
+        metadata[MODEL_INDEX] = model_index(title, router_results(layers, recipe.domain_text))
     rows = "\n".join(source_row(plan, source) for source in plan.sources)
     chunked = {
         "whole": "One expert per source, its feed-forward blocks unchanged.",
@@ -37,13 +70,12 @@ def model_card(plan: Plan) -> str:
         "prompts": "the mean inputs of a few prompts per expert.",
     }[recipe.router_init]
     folded = " Each expert absorbed its own norm (`fold_norms`)." if recipe.fold_norms else ""
-    return f"""---
-{metadata}---
-
-# {len(plan.sources)} Llama models merged by Branch-Train-MiX
+    figures = f"{ROUTERS_TITLE}\n\n{router_table(layers)}\n" if layers else ""
+    body = f"""
+# {title}
 
 A Mixture of Experts of {plan_sizes(plan)}, made by
-[Branch-Train-MiX]({_PAPER}) with btx-merge.
+[Branch-Train-MiX]({PAPER}) with {project_link()}.
 
 | source | model | revision | expert |
 |---|---|---|---|
@@ -56,7 +88,20 @@ A Mixture of Experts of {plan_sizes(plan)}, made by
 
 {how_to_use(", trust_remote_code=True")}
 transformers 5 is needed. With btx-merge installed, `import btx_merge` replaces `trust_remote_code=True`.
-"""
+
+{figures}{CITATION}"""
+    return with_metadata(metadata, body)
+
+
+def with_metadata(metadata: Mapping[str, Any], body: str) -> str:
+    """Return a card: the YAML block that the Hub reads, and the text."""
+    return f"---\n{yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def project_link() -> str:
+    """Return this package's name for a card, as a link to its home where the package's metadata name one."""
+    urls = [str(url).partition(", ")[2] for url in package_metadata("btx-merge").get_all("Project-URL") or []]
+    return f"[btx-merge]({urls[0]})" if urls else "btx-merge"
 
 
 def how_to_use(arguments: str = "") -> str:
@@ -129,16 +174,20 @@ def published(source: Source) -> list[str]:
 def hub_ids(given: Any) -> list[str]:
     """What of a card's `base_model`, a name or a list of them, can be ids on the Hub."""
     candidates = given if isinstance(given, list) else [given]
-    return [str(candidate) for candidate in candidates if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(candidate))]
+    texts = [candidate for candidate in candidates if isinstance(candidate, str)]
+    return [text for text in texts if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text)]
 
 
 def link_licence(metadata: dict[str, Any], located: Located) -> None:
     """Links a licence that is a file beside a model's card, which does not come along; or leaves the link out."""
-    link = str(metadata.get("license_link", ""))
-    if link and "://" not in link:
-        del metadata["license_link"]
-        if located.repo_id:
-            metadata["license_link"] = f"https://huggingface.co/{located.repo_id}/blob/{located.revision}/{link}"
+    link = metadata.get("license_link")
+    if not link or (isinstance(link, str) and is_web_link(link)):
+        return
+    del metadata["license_link"]
+    is_file = isinstance(link, str) and re.fullmatch(r"[\w ./-]+", link) and ".." not in link.split("/")
+    if located.repo_id and is_file:
+        file = quote(link.removeprefix("./"))
+        metadata["license_link"] = f"https://huggingface.co/{located.repo_id}/blob/{located.revision}/{file}"
 
 
 def source_row(plan: Plan, source: Source) -> str:
@@ -147,9 +196,9 @@ def source_row(plan: Plan, source: Source) -> str:
     if located.repo_id:
         model = f"[{located.repo_id}](https://huggingface.co/{located.repo_id})"
     else:
-        model = f"`{located.public_name}` (a local folder)"
+        model = f"{code_in_card(located.public_name)} (a local folder)"
     if source.base:
-        model += f", an adapter on `{source.base.public_name}`"
+        model += f", an adapter on {code_in_card(source.base.public_name)}"
     return f"| {source.name} | {model} | {located.revision or ''} | {expert_numbers(plan, source)} |"
 
 

@@ -8,9 +8,12 @@ from typing import Any
 import yaml
 
 from btx_merge.errors import Problem
+from btx_merge.shown import short
+from btx_merge.yaml_files import parse_yaml
 
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_RELATIONS = ("merge", "finetune")  # of other models; or a fitted or finetuned one of them
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]+)*|code|multilingual")
 
@@ -27,8 +30,8 @@ def card_problems(text: str, pipeline: str) -> tuple[list[Problem], list[Problem
         remedy = f"Let it begin with: --- / library_name: transformers / pipeline_tag: {pipeline} / tags: [btx] / ---"
         return [Problem("model", "README.md", "no metadata", "YAML between two lines of ---", remedy)], []
     try:
-        metadata = yaml.safe_load(match[1])
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+        metadata = parse_yaml(match[1])
+    except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         return [Problem("model", "README.md", f"its metadata is no YAML ({reason})")], []
     if not isinstance(metadata, dict):
@@ -51,8 +54,8 @@ def _origin(metadata: dict[str, Any], problems: list[Problem]) -> list[Problem]:
         return [Problem("model", "README.md: base_model", "does not say which models were merged", "", remedy)]
     if not isinstance(models, list) or not models or not all(_is_hub_id(item) for item in models):
         problems.append(_problem(metadata, "base_model", "a list of Hub ids, org/name"))
-    if relation != "merge":
-        problems.append(_problem(metadata, "base_model_relation", "merge"))
+    if relation not in _RELATIONS:
+        problems.append(_problem(metadata, "base_model_relation", " or ".join(_RELATIONS)))
     return []
 
 
@@ -89,5 +92,5 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _problem(metadata: dict[str, Any], key: str, expected: str) -> Problem:
-    found = repr(metadata[key]) if metadata.get(key) is not None else "missing"
+    found = short(metadata[key]) if metadata.get(key) is not None else "missing"
     return Problem("model", f"README.md: {key}", found, expected)

@@ -225,7 +225,7 @@ def _side_file_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> Itera
     for source in sources:
         folders = (source.located.folder, source.base.folder) if source.base else (source.located.folder,)
         for folder in folders if source.name == recipe.tokenizer_source else ():
-            for name in ("generation_config.json", "tokenizer_config.json"):
+            for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
                 if (folder / name).exists():
                     try:
                         read_json(folder / name)
@@ -235,6 +235,9 @@ def _side_file_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> Itera
 
 def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
     seed = sources[0]
+    if not any(source.tokenizer_folder for source in sources):
+        remedy = "The result has none either: copy a tokenizer's files into the seed's folder."
+        yield Problem(SEED, "tokenizer", "no source has one", "", remedy)
     for source in sources:
         yield from source.warnings
     for source in sources[1:]:

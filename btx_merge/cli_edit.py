@@ -31,7 +31,8 @@ def edit_command(
         str | None,
         option(
             f"{', '.join(SHARED_UPDATES)}: whether shared weights move as if merged with the new set; auto: where the "
-            "sources are there [default: auto]."
+            "sources are there [default: auto].",
+            choices=SHARED_UPDATES,
         ),
     ] = None,
     source: Annotated[
@@ -45,7 +46,10 @@ def edit_command(
     ] = None,
     router_init: Annotated[
         str | None,
-        option(f"{', '.join(ROW_INITS)}: rows of new experts [default: ridge with text; else random, or as it was]."),
+        option(
+            f"{', '.join(ROW_INITS)}: rows of new experts [default: ridge with text; else random, or as it was].",
+            choices=ROW_INITS,
+        ),
     ] = None,
     router_std: Annotated[
         float | None, option("Deviation of random rows [default: the model's initializer_range].")

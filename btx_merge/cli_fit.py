@@ -18,7 +18,7 @@ from btx_merge.texts import parse_domain_texts
 def fit_command(
     model: Model,
     output: Output,
-    method: Annotated[str | None, option(f"{', '.join(ROUTER_FITS)} [default: ridge].")] = None,
+    method: Annotated[str | None, option(f"{', '.join(ROUTER_FITS)} [default: ridge].", choices=ROUTER_FITS)] = None,
     domain_text: Annotated[
         list[str] | None,
         option("Again for every expert: text of its domain.", metavar="NAME=TEXT[:WEIGHT]"),
@@ -29,7 +29,8 @@ def fit_command(
     domain_tokens: Annotated[int | None, option("Tokens read of each domain [default: 200000].")] = None,
     router_ridge: Annotated[float | None, option("Relative penalty [default: 0.001].")] = None,
     fit_through: Annotated[
-        str | None, option(f"{', '.join(FIT_THROUGH)}: what leads to the next layer [default: expert].")
+        str | None,
+        option(f"{', '.join(FIT_THROUGH)}: what leads to the next layer [default: expert].", choices=FIT_THROUGH),
     ] = None,
     statistics: Annotated[
         Path | None, option("Folder for what the texts tell: kept there, or taken from there.")

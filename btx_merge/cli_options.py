@@ -1,7 +1,8 @@
-"""What several commands have: options, such as those of the form `NAME=VALUE`, and what they say on stderr."""
+"""What several commands have: options, such as those of the form `NAME=VALUE`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,19 @@ import typer
 from btx_merge.errors import InputError, Problem
 
 
-def option(help: str, *names: str, metavar: str | None = None) -> Any:
-    """An option whose default the help names itself."""
-    return typer.Option(*names, help=help, show_default=False, metavar=metavar)
+def option(help: str, *names: str, metavar: str | None = None, choices: Iterable[str] = ()) -> Any:
+    """Return an option whose default the help names itself.
+
+    Args:
+        choices: what a shell completes its value to.
+    """
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return typer.Option(
+        *names, help=help, show_default=False, metavar=metavar, autocompletion=complete if choices else None
+    )
 
 
 Model = Annotated[str, typer.Argument(help="Folder or org/name[@revision] of a merged model.")]

@@ -30,18 +30,23 @@ def train_command(
         list[str] | None,
         option("Again for every text: file, folder, glob or Hub dataset.", metavar="NAME=TEXT[:WEIGHT]"),
     ] = None,
-    train: Annotated[str | None, option(f"{', '.join(TRAIN_MODES)} [default: shared].")] = None,
+    train: Annotated[str | None, option(f"{', '.join(TRAIN_MODES)} [default: shared].", choices=TRAIN_MODES)] = None,
     max_length: Annotated[int | None, option("Tokens of a window [default: 1024, or the model's].")] = None,
     holdout: Annotated[float | None, option("Part of each domain that is scored instead [default: 0.02].")] = None,
     shuffle: Annotated[int | None, option("Windows among which the next is drawn [default: 256].")] = None,
-    router_grad: Annotated[str | None, option("sparse or dense [default: the model's].")] = None,
+    router_grad: Annotated[
+        str | None, option("sparse or dense [default: the model's].", choices=("sparse", "dense"))
+    ] = None,
     router_aux_loss_coef: Annotated[
         float | None, option("Coefficient of the balancing loss [default: the model's].")
     ] = None,
     router_aux_loss_scope: Annotated[
-        str | None, option("global_batch or micro_batch [default: global_batch].")
+        str | None,
+        option("global_batch or micro_batch [default: global_batch].", choices=("global_batch", "micro_batch")),
     ] = None,
-    lora_target: Annotated[str | None, option(f"{', '.join(LORA_TARGETS)} [default: shared].")] = None,
+    lora_target: Annotated[
+        str | None, option(f"{', '.join(LORA_TARGETS)} [default: shared].", choices=LORA_TARGETS)
+    ] = None,
     lora_r: Annotated[int | None, option("Rank [default: 16].")] = None,
     lora_alpha: Annotated[float | None, option("Scale, times the rank [default: 32].")] = None,
     fsdp_size: Annotated[int | None, option("Ranks that parameters are sharded over [default: 1].")] = None,

@@ -7,10 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
 from btx_merge.card import (
     LICENCE_KEYS,
+    UNTRAINED,
     combined_over,
     expert_numbers,
     languages,
@@ -18,11 +17,12 @@ from btx_merge.card import (
     published,
     sizes,
     source_row,
+    with_metadata,
 )
+from btx_merge.cards import front_matter
 from btx_merge.edit_plan import EditPlan
 from btx_merge.plan import active_parameters, experts_per_token
 from btx_merge.recipe import SEED
-from btx_merge.sources import front_matter
 
 _COMBINED = re.compile(r"^(- Attention, embeddings, norms and head: `\w+` over ).*\.$", re.MULTILINE)
 _ROW = re.compile(r"^\| (\S+) \| (.*) \| (.*) \| ([\d, ]+|none) \|\n", re.MULTILINE)
@@ -35,8 +35,8 @@ def edited_card(text: str, edit: EditPlan, is_updated: bool) -> str:
         is_updated: whether the shared weights are of the new set too.
     """
     metadata, body = front_matter(text)
-    title = f"# {len(edit.plan.sources)} Llama models"
-    body = re.sub(r"^# \d+ Llama models", title, body, count=1, flags=re.MULTILINE)
+    models = f"{len(edit.plan.sources)} Llama models"
+    body = re.sub(r"^(# (?:.+: )?)\d+ Llama models", rf"\g<1>{models}", body, count=1, flags=re.MULTILINE)
     body = body.replace(_old_sizes(edit), plan_sizes(edit.plan))
     if is_updated:
         combined = combined_over(edit.values.get("combine", "mean"), edit.plan.experts)
@@ -44,8 +44,7 @@ def edited_card(text: str, edit: EditPlan, is_updated: bool) -> str:
     body = _edited_table(body, edit)
     if not metadata:
         return body
-    head = yaml.safe_dump(_edited_metadata(metadata, edit), sort_keys=False, allow_unicode=True)
-    return f"---\n{head}---\n{body}"
+    return with_metadata(_edited_metadata(metadata, edit), body)
 
 
 def edit_section(edit: EditPlan, shared: str) -> str:
@@ -55,7 +54,10 @@ def edit_section(edit: EditPlan, shared: str) -> str:
     verbs = {"Dropped": recipe.drop, "Added": recipe.add, "Replaced": recipe.replace, "Renamed": renamed}
     done = [f"- {verb}: {', '.join(names)}." for verb, names in verbs.items() if names]
     rows = ", ".join(f"{name} ({init})" for name, init in edit.router_inits.items())
-    lines = [*done, f"- Shared weights: {shared}.", *([f"- Router rows of new experts: {rows}."] if rows else [])]
+    untrained = f" {UNTRAINED}" if {"random", "zeros"} & set(edit.router_inits.values()) else ""
+    lines = [*done, f"- Shared weights: {shared}."]
+    if rows:
+        lines.append(f"- Router rows of new experts: {rows}.{untrained}")
     text = "\n".join(lines)
     return f"## Edited\n\nBy `btx edit`; the other experts and their router rows are as before.\n\n{text}\n"
 
@@ -104,8 +106,11 @@ def _edited_metadata(metadata: Mapping[str, Any], edit: EditPlan) -> dict[str, A
     before = given if isinstance(given, list) else [given]
     bases = [base for base in before if base not in {reference.partition("@")[0] for reference in gone}]
     bases = list(dict.fromkeys([*bases, *(base for source in new for base in published(source))]))
-    if bases:
-        out |= {"base_model": bases, "base_model_relation": "merge"}
+    if bases != before:
+        for key in ("base_model", "base_model_relation"):
+            out.pop(key, None)
+        if bases:
+            out |= {"base_model": bases, "base_model_relation": "merge"}
     cards = [source.card_metadata() for source in new]
     if any(card.get("license") != out.get("license") for card in cards):
         for key in LICENCE_KEYS:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from btx_merge.bounded_json import parse_json
-from btx_merge.card import UNTRAINED
 from btx_merge.edit_card import edit_section, edited_card
 from btx_merge.edit_plan import EditPlan, plan_edit
 from btx_merge.edit_recipe import EditRecipe
@@ -32,8 +31,10 @@ from btx_merge.merging import fill
 from btx_merge.model_folder import open_model
 from btx_merge.plan import ExpertRows, SharedRows
 from btx_merge.records import RECIPE_FILE
+from btx_merge.router_state import trainings
 from btx_merge.scratch import scratch_folder
 from btx_merge.texts import check_texts, public_record
+from btx_merge.tokenizer_files import copy_templates
 from btx_merge.vocabulary import tokenizer_json
 from btx_merge.writer import Progress, Staging, continuable, fingerprint
 
@@ -187,6 +188,7 @@ def _write_files(edited: _Edit, folder: Path) -> None:
     for name, file in small_files(planned.model.located.folder).items():
         if name != INDEX_FILE:
             copy_file(file, folder / name)
+    copy_templates(planned.model.located.folder, folder)
     copy_model_code(folder)
     if plan.vocabulary.new_tokens:
         add_tokens(folder, parse_json(tokenizer_json(folder)), plan.vocabulary.new_tokens)
@@ -247,6 +249,7 @@ def _write_records(edited: _Edit, files: Path, layers: list[LayerFit]) -> None:
     done |= {key: list(getattr(recipe, key)) for key in ("add", "replace")}
     entry: dict[str, Any] = {key: value for key, value in done.items() if value}
     entry |= {"shared": edited.outcome, "router_rows": dict(planned.router_inits)}
+    entry["trainings_before"] = trainings(planned.values)
     if "random" in planned.router_inits.values():
         std = recipe.router_std or planned.plan.seed.config["initializer_range"]
         entry |= {"router_std": std, "random_seed": recipe.random_seed}
@@ -256,4 +259,6 @@ def _write_records(edited: _Edit, files: Path, layers: list[LayerFit]) -> None:
         entry |= {"layers": [asdict(layer) for layer in layers]}
     tools = ("btx-merge", "numpy", *(("torch", "transformers") if layers else ()))
     entry["tools"] = {name: version(name) for name in tools}
-    append_record(files, "edits", entry, edit_section(planned, edited.outcome), f" {UNTRAINED}")
+    computes_the_same = recipe.is_rename_only and recipe.num_experts_per_tok is None
+    results = None if computes_the_same else ()  # figures of another model
+    append_record(files, "edits", entry, edit_section(planned, edited.outcome), results=results)

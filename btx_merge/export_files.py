@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from btx_merge.card import LICENCE_KEYS, hub_ids, link_licence
+from btx_merge.card import LICENCE_KEYS, PAPER, UNTRAINED, hub_ids, link_licence, project_link, with_metadata
+from btx_merge.cards import card_texts, code_in_card, front_matter
 from btx_merge.dtypes import TORCH_NAMES
-from btx_merge.errors import InputError
-from btx_merge.files import PRIVATE_KEYS, TOKENIZER_FILES, write_json
-from btx_merge.folder_files import copy_file, read_json, read_text
+from btx_merge.errors import InputError, Problem
+from btx_merge.files import write_json
+from btx_merge.folder_files import copy_file, read_text
+from btx_merge.held_out import MODEL_INDEX
 from btx_merge.hub import Located
 from btx_merge.llama import DEFAULTS
 from btx_merge.merged_model import MergedModel
 from btx_merge.records import RECIPE_FILE
-from btx_merge.sources import front_matter
+from btx_merge.router_state import untrained_experts
+from btx_merge.tokenizer_files import check_alike, has_tokenizer, write_portable
+from btx_merge.yaml_files import read_yaml
 
 _OWN_TAGS = ("btx", "branch-train-mix", "mixture-of-experts")
 _NOT_OF_EVERY_LLAMA = ("attention_bias", "mlp_bias", "pretraining_tp")
@@ -55,69 +58,92 @@ def _longrope_attention(rope: Mapping[str, Any], length: int) -> float:
 
 
 def write_export_files(
-    model: MergedModel, folder: Path, config: Mapping[str, Any], tags: list[str], card: str
+    model: MergedModel, folder: Path, config: Mapping[str, Any], tags: list[str], card: str, keeps_figures: bool
 ) -> None:
     """Writes all files beside the weights into `folder`; config.json last, for without it this is no model yet.
 
     Args:
         card: the model card's text, below the metadata.
+        keeps_figures: whether it computes what the model does, so that held-out figures hold for it too.
     """
     source = model.located.folder
-    _copy_tokenizer(source, folder)
+    if has_tokenizer(source):
+        write_portable(source, folder)
     for name in ("generation_config.json", RECIPE_FILE):
         if os.path.lexists(source / name):
             copy_file(source / name, folder / name)
-    metadata = yaml.safe_dump(_metadata(model.located, tags), sort_keys=False, allow_unicode=True)
-    (folder / "README.md").write_text(f"---\n{metadata}---\n\n{card}", encoding="utf-8")
+    metadata = _metadata(model.located, tags, keeps_figures)
+    (folder / "README.md").write_text(with_metadata(metadata, f"\n{card}"), encoding="utf-8")
     write_json(folder / "config.json", config)
+
+
+def check_tokenizer(model: MergedModel, config: Mapping[str, Any]) -> list[Problem]:
+    """Hold the tokenizer that will be written against the model's own; a warning where there is none.
+
+    Raises:
+        InputError: it cannot be read, or it would read a line differently; the line is shown.
+    """
+    source = model.located.folder
+    if not has_tokenizer(source):
+        return [Problem("model", str(source), "no tokenizer", "", "The result has none either: copy one there.")]
+    with tempfile.TemporaryDirectory(prefix="btx-tokenizer-") as place:
+        write_portable(source, Path(place))
+        write_json(Path(place) / "config.json", config)
+        check_alike(source, Path(place))
+    return []
 
 
 def origin(model: MergedModel, command: str) -> str:
     """The card's sentence about where the model comes from. A folder stands there without its path."""
     located = model.located
-    name = f"`{located.public_name}`"
+    name = code_in_card(located.public_name)
     if located.repo_id:
         name = f"[{located.repo_id}](https://huggingface.co/{located.repo_id}) at revision {located.revision}"
     recipe = f" Its recipe is `{RECIPE_FILE}`." if (located.folder / RECIPE_FILE).exists() else ""
     return (
-        f"Made from {name}, Llama models merged by [Branch-Train-MiX](https://arxiv.org/abs/2403.07816), by "
-        f"`{command}` of btx-merge {version('btx-merge')}.{recipe}"
+        f"Made from {name}, Llama models merged by [Branch-Train-MiX]({PAPER}), by "
+        f"`{command}` of {project_link()} {version('btx-merge')}.{recipe}"
     )
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """The tokenizer's files. Where transformers 5 has a new name or form for something, the one that 4 knows too."""
-    for name in TOKENIZER_FILES:
-        if os.path.lexists(source / name):
-            copy_file(source / name, folder / name)
-    file = folder / "tokenizer_config.json"
-    if not file.exists():
-        return
-    before = read_json(file)
-    config = {key: value for key, value in before.items() if key not in PRIVATE_KEYS}
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    if config != before:
-        write_json(file, config)
+def untrained_routers(model: MergedModel) -> list[str]:
+    """Return the experts whose router rows nobody has trained yet, as far as the model's recipe or card says.
+
+    Raises:
+        InputError: btx_recipe.yaml cannot be read.
+    """
+    folder = model.located.folder
+    if (folder / RECIPE_FILE).exists():
+        values = read_yaml(folder / RECIPE_FILE, "model", "what `btx merge` wrote")
+        if "router_init" in values:
+            return untrained_experts(values, model.expert_names)
+    return list(model.expert_names) if UNTRAINED in _card_of(model.located) else []
 
 
-def _metadata(located: Located, tags: list[str]) -> dict[str, Any]:
-    """The metadata of the merged model's card as far as they hold for what is made of it."""
+def _card_of(located: Located) -> str:
+    """Return the model's card; nothing where there is none that can be read."""
     try:
-        known = front_matter(read_text(located.folder / "README.md"))[0]
+        return read_text(located.folder / "README.md")
     except InputError:  # none, or no UTF-8
-        known = {}
-    given = known.get("tags") if isinstance(known.get("tags"), list) else []
+        return ""
+
+
+def _metadata(located: Located, tags: list[str], keeps_figures: bool) -> dict[str, Any]:
+    """The metadata of the merged model's card as far as they hold for what is made of it."""
+    known = card_texts(located.folder)
+    given = known.get("tags", [])
+    given = [given] if isinstance(given, str) else given
     out: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": list(dict.fromkeys([*tags, *(tag for tag in given or [] if tag not in _OWN_TAGS)])),
+        "tags": list(dict.fromkeys([*tags, *(tag for tag in given if tag not in _OWN_TAGS)])),
     }
     if bases := hub_ids(known.get("base_model")):
         out["base_model"] = bases
         out |= {key: known[key] for key in ("base_model_relation",) if key in known}
     out |= {key: known[key] for key in (*LICENCE_KEYS, "language") if key in known}
+    figures = front_matter(_card_of(located))[0].get(MODEL_INDEX)
+    if keeps_figures and figures:
+        out[MODEL_INDEX] = figures
     link_licence(out, located)
     return out

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from btx_merge.card import how_to_use
+from btx_merge.card import CITATION, how_to_use
+from btx_merge.cards import in_card
 from btx_merge.copying import copy_layout, write_copy
 from btx_merge.errors import InputError, Problem
-from btx_merge.export_files import origin, shared_config, write_export_files
+from btx_merge.export_files import check_tokenizer, origin, shared_config, untrained_routers, write_export_files
 from btx_merge.merged_model import MergedModel
 from btx_merge.merging import peak_memory
 from btx_merge.mixtral import mixtral_card, mixtral_config, mixtral_refusals, mixtral_tensors, mixtral_warnings
@@ -43,7 +44,7 @@ class ExportReport:
     peak_memory: int
     """Largest resident size of the process so far, in bytes."""
     warnings: tuple[Problem, ...] = ()
-    """Programs that read the result and will not compute what the model does."""
+    """Routers that are not trained yet, and programs that will not compute of the result what the model does."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them."""
@@ -59,6 +60,8 @@ class _Derived:
     config: Mapping[str, Any]
     tags: list[str]
     card: str
+    keeps_figures: bool
+    """Whether it computes what the model does, so that the model's held-out figures hold for it too."""
     warnings: tuple[Problem, ...] = ()
 
 
@@ -98,8 +101,9 @@ def export(
         if problems := list(mixtral_refusals(merged)):
             raise InputError(problems)
         tags = ["mixtral", "mixture-of-experts", "merge"]
-        warnings = tuple(mixtral_warnings(merged))
-        return _Derived(mixtral_tensors(merged), mixtral_config(merged), tags, mixtral_card(merged), warnings)
+        untrained = untrained_routers(merged)
+        warnings, card = tuple(mixtral_warnings(merged, untrained)), mixtral_card(merged, untrained)
+        return _Derived(mixtral_tensors(merged), mixtral_config(merged), tags, card, True, warnings)
 
     problems = []
     if format not in FORMATS:
@@ -132,7 +136,7 @@ def extract(
 
     def derive(merged: MergedModel) -> _Derived:
         tensors = merged.dense_tensors(expert)
-        return _Derived(tensors, _dense_config(merged), ["llama", "merge"], _dense_card(merged, expert))
+        return _Derived(tensors, _dense_config(merged), ["llama", "merge"], _dense_card(merged, expert), False)
 
     return _write(model, output, derive, [], max_shard_size, overwrite, workers, progress, on_start, on_note)
 
@@ -161,6 +165,8 @@ def _write(
     if merged:
         try:
             derived = derive(merged)
+            warnings = check_tokenizer(merged, derived.config)
+            derived = replace(derived, warnings=(*derived.warnings, *warnings))
         except InputError as error:
             problems += error.problems
     if problems or not (merged and derived and shard_bytes):
@@ -172,7 +178,14 @@ def _write(
     kept = write_copy(
         layout,
         target,
-        partial(write_export_files, merged, config=derived.config, tags=derived.tags, card=derived.card),
+        partial(
+            write_export_files,
+            merged,
+            config=derived.config,
+            tags=derived.tags,
+            card=derived.card,
+            keeps_figures=derived.keeps_figures,
+        ),
         overwrite=overwrite,
         workers=workers,
         progress=progress,
@@ -197,7 +210,7 @@ def _dense_config(model: MergedModel) -> dict[str, Any]:
 
 
 def _dense_card(model: MergedModel, expert: str) -> str:
-    return f"""# The expert {expert} of {model.located.public_name.rpartition("/")[2]}
+    return f"""# The expert {expert} of {in_card(model.located.public_name.rpartition("/")[2])}
 
 {origin(model, f"btx extract {expert}")}
 
@@ -205,4 +218,5 @@ A dense Llama: the feed-forward blocks of `{expert}` with the attention, embeddi
 that model share. It computes what the model computes when every token goes to `{expert}`; it is not the checkpoint
 that `{expert}` was before the merge, whose other weights were combined with its siblings'.
 
-{how_to_use()}"""
+{how_to_use()}
+{CITATION}"""

@@ -10,21 +10,37 @@ import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from btx_merge.bounded_json import parse_json
-from btx_merge.card import UNTRAINED, model_card
+from btx_merge.card import model_card
+from btx_merge.card_update import updated_card
 from btx_merge.dtypes import TORCH_NAMES
-from btx_merge.folder_files import copy_file, read_json
+from btx_merge.folder_files import read_json
+from btx_merge.hub import Located
 from btx_merge.layout import INDEX_FILE, Layout
 from btx_merge.llama import DEFAULTS
 from btx_merge.plan import DIFFERENCE_METHODS, Plan
 from btx_merge.records import RECIPE_FILE
 from btx_merge.sources import Source
 from btx_merge.texts import public_reference
+from btx_merge.tokenizer_files import (
+    PRIVATE_KEYS,
+    SPEECH_FILES,
+    VOCABULARY_FILES,
+    copy_files,
+    copy_templates,
+    has_speech,
+)
 from btx_merge.vocabulary import tokenizer_json
+from btx_merge.yaml_files import read_yaml
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+    from btx_merge.fit_walk import LayerFit
 
 PICTURE = "training.png"
 ROUTING = "routing.jsonl"
@@ -36,22 +52,15 @@ _AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_btx.BTXForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_btx.BTXForTokenClassification",
 }
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-# paths of the machine that saved it, and code
-PRIVATE_KEYS = ("auto_map", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
 
 
-def write_files(plan: Plan, folder: Path) -> None:
-    """Writes all files beside the weights into `folder`; config.json last, for without it this is no model yet."""
+def write_files(plan: Plan, folder: Path, layers: Sequence[LayerFit] = ()) -> None:
+    """Writes all files beside the weights into `folder`; config.json last, for without it this is no model yet.
+
+    Args:
+        layers: how the routers came out that were fitted by ridge regression.
+    """
     chat = next(source for source in plan.sources if source.name == plan.recipe.tokenizer_source)
     write_index(plan, folder)
     folders = (chat.located.folder, *([chat.base.folder] if chat.base else []))
@@ -63,7 +72,7 @@ def write_files(plan: Plan, folder: Path) -> None:
     copy_model_code(folder)
     recipe = yaml.safe_dump(resolved_recipe(plan), sort_keys=False, allow_unicode=True)
     (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
-    (folder / "README.md").write_text(model_card(plan), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, layers), encoding="utf-8")
     write_json(folder / "config.json", output_config(plan, chat))
 
 
@@ -129,21 +138,31 @@ def model_code_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def append_record(folder: Path, key: str, entry: Mapping[str, Any], section: str, sentence: str) -> None:
-    """Adds what was done with a model to the list `key` of its recipe, and to its card.
+def append_record(
+    folder: Path,
+    key: str,
+    entry: Mapping[str, Any],
+    section: str,
+    sentence: str = "",
+    *,
+    located: Located | None = None,
+    results: Sequence[EvalResult] | None = (),
+) -> None:
+    """Add what was done with a model to the list `key` of its recipe, and to its card.
 
     Args:
         section: for the end of the card.
-        sentence: for the place where the card says that the routers are untrained.
+        sentence: for the place where the card says how the routers came about.
+        located: the model that this one was made of; one from the Hub becomes the base model in the metadata.
+        results: held-out figures of the model as it is now. None: the old ones still hold.
     """
     recipe = folder / RECIPE_FILE
-    values = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
+    values = read_yaml(recipe, "model", "a recipe, as `btx merge` writes it") if recipe.exists() else {}
     values[key] = [*(values.get(key) or []), dict(entry)]
     recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else "# A finetuned Branch-Train-MiX model\n"
-    text = text.replace(f" {UNTRAINED}", sentence)
-    card.write_text(text.rstrip() + "\n\n" + section, encoding="utf-8")
+    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    card.write_text(updated_card(text, section, sentence, located, results), encoding="utf-8")
 
 
 def copy_model_code(folder: Path) -> None:
@@ -165,16 +184,19 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
     origin = next((source.tokenizer_folder for source in plan.sources if source.tokenizer_folder), None)
     if origin is None:
         return
-    template = chat.tokenizer_folder or origin
-    for name in TOKENIZER_FILES:
-        about_text = name in ("tokenizer.json", "tokenizer.model", "added_tokens.json")
-        file = (origin if about_text else template) / name
-        if os.path.lexists(file):
-            copy_file(file, folder / name)
+    copy_files(VOCABULARY_FILES, origin, folder)
+    speech = next((path for path in chat.folders if has_speech(path)), chat.tokenizer_folder or origin)
+    copy_files(SPEECH_FILES, speech, folder)
+    copy_templates(speech, folder)
     config = _read_json(folder / "tokenizer_config.json")
     for key in PRIVATE_KEYS:
         config.pop(key, None)
-    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")  # what tokenizer.json says, nothing assumed
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        (folder / "tokenizer.json").write_bytes(tokenizer_json(origin))
+        for name in ("vocab.json", "merges.txt", "added_tokens.json"):  # all that they say stands there now
+            (folder / name).unlink(missing_ok=True)
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.setdefault("tokenizer_class", _default_class(folder))
     if plan.vocabulary.new_tokens:
         add_tokens(folder, parse_json(tokenizer_json(origin)), plan.vocabulary.new_tokens)
     if "added_tokens_decoder" in config:  # as older versions saved it, perhaps by another source's ids
@@ -186,11 +208,17 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", config)
 
 
+def _default_class(folder: Path) -> str:
+    """The class that transformers takes for a Llama whose tokenizer names none."""
+    model = _read_json(folder / "tokenizer.json").get("model", {"byte_fallback": True})  # sentencepiece's
+    return "LlamaTokenizer" if model.get("byte_fallback") else "PreTrainedTokenizerFast"
+
+
 def add_tokens(folder: Path, data: dict[str, Any], new_tokens: Sequence[Mapping[str, Any]]) -> None:
     """Writes tokenizer.json, of which `data` is the content, with more tokens."""
     data["added_tokens"] = [*(data.get("added_tokens") or []), *new_tokens]
     write_json(folder / "tokenizer.json", data)
-    for name in ("tokenizer.model", "added_tokens.json"):  # they would not know the new tokens
+    for name in ("tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt"):  # they lack the new tokens
         (folder / name).unlink(missing_ok=True)
 
 

@@ -11,10 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from btx_merge.card import ROUTERS_TITLE
 from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
 from btx_merge.experts import expert_names, own_experts
 from btx_merge.files import append_record
 from btx_merge.folder_files import copy_file, read_json
+from btx_merge.held_out import router_results, router_table
+from btx_merge.hub import Located
 from btx_merge.model_folder import find_model
 from btx_merge.plan import Plan
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS, SEED
@@ -130,7 +133,7 @@ def fit(
             through=recipe.fit_through,
             router_ridge=recipe.router_ridge,
         )
-        _record(staged, recipe, layers)
+        _record(staged, recipe, layers, located)
         copy_file(located.folder / "config.json", staged / "config.json")
         publish(staged, target, overwrite)
     except KeyboardInterrupt:
@@ -257,7 +260,7 @@ def fit_folder(
     return layers
 
 
-def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit]) -> None:
+def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit], located: Located) -> None:
     """What the result's recipe and card say about the fit."""
     used: dict[str, Any] = {"prompts": {name: list(lines) for name, lines in recipe.prompts.items()}}
     if recipe.method == "ridge":
@@ -270,10 +273,13 @@ def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit]) -> None
         "tools": {name: version(name) for name in ("btx-merge", "torch", "transformers")},
     }
     by = "ridge regression on text of each domain" if recipe.method == "ridge" else "a few prompts per expert"
+    table = f"\n{router_table(layers)}" if layers else ""
     append_record(
         folder,
         "fits",
         entry,
-        f"## Routers\n\nFitted in closed form, by {by} (`btx fit`).\n",
+        f"{ROUTERS_TITLE}\n\nFitted in closed form, by {by} (`btx fit`).\n{table}",
         " Fitted since: see [below](#routers).",
+        located=located,
+        results=router_results(layers, [text.name for text in recipe.domain_text]),
     )

@@ -19,10 +19,12 @@ from btx_merge.folder_files import is_plain_name, read_json
 SMALL_FILES = [
     *("config.json", "generation_config.json", "adapter_config.json", "README.md", "btx_recipe.yaml"),
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template.jinja", "chat_template.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *("model.safetensors.index.json", "pytorch_model.bin.index.json"),
 ]
-"""What is read of a repository, or kept in what is made of it, beside its weights. No code, nothing in folders."""
+"""What is read of a repository, or kept in what is made of it, beside its weights.
+
+No code, and of folders only the chat templates."""
 LOG_IN_AGAIN = "Run `hf auth login`, or set HF_TOKEN to one that is valid."
 _REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SNAPSHOT = re.compile(r"(?:.*[\\/])?models--([\w.-]+)[\\/]snapshots[\\/]([0-9a-f]{40})[\\/]*")

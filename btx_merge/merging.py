@@ -7,9 +7,9 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from btx_merge.experts import expert_columns, expert_rows
 from btx_merge.files import write_files
 from btx_merge.fitting import device_problems, fit_merge
 from btx_merge.layout import Block, Job
+from btx_merge.model_folder import room_problems
 from btx_merge.plan import ExpertColumns, ExpertRows, Fate, Plan, RouterRows, SharedRows, make_plan
 from btx_merge.recipe import MergeRecipe
 from btx_merge.router_init import initial_router
@@ -41,6 +42,10 @@ class Check:
     plan: Plan
     divergence: tuple[Divergence, ...]
     warnings: tuple[Problem, ...]
+    output: Path | None = None
+    """Where the result would be written, if that was asked."""
+    files: Mapping[str, int] = field(default_factory=dict)
+    """Then: the files of the result, by name, with their sizes in bytes."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them."""
@@ -62,6 +67,7 @@ class Check:
             "divergence": [asdict(item) for item in self.divergence],
             "fates": [asdict(fate) for fate in plan.fates],
             "warnings": [str(warning) for warning in self.warnings],
+            **({"output": str(self.output), "files": dict(self.files)} if self.output else {}),
         }
 
 
@@ -91,14 +97,34 @@ class Report:
         return {"output": str(self.output), **figures, "layers": layers, **self.checked.to_dict()}
 
 
-def check(recipe: MergeRecipe) -> Check:
-    """Reads and checks all sources and lays out the merge. Writes nothing.
+def check(
+    recipe: MergeRecipe, output: str | Path | None = None, *, overwrite: bool = False, device: str | None = None
+) -> Check:
+    """Read and check all sources and lay out the merge. Writes nothing.
+
+    Args:
+        output: where the result would be written; checked too, and the report then has its files.
+        overwrite, device: as for `merge`.
 
     Raises:
         InputError: every reason to refuse this merge.
     """
-    with _checked(recipe) as checked:
-        return checked
+    if output is None:
+        with _checked(recipe) as checked:
+            return checked
+    target = Path(output).expanduser().resolve()
+    check_target(target, overwrite)
+    if recipe.is_fitted and (problems := device_problems(device)):
+        raise InputError(problems)
+    with _checked(recipe) as checked, tempfile.TemporaryDirectory(prefix="btx-files-") as small:
+        plan = checked.plan
+        _check_apart(target, plan.sources)
+        if problems := room_problems(target, plan.bytes_to_write):
+            raise InputError(problems)
+        write_files(plan, Path(small))
+        files = {shard.name: shard.nbytes for shard in plan.shards}
+        files |= {file.name: file.stat().st_size for file in sorted(Path(small).iterdir())}
+        return replace(checked, output=target, files=files)
 
 
 def merge(
@@ -158,7 +184,7 @@ def merge(
                         device=device,
                         on_layer=on_layer,
                     )
-            write_files(plan, staging.folder)
+            write_files(plan, staging.folder, layers)
             staging.finish(overwrite)
     seconds = time.perf_counter() - began
     return Report(target, checked, seconds, peak_memory(), staging.kept_bytes, tuple(layers))

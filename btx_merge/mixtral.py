@@ -5,10 +5,11 @@ Legend: E experts, I width of one, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from btx_merge.card import how_to_use
+from btx_merge.card import CITATION, UNTRAINED, how_to_use
+from btx_merge.cards import in_card
 from btx_merge.errors import Problem
 from btx_merge.export_files import origin, shared_config
 from btx_merge.llama import EMBEDDING
@@ -90,8 +91,14 @@ def mixtral_refusals(model: MergedModel) -> Iterator[Problem]:
         yield Problem("model", "config.json: rope_parameters", f"rope_type {rope!r}", expected, _USE_IT)
 
 
-def mixtral_warnings(model: MergedModel) -> Iterator[Problem]:
-    """Programs that read the result and compute something else than the model does."""
+def mixtral_warnings(model: MergedModel, untrained: Sequence[str]) -> Iterator[Problem]:
+    """Routers that are not trained yet, and programs that compute something else of the result than the model does."""
+    if untrained:
+        of = "" if len(untrained) == model.num_experts else f"the rows of {', '.join(untrained)} "
+        found = f"{of}have not been trained yet: they are random or zeros, as the merge began"
+        yield Problem(
+            "model", "routers", found, "", "Fit or finetune the model before you judge it: btx fit, btx train."
+        )
     rope = model.dense_config["rope_parameters"]
     told = {
         "dynamic": "beyond max_position_embeddings vLLM and llama.cpp do not scale, as transformers does",
@@ -105,10 +112,16 @@ def mixtral_warnings(model: MergedModel) -> Iterator[Problem]:
         yield Problem("model", "config.json: rope_parameters", f"{rope['rope_type']}: {told}")
 
 
-def mixtral_card(model: MergedModel) -> str:
-    """The model card's text."""
+def mixtral_card(model: MergedModel, untrained: Sequence[str] = ()) -> str:
+    """The model card's text.
+
+    Args:
+        untrained: experts whose router rows nobody has trained yet.
+    """
     rows = "\n".join(f"| {number} | {name} |" for number, name in enumerate(model.expert_names))
-    return f"""# {model.located.public_name.rpartition("/")[2]} as a Mixtral
+    of = "" if len(untrained) == model.num_experts else f" of {', '.join(untrained)}"
+    warning = f"Its routers{of} are as a merge begins with them. {UNTRAINED}\n\n" if untrained else ""
+    return f"""# {in_card(model.located.public_name.rpartition("/")[2])} as a Mixtral
 
 {origin(model, "btx export --format mixtral")}
 
@@ -119,9 +132,10 @@ Its weights are the same bytes under Mixtral's names, and its logits the same bi
 |---|---|
 {rows}
 
-{how_to_use()}
+{warning}{how_to_use()}
 It needs no code of its own: transformers 4 and 5, vLLM and llama.cpp's converter know a Mixtral.
-"""
+
+{CITATION}"""
 
 
 def _refused(key: str, value: Any, expected: str, remedy: str) -> Problem:

@@ -9,6 +9,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.folder_files import file_problems, small_files
 from btx_merge.hub import Located, locate
 from btx_merge.merged_model import MergedModel, open_merged
+from btx_merge.tokenizer_files import has_tokenizer
 from btx_merge.writer import check_target
 
 
@@ -19,14 +20,26 @@ def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located |
         return None, problems
     folder = model.located.folder
     problems += file_problems(folder, [*small_files(folder)])
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if not has_tokenizer(folder):
         problems.append(Problem("model", str(folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    room = next(folder for folder in (target, *target.parents) if folder.exists())
-    if weights > (free := shutil.disk_usage(room).free):
-        expected = f"{weights / 1e9:.2f} GB for the result alone"
-        problems.append(Problem("output", str(room), f"{free / 1e9:.2f} GB free", expected, "Make room."))
-    return model.located, problems
+    return model.located, problems + room_problems(target, weights)
+
+
+def room_problems(target: Path, nbytes: int) -> list[Problem]:
+    """Return whether the disk has too little room for a result of so many bytes in `target`.
+
+    What an interrupted run has written beside it already counts as room.
+    """
+    folder = next(folder for folder in (target, *target.parents) if folder.exists())
+    partial = target.with_name(target.name + ".btx-partial")
+    present = sum(file.stat().st_blocks * 512 for file in partial.iterdir()) if partial.is_dir() else 0
+    free = shutil.disk_usage(folder).free
+    if nbytes - present <= free:
+        return []
+    expected = f"{(nbytes - present) / 1e9:.2f} GB for the result"
+    remedy = "Make room, or write to another disk."
+    return [Problem("output", str(folder), f"{free / 1e9:.2f} GB free", expected, remedy)]
 
 
 def open_model(reference: str, target: Path, overwrite: bool) -> tuple[MergedModel | None, list[Problem]]:

@@ -16,20 +16,21 @@ from typing import Any
 
 from btx_merge.card_checks import card_problems
 from btx_merge.errors import InputError, Problem
-from btx_merge.files import MODEL_CODE, PICTURE, ROUTING, TOKENIZER_FILES
+from btx_merge.files import MODEL_CODE, PICTURE, ROUTING
 from btx_merge.folder_files import read_json
 from btx_merge.layout import INDEX_FILE
 from btx_merge.private_text import private_text
 from btx_merge.records import RECIPE_FILE
 from btx_merge.source_tensors import read_tensors
 from btx_merge.tensorfiles import StoredTensor
+from btx_merge.tokenizer_files import TOKENIZER_FILES
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _MODEL_FILES = (  # beside the weights; a pattern may match several
     *("config.json", "generation_config.json", INDEX_FILE, RECIPE_FILE, PICTURE, ROUTING),
     *MODEL_CODE,
     *TOKENIZER_FILES,
-    *("vocab.json", "merges.txt", "additional_chat_templates/*.jinja"),
+    "additional_chat_templates/*.jinja",
 )
 _OTHER_FILES = re.compile(r"README\.md|\.gitattributes|(?:LICEN[SC]E|NOTICE|COPYING|USE_POLICY)[\w.-]*", re.IGNORECASE)
 _PASSED_OVER = (".git", ".DS_Store", "runs")  # runs: TensorBoard's, with the host's name

@@ -5,26 +5,24 @@ A source is a checkpoint, or a LoRA adapter over its base; from here on nobody n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from btx_merge.adapter import LoraDelta
+from btx_merge.cards import card_texts
 from btx_merge.dtypes import STORED, Float32, Raw, all_finite, to_float32
 from btx_merge.errors import InputError, NonFiniteError, Problem
-from btx_merge.folder_files import read_json, read_text
+from btx_merge.folder_files import read_json
 from btx_merge.hub import Located
 from btx_merge.llama import EMBEDDING, HEAD, normalise_config
 from btx_merge.source_config import layer_problems, refuse_odd_values
 from btx_merge.source_tensors import read_tensors
 from btx_merge.tensorfiles import StoredTensor
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+from btx_merge.tokenizer_files import TOKENIZER_FILES, has_tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +55,20 @@ class Source:
             return list(self.origin)
         factors = [factor for delta in self.deltas.values() for factor in (delta.down, delta.up)]
         folders = [self.located.folder, *([self.base.folder] if self.base else [])]
-        names = ("config.json", "adapter_config.json", "generation_config.json", *_TOKENIZER_FILES)
+        names = ("config.json", "adapter_config.json", "generation_config.json", *TOKENIZER_FILES)
         small = [folder / name for folder in folders for name in names if (folder / name).exists()]
         return sorted({tensor.file for tensor in (*self.tensors.values(), *factors)} | set(small))
 
     @property
+    def folders(self) -> tuple[Path, ...]:
+        """Its own folder, and its base's behind it."""
+        return (self.located.folder, *([self.base.folder] if self.base else []))
+
+    @property
     def tokenizer_folder(self) -> Path | None:
         """Where its tokenizer lies: its own, or its base's; None where neither has one."""
-        for folder in (self.located.folder, *([self.base.folder] if self.base else [])):
-            if any((folder / name).exists() for name in _TOKENIZER_FILES):
+        for folder in self.folders:
+            if has_tokenizer(folder):
                 return folder
         return None
 
@@ -126,22 +129,9 @@ class Source:
             "Repair or leave out this source; --allow-nonfinite goes on all the same."
         )
 
-    def card_metadata(self) -> dict[str, Any]:
-        """The YAML front matter of its README.md; empty where there is none that can be read."""
-        try:
-            return front_matter(read_text(self.located.folder / "README.md"))[0]
-        except InputError:  # none, or no UTF-8
-            return {}
-
-
-def front_matter(text: str) -> tuple[dict[str, Any], str]:
-    """A model card's metadata, empty where they cannot be read, and the text behind them."""
-    match = re.match(r"---\r?\n(.*?)\r?\n---\r?\n?", text, re.DOTALL)
-    try:
-        metadata = yaml.safe_load(match[1]) if match else None
-    except (ValueError, yaml.YAMLError):  # ValueError: a date that does not exist
-        metadata = None
-    return (metadata, text[match.end() :]) if match and isinstance(metadata, dict) else ({}, text)
+    def card_metadata(self) -> dict[str, str | list[str]]:
+        """Return the strings of its README.md's metadata; empty where there are none that can be read."""
+        return card_texts(self.located.folder)
 
 
 def open_checkpoint(name: str, located: Located, weight: float) -> Source:

@@ -133,6 +133,17 @@ def print_check(checked: Check) -> None:
     console.print(_facts(lines))
 
 
+def print_files(checked: Check) -> None:
+    """What a merge would write, and where."""
+    console = _console()
+    console.print(printable(f"Would be written to {checked.output}"), soft_wrap=True)
+    table = Table("file", box=SIMPLE, pad_edge=False)
+    table.add_column("size", justify="right")
+    for name, nbytes in checked.files.items():
+        table.add_row(printable(name), _size(nbytes) if nbytes >= 1e5 else f"{nbytes:,} bytes")
+    console.print(table)
+
+
 def print_report(report: Report) -> None:
     """What became of every input tensor, and what it cost."""
     console = _console()

@@ -18,7 +18,10 @@ from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, Problem
 from btx_merge.files import PICTURE, ROUTING, append_record, copy_model_code
 from btx_merge.folder_files import copy_file, small_files
+from btx_merge.held_out import OF_THIS_MODEL, training_results
+from btx_merge.hub import Located
 from btx_merge.tensorfiles import stored_tensors
+from btx_merge.tokenizer_files import copy_templates
 from btx_merge.writer import put_in_place
 
 
@@ -42,6 +45,7 @@ def write_model(source: Path, folder: Path, trained: Mapping[str, torch.Tensor])
     """Copies a checkpoint and puts the trained tensors in their places, in the dtype that they had there."""
     for file in [*small_files(source).values(), *source.glob("*.safetensors")]:
         copy_file(file, folder / file.name)
+    copy_templates(source, folder)
     copy_model_code(folder)
     stored = stored_tensors(folder)
     for name, tensor in trained.items():
@@ -51,7 +55,9 @@ def write_model(source: Path, folder: Path, trained: Mapping[str, torch.Tensor])
             stream.write(tensor.to(getattr(torch, TORCH_NAMES[place.dtype])).view(torch.uint8).numpy().tobytes())
 
 
-def write_records(folder: Path, entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
+def write_records(
+    folder: Path, entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]], located: Located
+) -> None:
     """The recipe's and the card's part of a training, and the load of every layer at each logging step."""
     from btx_merge.train_metrics import LOAD_PER_LAYER
 
@@ -59,7 +65,15 @@ def write_records(folder: Path, entry: Mapping[str, Any], history: Sequence[Mapp
         json.dumps({"step": item["step"], "load": item[LOAD_PER_LAYER]}) for item in history if LOAD_PER_LAYER in item
     ]
     (folder / ROUTING).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    append_record(folder, "training", entry, training_section(entry, history), " Trained: see [below](#training).")
+    append_record(
+        folder,
+        "training",
+        entry,
+        training_section(entry, history),
+        " Trained: see [below](#training).",
+        located=located,
+        results=training_results(entry),
+    )
 
 
 def training_section(entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
@@ -88,6 +102,8 @@ def training_section(entry: Mapping[str, Any], history: Sequence[Mapping[str, An
 
 `btx train --train {entry["train"]}`: {entry["trained_parameters"]:,} parameters, {entry["steps"]} steps,
 {entry["tokens"]:,} tokens in windows of {entry["max_length"]}, learning rate {arguments["learning_rate"]:g}.
+
+{OF_THIS_MODEL}
 
 {table}
 {curve}

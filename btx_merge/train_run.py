@@ -135,7 +135,7 @@ class Run:
             self.model.save_pretrained(folder)
         else:
             write_model(self.located.folder, folder, trained)
-        write_records(folder, entry, self.history)
+        write_records(folder, entry, self.history, self.located)
         draw(self.history, self.trainer.meter.experts, folder / PICTURE)
         if (self.work / "runs").is_dir():  # TensorBoard's
             shutil.copytree(self.work / "runs", folder / "runs", dirs_exist_ok=True)

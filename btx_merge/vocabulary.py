@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.folder_files import read_bytes
 from btx_merge.segments import Segment, runs
 from btx_merge.sources import Source
+from btx_merge.tokenizer_files import VOCABULARY_FILES, load_tokenizer, vocabulary_file
 
 _SHOWN = 3  # examples in an error
 
@@ -145,9 +147,11 @@ def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer, seed_
     elif tokenizer.base != seed.base:
         new = [token for token in tokenizer.ids if token not in seed.ids and token not in tokenizer.added]
         found = "its base vocabulary or its merges differ from the seed's"
+        remedy = "Only tokens added with add_tokens can be joined."
         if new:
             found += f" ({len(new)} other tokens: {', '.join(map(repr, new[:_SHOWN]))})"
-        remedy = "Only tokens added with add_tokens can be joined."
+        else:
+            remedy += " If the model was trained with the seed's tokenizer, copy the seed's tokenizer.json there."
         problems.append(Problem(source.name, where, found, "the seed's", remedy))
     return problems
 
@@ -163,15 +167,17 @@ def _read_tokenizers(sources: Sequence[Source]) -> tuple[dict[str, Tokenizer | N
             out[source.name] = None
             continue
         try:
-            key = tokenizer_json(folder)
+            key = _content(folder)
             if key not in read:
-                read[key] = _parse(folder, key)
+                read[key] = _parse(folder, tokenizer_json(folder))
             out[source.name] = read[key]
+        except InputError as error:
+            problems += [replace(problem, source=source.name) for problem in error.problems]
         except Exception as error:  # of any kind: transformers reads the old format, with code for every family
             reason = str(error).strip().split("\n")[0]
             found = f"unreadable tokenizer ({type(error).__name__}: {reason})"
             expected, remedy = "what tokenizer.save_pretrained writes", "Save it again, or copy the seed's."
-            problems.append(Problem(source.name, f"{folder.name}/tokenizer.json", found, expected, remedy))
+            problems.append(Problem(source.name, f"{folder.name}/{vocabulary_file(folder)}", found, expected, remedy))
     return out, problems
 
 
@@ -185,7 +191,16 @@ def _parse(folder: Path, content: bytes) -> Tokenizer:
     ids = base | {token: entry["id"] for token, entry in added.items()}
     if not all(type(row) is int and row >= 0 for row in ids.values()):
         raise ValueError("a token's id is no number")
-    return Tokenizer(folder, (vocab, merges), ids, added)
+    return Tokenizer(folder, (vocab, _by_token(merges)), ids, added)
+
+
+def _by_token(merges: Sequence[tuple[str, ...]]) -> Any:
+    """Return in which order tokens are made, and of which pairs each is.
+
+    Converters of one tokenizer.model write the pairs that make one token in different orders: such neighbours have
+    one rank.
+    """
+    return [(token, frozenset(pairs)) for token, pairs in groupby(merges, "".join)]
 
 
 def token_ids(vocabulary: Vocabulary, sources: Sequence[Source]) -> Mapping[str, int] | None:
@@ -196,11 +211,25 @@ def token_ids(vocabulary: Vocabulary, sources: Sequence[Source]) -> Mapping[str,
     return _parse(folder, tokenizer_json(folder)).ids if folder else None
 
 
+def _content(folder: Path) -> bytes:
+    """Return the bytes that a folder's tokens depend on; equal ones need to be read once only."""
+    parts = []
+    for name in VOCABULARY_FILES:
+        if (folder / name).exists():
+            parts.append(name.encode() + b"\0" + read_bytes(folder / name))
+            if name == "tokenizer.json":
+                return parts[0]  # the other files repeat what it says
+    if (folder / "tokenizer_config.json").exists():
+        parts.append(read_bytes(folder / "tokenizer_config.json"))
+    return b"\0".join(parts)
+
+
 def tokenizer_json(folder: Path) -> bytes:
-    """A folder's tokenizer.json, or what transformers makes of sentencepiece's tokenizer.model."""
+    """A folder's tokenizer.json, or what transformers makes of its other files.
+
+    Raises:
+        InputError: the files cannot be read; a package that transformers lacks is named.
+    """
     if os.path.lexists(folder / "tokenizer.json"):
         return read_bytes(folder / "tokenizer.json")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return str(tokenizer.backend_tokenizer.to_str()).encode()
+    return str(load_tokenizer(folder).backend_tokenizer.to_str()).encode()

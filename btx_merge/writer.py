@@ -202,8 +202,8 @@ class Staging:
         Raises:
             InputError: something has come into the target's place meanwhile.
         """
-        for path in self.folder.iterdir():
-            if path.name not in (_LOCK, JOURNAL):
+        for path in self.folder.rglob("*"):
+            if path.is_file() and path.name not in (_LOCK, JOURNAL):
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
         old = put_in_place(self.folder, self.output, overwrite)

@@ -67,8 +67,11 @@ RECIPE_OPTIONS = {
 }
 FITTING = {"--statistics", "--device"}
 OPTIONS = {
-    "merge": {*RECIPE_OPTIONS, *FITTING, "--output", "-o", "--overwrite", "--workers", "--quiet", "-q", "--json"},
-    "check": {*RECIPE_OPTIONS, "--json"},
+    "merge": {
+        *(*RECIPE_OPTIONS, *FITTING, "--output", "-o", "--dry-run", "--print-recipe", "--overwrite", "--workers"),
+        *("--quiet", "-q", "--json"),
+    },
+    "check": {*RECIPE_OPTIONS, "--quiet", "-q", "--json"},
     "fit": {
         *("model", "--output", "-o", "--method", "--domain-text", "--prompt", "--domain-tokens", "--router-ridge"),
         *("--fit-through", *FITTING, "--overwrite", "--quiet", "-q", "--json"),
@@ -368,7 +371,7 @@ def test_a_failure_is_1(family: Family, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["merge", "--seed", "x"], "Missing option '--output'"),
+        (["fit", "x"], "Missing option '--output'"),
         (["merge", "--nonsense"], "No such option: --nonsense"),
         (["check", "--density", "much"], "Invalid value for '--density'"),
         (["nonsense"], "No such command 'nonsense'"),

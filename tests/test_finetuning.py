@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from btx_merge.modeling import BTXForCausalLM
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -126,6 +127,13 @@ def test_what_the_result_says_about_itself(merged, texts, tmp_path):
     assert "have not been trained" not in card
     assert "| math | `math.jsonl` | 75% |" in card
     assert "](training.png)" in card
+    results = ModelCard(card).data.eval_results
+    scores = entry["held_out_perplexity"]
+    assert [(result.dataset_type, result.metric_name) for result in results] == [
+        (name, metric) for name in texts for metric in ("Perplexity", "Perplexity before the finetuning")
+    ]
+    expected = [scores[when][name] for name in texts for when in ("after", "before")]
+    assert [result.metric_value for result in results] == pytest.approx(expected, rel=1e-4)
     assert str(tmp_path) not in card + str(written)
     assert (tmp_path / "out/training.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "out/runs").rglob("events.out.tfevents.*"))

@@ -158,7 +158,7 @@ def test_seed_and_experts_in_every_form_at_once(family: Family, tmp_path: Path) 
         ("~/nowhere-at-all", "~/nowhere-at-all: no such folder; expected a folder"),
         ("~nobody-of-this-name/x", "~nobody-of-this-name/x: no such folder; expected a folder"),
         ("x" * 300, f"{'x' * 300}: no such folder, and no name that a repository can have ("),
-        ("nul\0byte", "nul\\x00byte: no such folder; expected a folder"),
+        ("nul\0byte", r"nul\x00byte: no such folder; expected a folder"),
         ("a/b/c", "a/b/c: no such folder; expected a folder"),
         ("org/name with space", "org/name with space: no such folder; expected a folder"),
         ("org/na--me", "org/na--me: no such folder, and no name that a repository can have ("),

@@ -1,0 +1,43 @@
+"""Which router rows of a model nobody has trained or fitted yet, by what its recipe records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_UNTRAINED = ("random", "zeros")
+
+
+def trainings(values: Mapping[str, Any]) -> int:
+    """Return how often the recipe says that all routers were fitted or trained since the merge."""
+    trained = [entry for entry in _entries(values, "training") if entry.get("train") != "lora"]  # the base stays
+    return len(_entries(values, "fits")) + len(trained)
+
+
+def untrained_experts(values: Mapping[str, Any], experts: Sequence[str]) -> list[str]:
+    """Return the experts whose router rows are random or zeros, still.
+
+    Args:
+        values: btx_recipe.yaml.
+        experts: the names of the model's experts now; a part of a split one is `name.number`.
+    """
+    is_random = values.get("router_init") in _UNTRAINED
+    own: dict[str, bool] = {}  # of experts that an edit brought
+    done = 0
+    for entry in _entries(values, "edits"):
+        before = entry.get("trainings_before", 0)
+        if before > done:
+            is_random, own, done = False, {}, before
+        renamed = entry.get("rename") or {}
+        own = {renamed.get(name, name): is_new_random for name, is_new_random in own.items()}
+        for name, init in (entry.get("router_rows") or {}).items():
+            if init != "kept":
+                own[name] = init in _UNTRAINED
+    if trainings(values) > done:
+        return []
+    return [name for name in experts if own.get(name, own.get(name.rpartition(".")[0], is_random))]
+
+
+def _entries(values: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    given = values.get(key)
+    return [entry for entry in given if isinstance(entry, Mapping)] if isinstance(given, list) else []
