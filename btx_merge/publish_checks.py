@@ -17,7 +17,7 @@ from btx_merge.card import with_path
 from btx_merge.card_checks import card_problems
 from btx_merge.errors import InputError, Problem
 from btx_merge.files import MODEL_CODE
-from btx_merge.folder_files import read_json
+from btx_merge.folder_files import read_json, read_text
 from btx_merge.layout import INDEX_FILE
 from btx_merge.private_text import private_text
 from btx_merge.publish_adapter import published_adapter
@@ -161,13 +161,13 @@ def _of_model(problem: Problem) -> Problem:
 
 
 def _card_text(folder: Path) -> tuple[str, list[Problem]]:
-    """The model card, empty where there is none that can be read, and what is wrong then."""
-    try:
-        return (folder / "README.md").read_text(encoding="utf-8"), []
-    except FileNotFoundError:
+    """Return the model card, empty where there is none that can be read, and what is wrong then."""
+    if not os.path.lexists(folder / "README.md"):
         return "", [Problem("model", "README.md", "missing", "a model card", "btx merge writes one.")]
-    except UnicodeDecodeError as error:
-        return "", [Problem("model", "README.md", f"is no UTF-8 ({error.reason})", "", "Save it as UTF-8.")]
+    try:
+        return read_text(folder / "README.md"), []
+    except InputError as error:
+        return "", [_of_model(problem) for problem in error.problems]
 
 
 def _pipeline(config: Mapping[str, Any]) -> str:
