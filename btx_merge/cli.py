@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import platform
@@ -103,6 +104,9 @@ def main() -> None:
     # Read when torch is imported: threads that wait for each other give up their core soon. Where another program
     # keeps one of two cores busy, a fit takes a quarter of the time.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    for stream in (sys.stdout, sys.stderr):  # one that is ASCII alone shows `\xe9` for what it cannot hold
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except KeyboardInterrupt:  # before anything was written
