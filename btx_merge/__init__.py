@@ -11,6 +11,7 @@ from btx_merge.exporting import ExportReport, export, extract
 from btx_merge.finetuning import TrainRecipe, TrainReport, train
 from btx_merge.fitting import FitRecipe, FitReport, fit
 from btx_merge.merging import Check, Report, check, merge
+from btx_merge.model_info import ModelInfo, info
 from btx_merge.publishing import PushReport, push
 from btx_merge.recipe import ExpertSpec, MergeRecipe
 from btx_merge.texts import DomainText
@@ -30,6 +31,7 @@ __all__ = [
     "MergeError",
     "MergeInterrupted",
     "MergeRecipe",
+    "ModelInfo",
     "NonFiniteError",
     "Problem",
     "PushReport",
@@ -41,6 +43,7 @@ __all__ = [
     "export",
     "extract",
     "fit",
+    "info",
     "merge",
     "push",
     "train",

@@ -94,8 +94,9 @@ def merge_through_peft(
         raise
     except Exception as error:  # of any kind: peft has dozens of adapter types
         reason = str(error).strip().split("\n")[0]
-        found = f"peft cannot merge it ({type(error).__name__}: {reason})"
-        raise InputError([Problem(name, "adapter_config.json", found, "", _YOURSELF)]) from error
+        found = f"peft cannot merge an adapter of type {config['peft_type']} here ({type(error).__name__}: {reason})"
+        remedy = "If peft's merge_and_unload can, save the whole model and give that; else leave this expert out."
+        raise InputError([Problem(name, "adapter_config.json", found, "", remedy)]) from error
     finally:
         if had_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
@@ -183,6 +184,8 @@ def _refuse_lost_tensors(adapted: Any, weights: Mapping[str, torch.Tensor], unex
     missing = sorted(set(get_peft_model_state_dict(adapted, save_embedding_layers=False)) - set(weights))
     # After a resize peft saves a trained embedding under three names, of which it needs one.
     strange = sorted(key for key in unexpected if not re.search(r"\.(modules_to_save|original_module)\.", key))
+    # And trained rows of an embedding that is tied, once more as the head's.
+    strange = [key for key in strange if not _is_embeddings(key, weights)]
     problems = []
     for kind, keys in (("lacks", missing), ("holds", strange)):
         if keys:
@@ -190,6 +193,12 @@ def _refuse_lost_tensors(adapted: Any, weights: Mapping[str, torch.Tensor], unex
             problems.append(Problem("", "adapter weights", found, "the tensors of adapter_config.json", _SAVE_AGAIN))
     if problems:
         raise InputError(problems)
+
+
+def _is_embeddings(key: str, weights: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether a head's tensor is the embedding's, under another name."""
+    other = weights.get(key.replace("lm_head.token_adapter.", "model.embed_tokens.token_adapter."))
+    return "lm_head.token_adapter." in key and other is not None and bool(weights[key].equal(other))
 
 
 def _unshare(model: Any) -> None:

@@ -83,7 +83,10 @@ def _refuse_unmergeable(name: str, config: Mapping[str, Any]) -> None:
     """Refuse what changes the model in a way that its files do not tell, or only for some tokens."""
     start = config.get("init_lora_weights")
     found = expected = remedy = ""
-    if config.get("alora_invocation_tokens"):
+    if config.get("peft_type") in ("POLY", "XLORA"):
+        found = f"an adapter of type {config['peft_type']}, which mixes its parts anew for each input"
+        remedy = "It cannot be merged by anybody. Train a LoRA, or leave this expert out."
+    elif config.get("alora_invocation_tokens"):
         found = "alora_invocation_tokens: an activated LoRA, which works from certain tokens on only"
         remedy = "It cannot be merged by anybody. Train a LoRA, or leave this expert out."
     elif isinstance(start, str) and (start.startswith("pissa_niter") or start in ("lora_ga", "corda")):

@@ -16,11 +16,13 @@ from btx_merge.errors import InputError, Problem, capped
 from btx_merge.folder_files import read_json
 from btx_merge.layout import portions
 from btx_merge.llama import EMBEDDING, HEAD, MUST_AGREE, expected_tensors, is_computed
+from btx_merge.loading_rules import config_refusals, generation_refusals
 from btx_merge.opening import open_sources
 from btx_merge.recipe import SEED, MergeRecipe
 from btx_merge.source_digest import changed_problems
 from btx_merge.sources import Source
-from btx_merge.texts import check_texts
+from btx_merge.text_checks import check_texts
+from btx_merge.tokenizer_files import has_speech
 from btx_merge.vocabulary import Vocabulary, plan_vocabulary
 
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.")
@@ -91,8 +93,14 @@ def examine_sources(recipe: MergeRecipe, sources: Sequence[Source], problems: li
 
 def _fit_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> list[Problem]:
     """What is fitted needs texts that can be read, and a tokenizer."""
-    problems = check_texts(recipe.domain_text.values())
-    if recipe.is_fitted and not any(source.tokenizer_folder for source in sources):
+    folders = [source.tokenizer_folder for source in sources if source.tokenizer_folder]
+    chat = next((source for source in sources if source.name == recipe.tokenizer_source), None)
+    speech = None  # the folder that the result has its chat template from, where the source could be opened
+    if chat:
+        places = [*filter(has_speech, chat.folders), chat.tokenizer_folder, *folders]
+        speech = next((folder for folder in places if folder), None)
+    problems = check_texts(recipe.domain_text.values(), speech)
+    if recipe.is_fitted and not folders:
         remedy = "Copy the tokenizer's files into the seed's folder."
         problems.append(Problem(SEED, "tokenizer", "no source has one", "one, to fit on text", remedy))
     return problems
@@ -106,6 +114,7 @@ def config_problems(source: Source, seed: Source) -> Iterator[Problem]:
     for key in keys:
         if source.config[key] != seed.config[key]:
             yield from _differing(source.name, f"config.json: {key}", source.config[key], seed.config[key])
+    yield from config_refusals(source.name, source.config)
     if source.config["mlp_bias"]:
         remedy = "Feed-forward blocks with biases cannot become experts."
         yield Problem(source.name, "config.json: mlp_bias", "True", "False", remedy)
@@ -231,9 +240,12 @@ def _side_file_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> Itera
             for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
                 if (folder / name).exists():
                     try:
-                        read_json(folder / name)
+                        values = read_json(folder / name)
                     except InputError as error:
                         yield from (replace(problem, source=source.name) for problem in error.problems)
+                        continue
+                    if name == "generation_config.json":
+                        yield from generation_refusals(source.name, name, values)
 
 
 def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ import typer
 from btx_merge.cli_edit import edit_command
 from btx_merge.cli_export import export_command, extract_command
 from btx_merge.cli_fit import fit_command
+from btx_merge.cli_info import info_command
 from btx_merge.cli_merge import check_command, merge_command
 from btx_merge.cli_print import error as print_error
 from btx_merge.cli_push import push_command
@@ -89,6 +89,7 @@ def _failed(error: BaseException, lines: list[str], code: int, as_json: bool) ->
 
 app.command("check")(_ends_in_one_line(check_command))
 app.command("merge")(_ends_in_one_line(merge_command))
+app.command("info")(_ends_in_one_line(info_command))
 app.command("fit")(_ends_in_one_line(fit_command))
 app.command("edit")(_ends_in_one_line(edit_command))
 app.command("push")(_ends_in_one_line(push_command))
@@ -107,8 +108,4 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # one that is ASCII alone shows `\xe9` for what it cannot hold
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    try:
-        app()
-    except KeyboardInterrupt:  # before anything was written
-        print("error: Interrupted.", file=sys.stderr)
-        sys.exit(130)
+    app()

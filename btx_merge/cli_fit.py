@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from btx_merge.cli_options import Device, Json, Model, Output, Overwrite, Quiet, lists, option
-from btx_merge.cli_print import result
+from btx_merge.cli_print import note, result
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS
 from btx_merge.texts import parse_domain_texts
 
@@ -55,7 +55,15 @@ def fit_command(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: in one line, nothing left behind
     recipe = FitRecipe(model, **{name: value for name, value in given.items() if value is not None})
     with LayerBar(shown=not quiet and sys.stderr.isatty()) as bar:
-        report = fit(recipe, output, statistics=statistics, overwrite=overwrite, device=device, on_layer=bar.advance)
+        report = fit(
+            recipe,
+            output,
+            statistics=statistics,
+            overwrite=overwrite,
+            device=device,
+            on_layer=bar.advance,
+            on_note=note,
+        )
     if json_output:
         layers = [asdict(layer) for layer in report.layers]
         print(json.dumps({"output": str(report.output), "seconds": report.seconds, "layers": layers}, indent=2))

@@ -8,10 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 from btx_merge.combine import BLOCK_BYTES
+from btx_merge.disk_errors import continuable
 from btx_merge.files import write_index
-from btx_merge.layout import JOB_BYTES, Block, Extent, Job, Layout, lay_out, portions
-from btx_merge.tensorfiles import StoredTensor
-from btx_merge.writer import Progress, Staging, continuable, fingerprint
+from btx_merge.hub import Located
+from btx_merge.layout import JOB_BYTES, Block, Extent, Job, Layout, OutputTensor, Shard, lay_out, portions
+from btx_merge.reading import ReadFiles
+from btx_merge.tensorfiles import StoredTensor, read_tensor_file
+from btx_merge.writer import Progress, Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,36 @@ def copied_rows(job: CopiedRows) -> Iterator[Block]:
         yield 0, job.source.read_rows(start, stop)
 
 
-def _fill(job: Job) -> Iterator[Block]:
-    assert isinstance(job, CopiedRows)
+def same_layout(folder: Path) -> CopyLayout:
+    """Return the tensors of a checkpoint in the files and the places where they are.
+
+    Raises:
+        InputError: a file that cannot be read.
+    """
+    shards: list[Shard] = []
+    placed: list[OutputTensor] = []
+    sources: dict[str, StoredTensor] = {}
+    for number, file in enumerate(sorted(folder.glob("*.safetensors"))):
+        stored = read_tensor_file(file)
+        data_starts = min((tensor.start for tensor in stored.values()), default=file.stat().st_size)
+        with file.open("rb") as stream:
+            shards.append(Shard(file.name, stream.read(data_starts), file.stat().st_size))
+        for name, tensor in stored.items():
+            placed.append(OutputTensor(name, tensor.dtype, tensor.shape, number, tensor.start))
+        sources |= stored
+    return CopyLayout(tuple(placed), tuple(shards), sources)
+
+
+def fill_copy(job: Job) -> Iterator[Block]:
+    """Return the bytes of a job of a `CopyLayout`."""
+    if not isinstance(job, CopiedRows):
+        raise TypeError(f"{job.key} copies nothing")
     return copied_rows(job)
 
 
 def write_copy(
     layout: CopyLayout,
+    model: Located,
     output: Path,
     write_files: Callable[[Path], None],
     *,
@@ -69,23 +95,27 @@ def write_copy(
 
     What was interrupted is continued by the same call.
 
+    Args:
+        model: where the copied tensors lie.
+
     Returns:
         Bytes of an earlier, interrupted run that were kept.
 
     Raises:
-        InputError: no room, or something that may not be replaced has come into the output's place.
+        InputError: no room, a file of the model has changed meanwhile, or something that may not be replaced has come
+            into the output's place.
         MergeError: the disk refused; `MergeInterrupted` for Ctrl-C.
     """
-    with continuable(output), Staging(output, layout, _fill, _fingerprint(layout)) as staging:
-        staging.write(workers, progress, on_note)
+    with continuable(output), copy_staging(layout, model, output, on_note) as staging:
+        staging.write(workers, progress)
         write_index(layout, staging.folder)
         write_files(staging.folder)
         staging.finish(overwrite)
     return staging.kept_bytes
 
 
-def _fingerprint(layout: CopyLayout) -> str:
-    """Says whether an unfinished copy is of these tensors of these files."""
-    files = sorted({(str(tensor.file), tensor.file) for tensor in layout.sources.values()})
+def copy_staging(layout: CopyLayout, model: Located, output: Path, on_note: Callable[[str], None] | None) -> Staging:
+    """Return the folder in which a copy of a model's tensors is written."""
     tensors = [[name, tensor.file.name, tensor.places] for name, tensor in layout.sources.items()]
-    return fingerprint(layout, files, tensors)
+    read = ReadFiles.of_folder("model", model.stamps)
+    return Staging(output, layout, fill_copy, read, str(model.folder), tensors, on_note=on_note)

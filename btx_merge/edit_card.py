@@ -65,7 +65,7 @@ def edit_section(edit: EditPlan, shared: str) -> str:
 def _old_sizes(edit: EditPlan) -> str:
     config, shapes = edit.model.config, {name: tensor.shape for name, tensor in edit.model.tensors.items()}
     experts = edit.model.num_experts
-    per_token = experts_per_token(config.get("router_type", "top_k"), config["num_experts_per_tok"], experts)
+    per_token = experts_per_token(config.get("router_type", "top_k"), edit.model.experts_per_token, experts)
     total = sum(math.prod(shape) for shape in shapes.values())
     return sizes(total, active_parameters(shapes, experts, per_token), per_token, experts)
 

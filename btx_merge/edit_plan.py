@@ -7,7 +7,6 @@ expert brings come behind them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -21,17 +20,15 @@ from btx_merge.dtypes import TORCH_NAMES, Float32, from_float32
 from btx_merge.edit_recipe import EditRecipe
 from btx_merge.errors import InputError, Problem
 from btx_merge.files import public_source
-from btx_merge.folder_files import checked
 from btx_merge.layout import Job, OutputTensor, lay_out
 from btx_merge.llama import EMBEDDING
 from btx_merge.merged_model import SELECTION_BIAS, MergedModel
 from btx_merge.opening import open_each
 from btx_merge.plan import ROUTER, Plan, make_plan
 from btx_merge.recipe import REGMEAN_METHODS, SEED, ExpertSpec, MergeRecipe
-from btx_merge.records import RECIPE_FILE, anchor_sources
+from btx_merge.records import anchor_sources, read_record
 from btx_merge.sources import Source
 from btx_merge.texts import public_reference
-from btx_merge.yaml_files import read_yaml
 
 _HERE = "(the model)"
 
@@ -166,7 +163,7 @@ def plan_edit(recipe: EditRecipe, model: MergedModel, scratch: Callable[[], Path
     Raises:
         InputError: every reason to refuse this edit.
     """
-    values = _recipe_values(model)
+    values = read_record(model.located.folder)
     opened, problems = _open_new(recipe, model, values, scratch)
     if named := [*_name_problems(recipe, model), *_count_problems(recipe, model), *_kind_problems(model, values)]:
         raise InputError([*named, *problems])
@@ -183,14 +180,6 @@ def plan_edit(recipe: EditRecipe, model: MergedModel, scratch: Callable[[], Path
     plan = make_plan(merge_recipe, examined.sources, examined.vocabulary)
     relaid = _relaid(plan, model)
     return EditPlan(recipe, model, relaid, examined, origins, values)
-
-
-def _recipe_values(model: MergedModel) -> dict[str, Any]:
-    """The model's own recipe as it lies; empty where it has none (transformers' save_pretrained leaves it behind)."""
-    file = model.located.folder / RECIPE_FILE
-    if not os.path.lexists(file):
-        return {}
-    return read_yaml(checked(file), "model", "a recipe, as `btx merge` writes it")
 
 
 def _name_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]:
@@ -210,7 +199,7 @@ def _name_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]:
 def _count_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]:
     left = len({*model.domains} - {*recipe.drop}) + len(recipe.add)
     experts = left * model.config.get("num_chunks", 1)
-    chosen = recipe.num_experts_per_tok or model.config["num_experts_per_tok"]
+    chosen = recipe.num_experts_per_tok or model.experts_per_token
     if not left:
         yield Problem("model", "--drop", "all experts", "at least one that stays", "Leave one out, or --add another.")
     elif chosen > experts:
@@ -308,7 +297,7 @@ def _merge_recipe(
             combine="ties" if values.get("combine") == "ties" else "mean",  # which trims over whole tensors
             router_init="zeros",
             router_type=model.config.get("router_type", "top_k"),
-            num_experts_per_tok=recipe.num_experts_per_tok or model.config["num_experts_per_tok"],
+            num_experts_per_tok=recipe.num_experts_per_tok or model.experts_per_token,
             dtype=TORCH_NAMES[model.dtype],
             max_shard_size=values.get("max_shard_size", "5GB"),
             untie=not model.dense_config["tie_word_embeddings"],

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.recipe import SEED, ExpertSpec, as_spec
-from btx_merge.texts import DomainText
+from btx_merge.texts import DomainText, as_domain_texts
+from btx_merge.values import ABOVE_ZERO, RANDOM_SEED, Rule, at_least, one_of, value_problems
 
 SHARED_UPDATES = ("auto", "update", "keep")
 ROW_INITS = ("ridge", "random", "zeros")
@@ -46,7 +46,7 @@ class EditRecipe:
     random_seed: int = 0
     """Seed of random rows. In [0, 2**32)."""
     domain_text: tuple[DomainText, ...] = ()
-    """For ridge: text of the new experts; of others too where there is some, for contrast."""
+    """For ridge: text of the new experts; of others too where there is some, for contrast. Also by name: a mapping."""
     domain_tokens: int = 200_000
     """Tokens of each domain that are read, at least 64."""
     router_ridge: float = 0.001
@@ -60,6 +60,10 @@ class EditRecipe:
 
     def __post_init__(self) -> None:
         problems = list(_value_problems(self))
+        try:
+            object.__setattr__(self, "domain_text", as_domain_texts(self.domain_text, "domain_text"))
+        except InputError as error:
+            problems += error.problems
         for key in ("add", "replace"):
             specs = {}
             for name, spec in getattr(self, key).items():
@@ -77,20 +81,20 @@ class EditRecipe:
         return not (self.drop or self.add or self.replace)
 
 
+_RULES: dict[str, Rule] = {
+    "model": ("a merged checkpoint", bool),
+    "shared": one_of(SHARED_UPDATES),
+    "router_init": one_of(ROW_INITS),
+    "router_std": ABOVE_ZERO,
+    "random_seed": RANDOM_SEED,
+    "domain_tokens": at_least(64),
+    "router_ridge": ABOVE_ZERO,
+    "num_experts_per_tok": at_least(1),
+}
+
+
 def _value_problems(recipe: EditRecipe) -> Iterator[Problem]:
-    fine = {
-        "model": (bool(recipe.model), "a merged checkpoint"),
-        "shared": (recipe.shared in SHARED_UPDATES, f"one of {', '.join(SHARED_UPDATES)}"),
-        "router_init": (recipe.router_init in (None, *ROW_INITS), f"one of {', '.join(ROW_INITS)}"),
-        "router_std": (recipe.router_std is None or 0 < recipe.router_std < math.inf, "above 0"),
-        "random_seed": (0 <= recipe.random_seed < 2**32, "in [0, 2**32)"),
-        "domain_tokens": (recipe.domain_tokens >= 64, "at least 64"),
-        "router_ridge": (0 < recipe.router_ridge < math.inf, "above 0"),
-        "num_experts_per_tok": (recipe.num_experts_per_tok is None or recipe.num_experts_per_tok >= 1, "at least 1"),
-    }
-    for name, (is_fine, expected) in fine.items():
-        if not is_fine:
-            yield Problem("recipe", name, f"{getattr(recipe, name)!r}", expected)
+    yield from value_problems(recipe, _RULES)
     if recipe.is_rename_only and not recipe.rename:
         yield Problem("recipe", "drop, add, replace, rename", "nothing to change", "at least one of them")
     named = [*dict.fromkeys(recipe.drop), *recipe.replace, *recipe.rename]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from btx_merge.bounded_json import parse_json
+from btx_merge.disk_errors import continuable
 from btx_merge.edit_card import edit_section, edited_card
 from btx_merge.edit_plan import EditPlan, plan_edit
 from btx_merge.edit_recipe import EditRecipe
@@ -27,16 +27,18 @@ from btx_merge.fitting import device_problems, fit_folder
 from btx_merge.folder_files import copy_file, file_problems, read_text, small_files
 from btx_merge.layout import INDEX_FILE, Block, Job
 from btx_merge.llama import FF_NORM
-from btx_merge.merging import fill
+from btx_merge.merging import fill, read_files
 from btx_merge.model_folder import open_model
 from btx_merge.plan import ExpertRows, SharedRows
+from btx_merge.reading import ReadFiles
 from btx_merge.records import RECIPE_FILE
 from btx_merge.router_state import trainings
 from btx_merge.scratch import scratch_folder
-from btx_merge.texts import check_texts, public_record
+from btx_merge.text_checks import check_texts
+from btx_merge.texts import public_record
 from btx_merge.tokenizer_files import copy_templates
 from btx_merge.vocabulary import tokenizer_json
-from btx_merge.writer import Progress, Staging, continuable, fingerprint
+from btx_merge.writer import Progress, Staging
 
 if TYPE_CHECKING:
     from btx_merge.fit_walk import LayerFit
@@ -97,12 +99,12 @@ class _Edit:
         else:
             yield from fill(planned.plan, job)
 
-    def fingerprint(self) -> str:
-        """Says whether an unfinished edit is of this recipe and these files."""
+    def read_files(self) -> ReadFiles:
+        """Return the files that the edit reads: of the model, of new experts, and of the sources of an update."""
         update = self.shared.update
         plans = [self.planned.plan, *((update.before, update.after) if update else ())]
-        files = sorted({(str(file), file) for plan in plans for source in plan.sources for file in source.files})
-        return fingerprint(self.planned.plan, files, repr(self.planned.recipe), self.outcome)
+        sources = {id(source): source for plan in plans for source in plan.sources}
+        return read_files(sources.values(), self.planned.model.located)
 
 
 def edit(
@@ -145,18 +147,21 @@ def edit(
         planned = edited.planned
         if on_start:
             on_start(sum(job.nbytes for job in planned.plan.jobs))
+        what = repr(planned.recipe), edited.outcome
         with (
             continuable(target),
-            tempfile.TemporaryDirectory(prefix="btx-files-") as small,
-            Staging(target, planned.plan, edited.fill, edited.fingerprint()) as staging,
+            Staging(target, planned.plan, edited.fill, edited.read_files(), *what, on_note=on_note) as staging,
         ):
-            staging.write(workers, progress, on_note)
-            files = Path(small)
+            staging.write(workers, progress)
+            files = staging.scratch()
             _write_files(edited, files)
             layers = _fit(planned, staging.folder, files, device, on_layer) if planned.fitted_rows else []
             _write_records(edited, files, layers)
             for file in sorted(files.iterdir(), key=lambda file: file.name == "config.json"):  # that one last
-                shutil.copyfile(file, staging.folder / file.name)
+                if file.is_dir():  # chat templates that have names
+                    shutil.copytree(file, staging.folder / file.name, dirs_exist_ok=True)
+                else:
+                    shutil.copyfile(file, staging.folder / file.name)
             staging.finish(overwrite)
     return EditReport(
         target,
@@ -173,7 +178,8 @@ def edit(
 
 def _plan(recipe: EditRecipe, target: Path, overwrite: bool, device: str | None, scratch: Callable[[], Path]) -> _Edit:
     model, problems = open_model(recipe.model, target, overwrite)
-    problems += [*check_texts(recipe.domain_text), *device_problems(device)]
+    problems += check_texts(recipe.domain_text, model.located.folder if model else None)
+    problems += device_problems(device)
     if model:
         problems += file_problems(model.located.folder, [*small_files(model.located.folder)])
     if problems or model is None:

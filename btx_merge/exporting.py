@@ -177,6 +177,7 @@ def _write(
         on_start(sum(tensor.nbytes for tensor in layout.tensors))
     kept = write_copy(
         layout,
+        merged.located,
         target,
         partial(
             write_export_files,

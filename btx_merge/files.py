@@ -17,13 +17,14 @@ import yaml
 from btx_merge.bounded_json import parse_json
 from btx_merge.card import model_card
 from btx_merge.card_update import updated_card
+from btx_merge.disk_errors import naming
 from btx_merge.dtypes import TORCH_NAMES
-from btx_merge.folder_files import read_json
+from btx_merge.folder_files import read_json, read_text
 from btx_merge.hub import Located
 from btx_merge.layout import INDEX_FILE, Layout
 from btx_merge.llama import DEFAULTS
 from btx_merge.plan import DIFFERENCE_METHODS, Plan
-from btx_merge.records import RECIPE_FILE
+from btx_merge.records import RECIPE_FILE, read_record
 from btx_merge.source_digest import source_digest
 from btx_merge.sources import Source
 from btx_merge.texts import public_reference
@@ -36,7 +37,6 @@ from btx_merge.tokenizer_files import (
     has_speech,
 )
 from btx_merge.vocabulary import tokenizer_json
-from btx_merge.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -159,11 +159,11 @@ def append_record(
         results: held-out figures of the model as it is now. None: the old ones still hold.
     """
     recipe = folder / RECIPE_FILE
-    values = read_yaml(recipe, "model", "a recipe, as `btx merge` writes it") if recipe.exists() else {}
+    values = read_record(folder)
     values[key] = [*(values.get(key) or []), dict(entry)]
     recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.exists() else ""
+    text = read_text(card) if card.exists() else ""
     card.write_text(updated_card(text, section, sentence, located, results), encoding="utf-8")
 
 
@@ -255,4 +255,5 @@ def write_index(layout: Layout, folder: Path) -> None:
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """As all our JSON files are written."""
-    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with naming(file):
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

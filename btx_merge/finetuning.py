@@ -11,11 +11,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from btx_merge.errors import InputError, MergeError, Problem
+from btx_merge.disk_errors import disk_error
+from btx_merge.errors import InputError, Problem
 from btx_merge.hub import Located
 from btx_merge.model_folder import find_model
+from btx_merge.placing import Note, put_in_place, remove, repair
+from btx_merge.reading import ReadFiles
+from btx_merge.text_checks import check_texts
 from btx_merge.textfiles import is_installed
-from btx_merge.texts import EXTRA, DomainText, check_texts
+from btx_merge.texts import EXTRA, DomainText, as_domain_texts
 
 TRAIN_MODES = ("routers", "shared", "all", "lora")
 LORA_TARGETS = {"routers": "routers", "shared": "routers + shared", "experts": "experts"}
@@ -44,7 +48,7 @@ class TrainRecipe:
     model: str
     """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
     data: tuple[DomainText, ...] = ()
-    """The mixture."""
+    """The mixture. Also a mapping: name to a reference, several, or `text:` and `weight:`."""
     train: str = "shared"
     """routers; shared (routers and everything that was averaged: the paper's variant with frozen experts); all; lora.
     """
@@ -74,7 +78,11 @@ class TrainRecipe:
     """Of `transformers.TrainingArguments`, by name. `max_steps` must be there."""
 
     def __post_init__(self) -> None:
-        problems = []
+        problems: list[Problem] = []
+        try:
+            object.__setattr__(self, "data", as_domain_texts(self.data, "data"))
+        except InputError as error:
+            problems += error.problems
         for name, (expected, is_fine) in _VALUES.items():
             value = getattr(self, name)
             if not is_fine(value):
@@ -159,28 +167,34 @@ def train(
     work = target.with_name(target.name + SUFFIX)
     located = _check(recipe, target, work, resume, overwrite)
     show, warn = show or (lambda line: None), warn or (lambda line: None)
+    read = ReadFiles.of_folder("model", located.stamps)
     run = Run(recipe, located, work, show, warn)
     if run.is_main:
+        repair(target, warn)
         _begin(work, recipe, run.settings, resume)
     run.wait()
     try:
         run.train(resume)
         entry = run.finish(work / _RESULT)
         if run.is_main:
-            _publish(work, target, overwrite)
+            _publish(work, target, overwrite, read, warn)
         run.wait()
     except OSError as error:
-        raise MergeError(f"{error.filename or work}: {error.strerror or error}. {KEPT}") from error
+        raise disk_error(error, work, KEPT) from error
+    except Exception as error:
+        if changes := read.changes():
+            raise InputError(changes) from error
+        raise
     return TrainReport(target, entry, tuple(run.history), time.perf_counter() - began)
 
 
 def _check(recipe: TrainRecipe, target: Path, work: Path, resume: bool, overwrite: bool) -> Located:
     """All that can be known before anything heavy is imported. The model's folder."""
-    problems = check_texts(recipe.data)
+    located, of_model = find_model(recipe.model, target, overwrite)
+    problems = check_texts(recipe.data, located.folder if located else None)
     needed = ["accelerate", "matplotlib", *([] if "report_to" in recipe.arguments else ["tensorboard"])]
     missing = [package for package in needed if not is_installed(package)]
     problems += [Problem("command", package, "is not installed", "", f"{EXTRA}.") for package in missing]
-    located, of_model = find_model(recipe.model, target, overwrite)
     problems += of_model
     if resume and last_checkpoint(work) is None:
         remedy = "Leave out --resume, which begins anew."
@@ -229,11 +243,12 @@ def _begin(work: Path, recipe: TrainRecipe, settings: Mapping[str, Any], resume:
         raise InputError(problems)
 
 
-def _publish(work: Path, target: Path, overwrite: bool) -> None:
-    from btx_merge.train_output import publish
-
-    publish(work / _RESULT, target, overwrite)
-    shutil.rmtree(work)
+def _publish(work: Path, target: Path, overwrite: bool, read: ReadFiles, note: Note) -> None:
+    """Give the result its name, unless what it was made from has changed since."""
+    if changes := read.changes():
+        raise InputError(changes)
+    put_in_place(work / _RESULT, target, overwrite, note, "the same command with --resume")
+    remove(work, note)
 
 
 def tools() -> dict[str, str]:

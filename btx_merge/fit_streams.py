@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.experts import expert_names, own_experts
-from btx_merge.texts import DomainText, documents, packed_windows
+from btx_merge.texts import DomainText, documents
+from btx_merge.windows import packed_windows
 
 _WINDOW = 512
 """Tokens of a window, at most."""

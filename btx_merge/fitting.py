@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,16 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btx_merge.card import ROUTERS_TITLE
-from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
+from btx_merge.copying import copy_staging, same_layout
+from btx_merge.disk_errors import continuable
+from btx_merge.errors import InputError, Problem
 from btx_merge.experts import expert_names, own_experts
-from btx_merge.files import append_record
-from btx_merge.folder_files import copy_file, read_json
+from btx_merge.files import append_record, copy_model_code
+from btx_merge.folder_files import copy_file, read_json, small_files
 from btx_merge.held_out import router_results, router_table
 from btx_merge.hub import Located
 from btx_merge.model_folder import find_model
 from btx_merge.plan import Plan
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS, SEED
-from btx_merge.texts import DomainText, check_texts, public_record, public_reference
+from btx_merge.text_checks import check_texts
+from btx_merge.texts import DomainText, as_domain_texts, public_record, public_reference
+from btx_merge.tokenizer_files import copy_templates
 
 if TYPE_CHECKING:
     from btx_merge.fit_walk import LayerFit
@@ -43,7 +46,7 @@ class FitRecipe:
     method: str = "ridge"
     """ridge, on `domain_text`; or prompts, from `prompts`."""
     domain_text: tuple[DomainText, ...] = ()
-    """Text for every expert, by its name; the seed may go without."""
+    """Text for every expert, by its name; the seed may go without. Also a mapping, as in `MergeRecipe`."""
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Expert to a few lines that are typical of it."""
     domain_tokens: int = 200_000
@@ -54,7 +57,11 @@ class FitRecipe:
     """expert: tokens pass through their own domain's; router: through those that the fitted router chooses."""
 
     def __post_init__(self) -> None:
-        problems = []
+        problems: list[Problem] = []
+        try:
+            object.__setattr__(self, "domain_text", as_domain_texts(self.domain_text, "domain_text"))
+        except InputError as error:
+            problems += error.problems
         fine = {
             "model": (bool(self.model), "a merged checkpoint"),
             "method": (self.method in ROUTER_FITS, f"one of {', '.join(ROUTER_FITS)}"),
@@ -90,6 +97,7 @@ def fit(
     overwrite: bool = False,
     device: str | None = None,
     on_layer: OnLayer | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> FitReport:
     """Fits the routers of a merged model without gradients, and writes the model with them into `output`.
 
@@ -98,50 +106,51 @@ def fit(
             through the model again: for another `router_ridge`.
         overwrite: whether `output` may be replaced; that happens when the new model is complete.
         device: `cpu`, `cuda`, ...; a GPU where there is one.
+        on_layer: called with how many layers of how many are fitted.
+        on_note: called with a line about an earlier, unfinished run.
 
     Raises:
-        InputError: a reason not to fit, or a text that cannot be read.
-        MergeError: the disk refused, or a value is not finite; `MergeInterrupted` for Ctrl-C.
+        InputError: a reason not to fit, a text that cannot be read, or a model that changed while it was read.
+        MergeError: the disk refused, or a value is not finite; `MergeInterrupted` for Ctrl-C. The same call continues.
     """
     began = time.perf_counter()
     target = Path(output).expanduser().resolve()
     located, problems = find_model(recipe.model, target, overwrite)
-    problems += [*check_texts(recipe.domain_text), *device_problems(device)]
+    problems += check_texts(recipe.domain_text, located.folder if located else None)
+    problems += device_problems(device)
     if located and not problems:
         problems = _name_problems(recipe, located.folder)
     if problems or located is None:
         raise InputError(problems)
 
-    from btx_merge.train_output import publish, write_model
-
-    staged = target.with_name(target.name + ".btx-fitting")
-    try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir(parents=True)
-        write_model(located.folder, staged, {})
-        (staged / "config.json").unlink()  # half fitted it is no model
-        layers = fit_folder(
-            staged,
-            located.folder,
-            {text.name: text for text in recipe.domain_text},
-            recipe.prompts,
-            domain_tokens=recipe.domain_tokens,
-            statistics=statistics,
-            device=device,
-            on_layer=on_layer,
-            router=recipe.method,
-            through=recipe.fit_through,
-            router_ridge=recipe.router_ridge,
-        )
-        _record(staged, recipe, layers, located)
-        copy_file(located.folder / "config.json", staged / "config.json")
-        publish(staged, target, overwrite)
-    except KeyboardInterrupt:
-        raise MergeInterrupted("Interrupted. Nothing was written; the same command begins anew.") from None
-    except OSError as error:
-        raise MergeError(f"{error.filename or target}: {error.strerror or error}. The model is untouched.") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    layout = same_layout(located.folder)
+    with continuable(target), copy_staging(layout, located, target, on_note) as staging:
+        staging.write()
+        try:
+            layers = fit_folder(
+                staging.folder,
+                located.folder,
+                {text.name: text for text in recipe.domain_text},
+                recipe.prompts,
+                domain_tokens=recipe.domain_tokens,
+                statistics=statistics,
+                device=device,
+                on_layer=on_layer,
+                router=recipe.method,
+                through=recipe.fit_through,
+                router_ridge=recipe.router_ridge,
+            )
+        except InputError:
+            staging.discard()  # a copy of weights is soon made again
+            raise
+        for name, file in small_files(located.folder).items():
+            if name != "config.json":  # that one last: without it this is no model yet
+                copy_file(file, staging.folder / name)
+        copy_templates(located.folder, staging.folder)
+        copy_model_code(staging.folder)
+        _record(staging.folder, recipe, layers, located)
+        copy_file(located.folder / "config.json", staging.folder / "config.json")
+        staging.finish(overwrite)
     return FitReport(target, tuple(layers), time.perf_counter() - began)
 
 

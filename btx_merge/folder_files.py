@@ -15,6 +15,7 @@ from typing import Any
 
 from btx_merge.bounded_json import parse_json
 from btx_merge.errors import InputError, Problem
+from btx_merge.placing import MARKS
 
 _MB = 1_000_000
 _LIMITS = {
@@ -128,7 +129,8 @@ def small_files(folder: Path) -> dict[str, Path]:
     """Return every file in a model's folder that is not weights, by name; hidden files and folders are passed over."""
     files = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix not in _WEIGHTS_SUFFIXES and not file.name.startswith(".") and not file.is_dir():
+        is_left_out = file.suffix in _WEIGHTS_SUFFIXES or file.name.startswith(".") or file.name in MARKS
+        if not is_left_out and not file.is_dir():
             files[file.name] = file
     return files
 

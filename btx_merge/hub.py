@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.folder_files import is_plain_name, read_json
+from btx_merge.reading import Stamp, stamps_in
 
 SMALL_FILES = [
     *("config.json", "generation_config.json", "adapter_config.json", "README.md", "btx_recipe.yaml"),
@@ -39,6 +40,11 @@ class Located:
     """The Hub id; None for a folder of the user's. A folder of a Hub's cache is known by it too."""
     revision: str | None = None
     """The commit that a Hub id was resolved to."""
+    stamps: Mapping[Path, Stamp] = field(init=False, compare=False, repr=False)
+    """Of its files, before any of them is read."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stamps", stamps_in(self.folder))
 
     @property
     def public_name(self) -> str:

@@ -9,6 +9,7 @@ Legend: E experts, I width of one, H hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,14 +19,18 @@ import numpy as np
 from btx_merge.dtypes import STORED, Raw
 from btx_merge.errors import InputError, Problem, capped
 from btx_merge.experts import expert_names
-from btx_merge.folder_files import file_problems, read_json
+from btx_merge.folder_files import file_problems
 from btx_merge.hub import SMALL_FILES, Located
 from btx_merge.llama import DOWN, GATE, UP, expected_tensors, normalise_config, per_layer
+from btx_merge.other_folders import merged_config
 from btx_merge.plan import DOWN_EXPERTS, GATE_UP_EXPERTS, ROUTER
+from btx_merge.shown import short
 from btx_merge.source_config import layer_problems, refuse_odd_values
 from btx_merge.source_tensors import read_tensors
 from btx_merge.tensorfiles import StoredTensor
 
+_MOST = 10_000
+"""Layers, and experts, of a model that is described by its config alone."""
 SELECTION_BIAS = "model.layers.{layer}.mlp.routing.e_score_correction_bias"
 
 
@@ -179,8 +184,38 @@ def open_merged(located: Located) -> MergedModel:
         InputError: no checkpoint of `btx merge`; or tensors that are missing, unexpected or of another shape than
             its config says. All problems in one error.
     """
+    with _as_model(located):
+        config = _checked_config(located)
+        model = MergedModel(located, config, read_tensors("model", located.folder))
+        problems = list(layer_problems("model", config, model.tensors)) or list(_tensor_problems(model))
+        if problems:
+            raise InputError(problems)
+        return model
+
+
+def open_config(located: Located) -> MergedModel:
+    """Return a merged model without tensors, whose weights may be elsewhere.
+
+    Raises:
+        InputError: no checkpoint of `btx merge`, or a config that none can have.
+    """
+    with _as_model(located):
+        config = _checked_config(located)
+        problems = [
+            Problem("model", f"config.json: {key}", f"{config[key]:,}", f"at most {_MOST:,}")
+            for key in ("num_hidden_layers", "num_local_experts")
+            if config[key] > _MOST
+        ]
+        if problems:
+            raise InputError(problems)
+        return MergedModel(located, config, {})
+
+
+@contextmanager
+def _as_model(located: Located) -> Iterator[None]:
+    """Say of every problem inside that it is the model's."""
     try:
-        return _open(located)
+        yield
     except InputError as error:
         raise InputError(replace(problem, source="model") for problem in error.problems) from error
     except OSError as error:  # such as a folder that may not be entered
@@ -188,23 +223,13 @@ def open_merged(located: Located) -> MergedModel:
         raise InputError([Problem("model", where, found, "files that can be read")]) from error
 
 
-def _open(located: Located) -> MergedModel:
+def _checked_config(located: Located) -> dict[str, Any]:
     if odd := list(file_problems(located.folder, SMALL_FILES)):
         raise InputError(odd)
-    config = read_json(located.folder / "config.json")
-    if config.get("model_type") != "btx":
-        remedy = "Merge first: btx merge."
-        raise InputError(
-            [Problem("model", "config.json: model_type", f"{config.get('model_type')!r}", "'btx'", remedy)]
-        )
-    problems = list(_config_problems(config))
-    if problems:
+    config = merged_config(located.folder)
+    if problems := list(_config_problems(config)):
         raise InputError(problems)
-    model = MergedModel(located, config, read_tensors("model", located.folder))
-    problems = list(layer_problems("model", config, model.tensors)) or list(_tensor_problems(model))
-    if problems:
-        raise InputError(problems)
-    return model
+    return config
 
 
 def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
@@ -216,8 +241,8 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
         if config.get(key) is None:
             yield Problem("model", f"config.json: {key}", "missing", "a whole number above 0")
     experts, names = config.get("num_local_experts"), config.get("expert_names")
-    if not _is_count(experts):
-        yield Problem("model", "config.json: num_local_experts", f"{experts!r}", "a whole number above 0")
+    if not isinstance(experts, int) or not _is_count(experts):
+        yield Problem("model", "config.json: num_local_experts", short(experts), "a whole number above 0")
         return
     per_token, chunks = config.get("num_experts_per_tok", 2), config.get("num_chunks", 1)
     if not _is_count(per_token) or per_token > experts:
@@ -227,7 +252,25 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("model", "config.json: num_chunks", f"{chunks!r}", f"a divisor of the {experts} experts")
     fine = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if names is not None and not (fine and len(set(names)) == len(names) == experts):
-        yield Problem("model", "config.json: expert_names", f"{names!r}", f"{experts} different names")
+        yield Problem("model", "config.json: expert_names", short(names), f"{experts} different names")
+        return
+    active = config.get("active_experts")
+    if active is not None and not _are_experts(active, experts, names or []):
+        expected = f"a list of different experts, by name or number in [0, {experts})"
+        yield Problem("model", "config.json: active_experts", short(active), expected)
+
+
+def _are_experts(active: Any, experts: int, names: list[str]) -> bool:
+    """Return whether a value is a list of different experts."""
+    numbers = []
+    for expert in active if isinstance(active, list) else []:
+        if isinstance(expert, str) and expert in names:
+            numbers.append(names.index(expert))
+        elif type(expert) is int and 0 <= expert < experts:
+            numbers.append(expert)
+        else:
+            return False
+    return 0 < len(numbers) == len(set(numbers))
 
 
 def _is_count(value: Any) -> bool:

@@ -7,7 +7,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -16,20 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 from btx_merge.checks import examine
 from btx_merge.combine import cast, shared_rows
+from btx_merge.disk_errors import continuable
 from btx_merge.divergence import Divergence
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, Problem
 from btx_merge.experts import expert_columns, expert_rows
 from btx_merge.files import write_files
 from btx_merge.fitting import device_problems, fit_merge
+from btx_merge.hub import Located
 from btx_merge.layout import Block, Job
 from btx_merge.model_folder import room_problems
+from btx_merge.placing import check_target
 from btx_merge.plan import ExpertColumns, ExpertRows, Fate, Plan, RouterRows, SharedRows, make_plan
+from btx_merge.reading import ReadFiles, Stamp
 from btx_merge.recipe import MergeRecipe
 from btx_merge.router_init import initial_router
 from btx_merge.scratch import scratch_folder
 from btx_merge.sources import Source
-from btx_merge.writer import Progress, Staging, check_target, continuable, fingerprint
+from btx_merge.writer import Progress, Staging
 
 if TYPE_CHECKING:
     from btx_merge.fit_walk import LayerFit
@@ -170,20 +174,16 @@ def merge(
         if on_checked:
             on_checked(checked)
         plan = checked.plan
-        with Staging(target, plan, partial(fill, plan), _fingerprint(plan)) as staging:
-            staging.write(workers, progress, on_note)
+        read = read_files(plan.sources)
+        with Staging(target, plan, partial(fill, plan), read, recipe.to_dict(), on_note=on_note) as staging:
+            staging.write(workers, progress)
             layers: list[LayerFit] = []
             if recipe.is_fitted:
-                with tempfile.TemporaryDirectory(prefix="btx-files-") as files:  # half fitted it is no model yet
-                    write_files(plan, Path(files))
-                    layers = fit_merge(
-                        plan,
-                        staging.folder,
-                        Path(files),
-                        statistics=statistics,
-                        device=device,
-                        on_layer=on_layer,
-                    )
+                files = staging.scratch()  # half fitted it is no model yet
+                write_files(plan, files)
+                layers = fit_merge(
+                    plan, staging.folder, files, statistics=statistics, device=device, on_layer=on_layer
+                )
             write_files(plan, staging.folder, layers)
             staging.finish(overwrite)
     seconds = time.perf_counter() - began
@@ -233,10 +233,22 @@ def _check_apart(target: Path, sources: Sequence[Source]) -> None:
         raise InputError(problems)
 
 
-def _fingerprint(plan: Plan) -> str:
-    """Says whether an unfinished merge is of this recipe, these files and this version."""
-    files = ((f"{source.name}: {file.name}", file) for source in plan.sources for file in source.files)
-    return fingerprint(plan, files, plan.recipe.to_dict())
+def read_files(sources: Iterable[Source], model: Located | None = None) -> ReadFiles:
+    """Return the files that a merge of these sources reads, as they were before any was opened.
+
+    Args:
+        model: a merged model whose files are read beside them.
+    """
+    files: list[tuple[str, Path]] = []
+    before: dict[Path, Stamp] = {}
+    for source in sources:
+        files += [(source.name, file) for file in source.files]
+        for located in filter(None, (source.located, source.base)):
+            before.update(located.stamps)
+    if model is not None:
+        files += [("model", file) for file in model.stamps if not file.name.startswith(".")]
+        before.update(model.stamps)
+    return ReadFiles(files, before)
 
 
 def peak_memory() -> int:

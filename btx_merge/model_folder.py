@@ -9,8 +9,10 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.folder_files import file_problems, small_files
 from btx_merge.hub import Located, locate
 from btx_merge.merged_model import MergedModel, open_merged
+from btx_merge.placing import check_target, partial_of
+from btx_merge.records import read_record
+from btx_merge.sizes import readable
 from btx_merge.tokenizer_files import has_tokenizer
-from btx_merge.writer import check_target
 
 
 def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located | None, list[Problem]]:
@@ -20,6 +22,10 @@ def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located |
         return None, problems
     folder = model.located.folder
     problems += file_problems(folder, [*small_files(folder)])
+    try:
+        read_record(folder)
+    except InputError as error:
+        problems += error.problems
     if not has_tokenizer(folder):
         problems.append(Problem("model", str(folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -32,14 +38,14 @@ def room_problems(target: Path, nbytes: int) -> list[Problem]:
     What an interrupted run has written beside it already counts as room.
     """
     folder = next(folder for folder in (target, *target.parents) if folder.exists())
-    partial = target.with_name(target.name + ".btx-partial")
+    partial = partial_of(target)
     present = sum(file.stat().st_blocks * 512 for file in partial.iterdir()) if partial.is_dir() else 0
     free = shutil.disk_usage(folder).free
     if nbytes - present <= free:
         return []
-    expected = f"{(nbytes - present) / 1e9:.2f} GB for the result"
+    expected = f"{readable(nbytes - present)} for the result"
     remedy = "Make room, or write to another disk."
-    return [Problem("output", str(folder), f"{free / 1e9:.2f} GB free", expected, remedy)]
+    return [Problem("output", str(folder), f"{readable(free)} free", expected, remedy)]
 
 
 def open_model(reference: str, target: Path, overwrite: bool) -> tuple[MergedModel | None, list[Problem]]:

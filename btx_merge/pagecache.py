@@ -38,4 +38,5 @@ def was_cached(file: Path) -> bool:
 def forget_range(descriptor: int, start: int, nbytes: int) -> None:
     """Lets the kernel drop a range of a file. What is not on the disk yet is not dropped, but begins to be written."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # only a hint: a file system that takes none is as good
+            os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)

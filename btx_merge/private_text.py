@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from btx_merge.errors import Problem
+from btx_merge.errors import InputError, Problem
+from btx_merge.folder_files import read_bytes
 
 _SECRET = re.compile(r"\b(?:hf_|api_org_)[A-Za-z0-9]{30,}")
 # Not behind a letter, as in a URL; behind a slash it is one of `file:///home/...`.
@@ -26,7 +28,11 @@ def private_text(folder: Path, names: list[str]) -> Iterator[Problem]:
     own = _own_paths(folder)
     for name in names:
         has_paths = name not in _OF_TOKENIZERS and not name.endswith(".jinja")
-        text = (folder / name).read_text(encoding="utf-8", errors="replace")
+        try:
+            text = read_bytes(folder / name, folder).decode(errors="replace")
+        except InputError as error:
+            yield from (replace(problem, source="model", where=name) for problem in error.problems)
+            continue
         for number, line in enumerate(text.splitlines(), 1):
             where = f"{name}, line {number}"
             for secret in _SECRET.findall(line):

@@ -17,8 +17,9 @@ from typing import Any
 from btx_merge.card_checks import card_problems
 from btx_merge.errors import InputError, Problem
 from btx_merge.files import MODEL_CODE, PICTURE, ROUTING
-from btx_merge.folder_files import read_json
+from btx_merge.folder_files import read_json, read_text
 from btx_merge.layout import INDEX_FILE
+from btx_merge.other_folders import merged_config
 from btx_merge.private_text import private_text
 from btx_merge.records import RECIPE_FILE
 from btx_merge.source_tensors import read_tensors
@@ -76,12 +77,9 @@ def examine(folder: Path) -> Publishable:
         )
         raise InputError([Problem("model", "adapter_config.json", "an adapter", "a whole model", remedy)])
     try:
-        config = read_json(folder / "config.json")
+        config = merged_config(folder)
     except InputError as error:
         raise InputError([_of_model(problem) for problem in error.problems]) from None
-    if config.get("model_type") != "btx":
-        found = repr(config.get("model_type"))
-        raise InputError([Problem("model", "config.json: model_type", found, "'btx'", "Merge first: btx merge.")])
     problems: list[Problem] = []
     if config.get("quantization_config") is not None:
         remedy = "Publish the model as it was; whoever loads it can quantise it."
@@ -117,12 +115,12 @@ def _of_model(problem: Problem) -> Problem:
 
 def _card(folder: Path, config: Mapping[str, Any]) -> tuple[list[Problem], list[Problem]]:
     """What is wrong with the model card, and what it lacks."""
-    try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if not os.path.lexists(folder / "README.md"):
         return [Problem("model", "README.md", "missing", "a model card", "btx merge writes one.")], []
-    except UnicodeDecodeError as error:
-        return [Problem("model", "README.md", f"is no UTF-8 ({error.reason})", "", "Save it as UTF-8.")], []
+    try:
+        text = read_text(folder / "README.md")
+    except InputError as error:
+        return [_of_model(problem) for problem in error.problems], []
     architecture = next(iter(config.get("architectures") or []), "")
     return card_problems(text, _PIPELINES.get(architecture, "text-generation"))
 

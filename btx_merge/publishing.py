@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
+from btx_merge.folder_files import read_text
 from btx_merge.hub import bars_on_terminals_only
 from btx_merge.publish_checks import Publishable, examine
 from btx_merge.push_errors import explained
@@ -137,7 +138,7 @@ def _validate_card(api: HfApi, folder: Path) -> None:
     from huggingface_hub import get_session
     from huggingface_hub.utils import hf_raise_for_status
 
-    asked = {"repoType": "model", "content": (folder / "README.md").read_text(encoding="utf-8")}
+    asked = {"repoType": "model", "content": read_text(folder / "README.md")}
     response = get_session().post(f"{api.endpoint}/api/validate-yaml", json=asked)
     if response.status_code == 400:
         said = [str(error.get("message")) for error in response.json().get("errors", [])]

@@ -18,7 +18,7 @@ from btx_merge.recipe_checks import SEED as SEED
 from btx_merge.recipe_checks import together_problems
 from btx_merge.records import read_recipe_file
 from btx_merge.shown import short
-from btx_merge.texts import DomainText, domain_texts_of
+from btx_merge.texts import DomainText, as_domain_texts
 from btx_merge.values import (
     ABOVE_ZERO,
     RANDOM_SEED,
@@ -142,7 +142,7 @@ class MergeRecipe:
             except InputError as error:
                 problems += error.problems
         object.__setattr__(self, "experts", specs)
-        for key, parse in (("domain_text", _as_texts), ("prompts", _as_prompts), ("resolved", _as_resolved)):
+        for key, parse in (("domain_text", _by_name), ("prompts", _as_prompts), ("resolved", _as_resolved)):
             try:
                 object.__setattr__(self, key, parse(getattr(self, key)))
             except InputError as error:
@@ -204,15 +204,8 @@ class MergeRecipe:
         return values
 
 
-def _as_texts(values: Any) -> dict[str, DomainText]:
-    if isinstance(values, Mapping) and all(isinstance(text, DomainText) for text in values.values()):
-        return dict(values)
-    plain = (
-        {name: [str(value)] if isinstance(value, Path) else value for name, value in values.items()}
-        if isinstance(values, Mapping)
-        else values
-    )
-    return {text.name: text for text in domain_texts_of("recipe", plain, [Path()], "domain_text")}
+def _by_name(values: Any) -> dict[str, DomainText]:
+    return {text.name: text for text in as_domain_texts(values, "domain_text")}
 
 
 def _as_prompts(values: Any) -> dict[str, tuple[str, ...]]:

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.errors import InputError, Problem
+from btx_merge.folder_files import checked
 from btx_merge.hub import locate
+from btx_merge.mergekit_moe import from_mergekit, is_mergekit
+from btx_merge.shown import short
 from btx_merge.texts import domain_texts_of
+from btx_merge.values import is_number, is_text
 from btx_merge.yaml_files import read_yaml
 
 RECIPE_FILE = "btx_recipe.yaml"
@@ -31,9 +35,11 @@ def read_recipe_file(
     A merged model's folder or Hub id stands for its own `btx_recipe.yaml`. That names folders and texts without their
     paths; they are looked for beside the model too.
 
+    A file of mergekit-moe is translated (`mergekit_moe`).
+
     Args:
-        on_note: called with what has become of the model since it was merged, which its recipe does not repeat, and
-            with local folders that are not where the recipe is.
+        on_note: called with how it was translated; or with what has become of the model since it was merged, which
+            its recipe does not repeat, and with local folders that are not where the recipe is.
         is_given: whether another model is given for a source, so that it does not matter what the file says of it.
 
     Raises:
@@ -45,7 +51,12 @@ def read_recipe_file(
         path = locate("recipe", str(file), weights=False).folder / RECIPE_FILE
     path = path / RECIPE_FILE if os.path.isfile(path / RECIPE_FILE) else path
     roots = [path.parent, *([path.parent.parent] if path.name == RECIPE_FILE else [])]
+    if path.name == RECIPE_FILE and os.path.lexists(path):
+        checked(path)
     values = read_yaml(path, "recipe", "at least `seed:` and `experts:`")
+    if is_mergekit(values):
+        values = from_mergekit(values, str(file), on_note)
+        roots.append(Path())  # mergekit sees folders from where it is called
     recorded = {key: values.pop(key, None) for key in RECORDS}
     since = [done for key, done in RECORDS.items() if done and recorded[key]]
     if since and on_note:
@@ -69,6 +80,65 @@ def read_recipe_file(
         texts = domain_texts_of(str(file), values["domain_text"], roots, "domain_text")
         values["domain_text"] = {text.name: text for text in texts}
     return values
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return the recipe that a merged model carries of itself; empty where it has none.
+
+    transformers' `save_pretrained` leaves it behind. It may be anybody's, so what is computed from it is checked.
+
+    Raises:
+        InputError: it cannot be read, or holds values of another kind than `btx merge` writes; all of them.
+    """
+    file = folder / RECIPE_FILE
+    if not os.path.lexists(file):
+        return {}
+    values = read_yaml(checked(file), "model", "a recipe, as `btx merge` writes it")
+    problems = _odd_values(file, "", values)
+    if isinstance(over := values.get("shared_over"), dict):
+        problems += _odd_values(file, "shared_over.", over)
+    if problems:
+        raise InputError(problems)
+    return values
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def _are_records(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_object(item) for item in value)
+
+
+def _are_experts(value: Any) -> bool:
+    if not _is_object(value):
+        return False
+    for spec in value.values():
+        values = spec if isinstance(spec, dict) else {"model": spec}
+        has_base = values.get("base") is None or is_text(values["base"])
+        if not (is_text(values.get("model")) and has_base and is_number(values.get("weight", 1.0))):
+            return False
+    return True
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("seed", "combine", "expert_mode", "router_init", "tokenizer_source"), (is_text, "text")),
+    **dict.fromkeys(("fold_norms", "seed_expert"), (lambda value: isinstance(value, bool), "true or false")),
+    "seed_weight": (is_number, "a number"),
+    "experts": (_are_experts, "`name: model`, or `model:`, `weight:` and `base:` below each name"),
+    **dict.fromkeys(("domain_text", "prompts", "resolved", "shared_over"), (_is_object, "keys with values")),
+    **dict.fromkeys(("fits", "training", "edits"), (_are_records, "a list of records")),
+}
+"""What stands in a model's own recipe, as far as something is computed from it or added to it."""
+
+
+def _odd_values(file: Path, prefix: str, values: Mapping[str, Any]) -> list[Problem]:
+    remedy = "Copy the file again from where the model came from, or remove it: then the sources are unknown."
+    problems = []
+    for key, (is_fine, expected) in _KINDS.items():
+        if values.get(key) is not None and not is_fine(values[key]):
+            problems.append(Problem("model", f"{file}: {prefix}{key}", short(values[key]), expected, remedy))
+    return problems
 
 
 def _references(values: Mapping[str, Any]) -> dict[str, str]:

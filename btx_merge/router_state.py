@@ -25,17 +25,24 @@ def untrained_experts(values: Mapping[str, Any], experts: Sequence[str]) -> list
     own: dict[str, bool] = {}  # of experts that an edit brought
     done = 0
     for entry in _entries(values, "edits"):
-        before = entry.get("trainings_before", 0)
+        before = entry.get("trainings_before")
+        before = before if isinstance(before, int) else 0
         if before > done:
             is_random, own, done = False, {}, before
-        renamed = entry.get("rename") or {}
-        own = {renamed.get(name, name): is_new_random for name, is_new_random in own.items()}
-        for name, init in (entry.get("router_rows") or {}).items():
+        renamed = _mapping(entry, "rename")
+        own = {str(renamed.get(name, name)): is_new_random for name, is_new_random in own.items()}
+        for name, init in _mapping(entry, "router_rows").items():
             if init != "kept":
                 own[name] = init in _UNTRAINED
     if trainings(values) > done:
         return []
     return [name for name in experts if own.get(name, own.get(name.rpartition(".")[0], is_random))]
+
+
+def _mapping(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Return a mapping of a recipe, which anybody may have written; empty where it is none."""
+    given = entry.get(key)
+    return given if isinstance(given, Mapping) else {}
 
 
 def _entries(values: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:

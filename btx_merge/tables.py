@@ -22,6 +22,7 @@ from btx_merge.card import count
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.exporting import ExportReport
 from btx_merge.merging import Check, Report
+from btx_merge.model_info import ModelInfo
 from btx_merge.plan import Fate
 from btx_merge.shown import printable
 
@@ -172,6 +173,29 @@ def print_export(report: ExportReport) -> None:
     if report.kept_bytes:
         lines["kept"] = f"{_size(report.kept_bytes)} of an interrupted run"
     _console().print(_facts(lines))
+
+
+def print_info(info: ModelInfo) -> None:
+    """Print what a merged model is, and the commands that lead on."""
+    console = _console()
+    table = Table("", "expert", "model", "revision", box=SIMPLE, pad_edge=False)
+    for expert in info.experts:
+        model = (expert.model or "") + (f" on {expert.base}" if expert.base else "")
+        table.add_row(str(expert.number), *map(printable, (expert.name, model, (expert.revision or "")[:8])))
+    console.print(table)
+    on_disk = "" if info.disk_bytes is None else f", {_size(info.disk_bytes)} on disk"
+    lines = {
+        "model": info.model + (f"@{info.revision[:8]}" if info.revision else ""),
+        "routing": f"{info.router_type}, {info.experts_per_token} of {len(info.experts)} experts per token",
+        "routers": info.routers + (f"; untrained: {', '.join(info.untrained)}" if info.untrained else ""),
+        "parameters": f"{count(info.parameters)} in all, {count(info.active_parameters)} active per token",
+        "size": f"{_size(info.nbytes)} of weights in {info.dtype}{on_disk}",
+        "tokenizer": "yes" if info.tokenizer else "none",
+    }
+    console.print(_facts(lines))
+    for title, texts in (("history", info.history), ("next", info.next)):
+        for text in texts:  # a command is copied: no line of it is broken
+            console.print(printable(f"{title}: {text}"), soft_wrap=True)
 
 
 def _fates(fates: tuple[Fate, ...]) -> Table:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from btx_merge.bounded_json import parse_json
+from btx_merge.disk_errors import naming
 from btx_merge.dtypes import STORED, TORCH_NAMES, Raw
 from btx_merge.errors import InputError, Problem, capped
 from btx_merge.folder_files import checked
@@ -60,7 +61,7 @@ class StoredTensor:
         if nbytes > getattr(_buffers, "raw", _NOTHING).size:
             _buffers.raw = np.empty(nbytes, np.uint8)
         out: Raw = _buffers.raw[:nbytes]
-        with self.file.open("rb", buffering=0) as file:
+        with naming(self.file), self.file.open("rb", buffering=0) as file:
             file.seek(first)
             filled = 0
             while filled < nbytes:
@@ -114,7 +115,10 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
             found = f"{size:,} bytes, too few for the {length:,} bytes of header that it announces"
             if len(head) < 8:
                 found = f"{size} bytes, not even a header"
-            raise InputError([_problem(file, found, "a safetensors file", _FETCH_AGAIN)])
+            expected = "a safetensors file"
+            if _MAX_HEADER < length <= size - 8:
+                found, expected = f"a header of {length:,} bytes", f"at most {_MAX_HEADER:,}"
+            raise InputError([_problem(file, found, expected, _FETCH_AGAIN)])
         try:
             header = parse_json(stream.read(length), object_pairs_hook=_refuse_duplicates)
             if not isinstance(header, dict):

@@ -5,6 +5,7 @@ Every record knows where it stood, so that an error can say so. (A `.json` file 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import importlib.util
 import json
@@ -21,6 +22,8 @@ _WHOLE = 4_000_000
 _PART = 1_000_000
 """Characters after which a larger one is cut at the next empty line."""
 _FIELDS = ("text", "content", "messages")
+_WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+"""What a file in UTF-16 or UTF-32 begins with. (The mark of UTF-32 LE begins like that of UTF-16 LE.)"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ def read_file(source: str, file: Path) -> Iterator[Record]:
         InputError: the file or one of its lines cannot be read.
     """
     try:
+        if suffix_of(file) != ".parquet":
+            _refuse_wide(source, file)
         yield from READERS[suffix_of(file)](source, file)
     except UnicodeDecodeError as error:
         found = f"the byte 0x{error.object[error.start]:02x}, which is no UTF-8"
@@ -85,11 +90,25 @@ def read_hub(source: str, reference: str) -> Iterator[Record]:
         raise InputError([Problem(source, reference, found, "a dataset of the Hub", remedy)]) from error
 
 
+def _refuse_wide(source: str, file: Path) -> None:
+    """Refuse UTF-16 and UTF-32, by their mark or by the zero bytes that letters of UTF-8 never have.
+
+    Raises:
+        InputError: the file is in one of them.
+    """
+    with file.open("rb") as stream:
+        head = stream.read(4)
+    if head.startswith(_WIDE) or b"\0" in head:
+        remedy = "Convert the file: `iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE`."
+        raise InputError([Problem(source, str(file), "text in UTF-16 or UTF-32", "text in UTF-8", remedy)])
+
+
 def _text(source: str, file: Path) -> Iterator[Record]:
-    if file.stat().st_size <= _WHOLE:
-        yield Record(source, str(file), {"text": file.read_text(encoding="utf-8")})
-        return
-    with file.open(encoding="utf-8") as lines:
+    """Read plain text as it is, line ends included; only the mark that Windows' editors begin it with goes."""
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        if file.stat().st_size <= _WHOLE:
+            yield Record(source, str(file), {"text": lines.read()})
+            return
         for part in _paragraphs(lines):
             yield Record(source, str(file), {"text": part})
 
@@ -109,6 +128,7 @@ def _paragraphs(lines: IO[str]) -> Iterator[str]:
 def _json_lines(source: str, file: Path) -> Iterator[Record]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
+            line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             where = f"{file}, line {number}"
@@ -123,7 +143,7 @@ def _json_lines(source: str, file: Path) -> Iterator[Record]:
 
 def _json(source: str, file: Path) -> Iterator[Record]:
     try:
-        values = json.loads(file.read_bytes())
+        values = json.loads(file.read_bytes().removeprefix(codecs.BOM_UTF8))
     except (ValueError, RecursionError) as error:
         found = f"no JSON ({str(error) or type(error).__name__})"
         remedy = "A file with one object on each line is called .jsonl."

@@ -1,4 +1,4 @@
-"""Texts by domain: what the user names, whether it can be read, its documents, and windows packed from them.
+"""Texts by domain: what the user names, whether it can be read, and its documents.
 
 Neither torch nor transformers is imported here; a tokenizer is whatever transformers gives.
 """
@@ -19,10 +19,9 @@ from btx_merge.shown import short
 from btx_merge.textfiles import READERS, Record, is_installed, read_file, read_hub, suffix_of
 from btx_merge.values import is_number, is_text
 
-EXTRA = "pip install 'btx-merge[train]'"
+EXTRA = "pip install '.[train]' in a checkout of btx-merge"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
-_CHARS_AT_ONCE = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,13 @@ class DomainText:
     """Files, folders, globs, or datasets of the Hub: `org/name`, `org/name/config`, each with `@revision` or not."""
     weight: float = 1.0
     """Its share of the tokens, relative to the other domains'. Above 0."""
+
+    def __post_init__(self) -> None:
+        """Take one reference as it is, and paths."""
+        given: Any = self.references
+        listed = [given] if isinstance(given, (str, Path)) else given
+        if isinstance(listed, (list, tuple)):
+            object.__setattr__(self, "references", tuple(_as_reference(item) for item in listed))
 
 
 def parse_domain_texts(flag: str, items: Iterable[str]) -> tuple[DomainText, ...]:
@@ -72,7 +78,8 @@ def domain_texts_of(origin: str, values: Any, folders: Sequence[Path], key: str 
 
     Args:
         origin: the file, as errors name it.
-        folders: what relative paths are relative to: the first of them where there is something.
+        folders: what relative paths are relative to: the first of them where there is something. With none, they
+            stay as they are.
         key: the mapping's name in the file.
 
     Raises:
@@ -81,12 +88,13 @@ def domain_texts_of(origin: str, values: Any, folders: Sequence[Path], key: str 
     expected = "a reference, a list of references, or `text:` and `weight:`"
     if not isinstance(values, Mapping):
         raise InputError([Problem(origin, key, short(values), "`name: reference`, one line for each domain")])
-    problems, texts = [], []
+    problems: list[Problem] = []
+    texts = []
     for name, value in values.items():
         where = f"{key}.{name if isinstance(name, str) else short(name)}"
         given = value if isinstance(value, Mapping) else {"text": value}
         text = given.get("text")
-        listed: list[Any] = text if isinstance(text, list) else [text]
+        listed = [_as_reference(item) for item in (text if isinstance(text, (list, tuple)) else [text])]
         weight = given.get("weight", 1.0)
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             problems.append(Problem(origin, key, f"the name {short(name)}", "letters, digits, `_`, `-`, `.`"))
@@ -102,13 +110,33 @@ def domain_texts_of(origin: str, values: Any, folders: Sequence[Path], key: str 
     return tuple(texts)
 
 
-def check_texts(texts: Iterable[DomainText]) -> list[Problem]:
-    """What is wrong with the texts, as far as it can be seen without reading them."""
-    problems = []
-    for text in texts:
-        for reference in text.references:
-            problems += _problems_of(text.name, reference)
-    return problems
+def as_domain_texts(values: Any, key: str) -> tuple[DomainText, ...]:
+    """Return the texts that a recipe in Python names: `DomainText`s, or a mapping as in a YAML file.
+
+    In a mapping a `DomainText` may stand too; it gets the name that it stands under.
+
+    Args:
+        key: the recipe's field, as errors name it.
+
+    Raises:
+        InputError: values that cannot be meant, all of them, or a name that comes twice.
+    """
+    if isinstance(values, DomainText):
+        values = (values,)
+    if isinstance(values, (list, tuple)) and all(isinstance(text, DomainText) for text in values):
+        names = [text.name for text in values]
+        twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+        remedy = "Give one DomainText with all references."
+        if twice:
+            raise InputError([Problem("recipe", key, f"{name} comes twice", "", remedy) for name in twice])
+        values = dict(zip(names, values, strict=True))
+    if not isinstance(values, Mapping):
+        raise InputError([Problem("recipe", key, short(values), "`name: reference`, or DomainTexts")])
+    plain = {
+        name: {"text": text.references, "weight": text.weight} if isinstance(text, DomainText) else text
+        for name, text in values.items()
+    }
+    return domain_texts_of("recipe", plain, [], key)
 
 
 def documents(text: DomainText, tokenizer: Any = None) -> Iterator[str]:
@@ -122,7 +150,7 @@ def documents(text: DomainText, tokenizer: Any = None) -> Iterator[str]:
     """
     for reference in text.references:
         files = files_of(reference)
-        problems = [] if files else _problems_of(text.name, reference)
+        problems = [] if files else reference_problems(text.name, reference)
         if problems:
             raise InputError(problems)
         streams = (read_file(text.name, file) for file in files) if files else [read_hub(text.name, reference)]
@@ -131,42 +159,6 @@ def documents(text: DomainText, tokenizer: Any = None) -> Iterator[str]:
                 document = _document_of(record, tokenizer)
                 if document.strip():
                     yield document
-
-
-def packed_windows(
-    documents: Iterable[str], tokenizer: Any, length: int, source: str = "data"
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Windows of `length` tokens in which document follows document: (input_ids, position_ids).
-
-    Positions begin at 0 with each document, and with each window. From them transformers knows, where there is no
-    attention mask and no cache, that no document may look at another. A document has the special tokens that the
-    tokenizer gives it, and ends with eos where the tokenizer has one. What does not fill the last window is left out,
-    unless there is no other: that one is shorter.
-
-    Args:
-        source: the domain's name, for the error.
-
-    Raises:
-        InputError: the documents have no token at all.
-    """
-    ids: list[int] = []
-    positions: list[int] = []
-    is_first = True
-    for tokens in _tokenized(documents, tokenizer):
-        begin = 0
-        while begin < len(tokens):
-            part = tokens[begin : begin + length - len(ids)]
-            ids += part
-            positions += range(len(part))
-            begin += len(part)
-            if len(ids) == length:
-                yield ids, positions
-                ids, positions, is_first = [], [], False
-    if is_first and ids:
-        yield ids, positions
-    elif is_first:
-        remedy = "Give another file, or leave the domain out."
-        raise InputError([Problem(source, "text", "not a single token", "at least one document with text", remedy)])
 
 
 def files_of(reference: str) -> list[Path]:
@@ -179,7 +171,8 @@ def files_of(reference: str) -> list[Path]:
     return sorted(Path(found) for found in glob.glob(path, recursive=True) if os.path.isfile(found))
 
 
-def _problems_of(name: str, reference: str) -> list[Problem]:
+def reference_problems(name: str, reference: str) -> list[Problem]:
+    """Return what is wrong with a reference, as far as it can be seen without reading a file."""
     files = files_of(reference)
     known = f"one of {', '.join(READERS)}"
     if not files:
@@ -208,46 +201,34 @@ def _not_installed(name: str, where: str, package: str) -> Problem:
 
 
 def _document_of(record: Record, tokenizer: Any) -> str:
+    plain = plain_text(record, getattr(tokenizer, "chat_template", None) is not None)
+    if plain is not None:
+        return plain
+    try:
+        return str(tokenizer.apply_chat_template(record.values["messages"], tokenize=False))
+    except Exception as error:  # whatever the template's own code raises
+        reason = f"{type(error).__name__}: {str(error).strip()}"
+        raise record.refused(f"messages that the chat template does not take ({reason})") from error
+
+
+def plain_text(record: Record, has_template: bool) -> str | None:
+    """Return a record's text, or None where it has messages for a chat template.
+
+    Raises:
+        InputError: the record has neither, or messages where there is no template.
+    """
     values = record.values
     for field in ("text", "content"):
         if isinstance(values.get(field), str):
             return str(values[field])
     messages = values.get("messages")
     if isinstance(messages, list) and messages:
-        if getattr(tokenizer, "chat_template", None) is None:
-            found = "messages, and the model's tokenizer has no chat template"
-            raise record.refused(found, "", "Give the model one, or texts instead of messages.")
-        try:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception as error:  # whatever the template's own code raises
-            reason = f"{type(error).__name__}: {str(error).strip()}"
-            raise record.refused(f"messages that the chat template does not take ({reason})") from error
+        if has_template:
+            return None
+        found = "messages, and the model's tokenizer has no chat template"
+        raise record.refused(found, "", "Give the model one, or texts instead of messages.")
     fields = ", ".join(f"{key} ({type(value).__name__})" for key, value in values.items()) or "none"
     raise record.refused(f"the fields {fields}", "`text` or `content` with a string, or `messages` with a list")
-
-
-def _tokenized(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids of each document; several at a time, which is faster."""
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    for group in _grouped(documents):
-        for tokens in tokenizer(group, verbose=False)["input_ids"]:
-            # A chat template writes the special tokens itself.
-            doubled = bos is not None and tokens[:2] == [bos, bos]
-            ended = eos is None or tokens[-1:] == [eos]
-            yield [*tokens[doubled:], *([] if ended else [eos])]
-
-
-def _grouped(documents: Iterable[str]) -> Iterator[list[str]]:
-    group: list[str] = []
-    chars = 0
-    for document in documents:
-        group.append(document)
-        chars += len(document)
-        if len(group) == 64 or chars >= _CHARS_AT_ONCE:
-            yield group
-            group, chars = [], 0
-    if group:
-        yield group
 
 
 def _split_weight(given: str) -> tuple[str, float | None]:
@@ -261,6 +242,10 @@ def _split_weight(given: str) -> tuple[str, float | None]:
         return given, None
 
 
+def _as_reference(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
 def _is_weight(value: Any) -> bool:
     return is_number(value) and 0 < value < math.inf
 
@@ -269,7 +254,7 @@ def _relative_to(folders: Sequence[Path], reference: str) -> str:
     """The reference, seen from a file's folder where it leads to something there."""
     paths = [str(folder / os.path.expanduser(reference)) for folder in folders]
     there = next((path for path in paths if files_of(path) or os.path.isdir(path)), None)
-    return there or (paths[0] if reference.startswith(("./", "../")) else reference)
+    return there or (paths[0] if paths and reference.startswith(("./", "../")) else reference)
 
 
 def public_record(texts: Iterable[DomainText]) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ import torch
 from torch.utils.data import IterableDataset
 
 from btx_merge.errors import InputError, Problem
-from btx_merge.texts import DomainText, documents, packed_windows
+from btx_merge.texts import DomainText, documents
+from btx_merge.windows import packed_windows
 
 Window = tuple[list[int], list[int]]
 _IGNORED = -100

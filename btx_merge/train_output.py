@@ -6,8 +6,6 @@ All is written into a folder beside the target, which takes the target's name wh
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ from btx_merge.held_out import OF_THIS_MODEL, training_results
 from btx_merge.hub import Located
 from btx_merge.tensorfiles import stored_tensors
 from btx_merge.tokenizer_files import copy_templates
-from btx_merge.writer import put_in_place
 
 
 def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
@@ -109,17 +106,6 @@ def training_section(entry: Mapping[str, Any], history: Sequence[Mapping[str, An
 {curve}
 ![losses, perplexities and loads of the run]({PICTURE})
 """
-
-
-def publish(staged: Path, target: Path, overwrite: bool) -> None:
-    """Gives a complete folder the target's name. What had it before goes only then."""
-    for file in staged.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-    old = put_in_place(staged, target, overwrite)
-    if old is not None:
-        shutil.rmtree(old)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -13,23 +13,23 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
+from btx_merge.disk_errors import is_curable, naming, remedy_of
+from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.layout import Block, Job, Layout
 from btx_merge.pagecache import forget_range
+from btx_merge.placing import JOURNAL, LOCK, Note, has_marks, lock, partial_of, put_in_place, repair, try_rename
+from btx_merge.reading import ReadFiles
+from btx_merge.sizes import readable
 
-JOURNAL = "btx_journal.jsonl"
-_LOCK = "btx_lock"
+_SCRATCH = "btx_files"
 _READ_BYTES = 1 << 20
 _LAG = 8  # jobs that are left to the disk before they are let go of
 
@@ -39,107 +39,110 @@ Fill = Callable[[Job], Iterator[Block]]
 """The bytes of a job in order, each for one of its extents."""
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """Refuses an output that is no folder, or that holds something which may not be replaced."""
-    file = next((path for path in (target, *target.parents) if path.is_file()), None)
-    if file is not None:
-        raise InputError([Problem("output", str(file), "a file", "a folder that is empty or not there yet")])
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        remedy = "Give another --output, or --overwrite to replace it when the new model is complete."
-        raise InputError([Problem("output", str(target), "not empty", "an empty or a new folder", remedy)])
-
-
-def put_in_place(folder: Path, target: Path, overwrite: bool) -> Path | None:
-    """Gives a complete folder the target's name. What had it before is returned, for the caller to remove.
-
-    Raises:
-        InputError: something that may not be replaced has come into the target's place meanwhile.
-    """
-    check_target(target, overwrite)
-    old = None
-    if target.exists() and any(target.iterdir()):
-        old = Path(tempfile.mkdtemp(prefix=target.name + ".btx-old-", dir=target.parent))
-        target.rename(old)
-    elif target.exists():
-        target.rmdir()
-    try:
-        folder.rename(target)
-    except OSError:
-        if old:
-            old.rename(target)
-        raise
-    return old
-
-
-@contextlib.contextmanager
-def continuable(output: Path) -> Iterator[None]:
-    """Turns a disk's refusal into a `MergeError`: what is finished is kept, and the same command continues."""
-    try:
-        yield
-    except OSError as error:
-        remedy = "What is finished is kept: the same command continues."
-        raise MergeError(f"{error.filename or output}: {error.strerror or error}. {remedy}") from error
-
-
-def fingerprint(layout: Layout, files: Iterable[tuple[str, Path]], *what: Any) -> str:
-    """Says whether something unfinished is of these files, with their labels, of this layout and this version.
-
-    Args:
-        what: else the bytes depend on; plain values.
-    """
-    stats = [[label, (stat := file.stat()).st_size, stat.st_mtime_ns] for label, file in files]
-    text = json.dumps([version("btx-merge"), what, stats, [shard.nbytes for shard in layout.shards]])
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
 class Staging:
-    """The folder beside the target in which a merge is written. Use as a context: it is locked meanwhile."""
+    """The folder beside the target in which a result is written. Use as a context: it is locked meanwhile.
 
-    def __init__(self, output: Path, layout: Layout, fill: Fill, fingerprint: str):
+    Whatever ends the context early is held against the sources: where one of them has changed, that is the error.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        layout: Layout,
+        fill: Fill,
+        read: ReadFiles,
+        *what: Any,
+        on_note: Note | None = None,
+    ):
         """
         Args:
-            fingerprint: of everything that the bytes depend on; what another one left unfinished is thrown away.
+            read: the files that the result is made from.
+            what: else the bytes depend on; plain values. What was left unfinished of other files, values or layout,
+                or of another version, is thrown away.
+            on_note: called with a line about what an earlier run left.
         """
-        self.output = output
-        self.folder = output.with_name(output.name + ".btx-partial")
-        self.layout, self.fill, self.fingerprint = layout, fill, fingerprint
-        self.restarted = False
-        """Whether an unfinished merge of something else was found and thrown away."""
+        self.output, self.folder = output, partial_of(output)
+        self.layout, self.fill, self.read = layout, fill, read
+        self.note: Note = on_note or (lambda line: None)
+        values = [version("btx-merge"), what, read.identity(), [shard.nbytes for shard in layout.shards]]
+        self.fingerprint = hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
         self.kept_bytes = 0
         """Bytes of an earlier run that were verified and kept."""
         self._finished: set[str] = set()
+        self._began = False
         self._journal_lock = threading.Lock()
         self._stop = threading.Event()
         self._behind: collections.deque[Job] = collections.deque()
 
     def __enter__(self) -> Staging:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        present = {path.name for path in self.folder.iterdir()}
-        if present - {_LOCK} and JOURNAL not in present:
+        """
+        Raises:
+            InputError: another run is writing there, the folder is not ours, or its file system will not do.
+            OSError: the disk refused what it may do later.
+        """
+        for folder in (self.output, self.folder):
+            if has_marks(folder):
+                os.close(lock(folder))  # nobody else is at work there
+        try:
+            repair(self.output, self.note)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if is_curable(error):
+                raise
+            where, found = str(error.filename or self.folder), error.strerror or str(error)
+            raise InputError([Problem("output", where, found, "", remedy_of(error))]) from error
+        if any(self.folder.iterdir()) and not has_marks(self.folder):
             found, remedy = "holds files, but no unfinished merge", "Move it away."
             raise InputError([Problem("output", str(self.folder), found, "", remedy)])
-        self._lock = FileLock(self.folder / _LOCK)
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout as error:
-            found = "another merge is writing it now"
-            raise InputError([Problem("output", str(self.folder), found, "", "Wait for it or stop it.")]) from error
+            self._lock = lock(self.folder)
+        except InputError:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # where it is new
+            raise
+        try:
+            try_rename(self.folder)
+        except BaseException:
+            self._leave()
+            raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """
+        Raises:
+            InputError: the context ended by an error, and sources have changed meanwhile.
+        """
+        changes = self.read.changes() if isinstance(error, Exception) else []
+        if changes:
+            self._finished.clear()  # whatever was written may be of both
+        self._leave()
+        if changes:
+            raise InputError(changes) from error
+
+    def _leave(self) -> None:
+        """Remove the folder where it holds nothing that the next run could keep; unlock it."""
+        may_be_kept = self._finished or (not self._began and (self.folder / JOURNAL).exists())
+        if not may_be_kept and (self.folder / LOCK).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+
+    def discard(self) -> None:
+        """Keep nothing of what was written once the context ends."""
+        self._finished.clear()
+
+    def scratch(self) -> Path:
+        """Return a new, empty folder for files on their way to the result. It goes before the result gets its name."""
+        folder = self.folder / _SCRATCH
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
 
     def path(self, job: Job) -> Path:
         """The file that a job writes to."""
         return self.folder / self.layout.shards[job.tensor.shard].name
 
-    def write(
-        self,
-        workers: int | None,
-        progress: Progress | None,
-        on_note: Callable[[str], None] | None,
-    ) -> None:
-        """Fills all files of weights, but for what an earlier run finished, of which `on_note` is told.
+    def write(self, workers: int | None = None, progress: Progress | None = None) -> None:
+        """Fill all files of weights, but for what an earlier run finished.
 
         Args:
             workers: threads; by default one per core, at most 4.
@@ -148,13 +151,10 @@ class Staging:
             InputError: the disk has too little room, or the folder holds something else.
             NonFiniteError: a NaN or an Inf was met, and the recipe does not allow it.
             OSError: the disk refused.
-            MergeInterrupted: Ctrl-C.
         """
         self._prepare()
-        if on_note and self.restarted:
-            on_note("Something unfinished of another recipe or of changed sources was there: starting over.")
-        if on_note and self.kept_bytes:
-            on_note(f"Continuing: {self.kept_bytes / 1e9:.2f} GB were written before and are verified.")
+        if self.kept_bytes:
+            self.note(f"Continuing: {readable(self.kept_bytes)} were written before and are verified.")
         self._run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
 
     def _prepare(self) -> None:
@@ -162,6 +162,7 @@ class Staging:
         recorded = self._read_journal()
         if recorded is None:
             self._start_over()
+        self._began = True
         jobs = {job.key: job for job in self.layout.jobs}
         for key, checksums in (recorded or {}).items():
             if key in jobs and self._checksums(jobs[key]) == checksums:
@@ -169,13 +170,15 @@ class Staging:
                 self.kept_bytes += jobs[key].nbytes
         self._check_room()
         for shard in self.layout.shards:
-            with (self.folder / shard.name).open("ab") as file:
-                file.truncate(shard.nbytes)
-                if hasattr(os, "posix_fallocate"):
-                    with contextlib.suppress(OSError):  # a file system that cannot reserve still can write
-                        os.posix_fallocate(file.fileno(), 0, shard.nbytes)
-            with (self.folder / shard.name).open("r+b") as file:
-                file.write(shard.header)
+            path = self.folder / shard.name
+            with naming(path):
+                with path.open("ab") as file:
+                    file.truncate(shard.nbytes)
+                    if hasattr(os, "posix_fallocate"):
+                        with contextlib.suppress(OSError):  # a file system that cannot reserve still can write
+                            os.posix_fallocate(file.fileno(), 0, shard.nbytes)
+                with path.open("r+b") as file:
+                    file.write(shard.header)
 
     def _run(self, workers: int, progress: Progress) -> None:
         """Writes everything that is not finished yet."""
@@ -189,7 +192,7 @@ class Staging:
             except KeyboardInterrupt:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
-                raise MergeInterrupted from None
+                raise
             failures = [error for future in done if (error := future.exception()) is not None]
             self._stop.set()
             pool.shutdown(cancel_futures=True)
@@ -197,20 +200,17 @@ class Staging:
             raise failure
 
     def finish(self, overwrite: bool) -> None:
-        """Gives the folder the target's name. What had it before is removed only then.
+        """Give the folder the output's name. What had it before is removed only then.
 
         Raises:
-            InputError: something has come into the target's place meanwhile.
+            InputError: a source has changed while it was read, or something has come into the output's place.
+            MergeError: the folder cannot get the name.
+            OSError: the disk refused.
         """
-        for path in self.folder.rglob("*"):
-            if path.is_file() and path.name not in (_LOCK, JOURNAL):
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-        old = put_in_place(self.folder, self.output, overwrite)
-        for name in (JOURNAL, _LOCK):
-            (self.output / name).unlink(missing_ok=True)
-        if old:
-            shutil.rmtree(old, ignore_errors=True)
+        if changes := self.read.changes():
+            raise InputError(changes)
+        shutil.rmtree(self.folder / _SCRATCH, ignore_errors=True)
+        put_in_place(self.folder, self.output, overwrite, self.note)
 
     def _work(self, job: Job, progress: Progress) -> None:
         """One job: its bytes into the file, then a line in the journal."""
@@ -221,8 +221,9 @@ class Staging:
                 for number, raw in self.fill(job):
                     if self._stop.is_set():
                         return  # another worker failed, or the user interrupted
-                    file.seek(job.extents[number].start + written[number])
-                    _write_all(file.fileno(), raw.data)
+                    with naming(self.path(job)):
+                        file.seek(job.extents[number].start + written[number])
+                        _write_all(file.fileno(), raw.data)
                     checksums[number] = zlib.crc32(raw.data, checksums[number])
                     written[number] += raw.nbytes
                     progress(raw.nbytes)
@@ -230,10 +231,14 @@ class Staging:
                 self._stop.set()
                 raise
             self._pass_on(file.fileno(), job)
-        assert written == [extent.nbytes for extent in job.extents], job.key
+        expected = [extent.nbytes for extent in job.extents]
+        if written != expected:
+            raise MergeError(f"{job.key}: {written} bytes, not {expected}: a fault of btx-merge, please report it.")
         line = json.dumps({"job": job.key, "crc32": checksums}) + "\n"
-        with self._journal_lock, (self.folder / JOURNAL).open("a", encoding="utf-8") as journal:
-            journal.write(line)
+        journal = self.folder / JOURNAL
+        with self._journal_lock, naming(journal), journal.open("a", encoding="utf-8") as file_of_lines:
+            file_of_lines.write(line)
+        self._finished.add(job.key)
 
     def _pass_on(self, descriptor: int, job: Job) -> None:
         """Has the kernel write a job's bytes to the disk now, and forget those of a job some time ago.
@@ -286,9 +291,10 @@ class Staging:
 
     def _start_over(self) -> None:
         """Empties the folder of another plan's files and begins a journal."""
-        present = {path.name for path in self.folder.iterdir()} - {_LOCK}
+        present = {path.name for path in self.folder.iterdir()} - {LOCK}
         journal = self.folder / JOURNAL
-        self.restarted = bool(present)
+        if present:
+            self.note("Something unfinished of another recipe or of changed sources was there: starting over.")
         for name in present - {JOURNAL}:  # the journal last: it marks the folder as ours
             path = self.folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -299,7 +305,7 @@ class Staging:
         needed = self.layout.bytes_to_write - present
         free = shutil.disk_usage(self.folder).free
         if needed > free:
-            found, expected = f"{free / 1e9:.2f} GB free", f"{needed / 1e9:.2f} GB for the result"
+            found, expected = f"{readable(free)} free", f"{readable(needed)} for the result"
             remedy = "Make room, or write to another disk."
             raise InputError([Problem("output", str(self.output.parent), found, expected, remedy)])
 

@@ -378,7 +378,7 @@ def test_what_peft_cannot_merge_is_refused(kind: str, base_of: Callable[..., Pat
     said = {
         "prompt tuning": "adapter_config.json: an adapter of type PROMPT_TUNING, which changes what goes through",
         "nonsense": "adapter_config.json: peft_type is 'NONSENSE', which the installed peft",
-        "adapter with another shape": "adapter_config.json: peft cannot merge it (",
+        "adapter with another shape": "adapter_config.json: peft cannot merge an adapter of type LORA here (",
         "a part missing": "adapter weights: lacks base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector",
     }
     assert line.startswith(f"expert: {said[kind]}")
@@ -631,6 +631,105 @@ def test_a_killed_runs_folder_goes(base_of: Callable[..., Path], tmp_path: Path)
     adapter = train(base_of(), tmp_path / "adapter", THROUGH_PEFT["DoRA"])
     merge(MergeRecipe(str(base_of()), {"expert": str(adapter)}), tmp_path / "room" / "out")
     assert [path.name for path in (tmp_path / "room").iterdir()] == ["out"]
+
+
+# Words that lead to the remedy
+
+
+def test_a_whole_model_in_an_adapters_folder(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    """With weights of the adapter there too it is taken, and said; without them one file is in the way."""
+    adapter = make_lora(base_of(), tmp_path / "adapter")
+    shutil.copy(base_of() / "model.safetensors", adapter)
+    checked = check(MergeRecipe(str(base_of()), {"expert": str(adapter)}))
+    assert any("a whole model lies there too; the adapter is taken" in warning.found for warning in checked.warnings)
+    (adapter / "adapter_model.safetensors").unlink()
+    assert refused(base_of(), adapter) == [
+        f"{adapter}: no adapter weights, but a whole model; expected adapter_model.safetensors or adapter_model.bin. "
+        "If the model is meant, remove adapter_config.json."
+    ]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_base_that_is_an_adapter_itself(given: bool, base_of: Callable[..., Path], tmp_path: Path) -> None:
+    first, second = make_lora(base_of(), tmp_path / "first"), make_lora(base_of(), tmp_path / "second")
+    edit_json(second / "adapter_config.json", base_model_name_or_path=None if given else str(first))
+    *_, line = refused(base_of(), second, **({"base": str(first)} if given else {}))
+    assert line == (
+        f"{first}: the adapter's base is itself an adapter; expected a whole model. Merge that one into its base "
+        "first (peft's merge_and_unload, save_pretrained), and name the result."
+    )
+
+
+def test_an_adapter_in_a_subfolder(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    """So peft saves one that has a name."""
+    make_lora(base_of(), tmp_path / "named" / "first")
+    (line,) = refused(base_of(), tmp_path / "named")
+    assert line.startswith(f"{tmp_path / 'named'}: its subfolder first holds an adapter; expected a folder with")
+    assert line.endswith(f"Give {tmp_path / 'named' / 'first'}.")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_rows_of_added_tokens(tied: bool, base_of: Callable[..., Path], tmp_path: Path) -> None:
+    model = load(base_of(tied=tied))
+    model.resize_token_embeddings(130, mean_resizing=False)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, trainable_token_indices=[5, 128, 129])
+    torch.manual_seed(1)
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+        model.eval().save_pretrained(tmp_path / "adapter")
+        tiny_tokenizer(["<|a|>", "<|b|>"]).save_pretrained(tmp_path / "adapter")
+        recipe = MergeRecipe(
+            str(base_of(tied=tied)), {"expert": str(tmp_path / "adapter")}, seed_expert=False, num_experts_per_tok=1
+        )
+        merge(recipe, tmp_path / "out")
+        ids = torch.tensor([[5, 128, 17, 129, 128, 3, 5]])
+        wanted, found = model(ids).logits, load_float32(tmp_path / "out")(ids).logits
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_what_peft_merges_is_rounded_once(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    """In bfloat16, one LoRA by either way: at most half a step from the sum in float64, and a thousandth."""
+    base = base_of(dtype=torch.bfloat16)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=LINEAR, r=4, lora_alpha=8)
+    adapter = train(base, tmp_path / "adapter", config)
+    edit_json(adapter / "adapter_config.json", use_something_new=True)  # so that peft merges it
+    recipe = MergeRecipe(str(base), {"expert": str(adapter)}, seed_expert=False, num_experts_per_tok=1)
+    merge(recipe, tmp_path / "out")
+    factors, name = load_file(adapter / "adapter_model.safetensors"), "model.layers.0.mlp.down_proj"
+    up, down = (factors[f"base_model.model.{name}.lora_{letter}.weight"].double() for letter in "BA")
+    exact = tensors_of(base)[f"{name}.weight"].double() + 2 * up @ down
+    found = tensors_of(tmp_path / "out")["model.layers.0.mlp.experts.down_proj"][0]
+    assert found.dtype == torch.bfloat16
+    step = 2.0 ** (exact.abs().clamp_min(1e-30).log2().floor() - 7)
+    assert float(((found.double() - exact).abs() / step).max()) <= 0.5 + 1e-3
+
+
+def test_a_seed_in_the_hubs_cache_is_known_by_its_commit(base_of: Callable[..., Path], tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    seed = shutil.copytree(base_of(), tmp_path / "models--org--tiny" / "snapshots" / commit)
+    adapter = make_lora(base_of(), tmp_path / "adapter")
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path="org/tiny")
+    merge(MergeRecipe(str(seed), {"expert": str(adapter)}), tmp_path / "out")
+    assert f"seed: org/tiny@{commit}" in (tmp_path / "out" / "btx_recipe.yaml").read_text().splitlines()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"[org/tiny](https://huggingface.co/org/tiny) | {commit}" in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoHa"])
+def test_a_saved_embedding_without_a_shape(kind: str, base_of: Callable[..., Path], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"], "r": 4}
+    config = {"LoRA": LoraConfig, "LoHa": LoHaConfig}[kind](**options, modules_to_save=["embed_tokens"])
+    file = train(base_of(), tmp_path / "adapter", config) / "adapter_model.safetensors"
+    tensors = load_file(file)
+    (key,) = [key for key in tensors if "embed_tokens" in key]
+    save_file({**tensors, key: torch.tensor(1.0)}, file)
+    lines = refused(base_of(), tmp_path / "adapter")
+    said = "model.embed_tokens.weight has shape []" if kind == "LoRA" else "of type LOHA here ("
+    assert said in lines[0]
 
 
 # Broken adapters

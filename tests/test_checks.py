@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralForCausalLM
 
 from btx_merge import Check, InputError, MergeRecipe, NonFiniteError, Problem, Report, check, merge
-from btx_merge.llama import DEFAULTS, normalise_config
+from btx_merge.llama import ACTIVATIONS, DEFAULTS, normalise_config
 from tests.common import assert_complete, edit_json, grow, save_seed, tensors_of
 from tests.conftest import Family
 
@@ -236,8 +236,9 @@ def test_a_bare_llama_model(family: Family, tmp_path: Path) -> None:
     assert {problem.remedy for problem in missing} == {"This is a bare LlamaModel; save the LlamaForCausalLM."}
 
 
-def test_buffers_of_old_checkpoints_are_passed_over(family: Family, tmp_path: Path) -> None:
-    buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(2)}
+@pytest.mark.parametrize("buffer", ["inv_freq", "original_inv_freq", "cos_cached", "sin_cached"])
+def test_buffers_of_old_checkpoints_are_passed_over(buffer: str, family: Family, tmp_path: Path) -> None:
+    buffers = {f"model.layers.{layer}.self_attn.rotary_emb.{buffer}": torch.ones(8) for layer in range(2)}
     old = edit_tensors(copied(family.code, tmp_path / "old"), lambda tensors: tensors.update(buffers))
     experts = {"old": str(old)}
     report = merge(MergeRecipe(str(family.seed), experts), tmp_path / "out")
@@ -246,6 +247,33 @@ def test_buffers_of_old_checkpoints_are_passed_over(family: Family, tmp_path: Pa
     assert [(fate.source, fate.tensors, fate.nbytes) for fate in passed] == [("old", 2, 64)]
     merge(MergeRecipe(str(family.seed), {"old": str(family.code)}), tmp_path / "plain")
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "plain" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_names_with_a_prefix_of_a_wrapper(prefix: str, family: Family, tmp_path: Path) -> None:
+    """As torch.compile, DataParallel and peft leave them; what the remedy says helps."""
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    odd = edit_tensors(copied(family.code, tmp_path / "odd"), rename)
+    problems = refusal(tmp_path, family.seed, experts={"odd": odd})
+    said = f"Every name begins with `{prefix}`, which a wrapper left there: take it off all names and save again."
+    assert {problem.remedy for problem in problems} == {said}
+    assert len(problems) <= 10
+    edit_tensors(odd, lambda tensors: [tensors.update({n.removeprefix(prefix): tensors.pop(n)}) for n in [*tensors]])
+    assert check(MergeRecipe(str(family.seed), {"odd": str(odd)})).warnings == ()
+
+
+def test_float64_is_no_quantised_checkpoint(family: Family, tmp_path: Path) -> None:
+    odd = copied(family.code, tmp_path / "odd")
+    edit_tensors(odd, lambda tensors: tensors.update({name: value.double() for name, value in tensors.items()}))
+    problems = refusal(tmp_path, family.seed, experts={"odd": odd})
+    assert {problem.remedy for problem in problems[:4]} == {
+        "Load it in transformers, call model.float(), save_pretrained, and give that folder."
+    }
+    assert len(problems) == 5
 
 
 def test_files_that_lie_or_are_cut_off(family: Family, tmp_path: Path) -> None:
@@ -368,6 +396,23 @@ def test_the_head_that_a_tied_checkpoint_still_holds(tied: Path, tmp_path: Path)
         "expected the same numbers, or no such tensor. "
         "Say false in its config.json if the head is meant, or delete the tensor if it is not."
     )
+
+
+@pytest.mark.parametrize("row", [1, 63, 126, 127])
+def test_every_row_of_a_tied_checkpoints_head_counts(
+    row: int, tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where only the rows of special tokens were trained. Read in pieces of four rows here."""
+    monkeypatch.setattr("btx_merge.checks.BLOCK_BYTES", 1024)
+
+    def add_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    other = edit_tensors(copied(tied, tmp_path / "other"), add_head)
+    assert check(MergeRecipe(str(tied), {"other": str(other)})).warnings != ()  # identical to the seed: no refusal
+    edit_tensors(other, lambda tensors: tensors["lm_head.weight"][row, 63].add_(1))
+    (problem,) = refusal(tmp_path, tied, experts={"other": other})
+    assert problem.found == "lm_head.weight differs from the embedding although tie_word_embeddings is true"
 
 
 # NaN and Inf
@@ -670,6 +715,13 @@ def test_configs_are_read_as_transformers_reads_them(kind: str) -> None:
     rope = {key: value for key, value in theirs["rope_parameters"].items() if key != "type"}
     assert ours["rope_parameters"] == rope
     assert {key: ours[key] for key in DEFAULTS} == {key: theirs[key] for key in DEFAULTS}
+
+
+def test_the_activations_are_those_of_transformers() -> None:
+    """They are listed without importing it."""
+    from transformers.activations import ACT2FN
+
+    assert set(ACTIVATIONS) == set(ACT2FN)
 
 
 def test_no_key_of_a_llama_config_is_forgotten() -> None:

@@ -71,6 +71,7 @@ OPTIONS = {
         *(*RECIPE_OPTIONS, *FITTING, "--output", "-o", "--dry-run", "--print-recipe", "--overwrite", "--workers"),
         *("--quiet", "-q", "--json"),
     },
+    "info": {"model", "--json"},
     "check": {*RECIPE_OPTIONS, "--quiet", "-q", "--json"},
     "fit": {
         *("model", "--output", "-o", "--method", "--domain-text", "--prompt", "--domain-tokens", "--router-ridge"),

@@ -521,6 +521,59 @@ def test_wrong_inputs(root, two, texts, tmp_path, name):
     assert list(tmp_path.iterdir()) == []
 
 
+DAMAGED = {
+    "experts": [
+        5,
+        "code",
+        {"code": 5},
+        {"code": {"model": None}},
+        {"code": {"model": "x", "weight": "much"}},
+        {1: "x"},
+    ],
+    "training": [5, [5], "routers", {"train": 1}],
+    "edits": [5, "x"],
+    "seed": [5, ["x"]],
+    "seed_weight": ["much", [1]],
+    "shared_over": [5, {"experts": 5}, {"seed": {}}],
+    "fold_norms": ["yes", 2],
+    "prompts": [5, ["a"]],
+    "domain_text": [5, ["a"]],
+}
+
+
+@pytest.mark.parametrize("key", DAMAGED)
+def test_a_models_own_recipe_that_is_damaged(root, two, tmp_path, key):
+    shutil.copytree(two, tmp_path / "model")
+    file = tmp_path / "model/btx_recipe.yaml"
+    values = yaml.safe_load(file.read_text())
+    for number, value in enumerate(DAMAGED[key]):
+        file.write_text(yaml.safe_dump({**values, key: value}))
+        with pytest.raises(InputError, match=rf"model: .*btx_recipe.yaml: ([a-z_]+\.)?{key}.*; expected ") as caught:
+            edited(tmp_path / "model", tmp_path / f"out{number}", add={"bio": str(root / "bio")})
+        assert "remove it: then the sources are unknown" in str(caught.value)
+    file.unlink()
+    assert edited(tmp_path / "model", tmp_path / "out", drop=("code",)).shared == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+@pytest.mark.parametrize("active", [["cod"], ["code", "code"], ["code", 1], [3], [-1], [], "code", 5, [None], [True]])
+def test_active_experts_that_are_none(two, tmp_path, active):
+    shutil.copytree(two, tmp_path / "model")
+    edit_json(tmp_path / "model/config.json", active_experts=active)
+    with pytest.raises(InputError, match=r"model: config\.json: active_experts: .*; expected a list of different"):
+        edited(tmp_path / "model", tmp_path / "out", drop=("math",))
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), float("inf"), 0, -1.0, "0.02", True])
+def test_deviations_that_cannot_be_meant(two, root, value):
+    for recipe in (
+        lambda: EditRecipe(str(two), drop=("code",), router_std=value),
+        lambda: MergeRecipe("x", {"a": "b"}, router_std=value),
+    ):
+        with pytest.raises(InputError, match=r"recipe: router_std: .*; expected "):
+            recipe()
+
+
 def test_several_problems_come_together(root, two, tmp_path):
     grow(root / "seed", tmp_path / "shallow")
     edit_json(tmp_path / "shallow/config.json", num_hidden_layers=3)
@@ -530,7 +583,7 @@ def test_several_problems_come_together(root, two, tmp_path):
 
 
 def test_models_that_cannot_be_edited(root, two, tmp_path):
-    with pytest.raises(InputError, match=r"model_type: 'llama'; expected 'btx'\. Merge first"):
+    with pytest.raises(InputError, match=r"model_type: 'llama', a dense Llama; expected 'btx'\. Merge first"):
         edited(root / "seed", tmp_path / "out", drop=("code",))
     with pytest.raises(InputError, match="is where the model lies"):
         edited(two, two, drop=("code",))
@@ -567,7 +620,7 @@ def test_interrupted_and_continued(root, two, tmp_path, monkeypatch):
         return plain(self, job)
 
     monkeypatch.setattr(SharedWeights, "rows", failing)
-    with pytest.raises(MergeError, match=r"No space left on device\. What is finished is kept"):
+    with pytest.raises(MergeError, match=r"No space left on device\. Make room\. What is finished is kept"):
         edited(two, tmp_path / "out", add={"bio": str(root / "bio")})
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(SharedWeights, "rows", plain)

@@ -351,7 +351,8 @@ def test_what_is_no_merged_model(family, merged, tmp_path):
         "`org/name` or `org/name@revision`. Check the path."
     ]
     assert refused(family.seed, tmp_path / "out") == [
-        "model: config.json: model_type: 'llama'; expected 'btx'. Merge first: btx merge."
+        "model: config.json: model_type: 'llama', a dense Llama; expected 'btx'. Merge first. Make an expert of it: "
+        "btx merge --seed SEED --expert NAME=MODEL."
     ]
     (tmp_path / "empty").mkdir()
     (line,) = refused(tmp_path / "empty", tmp_path / "out")

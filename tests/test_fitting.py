@@ -13,7 +13,8 @@ from btx_merge.cli import app
 from btx_merge.experts import own_experts
 from btx_merge.fit_equations import OFF_DIAGONAL, TEMPERATURES, Statistics, prompt_rows, ridge_solution
 from btx_merge.fitting import FitRecipe, fit
-from btx_merge.texts import DomainText, documents, packed_windows
+from btx_merge.texts import DomainText, documents
+from btx_merge.windows import packed_windows
 from tests.common import LAYERS, VOCAB, WORDS, files_of, grow, load_float32, save_seed, tensors_of, tiny_tokenizer
 
 GATE = "model.layers.{}.mlp.gate.weight"
@@ -182,23 +183,30 @@ def _pull_the_plug(done: int, layers: int) -> None:
         raise RuntimeError("pulled")
 
 
-def test_an_interrupted_fit_leaves_nothing_behind(grown, tmp_path, monkeypatch):
+def test_an_interrupted_fit_is_continued_by_the_same_command(grown, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     folder, texts = grown
     merge(recipe_of(folder), tmp_path / "btx")
 
     def interrupt(self, done: int, layers: int) -> None:
-        assert (tmp_path / "out.btx-fitting/model.safetensors").exists()
-        assert not (tmp_path / "out.btx-fitting/config.json").exists()
+        assert (tmp_path / "out.btx-partial/model.safetensors").exists()
+        assert not (tmp_path / "out.btx-partial/config.json").exists()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("btx_merge.tables.LayerBar.advance", interrupt)
     given = [word for name, text in texts.items() for word in ("--domain-text", f"{name}={text.references[0]}")]
-    result = CliRunner().invoke(app, ["fit", str(tmp_path / "btx"), "-o", str(tmp_path / "out"), *given])
+    command = ["fit", str(tmp_path / "btx"), "-o", str(tmp_path / "out"), *given]
+    with monkeypatch.context() as pressed:
+        pressed.setattr("btx_merge.tables.LayerBar.advance", interrupt)
+        result = CliRunner().invoke(app, command)
     assert result.exit_code == 130
-    assert "begins anew" in result.output
-    assert [path.name for path in tmp_path.iterdir()] == ["btx"]
+    assert "the same command continues" in result.output
+    assert not (tmp_path / "out").exists()
+    assert CliRunner().invoke(app, command).exit_code == 0
+    command[3] = str(tmp_path / "undisturbed")
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
+    assert {path.name for path in tmp_path.iterdir()} == {"btx", "out", "undisturbed"}
 
 
 def test_regmean_is_the_papers_on_the_sources_own_inputs(grown, tmp_path):
@@ -378,7 +386,7 @@ def test_statistics_are_reused(grown, tmp_path):
     with pytest.raises(InputError, match="something else"):
         fit(shorter, tmp_path / "refused", statistics=tmp_path / "btx")
     assert not (tmp_path / "refused").exists()
-    assert not list(tmp_path.glob("*.btx-fitting"))
+    assert not list(tmp_path.glob("*.btx-partial"))
 
 
 def test_statistics_of_both_fits_come_from_one_pass(grown, tmp_path):
@@ -440,7 +448,7 @@ def test_what_is_wrong_is_said_in_one_line(grown, tmp_path, case):
     assert result.exit_code == 2, result.output
     assert expected in result.output
     assert not (tmp_path / "out").exists()
-    assert not list(tmp_path.glob("*.btx-fitting"))
+    assert not list(tmp_path.glob("*.btx-partial"))
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,10 @@ def test_a_head_for_classification(merged: Path, tmp_path: Path) -> None:
 def test_no_folder_and_no_merged_model(tmp_path: Path, family: Any) -> None:
     (line,) = refused(tmp_path / "x")
     assert line.startswith(f"model: {tmp_path / 'x'}: no such folder; expected a folder that btx merge, fit or train")
-    assert refused(family.seed) == ["model: config.json: model_type: 'llama'; expected 'btx'. Merge first: btx merge."]
+    assert refused(family.seed) == [
+        "model: config.json: model_type: 'llama', a dense Llama; expected 'btx'. Merge first. Make an expert of it: "
+        "btx merge --seed SEED --expert NAME=MODEL."
+    ]
     (line,) = refused(tmp_path)
     assert line.startswith("model: config.json: missing")
     (tmp_path / "adapter_config.json").write_text("{}")

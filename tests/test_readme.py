@@ -54,6 +54,7 @@ def test_the_commands_and_the_recipe(folder, hub):
         "merge",
         "fit",
         "check",
+        "info",
         "merge",
         "train",
         "edit",
@@ -72,7 +73,7 @@ def test_the_commands_and_the_recipe(folder, hub):
             [BTX, *shlex.split(command)[1:]], cwd=folder, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        if verb not in ("check", "push"):
+        if verb not in ("check", "info", "push"):
             words = command.split()
             output = folder / (words[words.index("-o") + 1] if "-o" in words else words[3])
             assert_complete(output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,66 @@ def test_an_index_that_names_a_tensor_which_the_shard_lacks(sharded: Path) -> No
         f"{SHARDS[0]}: lacks model.norm.weight; expected it there, by {INDEX}{SAVE_AGAIN}",
         f"{SHARDS[1]}: lacks phantom.weight; expected it there, by {INDEX}{SAVE_AGAIN}",
     ]
+
+
+BUFFER = "model.layers.0.self_attn.rotary_emb.inv_freq"
+
+
+@pytest.mark.parametrize("shard", [SHARDS[0], "model-of-buffers.safetensors"])
+def test_an_index_that_names_what_a_merge_passes_over(shard: str, sharded: Path, tmp_path: Path) -> None:
+    """Buffers of the rotary embedding that nobody stores now, and the head of a tied checkpoint."""
+    edit_weight_map(sharded, **{BUFFER: shard})
+    assert len(open_one(sharded).tensors) == 21
+    tied = save_seed(tmp_path / "tied", tie_word_embeddings=True)
+    (tied / "model.safetensors").rename(tied / SHARDS[0])
+    names = {**dict.fromkeys(tensors_of_file(tied / SHARDS[0]), SHARDS[0]), "lm_head.weight": shard, BUFFER: shard}
+    (tied / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    assert len(open_one(tied).tensors) == 20
+    check(MergeRecipe(str(tied), {"twin": str(tied)}))
+    edit_json(tied / "config.json", tie_word_embeddings=False)
+    (line,) = refusal(tied)
+    lacking = f"{SHARDS[0]}: lacks lm_head.weight" if shard == SHARDS[0] else f"{shard}: missing"
+    assert line.startswith(lacking)
+
+
+def test_a_broken_file_beside_whole_shards(sharded: Path) -> None:
+    (sharded / "model.safetensors").write_bytes(b"\0" * 500)
+    lines = refusal(sharded)
+    assert lines[0].startswith("model.safetensors: unreadable header: ")
+    assert lines[1] == (
+        f"{INDEX}: lies beside model.safetensors, which cannot be read; expected only one of them. "
+        f"If the shards that {INDEX} names are the model, remove model.safetensors."
+    )
+    (sharded / "model.safetensors").unlink()
+    assert len(open_one(sharded).tensors) == 21
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".safetensors", "a\nb", "\x1b[2J"])
+def test_an_index_with_names_that_no_file_has(name: str, sharded: Path) -> None:
+    edit_weight_map(sharded, **{"model.norm.weight": name})
+    (line,) = refusal(sharded)
+    assert line.startswith(f"{INDEX}: names ")
+    assert "which no file should be called" in line
+
+
+def test_a_folder_that_may_not_be_entered(family: Family, tmp_path: Path) -> None:
+    """Said by the check, in its report. To root nothing is forbidden: it becomes another user meanwhile."""
+    closed = tmp_path / "closed"
+    shutil.copytree(family.code, closed / "model")
+    recipe = MergeRecipe(str(family.seed), {"code": str(closed / "model")})
+    assert check(recipe).warnings == ()
+    closed.chmod(0)
+    is_root = os.geteuid() == 0
+    try:
+        if is_root:
+            os.seteuid(65534)
+        with pytest.raises(InputError) as caught:
+            check(recipe)
+    finally:
+        if is_root:
+            os.seteuid(0)
+        closed.chmod(0o700)
+    assert "code: " in str(caught.value)
 
 
 def tensors_of_file(file: Path) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -290,6 +291,79 @@ def test_bin_whose_data_is_not_what_its_index_says(tmp_path: Path) -> None:
     for name in ("compressed", "short"):
         assert refusal(tmp_path / f"{name}.bin").startswith("a takes 256 bytes, which do not lie plainly in the file")
     assert refusal(tmp_path / "big-endian.bin").startswith("its numbers are big-endian; expected little-endian")
+
+
+def zip_with(target: Path, record: str, content: bytes, compression: int) -> Path:
+    """A torch file one of whose records is another, compressed."""
+    plain = target.with_name("plain.bin")
+    torch.save({"a": torch.arange(64.0)}, plain)
+    with zipfile.ZipFile(plain) as old, zipfile.ZipFile(target, "w") as new:
+        for member in old.infolist():
+            is_it = member.filename.endswith("/" + record)
+            new.writestr(member, content if is_it else old.read(member), compression if is_it else None)
+    return target
+
+
+@pytest.mark.parametrize("record", ["byteorder", "data.pkl", "version"])
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_bin_whose_records_unpack_to_much_more(record: str, compression: int, tmp_path: Path) -> None:
+    """A file of some KB; reading it takes no more memory than that."""
+    file = zip_with(tmp_path / "a.bin", record, bytes(30_000_000), compression)
+    assert file.stat().st_size < 200_000
+    tracemalloc.start()
+    found = refusal(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert f"/{record} announces 30,000,000 bytes" in found
+    assert peak < 5_000_000
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("damage", ["other bytes", "cut off", "encrypted", "unknown method"])
+def test_bin_whose_byte_order_cannot_be_unpacked(compression: int, damage: str, tmp_path: Path) -> None:
+    file = zip_with(tmp_path / "a.bin", "byteorder", b"little" * 2, compression)
+    with zipfile.ZipFile(file) as archive:
+        member = next(item for item in archive.infolist() if item.filename.endswith("/byteorder"))
+        entry = archive.start_dir
+    content = bytearray(file.read_bytes())
+    data = member.header_offset + 30 + int.from_bytes(content[member.header_offset + 26 :][:2], "little")
+    data += int.from_bytes(content[member.header_offset + 28 :][:2], "little")
+    if damage == "other bytes":
+        content[data : data + member.compress_size] = b"\xff" * member.compress_size
+    elif damage == "cut off":  # the sizes in both headers say so too
+        for place in (member.header_offset + 18, content.index(member.filename.encode(), entry) - 46 + 20):
+            content[place : place + 4] = (member.compress_size // 2).to_bytes(4, "little")
+    else:
+        place, bits = (6, 1) if damage == "encrypted" else (8, 77)
+        for where in (member.header_offset + place, content.index(member.filename.encode(), entry) - 46 + place + 2):
+            content[where] = bits
+    file.write_bytes(content)
+    found = refusal(file)
+    assert found.startswith(("a broken zip file (", "its numbers are big-endian")), found
+
+
+def many(kind: str, count: int = 10_000) -> Header:
+    if kind == "malformed":
+        return {f"t{number}": {} for number in range(count)}
+    if kind == "of one place":
+        return {f"t{number}": entry(0, 8) for number in range(count)}
+    return {f"t{number}": entry(8 * number, 8 * number + 8, (9,)) for number in range(count)}
+
+
+@pytest.mark.parametrize("kind", ["malformed", "of one place", "of another size"])
+def test_very_many_lies_are_told_in_a_few_lines(kind: str, tmp_path: Path) -> None:
+    found = refusal(write_raw(tmp_path / "model.safetensors", many(kind), b""))
+    assert found.count("\n") < 10
+    assert len(found) < 5_000
+    assert "more like these" in found
+
+
+def test_a_header_longer_than_any_that_is_meant(tmp_path: Path) -> None:
+    """It lies in the file as announced, but to read it would take much memory."""
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write((30_000_000).to_bytes(8, "little"))
+        file.truncate(30_000_008)
+    assert refusal(tmp_path / "model.safetensors").startswith("a header of 30,000,000 bytes; expected at most 25,000,")
 
 
 class Beyond:

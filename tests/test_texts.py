@@ -12,8 +12,13 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from btx_merge import InputError, textfiles, texts
-from btx_merge.texts import DomainText, check_texts, documents, domain_texts_of, packed_windows, parse_domain_texts
+from btx_merge import InputError, MergeRecipe, textfiles, texts
+from btx_merge.edit_recipe import EditRecipe
+from btx_merge.finetuning import TrainRecipe
+from btx_merge.fitting import FitRecipe
+from btx_merge.text_checks import check_texts
+from btx_merge.texts import DomainText, documents, domain_texts_of, parse_domain_texts
+from btx_merge.windows import packed_windows
 from tests.common import tiny_tokenizer
 from tests.models import tiny_btx
 
@@ -85,7 +90,7 @@ def test_what_can_be_seen_without_reading(tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "code.py").write_text("x")
     (tmp_path / "fine.txt").write_text("x")
-    (tmp_path / "t.parquet").write_text("x")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["x"]}), tmp_path / "t.parquet")
     (tmp_path / "nothing").mkdir()
     references = ["missing.jsonl", "./missing", "*.none", "empty.jsonl", "code.py", "nothing", "fine.txt", "org/name"]
     monkeypatch.chdir(tmp_path)
@@ -96,8 +101,80 @@ def test_what_can_be_seen_without_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "is_installed", lambda package: False)
     found = [str(problem) for problem in check_texts([DomainText("math", ("org/name", "t.parquet"))])]
     assert [("datasets" in line, "pyarrow" in line) for line in found] == [(True, False), (False, True)]
-    assert all("pip install 'btx-merge[train]'" in line for line in found)
+    assert all("pip install '.[train]'" in line for line in found)
     assert "no such file" in refused("missing.jsonl")
+
+
+def test_first_records_are_looked_at_in_the_check(tmp_path):
+    """Of several files, all in one report; what stands behind the first records is found when it is reached."""
+    chat = json.dumps({"messages": [{"role": "user", "content": "x"}]})
+    contents = {
+        "a.jsonl": '{"body": "x"}\n',
+        "b.json": "[1]",
+        "c.csv": "id\n1\n",
+        "d.jsonl": f"{chat}\n",
+        "e.jsonl": '{"text": "x"}\n' * 3 + "{",
+        "f.parquet": "none",
+        "g.txt": "fine",
+    }
+    tokenizer = tmp_path / "tokenizer"
+    tmp_path = tmp_path / "texts"
+    tmp_path.mkdir()
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    tiny_tokenizer().save_pretrained(tokenizer)
+    data = (DomainText("code", (str(tmp_path), "gone.txt")), DomainText("math", (tmp_path / "a.jsonl",)))
+    found = [str(problem) for problem in check_texts(data, tokenizer)]
+    said = ["fields body", "a int", "fields id", "no chat template", "no Parquet", "no such file", "fields body"]
+    assert len(found) == len(said)
+    assert all(text in line for text, line in zip(said, found, strict=True)), found
+    for name in ("additional_chat_templates/default.jinja", "chat_template.jinja", "chat_template.json"):
+        (tokenizer / name).parent.mkdir(exist_ok=True)
+        (tokenizer / name).write_text(TEMPLATE)
+        assert check_texts([DomainText("chat", (tmp_path / "d.jsonl",))], tokenizer) == []
+        (tokenizer / name).unlink()
+    assert len(check_texts([DomainText("chat", (tmp_path / "d.jsonl",))], tokenizer)) == 1
+    with_template = tiny_tokenizer()
+    with_template.chat_template = TEMPLATE
+    with_template.save_pretrained(tokenizer)
+    assert check_texts([DomainText("chat", (tmp_path / "d.jsonl",))], tokenizer) == []
+
+
+def test_every_recipe_takes_texts_in_every_form(tmp_path):
+    """By name or as DomainTexts; one reference, several, paths, with a weight."""
+    given = {"code": "a.txt", "math": [tmp_path / "b.txt", "c.txt"], "bio": {"text": "d.txt", "weight": 2}}
+    expected = (
+        DomainText("code", ("a.txt",)),
+        DomainText("math", (str(tmp_path / "b.txt"), "c.txt")),
+        DomainText("bio", ("d.txt",), 2.0),
+    )
+    mixed = {**given, "code": DomainText("other", "a.txt")}
+    listed = [DomainText("code", "a.txt"), DomainText("math", [tmp_path / "b.txt", "c.txt"]), expected[2]]
+    for form in (given, expected, mixed, listed):
+        assert TrainRecipe("m", form).data == expected
+        assert FitRecipe("m", domain_text=form).domain_text == expected
+        assert EditRecipe("m", drop=("x",), domain_text=form).domain_text == expected
+        merge = MergeRecipe("s", dict.fromkeys(given, "e"), router_init="ridge", domain_text=form)
+        assert tuple(merge.domain_text.values()) == expected
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (3, "3; expected `name: reference`"),
+        ("a.txt", "'a.txt'; expected"),
+        (["a.txt"], "['a.txt']; expected"),
+        ([DomainText("code", "a"), DomainText("code", "b")], "code comes twice. Give one DomainText"),
+        ({"code": 3}, "3; expected a reference"),
+        ([DomainText("code", "a", 0)], "0; expected a number above 0"),
+        ([DomainText("code", ())], "expected a reference"),
+    ],
+)
+def test_texts_that_cannot_be_meant(wrong, said):
+    for make in (lambda: TrainRecipe("m", wrong), lambda: FitRecipe("m", domain_text=wrong)):
+        assert said in problems_of(make)[0]
+    assert said in problems_of(lambda: EditRecipe("m", drop=("x",), domain_text=wrong))[0]
+    assert said in problems_of(lambda: MergeRecipe("s", {"code": "e"}, router_init="ridge", domain_text=wrong))[0]
 
 
 # Documents
@@ -118,6 +195,42 @@ def test_every_kind_of_file(tmp_path):
     assert read(tmp_path) == [*expected, "ten"]
     assert read(f"{tmp_path}/*.[jc]s*") == expected[1:8]
     assert read(f"{tmp_path}/d.csv", f"{tmp_path}/a.txt") == [*expected[6:8], expected[0]]
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", "one\r\n\r\ntwo\r\n"),
+        ("a.md", "one\r\n\r\ntwo\r\n"),
+        ("a.jsonl", '{"text": "one\\r\\n\\r\\ntwo\\r\\n"}\r\n'),
+        ("a.json", '[{"text": "one\\r\\n\\r\\ntwo\\r\\n"}]'),
+        ("a.csv", 'text\r\n"one\r\n\r\ntwo\r\n"\r\n'),
+    ],
+)
+def test_what_windows_editors_save(tmp_path, name, content):
+    """The mark of UTF-8 is no text, line ends stay; other encodings are refused with what converts them."""
+    file = tmp_path / name
+    file.write_bytes(MARK + content.encode())
+    assert read(file) == ["one\r\n\r\ntwo\r\n"]
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"):
+        file.write_bytes(content.encode(encoding))
+        line = refused(file)
+        assert line.startswith(
+            f"code: {file}: text in UTF-16 or UTF-32; expected text in UTF-8. Convert the file: `iconv"
+        )
+
+
+def test_a_large_text_keeps_its_line_ends_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(textfiles, "_WHOLE", 100)
+    monkeypatch.setattr(textfiles, "_PART", 40)
+    whole = "".join(f"{'word ' * 5}{number}\r\n\r\n" for number in range(20))
+    (tmp_path / "a.txt").write_bytes(MARK + whole.encode())
+    (tmp_path / "b.jsonl").write_bytes(MARK + b"\n" + MARK + b'{"text": "x"}\n')
+    assert "".join(read(tmp_path / "a.txt")) == whole
+    assert read(tmp_path / "b.jsonl") == ["x"]
 
 
 def test_a_dataset_of_the_hub(monkeypatch):

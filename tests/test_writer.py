@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -161,27 +162,20 @@ def test_killed_at_random_points_and_run_again(sources, uninterrupted, tmp_path,
 
 @pytest.mark.parametrize(
     ("event", "number"),
-    [("os.rename", 1), ("os.rename", 2), ("os.remove", 1), ("os.remove", 2), ("shutil.rmtree", 1), ("open", 9)],
+    [("os.rename", 1), ("os.remove", 1), ("os.remove", 2), ("shutil.rmtree", 1), ("open", 9)],
 )
 def test_killed_while_finishing(sources, uninterrupted, tmp_path, event, number):
-    """An old model lies there. At every moment it or the new one is somewhere, whole."""
+    """An old model lies there. At every moment it or the new one has the name, whole."""
     out = tmp_path / "out"
     out.mkdir()
     (out / "old-model").write_text("precious")
     recipe, expected = recipe_of(sources), uninterrupted()
     total = len(expected["model.safetensors"]) - 100_000  # less its header: when the last block is written
     assert run_and_die(recipe, out, total, event=event, number=number)
-    aside = list(tmp_path.glob("out.btx-old-*"))
-    places = [files_of(folder) for folder in (out, *aside, partial(out)) if folder.exists()]
-    assert any(files == {"old-model": b"precious"} for files in places) or any(
-        expected.items() <= files.items() for files in places
-    )
-    if out.exists():  # what has the name is whole
-        assert files_of(out) == {"old-model": b"precious"} or expected.items() <= files_of(out).items()
+    assert files_of(out) == {"old-model": b"precious"} or expected.items() <= files_of(out).items()
     merge(recipe, out, overwrite=True)
     assert files_of(out) == expected
-    assert not partial(out).exists()
-    assert set(tmp_path.glob("out.btx-old-*")) <= set(aside)  # what the killed run put aside is the user's to delete
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # The command itself, which gets a signal when so many bytes are written or when a file is opened.
@@ -235,7 +229,7 @@ def test_a_signal_leaves_one_line_and_what_is_finished(sources, uninterrupted, t
     assert files_of(tmp_path / "out") == uninterrupted()
     assert 4_000_000 < report.kept_bytes < 20_000_000
     assert len(notes) == 1
-    assert notes[0].startswith("Continuing: 0.0")
+    assert re.match(r"Continuing: \d+\.\d\d MB were written before", notes[0])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -335,19 +329,19 @@ def test_a_changed_source_starts_over_and_says_so(sources, tmp_path, changed):
 
 def test_everything_is_on_the_disk_before_it_gets_the_name(sources, tmp_path, monkeypatch):
     """A power cut must not leave a folder with the target's name and empty files."""
-    synced = set()
+    synced, later = set(), set()
     real = os.fsync
 
     def fsync(descriptor):
-        assert not (tmp_path / "out").exists()
-        synced.add(os.fstat(descriptor).st_ino)
+        (later if (tmp_path / "out").exists() else synced).add(os.fstat(descriptor).st_ino)
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
     merge(recipe_of(sources, max_shard_size="4MB"), tmp_path / "out")
     files = list((tmp_path / "out").iterdir())
     assert len(files) > 12
-    assert {file.stat().st_ino for file in files} <= synced
+    assert {file.stat().st_ino for file in [*files, tmp_path / "out"]} <= synced
+    assert later == {tmp_path.stat().st_ino}  # the name itself
 
 
 def test_an_untouched_merge_says_nothing(sources, uninterrupted, tmp_path):
@@ -408,7 +402,7 @@ def test_the_disk_is_checked_first(sources, uninterrupted, tmp_path, monkeypatch
     needed = sum(len(content) for name, content in uninterrupted().items() if name.endswith(".safetensors"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1_000_000))
-    with pytest.raises(InputError, match=r"GB free; expected .* GB for the result.*Make room"):
+    with pytest.raises(InputError, match=r"MB free; expected .* MB for the result.*Make room"):
         merge(recipe_of(sources), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -1,0 +1,105 @@
+"""What a disk's refusal means for the user: which file it was, and what helps."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from btx_merge.errors import MergeError, MergeInterrupted
+
+CONTINUES = "What is finished is kept: the same command continues."
+_ANOTHER_PLACE = "Write to a local disk, and copy the result from there."
+# Refusals that room, time or another setting of the machine cures, so that the same command may succeed.
+_CURABLE = {
+    errno.ENOSPC: "Make room.",
+    errno.EDQUOT: "Make room in your quota, or ask for a larger one.",
+    errno.EIO: "Check the disk.",
+    errno.EINTR: "",
+    errno.EAGAIN: "",
+    errno.ETIMEDOUT: "",
+    errno.ESTALE: "",
+    errno.ENOMEM: "Free some memory.",
+    errno.EMFILE: "Allow more open files (ulimit -n).",
+    errno.ENFILE: "Allow more open files.",
+}
+_LASTING = {
+    errno.EACCES: "Get the permission, or choose another folder.",
+    errno.EPERM: "Get the permission, or choose another folder.",
+    errno.EROFS: "It can only be read: choose an --output on another disk.",
+    errno.ENOENT: "Nothing is there, and nothing can be made there: choose another folder.",
+    errno.ENOTDIR: "Choose a folder.",
+    errno.EISDIR: "A folder has the name of a file: move it away.",
+    errno.EEXIST: "Move it away.",
+    errno.ENOTEMPTY: "Move it away.",
+    errno.ELOOP: "Its links lead in a circle: choose another folder.",
+    errno.ENAMETOOLONG: "Choose a shorter name for --output.",
+    errno.EFBIG: "Give a smaller --max-shard-size, raise the limit (ulimit -f), or write to another file system.",
+    errno.EBUSY: "Something uses it, as a mount does: choose another --output.",
+    errno.ENOSYS: f"Its file system cannot do this. {_ANOTHER_PLACE}",
+    errno.ENOTSUP: f"Its file system cannot do this. {_ANOTHER_PLACE}",
+    errno.EOPNOTSUPP: f"Its file system cannot do this. {_ANOTHER_PLACE}",
+    errno.EINVAL: f"Its file system cannot do this. {_ANOTHER_PLACE}",
+    errno.EXDEV: f"Its file system cannot do this. {_ANOTHER_PLACE}",
+    errno.ENOLCK: f"Its file system has no locks. {_ANOTHER_PLACE}",
+}
+
+
+def is_curable(error: OSError) -> bool:
+    """Return whether the same command may succeed later."""
+    return error.errno in _CURABLE
+
+
+def remedy_of(error: OSError, continues: str = CONTINUES) -> str:
+    """Return what helps against a refusal, in one line.
+
+    Args:
+        continues: how the work goes on once the cause is gone; said only where it can go.
+    """
+    if error.errno in _CURABLE:
+        return f"{_CURABLE[error.errno]} {continues}".strip()
+    return _LASTING.get(error.errno or 0, "")
+
+
+def file_of(error: OSError, otherwise: Path) -> str:
+    """Return the file that an error is about: of two, the one that was written."""
+    return os.fsdecode(error.filename2 or error.filename or otherwise)
+
+
+def disk_error(error: OSError, otherwise: Path, continues: str = CONTINUES) -> MergeError:
+    """Return a disk's refusal as one line for the user.
+
+    Args:
+        otherwise: what to name where the system does not say which file it was.
+        continues: see `remedy_of`.
+    """
+    line = f"{file_of(error, otherwise)}: {error.strerror or error}. {remedy_of(error, continues)}"
+    return MergeError(line.strip())
+
+
+@contextlib.contextmanager
+def continuable(output: Path) -> Iterator[None]:
+    """Turn a disk's refusal and Ctrl-C into errors that say whether the same command continues.
+
+    Raises:
+        MergeError: the disk refused; `MergeInterrupted` for Ctrl-C.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, output) from error
+    except KeyboardInterrupt:
+        raise MergeInterrupted from None
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Name `file` in an error of the system that names none, as those of reading and writing do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(file)
+        raise

@@ -1,0 +1,232 @@
+"""How a result gets its name, what is refused before it, and what helps where a disk refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from btx_merge import InputError, MergeError, MergeRecipe, merge, placing
+from btx_merge.disk_errors import disk_error, remedy_of
+from btx_merge.edit_recipe import EditRecipe
+from btx_merge.editing import edit
+from tests.common import files_of, grow, save_seed
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sources")
+    seed = save_seed(root / "seed")
+    for number, name in enumerate(("code", "math"), 1):
+        grow(seed, root / name, random_seed=number)
+    merge(recipe_of(root), root / "btx")
+    return root
+
+
+@pytest.fixture
+def sources(saved, tmp_path):
+    """Copies that a test may change."""
+    return shutil.copytree(saved, tmp_path / "sources")
+
+
+def recipe_of(root: Path, **options) -> MergeRecipe:
+    return MergeRecipe(str(root / "seed"), {name: str(root / name) for name in ("code", "math")}, **options)
+
+
+def old_model(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "old-model").write_text("precious")
+    return folder
+
+
+# It dies before or after the exchange, or looks whether the output is there at every event that Python reports.
+WATCHED = """
+import os, signal, sys
+from btx_merge import MergeRecipe, merge, placing
+
+root, out, moment = sys.argv[1:]
+exchange = placing._exchange
+
+def dying(one, other):
+    if moment == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    exchanged = exchange(one, other)
+    assert exchanged
+    if moment == "after":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return exchanged
+
+def look(event, args):
+    try:
+        os.lstat(out)
+    except FileNotFoundError:
+        print("absent at", event, flush=True)
+
+placing._exchange = dying
+sys.addaudithook(look)
+merge(MergeRecipe(f"{root}/seed", {"code": f"{root}/code", "math": f"{root}/math"}), out, overwrite=True)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux exchanges two folders")
+@pytest.mark.parametrize("moment", ["before", "after", "never"])
+def test_the_output_is_never_absent_while_it_is_replaced(saved, tmp_path, moment):
+    out = old_model(tmp_path / "out")
+    script = [sys.executable, "-c", WATCHED, str(saved), str(out), moment]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0 if moment == "never" else -signal.SIGKILL, ""), done.stderr
+    if moment == "before":
+        assert files_of(out) == {"old-model": b"precious"}
+    else:
+        assert files_of(saved / "btx").items() <= files_of(out).items()
+    merge(recipe_of(saved), out, overwrite=True)
+    assert files_of(out) == files_of(saved / "btx")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_where_nothing_can_be_exchanged_the_next_run_brings_the_old_model_back(saved, tmp_path, monkeypatch):
+    out = old_model(tmp_path / "out")
+    monkeypatch.setattr(placing, "_exchange", lambda one, other: False)
+    merge(recipe_of(saved), out, overwrite=True)
+    assert files_of(out) == files_of(saved / "btx")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    out.rename(placing.old_of(out))  # as a run leaves it that is killed between its two renames
+    with pytest.raises(InputError, match=r"was there until a run was ended.*out\.btx-old.*--overwrite"):
+        merge(recipe_of(saved), out)
+    notes: list[str] = []
+    merge(recipe_of(saved), out, overwrite=True, on_note=notes.append)
+    assert len(notes) == 1
+    assert "is back" in notes[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_next_run_names_and_clears_what_was_replaced(saved, tmp_path):
+    out = shutil.copytree(saved / "btx", tmp_path / "out")
+    old_model(placing.old_of(out))
+    notes: list[str] = []
+    merge(recipe_of(saved), out, overwrite=True, on_note=notes.append)
+    assert notes == [f"Removed {out}.btx-old, which an earlier run replaced before it was ended."]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_cannot_be_cleared_is_a_note_and_no_failure(saved, tmp_path, monkeypatch):
+    out = old_model(tmp_path / "out")
+    real = shutil.rmtree
+
+    def refusing(folder, *args, **options):
+        if Path(folder).name.endswith(".btx-old"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(folder))
+        real(folder, *args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refusing)
+    notes: list[str] = []
+    merge(recipe_of(saved), out, overwrite=True, on_note=notes.append)
+    assert len(notes) == 1
+    assert "out.btx-old could not be removed" in notes[0]
+    assert files_of(out) == files_of(saved / "btx")
+
+
+@pytest.mark.parametrize("changed", ["code/model.safetensors", "seed/config.json", "seed/tokenizer.json"])
+def test_a_source_that_changes_while_it_is_merged_is_refused(sources, tmp_path, changed):
+    out = old_model(tmp_path / "out")
+
+    def change(nbytes: int) -> None:
+        os.utime(sources / changed, ns=(1, 1))
+
+    with pytest.raises(InputError, match=rf"{changed}: changed while it was read"):
+        merge(recipe_of(sources), out, overwrite=True, progress=change)
+    assert files_of(out) == {"old-model": b"precious"}
+    merge(recipe_of(sources), out, overwrite=True)
+    assert files_of(out) == files_of(sources / "btx")
+
+
+@pytest.mark.parametrize("changed", ["btx/model.safetensors", "btx/config.json", "btx/btx_recipe.yaml"])
+def test_a_model_that_changes_while_it_is_edited_is_refused(sources, tmp_path, changed):
+    def change(nbytes: int) -> None:
+        os.utime(sources / changed, ns=(1, 1))
+
+    recipe = EditRecipe(str(sources / "btx"), drop=("math",))
+    with pytest.raises(InputError, match=rf"{changed}: changed while it was read"):
+        edit(recipe, tmp_path / "out", progress=change)
+    assert not (tmp_path / "out").exists()
+    edit(recipe, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"sources", "out"}
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(saved, tmp_path, monkeypatch):
+    out = tmp_path / "disk"
+    out.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(out))
+    with pytest.raises(InputError, match=r"a mount point.*Give a folder in it"):
+        merge(recipe_of(saved), out, overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["disk"]
+
+
+def test_a_file_system_without_renames_or_locks_is_refused_before_anything_is_written(saved, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    for owner, name, expected in (
+        (Path, "rename", "a folder cannot be renamed there"),
+        (placing.fcntl, "flock", "cannot be locked"),
+    ):
+        with monkeypatch.context() as poor:
+            poor.setattr(owner, name, refuse)
+            with pytest.raises(InputError, match=rf"{expected}.*Write to a local disk"):
+                merge(recipe_of(saved), tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "expected", "continues"),
+    [
+        (errno.ENOSPC, "Make room.", True),
+        (errno.EDQUOT, "quota", True),
+        (errno.EIO, "Check the disk.", True),
+        (errno.EROFS, "another disk", False),
+        (errno.EACCES, "permission", False),
+        (errno.EPERM, "permission", False),
+        (errno.EXDEV, "Write to a local disk", False),
+        (errno.ENOSYS, "Write to a local disk", False),
+        (errno.EOPNOTSUPP, "Write to a local disk", False),
+        (errno.ENAMETOOLONG, "shorter name", False),
+        (errno.EBUSY, "another --output", False),
+        (errno.EFBIG, "--max-shard-size", False),
+    ],
+)
+def test_the_remedy_fits_the_cause(code, expected, continues):
+    """Where the same command must fail again, nobody is told to repeat it."""
+    remedy = remedy_of(OSError(code, os.strerror(code)))
+    assert expected in remedy
+    assert ("the same command continues" in remedy) == continues
+
+
+def test_of_two_files_the_one_that_is_written_is_named():
+    error = OSError(errno.ENOSPC, "No space left on device", "read", None, "written")
+    assert isinstance(disk_error(error, Path("out")), MergeError)
+    assert str(disk_error(error, Path("out"))).startswith("written: No space left on device. Make room.")
+
+
+@pytest.mark.parametrize("started", ["btx_merge.cli", "typer"])
+def test_ctrl_c_while_the_command_is_imported_is_one_line(started):
+    script = f"""
+import os, signal, sys
+def press(event, args):
+    if event == "import" and args[0] == {started!r}:
+        os.kill(os.getpid(), signal.SIGINT)
+sys.addaudithook(press)
+sys.argv = ["btx", "check", "--seed", "nowhere", "--expert", "a=nowhere"]
+import runpy
+runpy.run_module("btx_merge", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 130
+    assert done.stderr.startswith("error: Interrupted.")
+    assert done.stderr.count("\n") == 1
