@@ -7,6 +7,7 @@ import io
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any
