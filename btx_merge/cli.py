@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import platform
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -104,4 +106,7 @@ def main() -> None:
     # Read when torch is imported: threads that wait for each other give up their core soon. Where another program
     # keeps one of two cores busy, a fit takes a quarter of the time.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    for stream in (sys.stdout, sys.stderr):  # one that is ASCII alone shows `\xe9` for what it cannot hold
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app()

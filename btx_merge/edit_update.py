@@ -23,17 +23,18 @@ _SAMPLE_ROWS = 8
 _KEEP = "Give --source NAME=MODEL where it lies now, or --shared keep."
 
 
-def shared_update(edit: EditPlan, scratch: Callable[[], Path]) -> tuple[SharedUpdate | None, str]:
-    """The merges of the old and of the new set, opened and checked; None to keep the shared weights. And why.
+def shared_update(edit: EditPlan, scratch: Callable[[], Path]) -> tuple[SharedUpdate | None, str, list[Problem]]:
+    """The merges of the old and of the new set, opened and checked; None to keep the shared weights. And why,
+    and a warning where that was not asked for.
 
     Raises:
         InputError: an update was asked for, and the sources do not allow it.
     """
     recipe = edit.recipe
     if recipe.is_rename_only:
-        return None, "no expert comes or goes"
+        return None, "no expert comes or goes", []
     if recipe.shared == "keep":
-        return None, "as asked"
+        return None, "as asked", []
     try:
         problems = list(_kind_problems(edit))
         if not problems:
@@ -50,11 +51,22 @@ def shared_update(edit: EditPlan, scratch: Callable[[], Path]) -> tuple[SharedUp
     if problems and recipe.shared == "update":
         raise InputError(problems)
     if problems:
-        return None, str(problems[0])
+        return None, str(problems[0]), [_kept_warning(edit, problems)]
     reason, combine = "as if merged with the new set", edit.values.get("combine")
     if combine in REGMEAN_METHODS:
         reason = f"by the difference of the plain means, for {combine} fitted them"
-    return SharedUpdate.of(edit.plan, before, after), reason
+    return SharedUpdate.of(edit.plan, before, after), reason, []
+
+
+def _kept_warning(edit: EditPlan, problems: list[Problem]) -> Problem:
+    """Return one warning for all that keeps the shared weights from being updated."""
+    known = (SEED, *(edit.shared_over.get("experts") or {}), *(edit.values.get("experts") or {}))
+    names = [name for name in dict.fromkeys(known) if name in {problem.source for problem in problems}]
+    if not names:
+        return replace(problems[0], found=f"shared weights are kept: {problems[0].found}")
+    flags = " ".join(f"--source {name}=MODEL" for name in names)
+    remedy = f"Give {flags} where they lie now, or --shared keep if that is meant."
+    return Problem("model", "shared weights", f"kept, for want of {', '.join(names)}: {problems[0]}", "", remedy)
 
 
 def _merge_of(

@@ -79,6 +79,7 @@ class _Edit:
     planned: EditPlan
     shared: SharedWeights
     reason: str
+    warnings: tuple[Problem, ...]
 
     @property
     def outcome(self) -> str:
@@ -168,7 +169,7 @@ def edit(
         edited.outcome,
         edited.reason,
         planned.router_inits,
-        tuple(warning for warning in planned.examined.warnings if warning.source in planned.new),
+        (*edited.warnings, *(warning for warning in planned.examined.warnings if warning.source in planned.new)),
         staging.kept_bytes,
         time.perf_counter() - began,
         tuple(layers),
@@ -184,8 +185,8 @@ def _plan(recipe: EditRecipe, target: Path, overwrite: bool, device: str | None,
     if problems or model is None:
         raise InputError(problems)
     planned = plan_edit(recipe, model, scratch)
-    update, reason = shared_update(planned, scratch)
-    return _Edit(planned, SharedWeights(planned, update), reason)
+    update, reason, warnings = shared_update(planned, scratch)
+    return _Edit(planned, SharedWeights(planned, update), reason, tuple(warnings))
 
 
 def _write_files(edited: _Edit, folder: Path) -> None:

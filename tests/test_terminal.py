@@ -103,3 +103,9 @@ def test_no_colours_in_a_pipe(family: Family, tmp_path: Path) -> None:
     done = btx("check", "--seed", tmp_path / "nowhere", "--expert", "a=b/c/d", TERM="xterm-256color")
     assert "\x1b" not in done.stderr
     assert btx("check", *sources(family)).stderr == ""
+
+
+def test_a_stream_that_is_ascii_alone() -> None:
+    done = btx("merge", "--print-recipe", "--seed", "org/n\u00f6", "--expert", "a=b", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"seed: org/n\xf6" in done.stdout
