@@ -26,9 +26,11 @@ from btx_merge.merged_model import SELECTION_BIAS, MergedModel
 from btx_merge.opening import open_each
 from btx_merge.plan import ROUTER, Plan, make_plan
 from btx_merge.recipe import REGMEAN_METHODS, SEED, ExpertSpec, MergeRecipe
-from btx_merge.records import anchor_sources, read_record
+from btx_merge.records import RECIPE_FILE, anchor_sources, read_record
+from btx_merge.shown import short
 from btx_merge.sources import Source
 from btx_merge.texts import public_reference
+from btx_merge.values import is_number
 
 _HERE = "(the model)"
 
@@ -254,6 +256,18 @@ def _open_new(
     return open_each(specs, seed, scratch)
 
 
+def _recorded_weight(values: Mapping[str, Any], key: str, where: str) -> float:
+    """Return a weight that the model's recipe gives, 1 by default.
+
+    Raises:
+        InputError: it is no number of at least 0.
+    """
+    weight = values.get(key, 1.0)
+    if not is_number(weight) or not 0 <= weight < float("inf"):
+        raise InputError([Problem("model", f"{RECIPE_FILE}: {where}", short(weight), "a number of at least 0")])
+    return float(weight)
+
+
 def _sources(
     model: MergedModel, values: Mapping[str, Any], origins: Mapping[str, str | None], opened: Mapping[str, Source]
 ) -> list[Source]:
@@ -262,8 +276,9 @@ def _sources(
 
     def of_model(name: str, origin: str) -> Source:
         spec = specs.get(origin)
-        weight = float(spec.get("weight", 1.0)) if isinstance(spec, dict) else 1.0
-        weight = float(values.get("seed_weight", 1.0)) if origin == SEED else weight
+        weight = _recorded_weight(spec, "weight", f"experts.{origin}.weight") if isinstance(spec, dict) else 1.0
+        if origin == SEED:
+            weight = _recorded_weight(values, "seed_weight", "seed_weight")
         tensors = model.dense_tensors(origin)
         config = {**model.dense_config, "vocab_size": tensors[EMBEDDING].shape[0]}
         return Source(name, model.located, config, model.config, tensors, weight=weight)

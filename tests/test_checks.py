@@ -448,7 +448,8 @@ def test_nonfinite_numbers_stop_the_merge(
         f"odd: model.safetensors: {name} holds {value} at {where}. "
         "Repair or leave out this source; --allow-nonfinite goes on all the same."
     )
-    assert [path.name for path in (tmp_path / "room").iterdir()] == ["out.btx-partial"]
+    left = {path.name for path in (tmp_path / "room").iterdir()}
+    assert left <= {"out.btx-partial"}  # it goes where nothing in it was finished
     assert not (tmp_path / "room" / "out.btx-partial" / "config.json").exists()
 
 

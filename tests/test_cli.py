@@ -263,7 +263,9 @@ def test_a_recipe_file(merged: tuple[Path, Done], family: Family, tmp_path: Path
 def test_an_export_and_an_extraction(command: str, merged: tuple[Path, Done], tmp_path: Path) -> None:
     arguments = {"export": [tmp_path / "out"], "extract": ["code", "-o", tmp_path / "out"]}[command]
     done = btx(command, merged[0], *arguments, COLUMNS="200")
-    assert (done.returncode, done.stderr) == (0, "")
+    untrained = "warning: model: routers: have not been trained yet"  # an extract has none
+    assert done.returncode == 0
+    assert [line.startswith(untrained) for line in done.stderr.splitlines()] == [True] * (command == "export")
     assert re.search(rf"written +{tmp_path / 'out'}: 0\.\d MB in 1 weights file, 0\.\d\d M parameters", done.stdout)
     assert re.search(r"took +\d+\.\d s, peak memory \d", done.stdout)
     expected = files_of(tmp_path / "out")
@@ -275,9 +277,9 @@ def test_an_export_and_an_extraction(command: str, merged: tuple[Path, Done], tm
     assert report["output"] == str(tmp_path / "out")
     assert len(report["files"]) > 1
     assert report["nbytes"] == sum((tmp_path / "out" / name).stat().st_size for name in report["files"])
-    assert (report["kept_bytes"], report["warnings"]) == (0, [])
+    assert (report["kept_bytes"], len(report["warnings"])) == (0, int(command == "export"))
     done = btx(command, merged[0], *arguments, "--overwrite", "--quiet")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout) == (0, "")
     assert files_of(tmp_path / "out") == expected
 
 
@@ -299,7 +301,8 @@ def test_an_export_that_another_program_reads_otherwise(tmp_path: Path) -> None:
     btx("merge", "--seed", seed, "--expert", f"twin={seed}", "-o", tmp_path / "merged", "-q")
     done = btx("export", tmp_path / "merged", tmp_path / "out", "-q")
     assert (done.returncode, done.stdout) == (0, "")
-    (line,) = done.stderr.splitlines()
+    line, untrained = sorted(done.stderr.splitlines())
+    assert "routers: have not been trained yet" in untrained
     assert line.startswith(
         "warning: model: config.json: rope_parameters: dynamic: beyond max_position_embeddings vLLM and llama.cpp do"
     )
@@ -507,7 +510,11 @@ def test_a_plain_merge_needs_no_torch(command: str, family: Family, tmp_path: Pa
 
 @pytest.mark.parametrize("command", [["export"], ["extract", "code"]])
 def test_an_export_needs_no_torch_either(command: list[str], merged: tuple[Path, Done], tmp_path: Path) -> None:
-    arguments = [command[0], str(merged[0]), *command[1:], "-o", str(tmp_path / "out"), "-q"]
+    """Only a tokenizer does, which is compared by transformers."""
+    model = shutil.copytree(merged[0], tmp_path / "model")
+    for file in model.glob("*token*"):
+        file.unlink()
+    arguments = [command[0], str(model), *command[1:], "-o", str(tmp_path / "out"), "-q"]
     loaded = imported_by(f"from btx_merge.cli import app\napp({arguments!r}, standalone_mode=False)", tmp_path)
     assert not loaded & HEAVY
     assert (tmp_path / "out/config.json").exists()

@@ -305,7 +305,7 @@ def test_all_problems_come_before_anything_is_written(merged, texts, tmp_path, f
     data = (DomainText("code", (str(tmp_path / "empty.jsonl"),)), DomainText("math", ("none.jsonl",)))
     found = problems_of(train, TrainRecipe(str(family.seed), data, arguments=ARGUMENTS), tmp_path / "full")
     assert [line.split(":")[0] for line in found] == ["code", "math", "output", "model"]
-    assert "'llama'; expected 'btx'" in found[-1]
+    assert "'llama', a dense Llama; expected 'btx'" in found[-1]
     assert files_of(tmp_path) == {"empty.jsonl": b"", "full/precious": b"mine"}
 
 
