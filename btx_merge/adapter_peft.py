@@ -24,6 +24,8 @@ _SAVED_EMBEDDING = re.compile(r"embed_tokens\.((token_adapter\.)?base_layer\.|mo
 _SAVED_HEAD = re.compile(r"lm_head\.((token_adapter\.)?base_layer\.|modules_to_save\.)?weight$")
 _SAVE_AGAIN = "Save the adapter again with peft's save_pretrained."
 _YOURSELF = "Merge it into its base yourself, save the whole model, and give that folder."
+BY_NOBODY = "It cannot be merged by anybody. Train a LoRA, or leave this expert out."
+"""The remedy for an adapter that changes more than weights."""
 _CLOSE = 1e-3
 """How far logits before and after the merge may be apart, relative to the largest. Tiny models have 1e-6; a merge that
 adds something twice, or leaves it out, is wrong by the adapter's whole effect."""
@@ -125,7 +127,7 @@ def _refuse_unmergeable(config: Mapping[str, Any]) -> None:
         expected, remedy = "a type of adapter that it knows", "If it is of a newer peft: pip install -U peft."
     elif not hasattr(tuners[kind], "merge_and_unload"):
         found = f"an adapter of type {kind}, which changes what goes through the model and not its weights"
-        remedy = "It cannot be merged by anybody. Train a LoRA, or leave this expert out."
+        remedy = BY_NOBODY
     if found:
         raise InputError([Problem("", "adapter_config.json", found, expected, remedy)])
 

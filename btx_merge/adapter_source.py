@@ -9,7 +9,7 @@ from typing import Any
 
 from btx_merge.adapter import LoraDelta, is_plain_lora, same_bytes, same_delta, split_adapter
 from btx_merge.adapter_base import adapter_base
-from btx_merge.adapter_peft import grown_rows, merge_through_peft
+from btx_merge.adapter_peft import BY_NOBODY, grown_rows, merge_through_peft
 from btx_merge.adapter_targets import Matches, modules_of, saved_whole, targeted
 from btx_merge.errors import InputError, Problem
 from btx_merge.folder_files import read_json
@@ -85,10 +85,10 @@ def _refuse_unmergeable(name: str, config: Mapping[str, Any]) -> None:
     found = expected = remedy = ""
     if config.get("peft_type") in ("POLY", "XLORA"):
         found = f"an adapter of type {config['peft_type']}, which mixes its parts anew for each input"
-        remedy = "It cannot be merged by anybody. Train a LoRA, or leave this expert out."
+        remedy = BY_NOBODY
     elif config.get("alora_invocation_tokens"):
         found = "alora_invocation_tokens: an activated LoRA, which works from certain tokens on only"
-        remedy = "It cannot be merged by anybody. Train a LoRA, or leave this expert out."
+        remedy = BY_NOBODY
     elif isinstance(start, str) and (start.startswith("pissa_niter") or start in ("lora_ga", "corda")):
         found = f"init_lora_weights is {start}, which moved the base's weights in a way that cannot be repeated"
         expected, remedy = "an adapter on the base as it is published", _AS_LORA

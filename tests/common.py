@@ -53,6 +53,14 @@ def tiny_tokenizer(added: list[str] | None = None) -> PreTrainedTokenizerFast:
     return fast
 
 
+def move_trainable(model: torch.nn.Module) -> None:
+    """Add noise to everything that a model would train: an adapter begins as one that changes nothing."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
 def save_seed(
     folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, tokenizer: bool = True, **config: Any
 ) -> Path:

@@ -22,7 +22,7 @@ from btx_merge.adapter import is_plain_lora
 from btx_merge.dtypes import from_float32
 from btx_merge.opening import open_sources
 from btx_merge.sources import Source
-from tests.common import edit_json, load_float32, logits_of, save_seed, tensors_of, tiny_tokenizer
+from tests.common import edit_json, load_float32, logits_of, move_trainable, save_seed, tensors_of, tiny_tokenizer
 
 # What peft and transformers say to who trains is not about us.
 pytestmark = [pytest.mark.filterwarnings("ignore:::peft"), pytest.mark.filterwarnings("ignore:::transformers")]
@@ -62,10 +62,7 @@ def train(base: Path, folder: Path, config: Any, added: tuple[str, ...] = ()) ->
         model.resize_token_embeddings(model.config.vocab_size + len(added))
     torch.manual_seed(1)
     adapted = get_peft_model(model, config)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    move_trainable(adapted)
     adapted.save_pretrained(folder)
     if added:
         tiny_tokenizer(list(added)).save_pretrained(folder)
@@ -525,10 +522,7 @@ def trained(base: Path, folder: Path, config: Any) -> torch.Tensor:
     """Save an adapter with random weights, and return what the model computes with it before any merge."""
     model = get_peft_model(load(base), config)
     torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    move_trainable(model)
     model.eval().save_pretrained(folder)
     return logits_of(model)
 
@@ -675,10 +669,8 @@ def test_trained_rows_of_added_tokens(tied: bool, base_of: Callable[..., Path], 
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, trainable_token_indices=[5, 128, 129])
     torch.manual_seed(1)
     model = get_peft_model(model, config)
+    move_trainable(model)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
         model.eval().save_pretrained(tmp_path / "adapter")
         tiny_tokenizer(["<|a|>", "<|b|>"]).save_pretrained(tmp_path / "adapter")
         recipe = MergeRecipe(

@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import LlamaForCausalLM
 
 from btx_merge import InputError, MergeRecipe, check, merge
-from tests.common import edit_json, load_float32, logits_of, save_seed
+from tests.common import edit_json, load_float32, logits_of, move_trainable, save_seed
 
 # What peft and transformers say to who trains is not about us.
 pytestmark = [pytest.mark.filterwarnings("ignore:::peft"), pytest.mark.filterwarnings("ignore:::transformers")]
@@ -104,10 +104,7 @@ def adapted(base: Path, folder: Path, config: Any) -> Any:
     model.config.use_cache = False  # X-LoRA refuses it
     torch.manual_seed(1)
     model = get_peft_model(model, config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    move_trainable(model)
     model.eval().save_pretrained(folder)
     return model
 
