@@ -87,9 +87,9 @@ def check_tokenizer(model: MergedModel, config: Mapping[str, Any]) -> list[Probl
     if not has_tokenizer(source):
         return [Problem("model", str(source), "no tokenizer", "", "The result has none either: copy one there.")]
     with tempfile.TemporaryDirectory(prefix="btx-tokenizer-") as place:
-        write_portable(source, Path(place))
+        tokenizer = write_portable(source, Path(place))
         write_json(Path(place) / "config.json", config)
-        check_alike(source, Path(place))
+        check_alike(tokenizer, Path(place))
     return []
 
 

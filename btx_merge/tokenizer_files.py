@@ -95,13 +95,13 @@ def lacks_sentencepiece(folder: Path) -> bool:
     return False
 
 
-def check_alike(source: Path, folder: Path) -> None:
-    """Encode lines with the tokenizers of both folders.
+def check_alike(ours: Any, folder: Path) -> None:
+    """Encode lines with a model's tokenizer and with that of a folder.
 
     Raises:
-        InputError: they read a line differently, or one of them cannot be read.
+        InputError: they read a line differently, or the folder's cannot be read.
     """
-    ours, theirs = load_tokenizer(source), load_tokenizer(folder)
+    theirs = load_tokenizer(folder)
     special = [*dict.fromkeys(str(token) for token in (ours.all_special_tokens or []))]
     lines = [*_LINES, *(f"{token}{line}" for token in special[:8] for line in ("after it", "  two spaces", "\nline"))]
     lines += [f"[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi {token} there [/INST]" for token in ["", *special[:8]]]
@@ -132,8 +132,10 @@ def _conversations(tokenizer: Any) -> list[str]:
     return out
 
 
-def write_portable(source: Path, folder: Path) -> None:
+def write_portable(source: Path, folder: Path) -> Any:
     """Write a model's tokenizer so that transformers 4 and 5 read texts as the model does, for any kind of model.
+
+    Returns the model's own tokenizer, which takes a second to load.
 
     transformers 5 takes `LlamaTokenizer`, which builds its own rules, for some kinds of model and what tokenizer.json
     says for others. So tokenizer.json gets the rules that the model's own tokenizer has.
@@ -162,3 +164,4 @@ def write_portable(source: Path, folder: Path) -> None:
     if config != before:
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         file.write_text(text, encoding="utf-8")
+    return tokenizer

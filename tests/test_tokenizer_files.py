@@ -11,7 +11,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from btx_merge import InputError, MergeRecipe, check, export, extract, merge
-from btx_merge.tokenizer_files import check_alike
+from btx_merge.tokenizer_files import check_alike, load_tokenizer
 from tests.common import edit_json, grow, save_seed, tiny_tokenizer
 
 LINES = ("hello world", "x = 12345", "  two  spaces", "</s>hello", "</s>  hello", "é 北京")
@@ -59,7 +59,7 @@ def test_a_difference_shows_the_line(tmp_path: Path) -> None:
     values["model"]["unk_token"] = "w1"
     (tmp_path / "b/tokenizer.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match="'Hello world' is read as"):
-        check_alike(tmp_path / "a", tmp_path / "b")
+        check_alike(load_tokenizer(tmp_path / "a"), tmp_path / "b")
 
 
 def test_named_templates_travel(tmp_path: Path) -> None:
