@@ -84,7 +84,8 @@ OPTIONS = {
         *("--workers", "--overwrite", "--quiet", "-q", "--json"),
     },
     "push": {
-        *("model", "repo_id", "--private", "--revision", "--create-pr", "--commit-message", "--quiet", "-q", "--json"),
+        *("model", "repo_id", "--private", "--revision", "--create-pr", "--commit-message", "--base-model"),
+        *("--quiet", "-q", "--json"),
     },
     "export": {
         *("model", "out", "--output", "-o", "--format", "--max-shard-size", "--overwrite", "--workers"),

@@ -28,21 +28,12 @@ BTX = Path(sys.executable).with_name("btx")
 Done = subprocess.CompletedProcess[str]
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
-    hub = Hub(tmp_path_factory.mktemp("hub"))
-    yield hub
-    hub.close()
-
-
 @pytest.fixture
-def hub(server: Hub) -> Iterator[Hub]:
-    """Empty and in good health."""
-    for path in server.root.iterdir():
-        if path.name != "users.json":
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A server of the test's own: a stalled request of another would reach a common log a minute later."""
+    server = Hub(tmp_path_factory.mktemp("hub"))
     yield server
-    server.heal()
+    server.close()
 
 
 @pytest.fixture(scope="module")
