@@ -26,7 +26,7 @@ from tests.conftest import Family
 from tests.hub_server import Hub
 from tests.test_finetuning import ARGUMENTS
 from tests.test_publish_checks import loaded_here  # noqa: F401  a fixture
-from tests.test_push import btx, error_of, home, hub, pushed, repository, server  # noqa: F401  fixtures
+from tests.test_push import btx, error_of, home, hub, pushed, repository  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.usefixtures("loaded_here")
 
