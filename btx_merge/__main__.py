@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -12,7 +13,8 @@ def main() -> None:
 
         run()
     except KeyboardInterrupt:  # before anything was written
-        print("error: Interrupted.", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several ranks, the first speaks
+            print("error: Interrupted.", file=sys.stderr)
         sys.exit(130)
 
 
