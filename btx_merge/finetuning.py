@@ -158,8 +158,6 @@ def train(
         MergeInterrupted: Ctrl-C or SIGTERM. Between the first step and the last, the step in work was finished and
             saved; the error's text names what is kept.
     """
-    from btx_merge.train_run import Run  # torch and transformers
-
     began = time.perf_counter()
     target = Path(output).expanduser().resolve()
     work = target.with_name(target.name + SUFFIX)
@@ -167,6 +165,8 @@ def train(
     show, warn = show or (lambda line: None), warn or (lambda line: None)
     read = ReadFiles.of_folder("model", located.stamps)
     try:
+        from btx_merge.train_run import Run  # torch and transformers
+
         run = Run(recipe, located, work, show, warn, on_step)
         with held(work) if run.is_main else nullcontext():
             if run.is_main:

@@ -214,9 +214,7 @@ def test_of_two_files_the_one_that_is_written_is_named():
     assert str(disk_error(error, Path("out"))).startswith("written: No space left on device. Make room.")
 
 
-@pytest.mark.parametrize("started", ["btx_merge.cli", "typer"])
-def test_ctrl_c_while_the_command_is_imported_is_one_line(started):
-    script = f"""
+PRESSED = """
 import os, signal, sys
 def press(event, args):
     if event == "import" and args[0] == {started!r}:
@@ -226,7 +224,19 @@ sys.argv = ["btx", "check", "--seed", "nowhere", "--expert", "a=nowhere"]
 import runpy
 runpy.run_module("btx_merge", run_name="__main__")
 """
+
+
+@pytest.mark.parametrize("started", ["btx_merge.cli", "typer", "numpy", "yaml", "btx_merge.tensorfiles"])
+def test_ctrl_c_while_the_command_is_imported_is_one_line(started):
+    script = PRESSED.format(started=started)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 130
-    assert done.stderr.startswith("error: Interrupted.")
-    assert done.stderr.count("\n") == 1
+    assert done.stderr == "error: Interrupted.\n"
+
+
+def test_ctrl_c_stays_ignored_where_it_was():
+    """As of a command that a shell script starts in the background."""
+    script = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + PRESSED.format(started="typer")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2  # of the seed that is not there
+    assert "Interrupted" not in done.stderr
