@@ -15,7 +15,7 @@ from btx_merge.disk_errors import disk_error
 from btx_merge.errors import InputError, Problem
 from btx_merge.hub import Located
 from btx_merge.model_folder import find_model
-from btx_merge.placing import Note, put_in_place, remove, repair
+from btx_merge.placing import remove, repair
 from btx_merge.reading import ReadFiles
 from btx_merge.text_checks import check_texts
 from btx_merge.textfiles import is_installed
@@ -28,7 +28,6 @@ COMPLETE = "complete"
 """The file that is written last: a checkpoint without it was torn by whatever ended the process."""
 KEPT = "Finished checkpoints are kept: --resume continues from the last."
 _RUN_FILE = "run.json"
-_RESULT = "result"
 _FREE_TO_CHANGE = {  # of the arguments, what may differ when a run is continued
     *("logging_steps", "logging_first_step", "save_steps", "save_total_limit", "eval_steps", "report_to", "run_name"),
     *("disable_tqdm", "log_level", "project"),
@@ -175,15 +174,15 @@ def train(
     run.wait()
     try:
         run.train(resume)
-        entry = run.finish(work / _RESULT)
+        entry = run.finish(target, overwrite, read)
         if run.is_main:
-            _publish(work, target, overwrite, read, warn)
+            remove(work, warn)
         run.wait()
-    except OSError as error:
-        raise disk_error(error, work, KEPT) from error
     except Exception as error:
         if changes := read.changes():
             raise InputError(changes) from error
+        if isinstance(error, OSError):
+            raise disk_error(error, work, KEPT) from error
         raise
     return TrainReport(target, entry, tuple(run.history), time.perf_counter() - began)
 
@@ -241,14 +240,6 @@ def _begin(work: Path, recipe: TrainRecipe, settings: Mapping[str, Any], resume:
     ]
     if problems:
         raise InputError(problems)
-
-
-def _publish(work: Path, target: Path, overwrite: bool, read: ReadFiles, note: Note) -> None:
-    """Give the result its name, unless what it was made from has changed since."""
-    if changes := read.changes():
-        raise InputError(changes)
-    put_in_place(work / _RESULT, target, overwrite, note, "the same command with --resume")
-    remove(work, note)
 
 
 def tools() -> dict[str, str]:
