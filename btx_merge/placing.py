@@ -203,7 +203,7 @@ def try_rename(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def put_in_place(folder: Path, target: Path, overwrite: bool, note: Note, again: str = "the same command") -> None:
+def put_in_place(folder: Path, target: Path, overwrite: bool, note: Note, again: str) -> None:
     """Give a complete folder the target's name, and remove what had it before.
 
     All is on the disk before the result has its name, and the name before anything is removed. What cannot be
