@@ -329,6 +329,19 @@ def test_ctrl_c(merged, texts, tmp_path, whole_run):
     assert json.loads(done.stdout)["losses"]["last"] == losses_of(whole_run[0])[10]
 
 
+def test_a_run_is_not_continued_on_another_model(merged, texts, tmp_path, monkeypatch):
+    """What it had trained would be put among the weights of another; only the time of a file may change."""
+    model = shutil.copytree(merged, tmp_path / "model")
+    failure_of(monkeypatch, recipe(model, texts), tmp_path / "out")
+    weights = sorted(model.glob("*.safetensors"))[-1]
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4] + b"\0\0\0\0")
+    (line,) = problems_of(train, recipe(model, texts), tmp_path / "out", resume=True)
+    assert line.startswith(f"model: {model}: its weights are not those that the run began with")
+    weights.write_bytes(content)
+    train(recipe(model, texts), tmp_path / "out", resume=True)
+
+
 def test_a_run_is_continued_only_as_it_began(merged, texts, tmp_path, monkeypatch):
     failure_of(monkeypatch, recipe(merged, texts), tmp_path / "out")
     other = recipe(merged, texts, train="all", arguments={"learning_rate": 1e-3, "logging_steps": 2})
