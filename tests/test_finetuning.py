@@ -356,7 +356,7 @@ def test_all_problems_come_before_anything_is_written(merged, texts, tmp_path, f
 
 def test_values_that_cannot_be_meant():
     found = problems_of(TrainRecipe, "", (), "experts", holdout=0.7, router_grad="full", lora_r=0)
-    assert [line.split(": ")[1] for line in found] == ["model", "data", "train", "holdout", "router_grad", "lora_r"]
+    assert [line.split(": ")[1] for line in found] == ["model", "train", "holdout", "router_grad", "lora_r", "data"]
 
 
 @pytest.mark.parametrize(
