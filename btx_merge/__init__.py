@@ -1,20 +1,28 @@
 """btx-merge: fine-tuned Llama checkpoints into one Mixture of Experts, by Branch-Train-MiX (arXiv 2403.07816).
 
-Importing this package makes transformers' Auto classes load merged models without `trust_remote_code`.
+Importing this package makes transformers' Auto classes load merged models without `trust_remote_code`. It imports next
+to nothing: a public name imports its module when it is first used. So `btx` answers Ctrl-C from the beginning.
 """
 
+from __future__ import annotations
+
+import importlib
+
 from btx_merge._auto_classes import register_with_transformers
-from btx_merge.edit_recipe import EditRecipe
-from btx_merge.editing import EditReport, edit
-from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
-from btx_merge.exporting import ExportReport, export, extract
-from btx_merge.finetuning import TrainRecipe, TrainReport, train
-from btx_merge.fitting import FitRecipe, FitReport, fit
-from btx_merge.merging import Check, Report, check, merge
-from btx_merge.model_info import ModelInfo, info
-from btx_merge.publishing import PushReport, push
-from btx_merge.recipe import ExpertSpec, MergeRecipe
-from btx_merge.texts import DomainText
+
+TYPE_CHECKING = False  # type checkers take it for true; `typing` itself would be half of the time that is needed here
+if TYPE_CHECKING:
+    from btx_merge.edit_recipe import EditRecipe
+    from btx_merge.editing import EditReport, edit
+    from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
+    from btx_merge.exporting import ExportReport, export, extract
+    from btx_merge.finetuning import TrainRecipe, TrainReport, train
+    from btx_merge.fitting import FitRecipe, FitReport, fit
+    from btx_merge.merging import Check, Report, check, merge
+    from btx_merge.model_info import ModelInfo, info
+    from btx_merge.publishing import PushReport, push
+    from btx_merge.recipe import ExpertSpec, MergeRecipe
+    from btx_merge.texts import DomainText
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,5 +56,57 @@ __all__ = [
     "push",
     "train",
 ]
+
+_MODULES = {
+    "BTXError": "btx_merge.errors",
+    "Check": "btx_merge.merging",
+    "DomainText": "btx_merge.texts",
+    "EditRecipe": "btx_merge.edit_recipe",
+    "EditReport": "btx_merge.editing",
+    "ExpertSpec": "btx_merge.recipe",
+    "ExportReport": "btx_merge.exporting",
+    "FitRecipe": "btx_merge.fitting",
+    "FitReport": "btx_merge.fitting",
+    "InputError": "btx_merge.errors",
+    "MergeError": "btx_merge.errors",
+    "MergeInterrupted": "btx_merge.errors",
+    "MergeRecipe": "btx_merge.recipe",
+    "ModelInfo": "btx_merge.model_info",
+    "NonFiniteError": "btx_merge.errors",
+    "Problem": "btx_merge.errors",
+    "PushReport": "btx_merge.publishing",
+    "Report": "btx_merge.merging",
+    "TrainRecipe": "btx_merge.finetuning",
+    "TrainReport": "btx_merge.finetuning",
+    "check": "btx_merge.merging",
+    "edit": "btx_merge.editing",
+    "export": "btx_merge.exporting",
+    "extract": "btx_merge.exporting",
+    "fit": "btx_merge.fitting",
+    "info": "btx_merge.model_info",
+    "merge": "btx_merge.merging",
+    "push": "btx_merge.publishing",
+    "train": "btx_merge.finetuning",
+}
+"""Where each public name is at home."""
+
+
+if not TYPE_CHECKING:  # where it is true, a name that does not exist would pass unseen
+
+    def __getattr__(name: str) -> object:
+        """Import a public name when it is first used (PEP 562).
+
+        Raises:
+            AttributeError: the package has no such name.
+        """
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(_MODULES[name]), name)
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 register_with_transformers()

@@ -8,13 +8,15 @@ its classes, is imported when somebody looks up the model type "btx" for the fir
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # as in `__init__`: whatever is imported here delays every command
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.abc import Loader
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 _WATCHED = "transformers.models.auto.configuration_auto"
 
@@ -40,18 +42,21 @@ def _watch_lookups(auto: ModuleType) -> None:
     auto.CONFIG_MAPPING.__class__ = WithBTX
 
 
-class _AfterImport(MetaPathFinder, Loader):
-    """Finds the watched module as everyone else does, and looks after it when it has run."""
+class _AfterImport:
+    """A finder and loader: finds the watched module as everyone else does, and looks after it when it has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != _WATCHED:
             return None
+        import importlib.util
+
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            self._loader, spec.loader = spec.loader, self
+            self._loader: Loader = spec.loader
+            spec.loader = self  # type: ignore[assignment]
         return spec
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

@@ -76,7 +76,7 @@ def edit_command(
 ) -> None:
     """Add, drop, replace or rename experts of a merged model, without a new merge."""
     from btx_merge.editing import edit
-    from btx_merge.tables import LayerBar, ProgressBar, fit_line
+    from btx_merge.tables import CountBar, ProgressBar, fit_line
 
     new = {"add": pairs("--add", add or []), "replace": pairs("--replace", replace or [])}
     specs: dict[str, Any] = {name: {"model": model} for named in new.values() for name, model in named.items()}
@@ -109,7 +109,7 @@ def edit_command(
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
     shown = not quiet and sys.stderr.isatty()
-    with ProgressBar(shown) as bar, LayerBar(shown) as layers:
+    with ProgressBar(shown) as bar, CountBar("fitting", shown) as layers:
         report = edit(
             recipe,
             output,

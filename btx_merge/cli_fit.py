@@ -42,7 +42,7 @@ def fit_command(
 ) -> None:
     """Fit the routers of a merged model in closed form, without training."""
     from btx_merge.fitting import FitRecipe, fit
-    from btx_merge.tables import LayerBar, fit_line
+    from btx_merge.tables import CountBar, fit_line
 
     given: dict[str, Any] = {
         "method": method,
@@ -54,7 +54,7 @@ def fit_command(
     }
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: in one line, nothing left behind
     recipe = FitRecipe(model, **{name: value for name, value in given.items() if value is not None})
-    with LayerBar(shown=not quiet and sys.stderr.isatty()) as bar:
+    with CountBar("fitting", shown=not quiet and sys.stderr.isatty()) as bar:
         report = fit(
             recipe,
             output,

@@ -61,7 +61,7 @@ def merge_command(
         return
 
     from btx_merge.merging import Check, check, merge
-    from btx_merge.tables import LayerBar, ProgressBar, print_check, print_files, print_report
+    from btx_merge.tables import CountBar, ProgressBar, print_check, print_files, print_report
 
     if output is None:
         raise InputError([Problem("command", "--output", "missing", "a folder for the merged model")])
@@ -77,7 +77,7 @@ def merge_command(
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
     shown = not quiet and sys.stderr.isatty()
-    with ProgressBar(shown) as bar, LayerBar(shown) as layers:
+    with ProgressBar(shown) as bar, CountBar("fitting", shown) as layers:
 
         def on_checked(checked: Check) -> None:
             warn(checked.warnings)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
+import signal
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +16,15 @@ import typer
 
 from btx_merge.cli_options import Json, Overwrite, Quiet, option
 from btx_merge.cli_print import result, warning
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
 from btx_merge.finetuning import LORA_TARGETS, OPTION_NAMES, TRAIN_MODES, TrainRecipe
+from btx_merge.ranks import own_local_rank, own_rank
 from btx_merge.shown import printable
 from btx_merge.texts import domain_texts_of, parse_domain_texts
 from btx_merge.yaml_files import read_yaml
+
+_BETWEEN_RANKS, _WAIT_FOR_THE_FIRST = 1, 10
+"""Seconds that a rank gives the first of its host to say why a run ended: by Ctrl-C, or by an error."""
 
 
 def train_command(
@@ -76,35 +82,65 @@ def train_command(
 ) -> None:
     """Finetune a merged model. All of transformers.TrainingArguments are options too, as --adam-beta2 0.98."""
     given = {key: value for key, value in locals().items() if value is not None}
-    values = read_train_file(config) if config else {}
-    flags = {name: given[name] for name in (*OPTION_NAMES, *_SHOWN_ARGUMENTS) if name in given}
-    further = context.args
-    if model and model.startswith("--"):  # the model stands in the file, and this is the first further argument
-        further = [model, *further]
-    elif model:
-        values["model"] = model
-    values |= flags | _further_arguments(further)
-    if data:
-        values["data"] = parse_domain_texts("--data", data)
-    recipe = recipe_of(values, str(config or "command"))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: in one line that says what is kept
+    with _the_first_speaks():
+        values = read_train_file(config) if config else {}
+        flags = {name: given[name] for name in (*OPTION_NAMES, *_SHOWN_ARGUMENTS) if name in given}
+        further = context.args
+        if model and model.startswith("--"):  # the model stands in the file, and this is the first further argument
+            further = [model, *further]
+        elif model:
+            values["model"] = model
+        values |= flags | _further_arguments(further)
+        if data:
+            values["data"] = parse_domain_texts("--data", data)
+        recipe = recipe_of(values, str(config or "command"))
 
-    from btx_merge.finetuning import train as finetune
+        from btx_merge.finetuning import train as finetune
+        from btx_merge.tables import CountBar
 
-    report = finetune(
-        recipe,
-        output,
-        resume=resume,
-        overwrite=overwrite,
-        show=(lambda line: None) if quiet else (lambda line: print(printable(line), file=sys.stderr, flush=True)),
-        warn=warning,
-    )
-    if os.environ.get("RANK", "0") != "0":  # the first rank speaks for all
+        with CountBar("training", shown=not quiet and own_rank() == 0 and sys.stderr.isatty()) as bar:
+            report = finetune(
+                recipe,
+                output,
+                resume=resume,
+                overwrite=overwrite,
+                show=(lambda line: None) if quiet else _show,
+                warn=warning,
+                on_step=bar.advance,
+            )
+    if own_rank():  # the first speaks for all
         return
     if json_output:
         print(json.dumps({"output": str(report.output), "seconds": report.seconds, **report.entry}, indent=2))
     elif not quiet:
         result(f"written  {report.output}")
         result(f"took     {report.seconds:.1f} s")
+
+
+def _show(line: str) -> None:
+    print(printable(line), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _the_first_speaks() -> Iterator[None]:
+    """Have an error that all ranks of a host meet printed by the first of them.
+
+    The others wait, and the launcher ends them when the first has ended. Where nobody ends a rank, its error is its
+    own, and it says so.
+    """
+    try:
+        yield
+    except (BTXError, KeyboardInterrupt, OSError) as error:
+        if not own_local_rank():
+            raise
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        if isinstance(error, (MergeInterrupted, KeyboardInterrupt)):  # all ranks stop together
+            time.sleep(_BETWEEN_RANKS)
+            raise typer.Exit(130) from None
+        time.sleep(_WAIT_FOR_THE_FIRST)
+        raise
 
 
 _SHOWN_ARGUMENTS = (

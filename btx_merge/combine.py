@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -109,7 +109,7 @@ def _weighted_sum(
     return total, weights
 
 
-def within(segments: tuple[Segment, ...], start: int, stop: int) -> Iterator[Segment]:
+def within(segments: Sequence[Segment], start: int, stop: int) -> Iterator[Segment]:
     """The parts of the segments that lie in the result's rows [start, stop)."""
     for segment in segments:
         first, last = max(start, segment.out), min(stop, segment.out + segment.count)

@@ -10,9 +10,8 @@ from pathlib import Path
 from btx_merge.combine import BLOCK_BYTES
 from btx_merge.disk_errors import continuable
 from btx_merge.files import write_index
-from btx_merge.hub import Located
 from btx_merge.layout import JOB_BYTES, Block, Extent, Job, Layout, OutputTensor, Shard, lay_out, portions
-from btx_merge.reading import ReadFiles
+from btx_merge.reading import ReadFiles, Stamp
 from btx_merge.tensorfiles import StoredTensor, read_tensor_file
 from btx_merge.writer import Progress, Staging
 
@@ -82,7 +81,8 @@ def fill_copy(job: Job) -> Iterator[Block]:
 
 def write_copy(
     layout: CopyLayout,
-    model: Located,
+    folder: Path,
+    stamps: Mapping[Path, Stamp],
     output: Path,
     write_files: Callable[[Path], None],
     *,
@@ -96,7 +96,8 @@ def write_copy(
     What was interrupted is continued by the same call.
 
     Args:
-        model: where the copied tensors lie.
+        folder: where the copied tensors lie.
+        stamps: of its files, before any of them was read.
 
     Returns:
         Bytes of an earlier, interrupted run that were kept.
@@ -106,7 +107,7 @@ def write_copy(
             into the output's place.
         MergeError: the disk refused; `MergeInterrupted` for Ctrl-C.
     """
-    with continuable(output), copy_staging(layout, model, output, on_note) as staging:
+    with continuable(output), copy_staging(layout, folder, stamps, output, on_note) as staging:
         staging.write(workers, progress)
         write_index(layout, staging.folder)
         write_files(staging.folder)
@@ -114,8 +115,14 @@ def write_copy(
     return staging.kept_bytes
 
 
-def copy_staging(layout: CopyLayout, model: Located, output: Path, on_note: Callable[[str], None] | None) -> Staging:
+def copy_staging(
+    layout: CopyLayout,
+    folder: Path,
+    stamps: Mapping[Path, Stamp],
+    output: Path,
+    on_note: Callable[[str], None] | None,
+) -> Staging:
     """Return the folder in which a copy of a model's tensors is written."""
     tensors = [[name, tensor.file.name, tensor.places] for name, tensor in layout.sources.items()]
-    read = ReadFiles.of_folder("model", model.stamps)
-    return Staging(output, layout, fill_copy, read, str(model.folder), tensors, on_note=on_note)
+    read = ReadFiles.of_folder("model", stamps)
+    return Staging(output, layout, fill_copy, read, str(folder), tensors, on_note=on_note)

@@ -177,7 +177,8 @@ def _write(
         on_start(sum(tensor.nbytes for tensor in layout.tensors))
     kept = write_copy(
         layout,
-        merged.located,
+        merged.located.folder,
+        merged.located.stamps,
         target,
         partial(
             write_export_files,

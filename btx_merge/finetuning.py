@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from btx_merge.disk_errors import disk_error
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, MergeInterrupted, Problem
+from btx_merge.folder_files import read_json
 from btx_merge.hub import Located
 from btx_merge.model_folder import find_model
 from btx_merge.placing import Note, put_in_place, remove, repair
+from btx_merge.ranks import own_rank
 from btx_merge.reading import ReadFiles
 from btx_merge.text_checks import check_texts
 from btx_merge.textfiles import is_installed
 from btx_merge.texts import EXTRA, DomainText, as_domain_texts
+from btx_merge.train_folder import SUFFIX, begin, folder_problems, held, what_is_kept
 
 TRAIN_MODES = ("routers", "shared", "all", "lora")
 LORA_TARGETS = {"routers": "routers", "shared": "routers + shared", "experts": "experts"}
-SUFFIX = ".btx-training"
-COMPLETE = "complete"
-"""The file that is written last: a checkpoint without it was torn by whatever ended the process."""
-KEPT = "Finished checkpoints are kept: --resume continues from the last."
-_RUN_FILE = "run.json"
 _RESULT = "result"
-_FREE_TO_CHANGE = {  # of the arguments, what may differ when a run is continued
-    *("logging_steps", "logging_first_step", "save_steps", "save_total_limit", "eval_steps", "report_to", "run_name"),
-    *("disable_tqdm", "log_level", "project"),
-}
-
 Show = Callable[[str], None]
 
 
@@ -71,9 +63,9 @@ class TrainRecipe:
     lora_alpha: float = 32
     """lora: what is learned is scaled by lora_alpha / lora_r."""
     fsdp_size: int = 1
-    """Ranks that the parameters are sharded over (FSDP2)."""
+    """Ranks that the parameters are sharded over (FSDP2): 1, or all of them."""
     ep_size: int = 1
-    """Ranks that the experts are spread over."""
+    """Ranks that the experts are spread over; divides fsdp_size."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Of `transformers.TrainingArguments`, by name. `max_steps` must be there."""
 
@@ -90,6 +82,9 @@ class TrainRecipe:
         if self.train == "lora" and not problems and self.fsdp_size * self.ep_size > 1:
             found, remedy = "lora on sharded parameters", "Copies of the model do: without --fsdp-size and --ep-size."
             problems.append(Problem("recipe", "train", found, "", remedy))
+        elif not problems and self.fsdp_size % self.ep_size:
+            found, remedy = f"{self.ep_size} with fsdp_size {self.fsdp_size}", "Give --fsdp-size, the number of ranks."
+            problems.append(Problem("recipe", "ep_size", found, "a divisor of fsdp_size", remedy))
         if problems:
             raise InputError(problems)
 
@@ -144,6 +139,7 @@ def train(
     overwrite: bool = False,
     show: Show | None = None,
     warn: Show | None = None,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> TrainReport:
     """Finetunes a merged model and writes the result, a complete model or a LoRA adapter, into the folder `output`.
 
@@ -154,33 +150,38 @@ def train(
         overwrite: whether `output` may be replaced; that happens when the result is complete.
         show: called with the lines that a person follows the run by.
         warn: called with what deserves a look.
+        on_step: called with the steps that are done and all steps, first before a step was done.
 
     Raises:
         InputError: a reason not to train, or a text that cannot be read; checkpoints of the run are kept.
         MergeError: the disk refused; checkpoints are kept.
-        MergeInterrupted: Ctrl-C or SIGTERM; the step in work was finished and saved.
+        MergeInterrupted: Ctrl-C or SIGTERM. Between the first step and the last, the step in work was finished and
+            saved; the error's text names what is kept.
     """
-    from btx_merge.train_run import Run  # torch and transformers
-
     began = time.perf_counter()
     target = Path(output).expanduser().resolve()
     work = target.with_name(target.name + SUFFIX)
     located = _check(recipe, target, work, resume, overwrite)
     show, warn = show or (lambda line: None), warn or (lambda line: None)
     read = ReadFiles.of_folder("model", located.stamps)
-    run = Run(recipe, located, work, show, warn)
-    if run.is_main:
-        repair(target, warn)
-        _begin(work, recipe, run.settings, resume)
-    run.wait()
     try:
-        run.train(resume)
-        entry = run.finish(work / _RESULT)
-        if run.is_main:
-            _publish(work, target, overwrite, read, warn)
-        run.wait()
+        from btx_merge.train_run import Run  # torch and transformers
+
+        run = Run(recipe, located, work, show, warn, on_step)
+        with held(work) if run.is_main else nullcontext():
+            if run.is_main:
+                repair(target, warn)
+                begin(work, asdict(recipe), run.settings, resume)
+            run.wait()
+            run.train(resume)
+            entry = run.finish(work / _RESULT)
+            if run.is_main:
+                _publish(work, target, overwrite, read, warn)
+            run.wait()
     except OSError as error:
-        raise disk_error(error, work, KEPT) from error
+        raise disk_error(error, work, what_is_kept(work)) from error
+    except (MergeInterrupted, KeyboardInterrupt):
+        raise MergeInterrupted(f"Interrupted. {what_is_kept(work)}") from None
     except Exception as error:
         if changes := read.changes():
             raise InputError(changes) from error
@@ -196,51 +197,24 @@ def _check(recipe: TrainRecipe, target: Path, work: Path, resume: bool, overwrit
     missing = [package for package in needed if not is_installed(package)]
     problems += [Problem("command", package, "is not installed", "", f"{EXTRA}.") for package in missing]
     problems += of_model
-    if resume and last_checkpoint(work) is None:
-        remedy = "Leave out --resume, which begins anew."
-        problems.append(Problem("output", str(work), "no finished checkpoint to resume", "", remedy))
-    if not resume and last_checkpoint(work) is not None:
-        remedy = "--resume continues it; remove the folder to begin anew."
-        problems.append(Problem("output", str(work), "holds a run that was not finished", "", remedy))
-    elif work.exists() and any(work.iterdir()) and not (work / _RUN_FILE).exists():
-        problems.append(Problem("output", str(work), "holds files, but no unfinished run", "", "Move it away."))
+    problems += folder_problems(work, resume, own_rank() == 0)
+    if located:
+        problems += _config_problems(recipe, read_json(located.folder / "config.json"))
     if problems or located is None:
         raise InputError(problems)
     return located
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _begin(work: Path, recipe: TrainRecipe, settings: Mapping[str, Any], resume: bool) -> None:
-    """Writes down which run the folder is of; a run that is continued must be the same.
-
-    Raises:
-        InputError: what differs.
-    """
-    work.mkdir(parents=True, exist_ok=True)
-    values = json.loads(json.dumps({**asdict(recipe), "arguments": dict(settings)}))
-    file = work / _RUN_FILE
-    if not resume:
-        for left in work.iterdir():  # by a run that came to no checkpoint
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        file.write_text(json.dumps(values, indent=2), encoding="utf-8")
-        return
-    for torn in work.glob("checkpoint-*"):
-        if not (torn / COMPLETE).exists():
-            shutil.rmtree(torn)
-    before = json.loads(file.read_text(encoding="utf-8"))
-    flat = [{**run, **run["arguments"]} for run in (before, values)]
-    problems = [
-        Problem("resume", name, f"{flat[1].get(name)!r}", f"{flat[0].get(name)!r}, as the run began")
-        for name in dict.fromkeys([*flat[0], *flat[1]])
-        if name not in ("arguments", *_FREE_TO_CHANGE) and flat[0].get(name) != flat[1].get(name)
-    ]
-    if problems:
-        raise InputError(problems)
+def _config_problems(recipe: TrainRecipe, config: Mapping[str, Any]) -> list[Problem]:
+    """Return what the recipe asks for and a model of this config.json cannot do."""
+    problems = []
+    if recipe.train == "lora" and config.get("router_selection_bias"):
+        found, remedy = "true: training moves the bias, and an adapter cannot hold it", "Train routers, shared or all."
+        problems.append(Problem("model", "config.json: router_selection_bias", found, "false for a lora", remedy))
+    if (experts := config["num_local_experts"]) % recipe.ep_size:
+        found, expected = f"{recipe.ep_size} for {experts} experts", "as many experts on each rank"
+        problems.append(Problem("recipe", "ep_size", found, expected, "Give another --ep-size."))
+    return problems
 
 
 def _publish(work: Path, target: Path, overwrite: bool, read: ReadFiles, note: Note) -> None:

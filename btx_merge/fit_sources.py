@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from btx_merge.combine import within
-from btx_merge.plan import Plan
+from btx_merge.segments import Segment
 from btx_merge.sources import Source
 
 _ROWS = 16_384
@@ -22,10 +22,14 @@ def row_blocks(rows: int) -> Iterator[tuple[int, int]]:
 
 
 class DenseSource:
-    """One source of a plan."""
+    """One source of a merge.
 
-    def __init__(self, plan: Plan, source: Source, device: torch.device):
-        self.plan, self.source, self.device = plan, source, device
+    Args:
+        segments: which of its embedding's rows belong to which of the result's.
+    """
+
+    def __init__(self, source: Source, segments: Sequence[Segment], device: torch.device):
+        self.source, self.segments, self.device = source, segments, device
         config = dict(source.raw_config)
         config.pop("dtype", None)
         config.pop("torch_dtype", None)
@@ -55,7 +59,7 @@ class DenseSource:
             others: the rows that the result has, [rows, H].
         """
         out = others.clone()
-        for segment in within(self.plan.source_layout(name)[self.source.name], start, start + len(others)):
+        for segment in within(self.segments, start, start + len(others)):
             rows = self.source.rows(name, segment.source, segment.source + segment.count)
             out[segment.out - start : segment.out - start + segment.count] = torch.from_numpy(rows).to(self.device)
         return out

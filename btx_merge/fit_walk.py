@@ -70,6 +70,7 @@ class Walk:
         router: str | None,
         combine: str | None = None,
         sources: Mapping[str, DenseSource] | None = None,
+        averaged: int = 0,
         through: str = "expert",
         router_ridge: float = 0.001,
         regmean_ridge: float = 0.01,
@@ -80,6 +81,7 @@ class Walk:
             router: ridge, prompts or None for routers that stay.
             combine: regmean, regmean_merged or None for shared weights that stay.
             sources: for `combine`: by the streams' names.
+            averaged: for `combine`: of how many sources the means are from which it sets out.
             through: expert, to send tokens through their own domain's on the way to the next layer; or router.
             rows: the experts whose router rows are fitted by ridge, the others' stay; all by default.
         """
@@ -87,7 +89,7 @@ class Walk:
         config._experts_implementation = "eager"
         self.checkpoint, self.config, self.streams, self.statistics = checkpoint, config, streams, statistics
         self.texts = [stream for stream in streams if not stream.is_prompt]
-        self.router, self.combine, self.sources = router, combine, sources or {}
+        self.router, self.combine, self.sources, self.averaged = router, combine, sources or {}, averaged
         self.through, self.router_ridge, self.regmean_ridge = through, router_ridge, regmean_ridge
         self.rows = list(rows if rows is not None else range(config.num_local_experts))
         self.has_contrast = rows is None or any(set(stream.experts) - set(rows) for stream in self.texts)
@@ -197,7 +199,7 @@ class Walk:
         """
         vocab = self.checkpoint.tensors[EMBEDDING].shape[0]
         counts = self.statistics.get("embedding", lambda: {s.name: self._token_counts(s, vocab) for s in self.texts})
-        merged = float(len(next(iter(self.sources.values())).plan.experts))
+        merged = float(self.averaged)
         for start, stop in row_blocks(vocab):
             mean = self.checkpoint.read(EMBEDDING, start, stop)
             total, weight = merged * mean, torch.full((stop - start, 1), merged, device=self.device)

@@ -20,7 +20,6 @@ from btx_merge.folder_files import copy_file, read_json, small_files
 from btx_merge.held_out import router_results, router_table
 from btx_merge.hub import Located
 from btx_merge.model_folder import find_model
-from btx_merge.plan import Plan
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS, SEED
 from btx_merge.text_checks import check_texts
 from btx_merge.texts import DomainText, as_domain_texts, public_record, public_reference
@@ -28,6 +27,8 @@ from btx_merge.tokenizer_files import copy_templates
 
 if TYPE_CHECKING:
     from btx_merge.fit_walk import LayerFit
+    from btx_merge.segments import Segment
+    from btx_merge.sources import Source
 
 OnLayer = Callable[[int, int], None]
 """Called with how many layers of how many are fitted."""
@@ -124,7 +125,7 @@ def fit(
         raise InputError(problems)
 
     layout = same_layout(located.folder)
-    with continuable(target), copy_staging(layout, located, target, on_note) as staging:
+    with continuable(target), copy_staging(layout, located.folder, located.stamps, target, on_note) as staging:
         staging.write()
         try:
             layers = fit_folder(
@@ -152,39 +153,6 @@ def fit(
         copy_file(located.folder / "config.json", staging.folder / "config.json")
         staging.finish(overwrite)
     return FitReport(target, tuple(layers), time.perf_counter() - began)
-
-
-def fit_merge(
-    plan: Plan,
-    folder: Path,
-    files: Path,
-    *,
-    statistics: str | Path | None,
-    device: str | None,
-    on_layer: OnLayer | None,
-) -> list[LayerFit]:
-    """Fits what a merge's recipe says, in the folder where its weights were just written with means and any routers.
-
-    Args:
-        files: the folder with its config and tokenizer.
-    """
-    recipe = plan.recipe
-    return fit_folder(
-        folder,
-        files,
-        recipe.domain_text,
-        recipe.prompts,
-        domain_tokens=recipe.domain_tokens,
-        statistics=statistics,
-        device=device,
-        on_layer=on_layer,
-        router=recipe.router_init if recipe.router_init in ROUTER_FITS else None,
-        combine=recipe.combine if recipe.fits_shared else None,
-        plan=plan,
-        through=recipe.fit_through,
-        router_ridge=recipe.router_ridge,
-        regmean_ridge=recipe.regmean_ridge,
-    )
 
 
 def device_problems(device: str | None) -> list[Problem]:
@@ -232,10 +200,15 @@ def fit_folder(
     device: str | None,
     on_layer: OnLayer | None,
     combine: str | None = None,
-    plan: Plan | None = None,
+    sources: Mapping[str, tuple[Source, Sequence[Segment]]] | None = None,
     **options: Any,
 ) -> list[LayerFit]:
-    """Fits a checkpoint in `folder` in place; config and tokenizer lie in `files`. `options` are `Walk`'s."""
+    """Fit a checkpoint in `folder` in place; config and tokenizer lie in `files`. `options` are `Walk`'s.
+
+    Args:
+        sources: what shared weights are fitted to, by expert: the dense source, and which rows of its embedding belong
+            to which of the result's.
+    """
     import torch
 
     from btx_merge.checkpoint import Checkpoint
@@ -260,10 +233,8 @@ def fit_folder(
     }
     kept = Statistics(Path(statistics).expanduser() if statistics else None, key)
     streams = streams_of(files, config, texts, prompts, domain_tokens)
-    sources = {}
-    if plan and combine:
-        sources = {source.name: DenseSource(plan, source, place) for source in plan.experts if source.name in texts}
-    walk = Walk(checkpoint, config, streams, kept, combine=combine, sources=sources, **options)
+    dense = {name: DenseSource(source, segments, place) for name, (source, segments) in (sources or {}).items()}
+    walk = Walk(checkpoint, config, streams, kept, combine=combine, sources=dense, **options)
     layers = walk.run(on_layer or (lambda done, all: None))
     kept.complete()
     return layers

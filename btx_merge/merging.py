@@ -22,14 +22,14 @@ from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, Problem
 from btx_merge.experts import expert_columns, expert_rows
 from btx_merge.files import write_files
-from btx_merge.fitting import device_problems, fit_merge
+from btx_merge.fitting import OnLayer, device_problems, fit_folder
 from btx_merge.hub import Located
 from btx_merge.layout import Block, Job
 from btx_merge.model_folder import room_problems
 from btx_merge.placing import check_target
 from btx_merge.plan import ExpertColumns, ExpertRows, Fate, Plan, RouterRows, SharedRows, make_plan
 from btx_merge.reading import ReadFiles, Stamp
-from btx_merge.recipe import MergeRecipe
+from btx_merge.recipe import ROUTER_FITS, MergeRecipe
 from btx_merge.router_init import initial_router
 from btx_merge.scratch import scratch_folder
 from btx_merge.sources import Source
@@ -181,13 +181,49 @@ def merge(
             if recipe.is_fitted:
                 files = staging.scratch()  # half fitted it is no model yet
                 write_files(plan, files)
-                layers = fit_merge(
-                    plan, staging.folder, files, statistics=statistics, device=device, on_layer=on_layer
-                )
+                layers = _fit(plan, staging.folder, files, statistics, device, on_layer)
             write_files(plan, staging.folder, layers)
             staging.finish(overwrite)
     seconds = time.perf_counter() - began
     return Report(target, checked, seconds, peak_memory(), staging.kept_bytes, tuple(layers))
+
+
+def _fit(
+    plan: Plan,
+    folder: Path,
+    files: Path,
+    statistics: str | Path | None,
+    device: str | None,
+    on_layer: OnLayer | None,
+) -> list[LayerFit]:
+    """Fit what the recipe says, in the folder where the weights were just written with means and any routers.
+
+    Args:
+        files: the folder with its config and tokenizer.
+    """
+    recipe = plan.recipe
+    sources = {}
+    if recipe.fits_shared:
+        segments = plan.vocabulary.segments
+        named = [source for source in plan.experts if source.name in recipe.domain_text]
+        sources = {source.name: (source, segments[source.name]) for source in named}
+    return fit_folder(
+        folder,
+        files,
+        recipe.domain_text,
+        recipe.prompts,
+        domain_tokens=recipe.domain_tokens,
+        statistics=statistics,
+        device=device,
+        on_layer=on_layer,
+        router=recipe.router_init if recipe.router_init in ROUTER_FITS else None,
+        combine=recipe.combine if recipe.fits_shared else None,
+        sources=sources,
+        averaged=len(plan.experts),
+        through=recipe.fit_through,
+        router_ridge=recipe.router_ridge,
+        regmean_ridge=recipe.regmean_ridge,
+    )
 
 
 def fill(plan: Plan, job: Job) -> Iterator[Block]:

@@ -39,7 +39,7 @@ def room_problems(target: Path, nbytes: int) -> list[Problem]:
     """
     folder = next(folder for folder in (target, *target.parents) if folder.exists())
     partial = partial_of(target)
-    present = sum(file.stat().st_blocks * 512 for file in partial.iterdir()) if partial.is_dir() else 0
+    present = sum(file.lstat().st_blocks * 512 for file in partial.iterdir()) if partial.is_dir() else 0
     free = shutil.disk_usage(folder).free
     if nbytes - present <= free:
         return []

@@ -17,6 +17,7 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,11 +56,13 @@ def lock(folder: Path) -> int:
     """Lock a folder until the descriptor that is returned is closed, if only by the end of the process.
 
     Raises:
-        InputError: another process holds the lock, or the file system has none.
+        InputError: another process holds the lock, the file system has none, or the lock's file is a link.
     """
     file = folder / LOCK
+    if file.is_symlink():
+        raise InputError([Problem("output", str(file), "a link", "a plain file", "Remove it.")])
     is_new = not file.exists()
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -79,7 +82,7 @@ def check_target(target: Path, overwrite: bool) -> None:
 
     Raises:
         InputError: it is a file, a mount point, or a name that is too long; or it holds something that may not be
-            replaced.
+            replaced; or unfinished work beside it holds links.
     """
     file = next((path for path in (target, *target.parents) if os.path.isfile(path)), None)
     if file is not None:
@@ -91,6 +94,8 @@ def check_target(target: Path, overwrite: bool) -> None:
     except OSError as error:
         found = error.strerror or str(error)
         raise InputError([Problem("output", str(target), found, "", remedy_of(error))]) from error
+    if problem := _link_beside(target):
+        raise InputError([problem])
     if (mount := _mount_in(target)) is not None:
         found = "a mount point" if mount == target else f"holds a mount point, {mount}"
         remedy = f"Give a folder in it, such as --output {mount / 'merged'}."
@@ -104,6 +109,34 @@ def check_target(target: Path, overwrite: bool) -> None:
         found = f"was there until a run was ended while it replaced it; it is {old_of(target)} now"
         remedy = "Rename that folder, or give --overwrite to replace it when the new model is complete."
         raise InputError([Problem("output", str(target), found, "", remedy)])
+
+
+def _link_beside(target: Path) -> Problem | None:
+    """Return the first link in what an earlier run left beside an output: to write there would be to write elsewhere.
+
+    Only what is a plain file of one name, or a folder, may be in a folder that is written again. The folders of an
+    unpacked archive may hold anything.
+    """
+    partial, old = partial_of(target), old_of(target)
+    for folder in (partial, old):
+        if folder.is_symlink():
+            remedy = "Remove the link."
+            return Problem("output", str(folder), f"a link to {os.readlink(folder)}", "a folder", remedy)
+    if not has_marks(partial):  # it is not written: refused, or cleared by `repair`
+        return None
+    for path in sorted(partial.rglob("*")):  # links are not followed
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            found = f"a link to {os.readlink(path)}"
+        elif stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+            found = "a hard link: the file has another name elsewhere"
+        elif not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            found = "neither a file nor a folder"
+        else:
+            continue
+        remedy = f"Remove {partial}; then the same command begins anew."
+        return Problem("output", str(path), found, "a plain file, as every unfinished result has", remedy)
+    return None
 
 
 def _mount_in(target: Path) -> Path | None:

@@ -31,10 +31,11 @@ def scratch_folder(parent: Path | None) -> Iterator[Path]:
 
 def _remove_leftovers(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
-        if folder.is_symlink() or not (folder / _LOCK).is_file():
+        lock = folder / _LOCK
+        if folder.is_symlink() or lock.is_symlink() or not lock.is_file():
             continue  # none of ours, or one that is being made
         try:
-            with FileLock(folder / _LOCK, timeout=0):
+            with FileLock(lock, timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
         except (Timeout, OSError):
             continue  # in use, or another user's

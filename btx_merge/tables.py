@@ -65,12 +65,12 @@ class ProgressBar:
         self._progress.advance(self._task, nbytes)
 
 
-class LayerBar:
-    """Layers that are fitted, on stderr; nothing at all where it is not shown."""
+class CountBar:
+    """Layers or steps that are done, and time left, on stderr; nothing at all where it is not shown."""
 
-    def __init__(self, shown: bool):
+    def __init__(self, verb: str, shown: bool):
         self._progress = Progress(
-            "fitting",
+            verb,
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -79,16 +79,16 @@ class LayerBar:
         )
         self._task: TaskID | None = None
 
-    def __enter__(self) -> LayerBar:
+    def __enter__(self) -> CountBar:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def advance(self, done: int, layers: int) -> None:
-        """Shows how many layers of how many are done."""
+    def advance(self, done: int, total: int) -> None:
+        """Show how many of how many are done."""
         if self._task is None:
-            self._task = self._progress.add_task("fitting", total=layers)
+            self._task = self._progress.add_task("", total=total, completed=done)
             self._progress.start()
         self._progress.update(self._task, completed=done)
 

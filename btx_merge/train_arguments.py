@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, cast
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from btx_merge.errors import InputError, Problem
@@ -100,6 +101,8 @@ def training_arguments(values: Mapping[str, Any], folder: str, origin: str = "co
     if problems:
         raise InputError(problems)
     settings = {**DEFAULTS, **_defaults_by(typed), **typed}
+    if not torch.accelerator.is_available():
+        settings["use_cpu"] = True  # without it, accelerate does not let ranks on a CPU meet
     try:
         return TrainingArguments(
             output_dir=folder,

@@ -5,14 +5,12 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformers
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
@@ -20,16 +18,19 @@ from transformers.utils import logging
 from btx_merge.adapter_card import write_adapter_card
 from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
 from btx_merge.files import PICTURE
-from btx_merge.finetuning import LORA_TARGETS, Show, TrainRecipe, last_checkpoint, tools
+from btx_merge.finetuning import LORA_TARGETS, Show, TrainRecipe, tools
 from btx_merge.folder_files import read_json
 from btx_merge.hub import Located
 from btx_merge.modeling import BTXForCausalLM
 from btx_merge.texts import public_reference
 from btx_merge.train_arguments import DEFAULTS, training_arguments
+from btx_merge.train_callbacks import ConsoleLines, StepCount, StopOnSignal
 from btx_merge.train_data import DomainStream, MixedWindows, collate, row_of
+from btx_merge.train_folder import last_checkpoint
 from btx_merge.train_metrics import Meter, draw
 from btx_merge.train_output import check_stored, write_model, write_records
-from btx_merge.trainer import BTXTrainer, ConsoleLines, StopOnSignal, trained_tensors, whole
+from btx_merge.train_ranks import check_launch, check_ranks
+from btx_merge.trainer import BTXTrainer, trained_tensors, whole
 from btx_merge.training import GumbelAnnealing, RouterBiasUpdate
 
 _MAX_LENGTH = 1024
@@ -47,7 +48,16 @@ def is_trained(mode: str, name: str) -> bool:
 class Run:
     """From a recipe to a result. Everything that all ranks must do together is done here, by each of them."""
 
-    def __init__(self, recipe: TrainRecipe, located: Located, work: Path, show: Show, warn: Show):
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        located: Located,
+        work: Path,
+        show: Show,
+        warn: Show,
+        on_step: Callable[[int, int], None] | None = None,
+    ):
+        check_launch()
         self.recipe = recipe
         self.located = located
         self.work = work
@@ -56,26 +66,10 @@ class Run:
         self.is_main = self.args.process_index == 0
         silent: Show = lambda line: None  # noqa: E731
         self.show, self.warn = (show, warn) if self.is_main else (silent, silent)
+        self.on_step = on_step if self.is_main else None
         chosen: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]
         self.settings = {name: chosen[name] for name in (*DEFAULTS, "warmup_steps", "eval_steps", *arguments)}
-        self._check_ranks()
-
-    def _check_ranks(self) -> None:
-        """Whether there are as many ranks as the recipe wants."""
-        recipe, problems = self.recipe, []
-        parts, ranks = recipe.fsdp_size * recipe.ep_size, self.args.world_size
-        if parts > 1 and parts != ranks:
-            found = f"fsdp_size {recipe.fsdp_size} times ep_size {recipe.ep_size} on {ranks} ranks"
-            remedy = f"Start it by `torchrun --nproc-per-node {parts} --no-python btx train ...`."
-            problems.append(Problem("recipe", "fsdp_size", found, "as many ranks", remedy))
-        if recipe.ep_size > 1 and self.args.device.type == "cpu":
-            remedy = "Use GPUs, or --fsdp-size."
-            problems.append(Problem("recipe", "ep_size", "Trainer has no expert parallelism on a CPU", "1", remedy))
-        if parts > 1 and "fsdp_size" not in {field.name for field in fields(DistributedConfig)}:
-            found, remedy = f"transformers {transformers.__version__}", "pip install -U transformers"
-            problems.append(Problem("recipe", "fsdp_size", found, "5.23 or newer, which can shard", remedy))
-        if problems:
-            raise InputError(problems)
+        check_ranks(recipe, self.args)
 
     def wait(self) -> None:
         """Until all ranks are here."""
@@ -115,7 +109,7 @@ class Run:
             if stop:
                 stop.restore()
         if stop and stop.is_stopped and self.trainer.state.global_step < self.args.max_steps:
-            raise MergeInterrupted
+            raise MergeInterrupted  # what is kept, `finetuning.train` says
         scored = [entry["step"] for entry in self.history if any(key.startswith("eval_perplexity/") for key in entry)]
         if held_out and (not scored or scored[-1] != self.trainer.state.global_step):
             self.trainer.evaluate()
@@ -205,6 +199,8 @@ class Run:
         config, domains = self.model.config, [stream.text.name for stream in self.streams]
         meter = Meter(self.model, domains, self.warn)
         callbacks: list[TrainerCallback] = [ConsoleLines(self.show, domains, meter.experts)]
+        if self.on_step:
+            callbacks.append(StepCount(self.on_step))
         if config.router_type == "sample_top_1":
             callbacks.append(GumbelAnnealing(relative=True))
         if config.router_selection_bias:
@@ -231,6 +227,16 @@ class Run:
         self.show(
             f"trains {self.recipe.train}: {self.trained_parameters:,} of {total:,} parameters "
             f"({self.trained_parameters / total:.2%}), {len(trained)} of {len(parameters)} tensors"
+        )
+        args, length = self.args, self.streams[0].length
+        ranks = "1 rank" if args.world_size == 1 else f"{args.world_size} ranks"
+        shares = f", sharded over {self.recipe.fsdp_size}" if self.recipe.fsdp_size > 1 else ""
+        if self.recipe.ep_size > 1:
+            shares += f", experts over {self.recipe.ep_size}"
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.show(
+            f"on {ranks}, {args.device.type}{shares}: {rows:,} windows of {length:,} tokens a step, "
+            f"{rows * length:,} tokens"
         )
 
     def _entry(self) -> dict[str, Any]:

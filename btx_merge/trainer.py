@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from btx_merge.errors import MergeError
-from btx_merge.finetuning import COMPLETE, KEPT
+from btx_merge.train_folder import COMPLETE, what_is_kept
 from btx_merge.train_metrics import LOAD_PER_LAYER, Meter, perplexity
 
 TRAINED = "trained.safetensors"
@@ -162,7 +161,8 @@ class BTXTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except (OSError, SafetensorError, RuntimeError) as error:  # torch's writer has no error of its own
             reason = " ".join(str(error).split())
-            raise MergeError(f"{folder}: the checkpoint could not be written ({reason}). {KEPT}") from error
+            kept = what_is_kept(folder)
+            raise MergeError(f"{folder}: the checkpoint could not be written ({reason}). {kept}") from error
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         running = {name: float(getattr(self, name)) for name in _RUNNING if hasattr(self, name)}
         (checkpoint / f"running_{self.args.process_index}.json").write_text(json.dumps(running))
@@ -238,66 +238,3 @@ class _RunningLoss(TrainerCallback):
                 self.trainer.carried_loss = value
             else:
                 setattr(self.trainer, name, torch.full_like(before, value) if torch.is_tensor(before) else int(value))
-
-
-class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM end the run after the step that is in work, with a checkpoint; a second Ctrl-C at once."""
-
-    def __init__(self) -> None:
-        self.is_stopped = False
-        self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _stop(self, *_: Any) -> None:
-        if self.is_stopped:
-            raise KeyboardInterrupt
-        self.is_stopped = True
-
-    def restore(self) -> None:
-        """Gives the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """All ranks stop at the same step, whichever of them got the signal."""
-        if dist.is_available() and dist.is_initialized():
-            asked = torch.tensor(float(self.is_stopped), device=args.device)
-            dist.all_reduce(asked)
-            self.is_stopped = bool(asked.item())
-        if self.is_stopped and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
-
-
-class ConsoleLines(TrainerCallback):
-    """One short line for each logging step, under a head that names the columns."""
-
-    def __init__(self, show: Callable[[str], None], domains: Sequence[str], experts: Sequence[str]):
-        self.show = show
-        self._columns = {"loss": "loss", "aux_loss": "balancing"}
-        self._columns |= {f"perplexity/{name}": f"ppl {name}" for name in domains}
-        self._columns |= {f"load/{name}": f"to {name}" for name in experts}
-        self._widths = [max(len(title), 9) for title in ("step", *self._columns.values())]
-        self._has_head = False
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Losses, perplexities and loads; all of it goes to wherever `report_to` says."""
-        logs: dict[str, Any] = kwargs["logs"]
-        for key, value in logs.items():
-            if key.startswith("eval_perplexity/"):
-                name = key.partition("/")[2]
-                self.show(f"step {state.global_step}: perplexity of what is held out of {name}: {value:.4g}")
-        if "loss" not in logs:
-            return
-        if not self._has_head:
-            self._line("step", *self._columns.values())
-            self._has_head = True
-        cells = []
-        for key in self._columns:
-            value = logs.get(key)
-            shape = ".0%" if key.startswith("load/") else ".4g"
-            cells.append("-" if value is None else format(value, shape))
-        self._line(f"{state.global_step}/{state.max_steps}", *cells)
-
-    def _line(self, *cells: str) -> None:
-        self.show("  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)))

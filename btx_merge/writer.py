@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from btx_merge.bounded_json import parse_json
 from btx_merge.disk_errors import is_curable, naming, remedy_of
 from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.layout import Block, Job, Layout
@@ -31,6 +32,7 @@ from btx_merge.sizes import readable
 
 _SCRATCH = "btx_files"
 _READ_BYTES = 1 << 20
+_JOURNAL_LIMIT = 100_000_000  # bytes; a job takes a hundred, and writes up to 64 MB
 _LAG = 8  # jobs that are left to the disk before they are let go of
 
 Progress = Callable[[int], None]
@@ -256,17 +258,19 @@ class Staging:
                         forget_range(file.fileno(), extent.start, extent.nbytes)
 
     def _read_journal(self) -> dict[str, list[int]] | None:
-        """Finished jobs and their checksums; None where there is no journal of this plan."""
+        """Finished jobs and their checksums; None where there is no readable journal of this plan."""
         try:
-            lines = (self.folder / JOURNAL).read_text(encoding="utf-8").split("\n")
-            if json.loads(lines[0]) != {"plan": self.fingerprint}:
+            journal = self.folder / JOURNAL
+            text = journal.read_text(encoding="utf-8") if journal.stat().st_size <= _JOURNAL_LIMIT else ""
+            first, *lines = text.split("\n")
+            if parse_json(first) != {"plan": self.fingerprint}:
                 return None
         except (OSError, ValueError):
             return None
         finished = {}
-        for line in lines[1:]:
+        for line in lines:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # the last line may be torn
-                entry = json.loads(line)
+                entry = parse_json(line)
                 finished[entry["job"]] = entry["crc32"]
         return finished
 

@@ -19,14 +19,16 @@ import yaml
 from btx_merge.modeling import BTXForCausalLM
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from btx_merge import InputError, MergeError, MergeRecipe, merge, trainer
-from btx_merge.finetuning import SUFFIX, TrainRecipe, TrainReport, train
+from btx_merge.finetuning import TrainRecipe, TrainReport, train
 from btx_merge.texts import DomainText
+from btx_merge.train_folder import SUFFIX, held
 from btx_merge.train_metrics import Meter
 from tests import warm
-from tests.common import assert_complete, edit_json, files_of, raw_bytes, tensors_of
+from tests.common import assert_complete, edit_json, files_of, grow, raw_bytes, save_seed, tensors_of
 from tests.warm import BTX
 
 ARGUMENTS = {
@@ -208,7 +210,9 @@ train({resumable(merged, texts)!r}, {str(tmp_path / "out")!r})
 def test_killed_before_the_result_had_its_name(merged, texts, tmp_path, whole_run, monkeypatch):
     report, out = whole_run
     line = failure_of(monkeypatch, resumable(merged, texts), tmp_path / "out")
-    assert re.fullmatch(r"somewhere: No space left on device\. .*--resume continues from the last\.", line)
+    assert re.fullmatch(
+        r"somewhere: No space left on device\. .* Step 10 is kept in .*-10: .* --resume continues from there\.", line
+    )
     assert not (tmp_path / "out").exists()
     resumed = train(resumable(merged, texts), tmp_path / "out", resume=True)
     assert losses_of(resumed) == losses_of(report)
@@ -277,7 +281,10 @@ def test_ctrl_c(merged, texts, tmp_path, whole_run):
                 break
         rest = stderr.read()
         assert run.wait(60) == 130, "".join(seen) + rest
-    assert "error: Interrupted." in rest
+    (kept,) = tmp_path.glob(f"out{SUFFIX}/checkpoint-*/complete")
+    step = kept.parent.name.rpartition("-")[2]
+    said = f"error: Interrupted. Step {step} is kept in {kept.parent}: the same command with --resume continues"
+    assert said in rest
     assert "Traceback" not in rest
     done = warm.run([*command, "--resume", "--json"], level="package")
     assert done.returncode == 0, done.stderr
@@ -373,11 +380,90 @@ def test_lora_is_not_sharded(merged, texts):
 
 
 def test_sharding_asks_for_ranks(merged, texts, tmp_path):
-    (line,) = problems_of(train, recipe(merged, texts, fsdp_size=2), tmp_path / "out")
-    assert "on 1 ranks" in line
-    assert "torchrun --nproc-per-node 2" in line
-    found = problems_of(train, recipe(merged, texts, ep_size=2), tmp_path / "out")
-    assert any("no expert parallelism on a CPU" in line for line in found)
+    assert problems_of(train, recipe(merged, texts, fsdp_size=2), tmp_path / "out") == [
+        "recipe: fsdp_size: 2 on 1 ranks; expected the number of ranks. "
+        "Start it by `torchrun --nproc-per-node 2 -m btx_merge train ...`."
+    ]
+
+
+def test_experts_are_spread_over_some_of_the_ranks(merged, texts, tmp_path):
+    """transformers wants fsdp_size to be a multiple of ep_size; ranks that hold different numbers of experts fail."""
+    for sizes in ({"ep_size": 2}, {"ep_size": 4, "fsdp_size": 2}, {"ep_size": 2, "fsdp_size": 3}):
+        (line,) = problems_of(recipe, merged, texts, **sizes)
+        assert "expected a divisor of fsdp_size. Give --fsdp-size" in line
+    (line,) = problems_of(train, recipe(merged, texts, ep_size=2, fsdp_size=2), tmp_path / "out")
+    assert line.startswith("recipe: ep_size: 2 for 3 experts; expected as many experts on each rank")
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_ranks_that_cannot_meet(merged, texts, tmp_path, monkeypatch, name):
+    """Each would train alone, and all write to one folder."""
+    monkeypatch.setenv(name, "2")
+    (line,) = problems_of(train, recipe(merged, texts), tmp_path / "out")
+    assert line.startswith(
+        f"command: {name}: 2, but MASTER_ADDR is not set. Start them by `torchrun --nproc-per-node 2"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("variables", "said"), [({}, "Start it by `torchrun"), ({"LOCAL_RANK": "0"}, "--use-cpu")])
+def test_ranks_that_do_not_train_together(merged, texts, tmp_path, monkeypatch, variables, said):
+    """As with MPI on GPUs, and with torchrun on a device that accelerate has no ranks on."""
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("accelerate.state.PartialState._prepare_backend", lambda *_: (None, "NO"))
+    (line,) = problems_of(train, recipe(merged, texts), tmp_path / "out")
+    assert line.startswith("command: WORLD_SIZE: 2, but this process trains with 1 on cpu")
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gpus_in_one_process(merged, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 4)
+    (line,) = problems_of(train, recipe(merged, texts), tmp_path / "out")
+    assert line.startswith(
+        "command: GPUs: 4 in one process; expected a process for each. Start it by `torchrun --nproc"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_for_one_output(merged, texts, tmp_path):
+    """The second neither clears the folder nor is told to remove it."""
+    work = tmp_path / f"out{SUFFIX}"
+    (work / "checkpoint-3").mkdir(parents=True)
+    for name in ("run.json", "checkpoint-3/complete"):
+        (work / name).write_text("{}")
+    with held(work):
+        for resume in (False, True):
+            (line,) = problems_of(train, recipe(merged, texts), tmp_path / "out", resume=resume)
+            assert line.startswith(f"output: {work}: another run of btx train works there now. Wait for it")
+        with pytest.raises(InputError, match="another run"), held(work):
+            pass
+    (line,) = problems_of(train, recipe(merged, texts), tmp_path / "out")
+    assert "holds a run that was not finished" in line
+
+
+def test_a_tied_model_that_also_stores_its_head(texts, tmp_path):
+    """transformers does not tie a stored head that differs from the embedding: once that is trained, they differ."""
+    seed = save_seed(tmp_path / "seed", tie_word_embeddings=True)
+    merge(MergeRecipe(str(seed), {"code": str(grow(seed, tmp_path / "code"))}), tmp_path / "merged")
+    (file,) = (tmp_path / "merged").glob("*.safetensors")
+    tensors = tensors_of(tmp_path / "merged")
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
+    (line,) = problems_of(train, recipe(tmp_path / "merged", texts), tmp_path / "out")
+    assert line.startswith("model: tensor lm_head.weight: unexpected")
+    assert not (tmp_path / f"out{SUFFIX}").exists()
+
+
+def test_an_adapter_cannot_hold_a_selection_bias(merged, texts, tmp_path):
+    copy = shutil.copytree(merged, tmp_path / "merged")
+    model = BTXForCausalLM.from_pretrained(merged, router_selection_bias=True)
+    for file in copy.glob("*.safetensors*"):
+        file.unlink()
+    model.save_pretrained(copy)
+    (line,) = problems_of(train, recipe(copy, texts, train="lora"), tmp_path / "out")
+    assert line.startswith("model: config.json: router_selection_bias: true: training moves the bias, and an adapter")
+    assert not (tmp_path / f"out{SUFFIX}").exists()
 
 
 # What is measured
@@ -425,8 +511,6 @@ def test_measurements_against_the_model_itself(merged, texts, tmp_path):
 
 def test_a_dead_expert_is_named(merged, texts, tmp_path):
     copy = shutil.copytree(merged, tmp_path / "merged")
-    from safetensors.torch import load_file, save_file
-
     for file in copy.glob("*.safetensors"):
         tensors = load_file(file)
         for name in tensors:

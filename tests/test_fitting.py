@@ -197,7 +197,7 @@ def test_an_interrupted_fit_is_continued_by_the_same_command(grown, tmp_path, mo
     given = [word for name, text in texts.items() for word in ("--domain-text", f"{name}={text.references[0]}")]
     command = ["fit", str(tmp_path / "btx"), "-o", str(tmp_path / "out"), *given]
     with monkeypatch.context() as pressed:
-        pressed.setattr("btx_merge.tables.LayerBar.advance", interrupt)
+        pressed.setattr("btx_merge.tables.CountBar.advance", interrupt)
         result = CliRunner().invoke(app, command)
     assert result.exit_code == 130
     assert "the same command continues" in result.output

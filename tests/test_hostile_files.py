@@ -352,7 +352,9 @@ def run_journal(data: st.DataObject, room: Room) -> None:
     first, *lines = (left / journal).read_bytes().splitlines()
     keys = [json.loads(line)["job"] for line in lines]
     entry = st.builds(lambda job, crc: {"job": job, "crc32": crc}, st.sampled_from(keys) | JSON, JSON) | JSON
-    added = data.draw(st.lists(entry.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20)))
+    text = entry.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=20) | st.just(b"[" * 100_000)
+    added = data.draw(st.lists(text, max_size=6))
+    first = data.draw(st.sampled_from([first, first, first, b"[" * 100_000]))
     contents = {journal: b"\n".join([first, *data.draw(st.permutations([*lines, *added])), b""])}
     contents |= {shard.name: shard.read_bytes() for shard in left.glob("*.safetensors")}
     for name in data.draw(st.lists(st.sampled_from(sorted(contents)), unique=True)):

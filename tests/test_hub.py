@@ -59,8 +59,10 @@ def hub(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hu
     server.close()
 
 
-def btx(hub: Hub, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return warm.run([BTX, *arguments], env=hub.environment(home, **environment), cwd=home.parent)
+def btx(
+    hub: Hub, home: Path, *arguments: str, level: str = "command", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return warm.run([BTX, *arguments], env=hub.environment(home, **environment), cwd=home.parent, level=level)
 
 
 def commit_of(hub: Hub, repo_id: str, ref: str = "main") -> str:
@@ -213,7 +215,7 @@ def test_bin_where_there_are_no_safetensors(hub: Hub, family: Family, other: Any
     torch.save(tensors_of(folder), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     other("org/bin", folder)
-    done = checked(hub, family, tmp_path, "org/bin")
+    done = checked(hub, family, tmp_path, "org/bin", level="torch")
     assert (done.returncode, done.stderr) == (0, "")
     assert "pytorch_model.bin" in downloaded(hub, "org/bin")
 

@@ -56,7 +56,36 @@ def test_public_names():
         "push",
         "train",
     ]
-    assert all(hasattr(btx_merge, name) for name in btx_merge.__all__)
+    for name in btx_merge.__all__:
+        value = getattr(btx_merge, name)
+        assert value.__name__ == name
+        assert btx_merge._MODULES[name] == value.__module__
+    assert list(btx_merge._MODULES) == btx_merge.__all__
+
+
+def test_the_package_imports_a_public_name_when_it_is_first_used():
+    script = """
+import sys
+before = set(sys.modules)
+import btx_merge
+own = {name for name in sys.modules if name.startswith("btx_merge")}
+assert own == {"btx_merge", "btx_merge._auto_classes"}, own
+assert not {"typing", "numpy", "yaml", "importlib.abc"} & (set(sys.modules) - before)
+assert set(btx_merge.__all__) <= set(dir(btx_merge))
+assert "btx_merge.errors" not in sys.modules
+from btx_merge import Problem
+assert Problem is btx_merge.Problem and Problem.__module__ == "btx_merge.errors"
+assert "btx_merge.merging" not in sys.modules
+from btx_merge import *
+assert merge is btx_merge.merge
+try:
+    btx_merge.mergee
+except AttributeError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "module 'btx_merge' has no attribute 'mergee'\n"
 
 
 def test_version():

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from btx_merge import InputError, MergeError, MergeRecipe, merge, placing
+from btx_merge import FitRecipe, InputError, MergeError, MergeRecipe, export, fit, merge, placing
 from btx_merge.disk_errors import disk_error, remedy_of
 from btx_merge.edit_recipe import EditRecipe
 from btx_merge.editing import edit
+from btx_merge.scratch import scratch_folder
 from tests.common import files_of, grow, save_seed
 
 
@@ -160,6 +161,115 @@ def test_a_model_that_changes_while_it_is_edited_is_refused(sources, tmp_path, c
     assert {path.name for path in tmp_path.iterdir()} == {"sources", "out"}
 
 
+@pytest.fixture
+def unfinished(saved, tmp_path, monkeypatch):
+    """What a merge into `out` leaves when the disk is full after its first jobs."""
+    written = []
+
+    def fill_the_disk(nbytes: int) -> None:
+        written.append(nbytes)
+        if len(written) > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(MergeError, match="No space left"):
+        merge(recipe_of(saved), tmp_path / "out", workers=1, progress=fill_the_disk)
+    return placing.partial_of(tmp_path / "out")
+
+
+def link_to(path: Path, other: Path, kind: str) -> None:
+    """Put something in the place of an entry that leads elsewhere, or that no result holds."""
+    if path.exists():
+        path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "hard link":
+        os.link(other, path)
+    else:
+        path.symlink_to({"link": other, "dangling": other.with_name("new"), "folder": other.parent}[kind])
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "folder", "hard link", "pipe"])
+@pytest.mark.parametrize("name", ["btx_journal.jsonl", "btx_lock", "model.safetensors", "config.json", "btx_files"])
+def test_unfinished_work_that_leads_elsewhere_is_not_written(saved, unfinished, tmp_path, name, kind):
+    """As in an unpacked archive: a link would let the result be written over somebody's file."""
+    (tmp_path / "elsewhere").mkdir()
+    other = tmp_path / "elsewhere" / "precious"
+    other.write_bytes((unfinished / name).read_bytes() if name == "btx_journal.jsonl" else b"years of work")
+    before = files_of(tmp_path / "elsewhere")
+    link_to(unfinished / name, other, kind)
+    expected = {"hard link": "a hard link", "pipe": "neither a file nor a folder"}.get(kind, "a link to")
+    with pytest.raises(InputError, match=rf"btx-partial/{name}: {expected}.*Remove .*begins anew") as caught:
+        merge(recipe_of(saved), tmp_path / "out")
+    assert len(caught.value.problems) == 1
+    assert files_of(tmp_path / "elsewhere") == before
+    shutil.rmtree(unfinished)
+    merge(recipe_of(saved), tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(saved / "btx")
+
+
+@pytest.mark.parametrize("verb", ["merge", "edit", "export", "fit"])
+def test_unfinished_work_that_is_a_link_is_not_written(saved, unfinished, tmp_path, verb):
+    elsewhere = unfinished.rename(tmp_path / "elsewhere")
+    unfinished.symlink_to(elsewhere)
+    (elsewhere / "dangling").symlink_to("nowhere")
+    before = files_of(elsewhere)
+    model, out = str(saved / "btx"), tmp_path / "out"
+    calls = {
+        "merge": lambda: merge(recipe_of(saved), out),
+        "edit": lambda: edit(EditRecipe(model, drop=("math",)), out),
+        "export": lambda: export(model, out),
+        "fit": lambda: fit(FitRecipe(model, method="prompts", prompts={"code": ["w1"], "math": ["w2"]}), out),
+    }
+    with pytest.raises(InputError, match=r"out\.btx-partial: a link to .*Remove the link"):
+        calls[verb]()
+    assert files_of(elsewhere) == before
+
+
+def test_what_was_replaced_may_hold_links_but_be_none(saved, tmp_path):
+    out = old_model(tmp_path / "out")
+    (out / "link").symlink_to(tmp_path / "sources")
+    merge(recipe_of(saved), out, overwrite=True)
+    placing.old_of(out).symlink_to(saved)
+    with pytest.raises(InputError, match=r"out\.btx-old: a link to"):
+        merge(recipe_of(saved), out, overwrite=True)
+    assert (saved / "seed" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100_000, b'{"plan": ' * 50_000, b"\xff", b"", b'{"plan": {}}', b"1" * 10_000]
+)
+def test_a_journal_that_cannot_be_read_is_begun_anew(saved, unfinished, tmp_path, content):
+    (unfinished / placing.JOURNAL).write_bytes(content)
+    notes: list[str] = []
+    report = merge(recipe_of(saved), tmp_path / "out", on_note=notes.append)
+    assert report.kept_bytes == 0
+    assert len(notes) == 1
+    assert "starting over" in notes[0]
+    assert files_of(tmp_path / "out") == files_of(saved / "btx")
+
+
+def test_a_line_of_the_journal_that_cannot_be_read_is_passed_over(saved, unfinished, tmp_path):
+    with (unfinished / placing.JOURNAL).open("ab") as journal:
+        journal.write(b"[" * 100_000 + b"\n" + b'{"job": [], "crc32": 1}\n')
+    assert merge(recipe_of(saved), tmp_path / "out").kept_bytes > 0
+    assert files_of(tmp_path / "out") == files_of(saved / "btx")
+
+
+def test_a_journal_without_end_is_not_read(saved, unfinished, tmp_path):
+    os.truncate(unfinished / placing.JOURNAL, 1 << 40)  # takes no room: there is nothing in it
+    merge(recipe_of(saved), tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(saved / "btx")
+
+
+def test_a_leftover_folder_whose_lock_is_a_link_is_left_alone(saved, tmp_path):
+    (tmp_path / "precious").write_text("years of work")
+    (tmp_path / "btx-adapter-x").mkdir()
+    (tmp_path / "btx-adapter-x" / "in-use.lock").symlink_to(tmp_path / "precious")
+    with scratch_folder(tmp_path):
+        pass
+    assert (tmp_path / "precious").read_text() == "years of work"
+
+
 def test_a_mount_point_is_refused_before_anything_is_written(saved, tmp_path, monkeypatch):
     out = tmp_path / "disk"
     out.mkdir()
@@ -214,9 +324,7 @@ def test_of_two_files_the_one_that_is_written_is_named():
     assert str(disk_error(error, Path("out"))).startswith("written: No space left on device. Make room.")
 
 
-@pytest.mark.parametrize("started", ["btx_merge.cli", "typer"])
-def test_ctrl_c_while_the_command_is_imported_is_one_line(started):
-    script = f"""
+PRESSED = """
 import os, signal, sys
 def press(event, args):
     if event == "import" and args[0] == {started!r}:
@@ -226,7 +334,19 @@ sys.argv = ["btx", "check", "--seed", "nowhere", "--expert", "a=nowhere"]
 import runpy
 runpy.run_module("btx_merge", run_name="__main__")
 """
+
+
+@pytest.mark.parametrize("started", ["btx_merge.cli", "typer", "numpy", "yaml", "btx_merge.tensorfiles"])
+def test_ctrl_c_while_the_command_is_imported_is_one_line(started):
+    script = PRESSED.format(started=started)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 130
-    assert done.stderr.startswith("error: Interrupted.")
-    assert done.stderr.count("\n") == 1
+    assert done.stderr == "error: Interrupted.\n"
+
+
+def test_ctrl_c_stays_ignored_where_it_was():
+    """As of a command that a shell script starts in the background."""
+    script = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + PRESSED.format(started="typer")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2  # of the seed that is not there
+    assert "Interrupted" not in done.stderr

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from btx_merge import MergeRecipe, merge
+from btx_merge.cli import app
 from btx_merge.finetuning import train
 from tests import warm
 from tests.common import assert_complete, grow, raw_bytes, save_seed, tensors_of
@@ -19,12 +21,12 @@ from tests.test_finetuning import recipe
 
 FLAGS = [
     *("--max-steps=6", "--logging-steps=1", "--max-length=32", "--learning-rate=1e-2", "--report-to=none"),
-    *("--save-steps=2", "--use-cpu"),
+    "--save-steps=2",
 ]
 
 
-def torchrun() -> list[str]:
-    return warm.torchrun("package", "-m", "btx_merge", "train")
+def torchrun(level: str | None = "package") -> list[str]:
+    return warm.torchrun(level, "-m", "btx_merge", "train")
 
 
 def run(command: list[str], merged: Path, texts: dict[str, str], *flags: Any) -> dict[str, Any]:
@@ -81,6 +83,28 @@ def test_two_ranks_as_one(merged, texts, tmp_path, alone, sharded):
     assert_the_same(ours, tmp_path / "out", alone, merged)
 
 
+@pytest.mark.slow
+def test_an_error_of_all_ranks_is_said_once(merged, texts, tmp_path):
+    """The second rank waits for the first to say it, and torchrun ends it."""
+    command = [*torchrun(None), str(merged), f"--data=code={texts['code']}", f"--data=math={tmp_path / 'none.txt'}"]
+    done = subprocess.run([*command, *FLAGS, "-o", str(tmp_path / "out")], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "none.txt: no such file" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_whose_error_is_its_own_says_it(tmp_path, monkeypatch, capsys):
+    """Nobody ends it, so after a while it speaks."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    done = CliRunner().invoke(app, ["train", str(tmp_path), "--data=code=none.txt", "-o", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert "code: none.txt: no such file" in done.stderr
+    assert waited == [10]
+
+
 @pytest.fixture(scope="module")
 def tied(texts, tmp_path_factory) -> Path:
     """A merged model whose head is its embedding, as Llama 3.2 1B's and SmolLM2's is."""
@@ -118,7 +142,7 @@ def test_two_ranks_go_on(request, texts, tmp_path, model, sharded):
     (killer / "sitecustomize.py").write_text(KILLER)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(killer)}
     data = [f"--data=code={texts['code']}", f"--data=math={texts['math']}:3"]
-    command = [*torchrun(), str(merged), *data, *FLAGS, *map(str, flags)]
+    command = [*torchrun(None), str(merged), *data, *FLAGS, *map(str, flags)]
     died = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert died.returncode != 0
     complete = [path.parent.name for path in tmp_path.glob("out.btx-training/*/complete")]

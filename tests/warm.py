@@ -135,11 +135,11 @@ def started(
         yield process, stderr
 
 
-def torchrun(level: str, *words: Any) -> list[str]:
-    """Return the command that starts `python WORDS` twice by torchrun, each of them a fork of the level's server."""
+def torchrun(level: str | None, *words: Any) -> list[str]:
+    """Return the command that starts `python WORDS` twice by torchrun, each as a fork of the level's server if any."""
     local = ["--nproc_per_node=2", "--local_addr=127.0.0.1", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
     start = [sys.executable, "-m", "torch.distributed.run", *local]
-    if is_cold():
+    if is_cold() or level is None:
         return [*start, *map(str, words)]
     _connect(level)  # starts the server
     forward = [sys.executable, str(Path(__file__)), str(_folder[0]), level]

@@ -1,0 +1,89 @@
+"""What happens around the steps of a finetuning: signals end it, and a person sees how far it is."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM end the run after the step that is in work, with a checkpoint; a second Ctrl-C at once."""
+
+    def __init__(self) -> None:
+        self.is_stopped = False
+        self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _stop(self, *_: Any) -> None:
+        if self.is_stopped:
+            raise KeyboardInterrupt
+        self.is_stopped = True
+
+    def restore(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """All ranks stop at the same step, whichever of them got the signal."""
+        if dist.is_available() and dist.is_initialized():
+            asked = torch.tensor(float(self.is_stopped), device=args.device)
+            dist.all_reduce(asked)
+            self.is_stopped = bool(asked.item())
+        if self.is_stopped and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+
+
+class ConsoleLines(TrainerCallback):
+    """One short line for each logging step, under a head that names the columns."""
+
+    def __init__(self, show: Callable[[str], None], domains: Sequence[str], experts: Sequence[str]):
+        self.show = show
+        self._columns = {"loss": "loss", "aux_loss": "balancing"}
+        self._columns |= {f"perplexity/{name}": f"ppl {name}" for name in domains}
+        self._columns |= {f"load/{name}": f"to {name}" for name in experts}
+        self._widths = [max(len(title), 9) for title in ("step", *self._columns.values())]
+        self._has_head = False
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Losses, perplexities and loads; all of it goes to wherever `report_to` says."""
+        logs: dict[str, Any] = kwargs["logs"]
+        for key, value in logs.items():
+            if key.startswith("eval_perplexity/"):
+                name = key.partition("/")[2]
+                self.show(f"step {state.global_step}: perplexity of what is held out of {name}: {value:.4g}")
+        if "loss" not in logs:
+            return
+        if not self._has_head:
+            self._line("step", *self._columns.values())
+            self._has_head = True
+        cells = []
+        for key in self._columns:
+            value = logs.get(key)
+            shape = ".0%" if key.startswith("load/") else ".4g"
+            cells.append("-" if value is None else format(value, shape))
+        self._line(f"{state.global_step}/{state.max_steps}", *cells)
+
+    def _line(self, *cells: str) -> None:
+        self.show("  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)))
+
+
+class StepCount(TrainerCallback):
+    """Tells how many steps of how many are done: when training begins, and after each step."""
+
+    def __init__(self, on_step: Callable[[int, int], None]):
+        self.on_step = on_step
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Of a run that is continued, some are."""
+        self.on_step(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """One more."""
+        self.on_step(state.global_step, state.max_steps)
