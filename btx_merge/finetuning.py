@@ -19,6 +19,7 @@ from btx_merge.placing import remove, repair
 from btx_merge.ranks import own_rank
 from btx_merge.reading import ReadFiles
 from btx_merge.shown import short
+from btx_merge.source_digest import model_digest
 from btx_merge.text_checks import check_texts
 from btx_merge.textfiles import is_installed
 from btx_merge.texts import EXTRA, DomainText, as_domain_texts
@@ -160,7 +161,7 @@ def train(
         with held(work) if run.is_main else nullcontext():
             if run.is_main:
                 repair(target, warn)
-                begin(work, asdict(recipe), run.settings, resume)
+                begin(work, asdict(recipe), run.settings, resume, model_digest(located.folder))
             run.wait()
             run.train(resume)
             entry = run.finish(target, overwrite, read)

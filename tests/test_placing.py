@@ -290,6 +290,23 @@ def test_unfinished_work_that_is_a_link_is_not_written(saved, unfinished, tmp_pa
     assert files_of(elsewhere) == before
 
 
+@pytest.mark.parametrize("name", ["lock", "run.json", "checkpoint-1", "."])
+def test_an_unfinished_training_that_leads_elsewhere_is_not_written(saved, tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").write_text("years of work")
+    work = tmp_path / "out.btx-training"
+    if name == ".":
+        work.symlink_to("elsewhere")
+    else:
+        work.mkdir()
+        (work / "run.json").write_text("{}")
+        link_to(work / name, tmp_path / "elsewhere" / "precious", "folder" if name == "checkpoint-1" else "link")
+    with pytest.raises(InputError, match=r"out\.btx-training.*: a link to .*Remove"):
+        trained(saved / "btx", tmp_path / "out", lambda: None)
+    assert files_of(tmp_path / "elsewhere") == {"precious": b"years of work"}
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_was_replaced_may_hold_links_but_be_none(saved, tmp_path):
     out = old_model(tmp_path / "out")
     (out / "link").symlink_to(tmp_path / "sources")
