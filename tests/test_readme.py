@@ -10,7 +10,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,13 +23,14 @@ from typer.testing import CliRunner
 
 from btx_merge import MergeRecipe, merge
 from btx_merge.cli import app
+from tests import warm
 from tests.common import assert_complete
 from tests.conftest import Family
 from tests.hub_server import WRITER, Hub
+from tests.warm import BTX
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]
-BTX = Path(sys.executable).with_name("btx")
 
 NOT_RUN = (  # what needs another program, many minutes or another machine
     *("make ", "pip ", ". .venv/", "python benchmarks/", "python examples/compare.py", "accelerate ", "torchrun "),
@@ -136,7 +136,7 @@ def test_the_quantised_model_runs(folder: Path) -> None:
     (block,) = [text for _, text in blocks("docs/model.md", "python") if "torchao" in text]
     ready = "from transformers import AutoModelForCausalLM\nimport btx_merge\n"
     shown = "\nimport torch\nprint(model(torch.arange(8)[None]).logits.isfinite().all().item())"
-    done = subprocess.run([sys.executable, "-c", ready + block + shown], capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", ready + block + shown], cwd=folder, level="transformers")
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("True\n")
 
@@ -145,7 +145,7 @@ def test_the_page_on_publishing_runs(folder: Path, hub: Hub) -> None:
     ((_, block),) = blocks("docs/publish.md", "sh", "python", "yaml")
     (command,) = block.splitlines()
     environment = hub.environment(folder / "home", HF_TOKEN=WRITER)
-    done = subprocess.run([BTX, *shlex.split(command)[1:]], env=environment, capture_output=True, text=True)
+    done = warm.run([BTX, *shlex.split(command)[1:]], cwd=folder, env=environment, level="command")
     assert done.returncode == 0, done.stderr
     assert hub.repo("org/llama-btx")["private"]
     assert (hub.folder("org/llama-btx") / "config.json").exists()
