@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.errors import InputError, Problem
-from btx_merge.folder_files import copy_file, read_json
+from btx_merge.folder_files import copy_file, read_bytes, read_json
 
 TEMPLATES = "additional_chat_templates"
 """The folder in which transformers keeps chat templates under names, beside the default one."""
@@ -17,6 +17,8 @@ VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "v
 SPEECH_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 """What says which tokens are special and how a conversation is written."""
 TOKENIZER_FILES = (*VOCABULARY_FILES, *SPEECH_FILES)
+
+NO_SENTENCEPIECE = "cannot be read: sentencepiece is not installed"
 
 # paths of the machine that saved it, and code
 PRIVATE_KEYS = ("auto_map", "name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file")
@@ -65,16 +67,37 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    where = f"{folder.name}/{vocabulary_file(folder)}"
+    if where.endswith("tokenizer.model"):
+        _check_sentencepiece(folder / "tokenizer.model", where)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of any kind: transformers has code for every family
         reason = str(error).strip().split("\n")[0]
         found = f"unreadable tokenizer ({type(error).__name__}: {reason})"
         remedy = "Save it again with tokenizer.save_pretrained, or copy the seed's."
-        if lacks_sentencepiece(folder):
-            found, remedy = "cannot be read: sentencepiece is not installed", "Run: pip install sentencepiece"
-        where = f"{folder.name}/{vocabulary_file(folder)}"
         raise InputError([Problem("model", where, found, "what transformers can read", remedy)]) from error
+
+
+def _check_sentencepiece(file: Path, where: str) -> None:
+    """Refuse a tokenizer.model that is damaged. transformers reads one as empty, or calls it another kind of file.
+
+    Raises:
+        InputError: `sentencepiece` cannot read it, or is not installed.
+    """
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        problem = Problem("model", where, NO_SENTENCEPIECE, "", "Run: pip install sentencepiece")
+        raise InputError([problem]) from error
+    content, processor = read_bytes(file), SentencePieceProcessor()
+    try:
+        is_one = processor.LoadFromSerializedProto(content)
+    except RuntimeError:
+        is_one = False
+    if not is_one:
+        remedy = "Download it again, or save the tokenizer with tokenizer.save_pretrained: that writes tokenizer.json."
+        raise InputError([Problem("model", where, "damaged", "a model of sentencepiece", remedy)])
 
 
 def vocabulary_file(folder: Path) -> str:
@@ -82,17 +105,6 @@ def vocabulary_file(folder: Path) -> str:
     return next(
         name for name in (*VOCABULARY_FILES, "tokenizer.json") if (folder / name).exists() or name == "merges.txt"
     )
-
-
-def lacks_sentencepiece(folder: Path) -> bool:
-    """Whether a folder has only a tokenizer.model, and the package that reads it cannot be imported."""
-    if (folder / "tokenizer.json").exists() or not (folder / "tokenizer.model").exists():
-        return False
-    try:
-        import sentencepiece  # noqa: F401
-    except ImportError:
-        return True
-    return False
 
 
 def check_alike(ours: Any, folder: Path) -> None:

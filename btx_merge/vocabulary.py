@@ -9,18 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from btx_merge.bounded_json import parse_json
+from btx_merge.byte_pairs import Pair, read_differently
 from btx_merge.errors import InputError, Problem
 from btx_merge.folder_files import read_bytes
 from btx_merge.segments import Segment, runs
 from btx_merge.sources import Source
-from btx_merge.tokenizer_files import VOCABULARY_FILES, load_tokenizer, vocabulary_file
+from btx_merge.tokenizer_files import NO_SENTENCEPIECE, VOCABULARY_FILES, load_tokenizer, vocabulary_file
 
 _SHOWN = 3  # examples in an error
 
@@ -30,8 +30,12 @@ class Tokenizer:
     """What of a tokenizer the merge needs."""
 
     folder: Path
-    base: tuple[Any, Any]
-    """The base vocabulary and its merges, which nobody changes by adding tokens."""
+    base: Any
+    """The base vocabulary, which nobody changes by adding tokens."""
+    merges: Sequence[Pair]
+    """How tokens of the base vocabulary are made of others, by rank; none where they are not made of others."""
+    rules: Mapping[str, Any]
+    """What else tokenizer.json says about how a text is read."""
     ids: Mapping[str, int]
     """Every token's id, base and added."""
     added: Mapping[str, Mapping[str, Any]]
@@ -119,7 +123,7 @@ def _union(rows: Mapping[str, int], seed: Tokenizer, tokenizers: Mapping[str, To
 
 def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer, seed_is_nameless: bool) -> list[Problem]:
     """`seed` is the tokenizer that the source's is held against: the seed's, or that of another source."""
-    where = str(Path(tokenizer.folder.name) / "tokenizer.json")
+    where = f"{tokenizer.folder.name}/{vocabulary_file(tokenizer.folder)}"
     rows = source.config["vocab_size"]
     problems = []
     if tokenizer.ids and max(tokenizer.ids.values()) >= rows:
@@ -128,12 +132,10 @@ def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer, seed_
         problems.append(Problem(source.name, where, found, "a row for every token", remedy))
     if tokenizer is seed:
         return problems
-    if seed_is_nameless:
-        if tokenizer.ids != seed.ids:
-            found = f"other tokens than in {seed.folder.name}, and the seed has no tokenizer"
-            remedy = "Copy the files of the seed's tokenizer into its folder."
-            problems.append(Problem(source.name, where, found, "the seed's tokens and added ones", remedy))
-        return problems
+    if seed_is_nameless and tokenizer.ids != seed.ids:
+        found = f"other tokens than in {seed.folder.name}, and the seed has no tokenizer"
+        remedy = "Copy the files of the seed's tokenizer into its folder."
+        return [*problems, Problem(source.name, where, found, "the seed's tokens and added ones", remedy)]
     tokens = {row: token for token, row in tokenizer.ids.items()}
     conflicts = [
         f"{row} is {tokens[row]!r} here and {token!r} in the seed"
@@ -144,23 +146,42 @@ def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer, seed_
         found = f"{len(conflicts)} ids name other tokens than in the seed: {'; '.join(conflicts[:_SHOWN])}"
         remedy = "Only added tokens may differ; use experts that kept the seed's vocabulary."
         problems.append(Problem(source.name, where, found, "the seed's tokens under the seed's ids", remedy))
-    elif tokenizer.base != seed.base:
+    elif difference := _base_difference(tokenizer, seed, seed.folder.name if seed_is_nameless else "the seed"):
         new = [token for token in tokenizer.ids if token not in seed.ids and token not in tokenizer.added]
-        found = "its base vocabulary or its merges differ from the seed's"
         remedy = "Only tokens added with add_tokens can be joined."
         if new:
-            found += f" ({len(new)} other tokens: {', '.join(map(repr, new[:_SHOWN]))})"
+            difference += f" ({len(new)} other tokens: {', '.join(map(repr, new[:_SHOWN]))})"
         else:
             remedy += " If the model was trained with the seed's tokenizer, copy the seed's tokenizer.json there."
-        problems.append(Problem(source.name, where, found, "the seed's", remedy))
+        problems.append(Problem(source.name, where, difference, "the seed's", remedy))
     return problems
+
+
+def _base_difference(tokenizer: Tokenizer, seed: Tokenizer, name: str) -> str:
+    """Return in what a source's base vocabulary and merges differ from the seed's; nothing where texts do not show it.
+
+    Args:
+        name: of the seed.
+    """
+    if tokenizer.base != seed.base or (tokenizer.merges != seed.merges and set(tokenizer.merges) != set(seed.merges)):
+        return f"its base vocabulary or its merges differ from those of {name}"
+    if tokenizer.merges == seed.merges:
+        return ""
+    try:
+        different = read_differently(seed.rules, seed.base, seed.merges, tokenizer.merges)
+    except ValueError as error:
+        return f"its merges differ from those of {name} and cannot be compared ({error})"
+    if different is None:
+        return ""
+    text, before, after = different
+    return f"its merges have another order than those of {name}, which reads {text!r} as {before}; here it is {after}"
 
 
 def _read_tokenizers(sources: Sequence[Source]) -> tuple[dict[str, Tokenizer | None], list[Problem]]:
     """Every source's tokenizer, and why others cannot be read. Byte-identical files become one object."""
     read: dict[bytes, Tokenizer] = {}
     out: dict[str, Tokenizer | None] = {}
-    problems = []
+    problems: list[Problem] = []
     for source in sources:
         folder = source.tokenizer_folder
         if folder is None:
@@ -172,7 +193,9 @@ def _read_tokenizers(sources: Sequence[Source]) -> tuple[dict[str, Tokenizer | N
                 read[key] = _parse(folder, tokenizer_json(folder))
             out[source.name] = read[key]
         except InputError as error:
-            problems += [replace(problem, source=source.name) for problem in error.problems]
+            for problem in error.problems:
+                if problem.found != NO_SENTENCEPIECE or all(known.found != NO_SENTENCEPIECE for known in problems):
+                    problems.append(replace(problem, source=source.name))
         except Exception as error:  # of any kind: transformers reads the old format, with code for every family
             reason = str(error).strip().split("\n")[0]
             found = f"unreadable tokenizer ({type(error).__name__}: {reason})"
@@ -185,22 +208,23 @@ def _parse(folder: Path, content: bytes) -> Tokenizer:
     data = parse_json(content)
     vocab = data["model"]["vocab"]
     base = {piece: row for row, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
-    # "a b" until tokenizers 0.20, ["a", "b"] since
-    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in data["model"].get("merges") or []]
     added = {entry["content"]: entry for entry in data.get("added_tokens") or []}
     ids = base | {token: entry["id"] for token, entry in added.items()}
     if not all(type(row) is int and row >= 0 for row in ids.values()):
         raise ValueError("a token's id is no number")
-    return Tokenizer(folder, (vocab, _by_token(merges)), ids, added)
+    rules = {**data, "model": {key: value for key, value in data["model"].items() if key not in ("vocab", "merges")}}
+    return Tokenizer(folder, vocab, _pairs(data["model"].get("merges") or []), rules, ids, added)
 
 
-def _by_token(merges: Sequence[tuple[str, ...]]) -> Any:
-    """Return in which order tokens are made, and of which pairs each is.
-
-    Converters of one tokenizer.model write the pairs that make one token in different orders: such neighbours have
-    one rank.
-    """
-    return [(token, frozenset(pairs)) for token, pairs in groupby(merges, "".join)]
+def _pairs(merges: Sequence[Any]) -> list[Pair]:
+    """Return the merges as pairs: "a b" until tokenizers 0.20, ["a", "b"] since."""
+    out = []
+    for merge in merges:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if len(pair) != 2 or not (isinstance(pair[0], str) and isinstance(pair[1], str)):
+            raise ValueError(f"a merge of {merge!r}")
+        out.append((pair[0], pair[1]))
+    return out
 
 
 def token_ids(vocabulary: Vocabulary, sources: Sequence[Source]) -> Mapping[str, int] | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import random
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from btx_merge import ExpertSpec, InputError, MergeRecipe, check, merge
+from btx_merge.byte_pairs import meetings
 from btx_merge.segments import Segment, runs
 from tests.common import WORDS, assert_complete, edit_json, grow, save_seed, tensors_of, tiny_tokenizer
 
@@ -333,8 +337,8 @@ def test_another_base_vocabulary(seed: Path, tmp_path: Path) -> None:
     odd = grown(seed, tmp_path / "odd", [], rows=131)
     edit_tokenizer(odd, lambda data: data["model"]["vocab"].update({"neu": 128, "mehr": 129, "noch": 130}))
     assert refusal(seed, odd=odd) == [
-        "odd: odd/tokenizer.json: its base vocabulary or its merges differ from the seed's (3 other tokens: 'neu', "
-        "'mehr', 'noch'); expected the seed's. Only tokens added with add_tokens can be joined."
+        "odd: odd/tokenizer.json: its base vocabulary or its merges differ from those of the seed (3 other tokens: "
+        "'neu', 'mehr', 'noch'); expected the seed's. Only tokens added with add_tokens can be joined."
     ]
 
 
@@ -462,12 +466,110 @@ def test_merges_in_both_spellings_are_the_same(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("abcd cd")["input_ids"] == [6, 5]
 
 
+def test_merges_in_an_order_that_no_text_shows(tmp_path: Path) -> None:
+    """The last merge needs the two before it, whatever its rank."""
+    seed = bpe(save_seed(tmp_path / "seed", tokenizer=False), OLD_MERGES)
+    expert = grow(seed, tmp_path / "a")
+    bpe(expert, OLD_MERGES[::-1])
+    assert check(MergeRecipe(str(seed), {"a": str(expert)})).plan.vocabulary.is_shared
+
+
 def test_other_merges_are_refused(tmp_path: Path) -> None:
     seed = bpe(save_seed(tmp_path / "seed", tokenizer=False), OLD_MERGES)
     expert = grow(seed, tmp_path / "odd")
-    bpe(expert, OLD_MERGES[::-1])
+    bpe(expert, OLD_MERGES[:2])
     (line,) = refusal(seed, odd=expert)
-    assert "its base vocabulary or its merges differ from the seed's; expected the seed's" in line
+    assert "its base vocabulary or its merges differ from those of the seed; expected the seed's" in line
+
+
+def test_a_merge_that_is_none_is_refused(seed: Path, tmp_path: Path) -> None:
+    for number, merges in enumerate([["a b c"], [["a", 1]], [7]]):
+        odd = bpe(grow(seed, tmp_path / str(number)), merges)
+        (line,) = refusal(seed, odd=odd)
+        assert "unreadable tokenizer (" in line
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, Any]:
+    """tokenizer.json of a byte-level tokenizer, trained on Python's own code."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1000, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(Path(json.decoder.__file__).read_text().splitlines(), trainer)
+    return dict(json.loads(made.to_str()))
+
+
+def in_two_orders(trained: dict[str, Any], folder: Path, merges: list[Any], seed_tokenizer: bool = True) -> list[Path]:
+    """A seed and two experts; the last has the trained tokenizer with these merges."""
+    folders = [save_seed(folder / "seed", tokenizer=False, vocab_size=len(trained["model"]["vocab"]))]
+    folders += [grow(folders[0], folder / name) for name in ("first", "odd")]
+    for model in folders[0 if seed_tokenizer else 1 :]:
+        (model / "tokenizer.json").write_text(json.dumps(trained))
+    edit_tokenizer(folders[2], lambda data: data["model"].update(merges=merges))
+    return folders
+
+
+def test_merges_far_apart_that_never_meet(trained: dict[str, Any], tmp_path: Path) -> None:
+    """No merge that moves has a token in common with one that it passes."""
+    merges = list(trained["model"]["merges"])
+    moved = 0
+    for start in range(len(merges) - 1, 0, -1):
+        place, (left, right) = start, merges[start]
+        while place > 0 and not {left, right, left + right} & {*merges[place - 1], "".join(merges[place - 1])}:
+            place -= 1
+        if start - place > 20:
+            merges.insert(place, merges.pop(start))
+            moved += 1
+        if moved == 50:
+            break
+    assert moved == 50
+    seed, _, odd = in_two_orders(trained, tmp_path, merges)
+    assert check(MergeRecipe(str(seed), {"odd": str(odd)})).plan.vocabulary.is_shared
+
+
+@pytest.mark.parametrize("seed_tokenizer", [True, False])
+def test_two_merges_that_meet(trained: dict[str, Any], tmp_path: Path, seed_tokenizer: bool) -> None:
+    """One swap of two merges that both want one token is found, and the text shown is really read differently."""
+    merges = [tuple(pair) for pair in trained["model"]["merges"]]
+    first = next(n for n, pair in enumerate(merges) if pair == ("Ġ", "i"))  # Ġi|n or Ġ|in
+    second = next(n for n, pair in enumerate(merges) if pair == ("i", "n"))
+    merges[first], merges[second] = merges[second], merges[first]
+    seed, first_expert, odd = in_two_orders(trained, tmp_path, merges, seed_tokenizer)
+    (line,) = refusal(seed, first=first_expert, odd=odd)
+    named = "the seed" if seed_tokenizer else "first"
+    found = re.search(
+        rf"another order than those of {named}, which reads (.*) as (\[.*\]); here it is (\[.*\]);", line
+    )
+    assert found
+    text, *expected = (ast.literal_eval(part) for part in found.groups())
+    readings = [Tokenizer.from_file(str(path / "tokenizer.json")).encode(text).tokens for path in (first_expert, odd)]
+    assert readings == expected
+    assert readings[0] != readings[1]
+
+
+def test_meetings_against_all_triples() -> None:
+    """Of random orders: each that is found is one, and where there are any, one is found."""
+    tokens = ["a", "b", "c", "ab", "bc", "ca"]
+    pairs = [(left, right) for left in tokens for right in tokens]
+    chance = random.Random(1)
+    for size in (2, 3, 5, 36):
+        for _ in range(200):
+            merges = chance.sample(pairs, size)
+            others = list(merges)
+            chance.shuffle(others)
+            if chance.random() < 0.5:  # one of them has moved
+                others = [*merges[1:], merges[0]]
+            expected = {
+                (x, y, z)
+                for x, y in merges
+                for left, z in merges
+                if left == y
+                and (merges.index((x, y)) < merges.index((y, z))) != (others.index((x, y)) < others.index((y, z)))
+            }
+            found = set(meetings(merges, others))
+            assert found <= expected
+            assert bool(found) == bool(expected)
 
 
 def test_unigram_vocabularies(tmp_path: Path) -> None:
