@@ -23,10 +23,17 @@ _MaxShardSize = Annotated[str, typer.Option(help="Largest weights file.")]
 
 def export_command(
     model: Model,
-    out: Annotated[Path | None, typer.Argument(help="Folder for the result.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder (or GGUF file) for the result.", show_default=False)
+    ] = None,
     output: Annotated[Path | None, option("The same, as an option.", "--output", "-o")] = None,
-    format: Annotated[str, typer.Option(help="mixtral: for transformers, vLLM, SGLang, llama.cpp.")] = "mixtral",
+    format: Annotated[
+        str, typer.Option(help="mixtral: for transformers, vLLM, SGLang, llama.cpp; gguf: by llama.cpp's converter.")
+    ] = "mixtral",
     max_shard_size: _MaxShardSize = "5GB",
+    llama_cpp: Annotated[
+        Path | None, option("Folder of llama.cpp, for gguf [default: $LLAMA_CPP, or its converter on PATH].")
+    ] = None,
     overwrite: Overwrite = False,
     workers: Workers = None,
     quiet: Quiet = False,
@@ -41,7 +48,14 @@ def export_command(
     _run(
         "exporting",
         lambda **shown: export(
-            model, folder, format=format, overwrite=overwrite, workers=workers, max_shard_size=max_shard_size, **shown
+            model,
+            folder,
+            format=format,
+            max_shard_size=max_shard_size,
+            llama_cpp=llama_cpp,
+            overwrite=overwrite,
+            workers=workers,
+            **shown,
         ),
         quiet,
         json_output,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -33,7 +32,7 @@ from btx_merge.plan import ExpertRows, SharedRows
 from btx_merge.reading import ReadFiles
 from btx_merge.records import RECIPE_FILE
 from btx_merge.router_state import trainings
-from btx_merge.scratch import scratch_folder
+from btx_merge.scratch import move_in, scratch_folder
 from btx_merge.text_checks import check_texts
 from btx_merge.texts import public_record
 from btx_merge.tokenizer_files import copy_templates
@@ -157,11 +156,7 @@ def edit(
             _write_files(edited, files)
             layers = _fit(planned, staging.folder, files, device, on_layer) if planned.fitted_rows else []
             _write_records(edited, files, layers)
-            for file in sorted(files.iterdir(), key=lambda file: file.name == "config.json"):  # that one last
-                if file.is_dir():  # chat templates that have names
-                    shutil.copytree(file, staging.folder / file.name, dirs_exist_ok=True)
-                else:
-                    shutil.copyfile(file, staging.folder / file.name)
+            move_in(files, staging.folder)
             staging.finish(overwrite)
     return EditReport(
         target,

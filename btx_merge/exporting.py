@@ -17,6 +17,7 @@ from btx_merge.cards import in_card
 from btx_merge.copying import copy_layout, write_copy
 from btx_merge.errors import InputError, Problem
 from btx_merge.export_files import check_tokenizer, origin, shared_config, untrained_routers, write_export_files
+from btx_merge.gguf import converter_problems, file_problems, find_converter, write_gguf
 from btx_merge.merged_model import MergedModel
 from btx_merge.merging import peak_memory
 from btx_merge.mixtral import mixtral_card, mixtral_config, mixtral_refusals, mixtral_tensors, mixtral_warnings
@@ -25,7 +26,7 @@ from btx_merge.tensorfiles import StoredTensor
 from btx_merge.values import parse_size, size_problem
 from btx_merge.writer import Progress
 
-FORMATS = ("mixtral",)
+FORMATS = ("mixtral", "gguf")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def export(
     *,
     format: str = "mixtral",
     max_shard_size: str = "5GB",
+    llama_cpp: str | Path | None = None,
     overwrite: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -79,12 +81,15 @@ def export(
 ) -> ExportReport:
     """Writes a merged model as a Mixtral of transformers into the folder `output`. Its logits are the same bits.
 
-    An interrupted export leaves `OUTPUT.btx-partial`; the same call continues it.
+    An interrupted export leaves `OUTPUT.btx-partial`; the same call continues it. One to GGUF begins anew.
 
     Args:
         model: a folder, `org/name` or `org/name@revision`.
-        format: `mixtral`, the layout that transformers, vLLM, SGLang and llama.cpp's converter read.
-        max_shard_size: of a weights file, such as 5GB or 500MB.
+        format: `mixtral`, the layout that transformers, vLLM, SGLang and llama.cpp's converter read; or `gguf`, for
+            which that converter is run. `output` is a file then.
+        max_shard_size: of a weights file, such as 5GB or 500MB; a GGUF is one file.
+        llama_cpp: the folder of llama.cpp with its converter; by default the one that the environment variable
+            LLAMA_CPP names, or else the converter that is on PATH.
         overwrite: whether `output` may be replaced if it is there and not empty; that happens when the new
             model is complete.
         workers: threads that read and write; by default one per core, at most 4.
@@ -97,19 +102,41 @@ def export(
         MergeError: the disk refused; `MergeInterrupted` for Ctrl-C; `output` is as it was.
     """
 
+    began = time.perf_counter()
+    target = Path(output).expanduser().resolve()
+    problems, is_gguf = [], format == "gguf"
+    if format not in FORMATS:
+        problems.append(Problem("command", "--format", repr(format), " or ".join(FORMATS)))
+    if is_gguf:
+        problems += file_problems(target, overwrite)
+
     def derive(merged: MergedModel) -> _Derived:
-        if problems := list(mixtral_refusals(merged)):
-            raise InputError(problems)
+        refusals = list(mixtral_refusals(merged))
+        if is_gguf:
+            refusals += converter_problems(llama_cpp, model, target, merged.dtype)
+        if refusals:
+            raise InputError(refusals)
         tags = ["mixtral", "mixture-of-experts", "merge"]
         untrained = untrained_routers(merged)
         warnings, card = tuple(mixtral_warnings(merged, untrained)), mixtral_card(merged, untrained)
         return _Derived(mixtral_tensors(merged), mixtral_config(merged), tags, card, True, warnings)
 
-    problems = []
-    if format not in FORMATS:
-        remedy = "For GGUF, give this format's folder to llama.cpp's converter."
-        problems.append(Problem("command", "--format", repr(format), " or ".join(FORMATS), remedy))
-    return _write(model, output, derive, problems, max_shard_size, overwrite, workers, progress, on_start, on_note)
+    checked = _check(model, None if is_gguf else target, derive, problems, max_shard_size, overwrite)
+    options: dict[str, Any] = {"workers": workers, "progress": progress, "on_start": on_start, "on_note": on_note}
+    if not is_gguf:
+        return _write(checked, target, began, overwrite=overwrite, **options)
+
+    reports: list[ExportReport] = []
+    name = checked.merged.located.public_name.rpartition("/")[2]
+    write_gguf(
+        lambda folder: reports.append(_write(checked, folder, began, overwrite=False, **options)),
+        target,
+        name,
+        checked.merged.dtype,
+        find_converter(llama_cpp),
+    )
+    seconds, nbytes = time.perf_counter() - began, target.stat().st_size
+    return replace(reports[0], output=target, files=(target.name,), nbytes=nbytes, seconds=seconds)
 
 
 def extract(
@@ -138,24 +165,39 @@ def extract(
         tensors = merged.dense_tensors(expert)
         return _Derived(tensors, _dense_config(merged), ["llama", "merge"], _dense_card(merged, expert), False)
 
-    return _write(model, output, derive, [], max_shard_size, overwrite, workers, progress, on_start, on_note)
+    began = time.perf_counter()
+    target = Path(output).expanduser().resolve()
+    checked = _check(model, target, derive, [], max_shard_size, overwrite)
+    options: dict[str, Any] = {"workers": workers, "progress": progress, "on_start": on_start, "on_note": on_note}
+    return _write(checked, target, began, overwrite=overwrite, **options)
 
 
-def _write(
+@dataclass(frozen=True)
+class _Checked:
+    """A model, what becomes of it, and how large its weights files may be."""
+
+    merged: MergedModel
+    derived: _Derived
+    shard_bytes: int
+
+
+def _check(
     model: str,
-    output: str | Path,
+    target: Path | None,
     derive: Callable[[MergedModel], _Derived],
     problems: list[Problem],
     max_shard_size: str,
     overwrite: bool,
-    workers: int | None,
-    progress: Progress | None,
-    on_start: Callable[[int], None] | None,
-    on_note: Callable[[str], None] | None,
-) -> ExportReport:
-    """Checks, with `problems` as those that are known; then writes what `derive` makes of the model."""
-    began = time.perf_counter()
-    target = Path(output).expanduser().resolve()
+) -> _Checked:
+    """Check all before anything is written.
+
+    Args:
+        target: the folder for the result; None where the result is no folder.
+        problems: those that are known.
+
+    Raises:
+        InputError: with these and all others.
+    """
     shard_bytes = parse_size(max_shard_size) if isinstance(max_shard_size, str) else None
     if not shard_bytes:
         problems.append(size_problem("--max-shard-size", max_shard_size))
@@ -171,18 +213,33 @@ def _write(
             problems += error.problems
     if problems or not (merged and derived and shard_bytes):
         raise InputError(problems)
+    return _Checked(merged, derived, shard_bytes)
 
-    layout = copy_layout(derived.tensors, shard_bytes)
+
+def _write(
+    checked: _Checked,
+    target: Path,
+    began: float,
+    *,
+    overwrite: bool,
+    workers: int | None,
+    progress: Progress | None,
+    on_start: Callable[[int], None] | None,
+    on_note: Callable[[str], None] | None,
+) -> ExportReport:
+    """Write a checked model into the folder `target`."""
+    derived = checked.derived
+    layout = copy_layout(derived.tensors, checked.shard_bytes)
     if on_start:
         on_start(sum(tensor.nbytes for tensor in layout.tensors))
     kept = write_copy(
         layout,
-        merged.located.folder,
-        merged.located.stamps,
+        checked.merged.located.folder,
+        checked.merged.located.stamps,
         target,
         partial(
             write_export_files,
-            merged,
+            checked.merged,
             config=derived.config,
             tags=derived.tags,
             card=derived.card,

@@ -15,9 +15,10 @@ from btx_merge.errors import InputError, MergeInterrupted, Problem
 from btx_merge.folder_files import read_json
 from btx_merge.hub import Located
 from btx_merge.model_folder import find_model
-from btx_merge.placing import Note, put_in_place, remove, repair
+from btx_merge.placing import remove, repair
 from btx_merge.ranks import own_rank
 from btx_merge.reading import ReadFiles
+from btx_merge.source_digest import model_digest
 from btx_merge.text_checks import check_texts
 from btx_merge.textfiles import is_installed
 from btx_merge.texts import EXTRA, DomainText, as_domain_texts
@@ -25,7 +26,6 @@ from btx_merge.train_folder import SUFFIX, begin, folder_problems, held, what_is
 
 TRAIN_MODES = ("routers", "shared", "all", "lora")
 LORA_TARGETS = {"routers": "routers", "shared": "routers + shared", "experts": "experts"}
-_RESULT = "result"
 Show = Callable[[str], None]
 
 
@@ -171,20 +171,20 @@ def train(
         with held(work) if run.is_main else nullcontext():
             if run.is_main:
                 repair(target, warn)
-                begin(work, asdict(recipe), run.settings, resume)
+                begin(work, asdict(recipe), run.settings, resume, model_digest(located.folder))
             run.wait()
             run.train(resume)
-            entry = run.finish(work / _RESULT)
+            entry = run.finish(target, overwrite, read)
             if run.is_main:
-                _publish(work, target, overwrite, read, warn)
+                remove(work, warn)
             run.wait()
-    except OSError as error:
-        raise disk_error(error, work, what_is_kept(work)) from error
     except (MergeInterrupted, KeyboardInterrupt):
         raise MergeInterrupted(f"Interrupted. {what_is_kept(work)}") from None
     except Exception as error:
         if changes := read.changes():
             raise InputError(changes) from error
+        if isinstance(error, OSError):
+            raise disk_error(error, work, what_is_kept(work)) from error
         raise
     return TrainReport(target, entry, tuple(run.history), time.perf_counter() - began)
 
@@ -215,14 +215,6 @@ def _config_problems(recipe: TrainRecipe, config: Mapping[str, Any]) -> list[Pro
         found, expected = f"{recipe.ep_size} for {experts} experts", "as many experts on each rank"
         problems.append(Problem("recipe", "ep_size", found, expected, "Give another --ep-size."))
     return problems
-
-
-def _publish(work: Path, target: Path, overwrite: bool, read: ReadFiles, note: Note) -> None:
-    """Give the result its name, unless what it was made from has changed since."""
-    if changes := read.changes():
-        raise InputError(changes)
-    put_in_place(work / _RESULT, target, overwrite, note, "the same command with --resume")
-    remove(work, note)
 
 
 def tools() -> dict[str, str]:

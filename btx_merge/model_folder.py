@@ -48,11 +48,16 @@ def room_problems(target: Path, nbytes: int) -> list[Problem]:
     return [Problem("output", str(folder), f"{readable(free)} free", expected, remedy)]
 
 
-def open_model(reference: str, target: Path, overwrite: bool) -> tuple[MergedModel | None, list[Problem]]:
-    """The model, opened without reading weights; and all that speaks against writing something of it to `target`."""
+def open_model(reference: str, target: Path | None, overwrite: bool) -> tuple[MergedModel | None, list[Problem]]:
+    """The model, opened without reading weights; and all that speaks against writing something of it to `target`.
+
+    Args:
+        target: the folder for the result; None where the result is no folder.
+    """
     problems: list[Problem] = []
     try:
-        check_target(target, overwrite)
+        if target is not None:
+            check_target(target, overwrite)
     except InputError as error:
         problems += error.problems
     try:

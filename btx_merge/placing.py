@@ -112,19 +112,24 @@ def check_target(target: Path, overwrite: bool) -> None:
 
 
 def _link_beside(target: Path) -> Problem | None:
-    """Return the first link in what an earlier run left beside an output: to write there would be to write elsewhere.
-
-    Only what is a plain file of one name, or a folder, may be in a folder that is written again. The folders of an
-    unpacked archive may hold anything.
-    """
+    """Return the first link in what an earlier run left beside an output."""
     partial, old = partial_of(target), old_of(target)
-    for folder in (partial, old):
-        if folder.is_symlink():
-            remedy = "Remove the link."
-            return Problem("output", str(folder), f"a link to {os.readlink(folder)}", "a folder", remedy)
-    if not has_marks(partial):  # it is not written: refused, or cleared by `repair`
-        return None
-    for path in sorted(partial.rglob("*")):  # links are not followed
+    if partial.is_symlink() or has_marks(partial):  # otherwise it is not written: refused, or cleared by `repair`
+        problem = leads_elsewhere(partial)
+        if problem:
+            return problem
+    return leads_elsewhere(old) if old.is_symlink() else None
+
+
+def leads_elsewhere(folder: Path) -> Problem | None:
+    """Return what in a folder of unfinished work is no plain file of one name and no folder, if anything.
+
+    To write there would be to write elsewhere, and the folder of an unpacked archive may hold anything.
+    """
+    if folder.is_symlink():
+        found, remedy = f"a link to {os.readlink(folder)}", "Remove the link."
+        return Problem("output", str(folder), found, "a folder", remedy)
+    for path in sorted(folder.rglob("*")):  # links are not followed
         status = path.lstat()
         if stat.S_ISLNK(status.st_mode):
             found = f"a link to {os.readlink(path)}"
@@ -134,8 +139,8 @@ def _link_beside(target: Path) -> Problem | None:
             found = "neither a file nor a folder"
         else:
             continue
-        remedy = f"Remove {partial}; then the same command begins anew."
-        return Problem("output", str(path), found, "a plain file, as every unfinished result has", remedy)
+        remedy = f"Remove {folder}; then the same command begins anew."
+        return Problem("output", str(path), found, "a plain file, as all unfinished work is", remedy)
     return None
 
 
@@ -203,7 +208,7 @@ def try_rename(folder: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
-def put_in_place(folder: Path, target: Path, overwrite: bool, note: Note, again: str = "the same command") -> None:
+def put_in_place(folder: Path, target: Path, overwrite: bool, note: Note, again: str) -> None:
     """Give a complete folder the target's name, and remove what had it before.
 
     All is on the disk before the result has its name, and the name before anything is removed. What cannot be

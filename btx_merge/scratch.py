@@ -1,4 +1,4 @@
-"""A folder for what is needed during a merge only; what a killed run left of one goes at the next."""
+"""A folder for what is made apart from the result; what a killed run left of one goes at the next."""
 
 from __future__ import annotations
 
@@ -27,6 +27,19 @@ def scratch_folder(parent: Path | None) -> Iterator[Path]:
         folder = Path(name) / "files"
         folder.mkdir()
         yield folder
+
+
+def move_in(files: Path, folder: Path) -> None:
+    """Move files that were made apart into the folder of a result; its config last, without which it is no model yet.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    for file in sorted(files.iterdir(), key=lambda file: file.name in ("config.json", "adapter_config.json")):
+        place = folder / file.name
+        if place.is_dir():  # of a run that was ended here
+            shutil.rmtree(place)
+        file.rename(place)
 
 
 def _remove_leftovers(parent: Path) -> None:

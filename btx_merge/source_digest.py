@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.llama import is_computed
 from btx_merge.recipe_checks import SEED
 from btx_merge.sources import Source
-from btx_merge.tensorfiles import StoredTensor, read_tensor_file
+from btx_merge.tensorfiles import StoredTensor, read_tensor_file, stored_tensors
 
 _DIGEST_BYTES = 16
 
@@ -22,15 +23,30 @@ def source_digest(source: Source) -> str:
     Raises:
         InputError: a file ends too soon.
     """
+    digest = _digest_of(_tensors(source))
+    for name, delta in sorted(source.deltas.items()):
+        digest.update(f"{name} {delta.scaling!r}\n".encode())
+    return digest.hexdigest()
+
+
+def model_digest(folder: Path) -> str:
+    """Return such a digest of a merged model's tensors.
+
+    Raises:
+        InputError: a file that cannot be read, or ends too soon.
+    """
+    return _digest_of(stored_tensors(folder).items()).hexdigest()
+
+
+def _digest_of(tensors: Iterable[tuple[str, StoredTensor]]) -> hashlib.blake2b:
+    """Return a digest of tensors by name, in any order."""
     digest = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-    for name, tensor in sorted(_tensors(source), key=lambda item: item[0]):
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode("utf-8", "surrogatepass"))
         rows = tensor.shape[0] if tensor.shape else 1
         for row in sorted({0, rows // 2, rows - 1}) if tensor.nbytes else ():
             digest.update(tensor.read_rows(row, row + 1).tobytes())
-    for name, delta in sorted(source.deltas.items()):
-        digest.update(f"{name} {delta.scaling!r}\n".encode())
-    return digest.hexdigest()
+    return digest
 
 
 def _tensors(source: Source) -> Iterator[tuple[str, StoredTensor]]:

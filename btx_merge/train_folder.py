@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from btx_merge.errors import InputError, Problem
+from btx_merge.placing import leads_elsewhere
 
 SUFFIX = ".btx-training"
 COMPLETE = "complete"
@@ -64,6 +65,8 @@ def folder_problems(folder: Path, resume: bool, is_first: bool) -> list[Problem]
     Args:
         is_first: whether this is the first of the run's ranks. It is the one that holds the folder.
     """
+    if is_first and (problem := leads_elsewhere(folder)):
+        return [problem]
     if is_first and (folder / _LOCK).exists():
         try:
             with FileLock(folder / _LOCK, timeout=0):
@@ -88,17 +91,18 @@ def _problem_of_two(folder: Path) -> Problem:
     return Problem("output", str(folder), found, "", remedy)
 
 
-def begin(folder: Path, recipe: Mapping[str, Any], settings: Mapping[str, Any], resume: bool) -> None:
+def begin(folder: Path, recipe: Mapping[str, Any], settings: Mapping[str, Any], resume: bool, digest: str) -> None:
     """Write down which run the folder is of; a run that is continued must be the same.
 
     Args:
         recipe: its values by name.
         settings: the Trainer's arguments that determine the run.
+        digest: says which weights the model has (`model_digest`).
 
     Raises:
         InputError: what differs.
     """
-    values = json.loads(json.dumps({**recipe, "arguments": dict(settings)}))
+    values = json.loads(json.dumps({**recipe, "arguments": dict(settings), "digest": digest}))
     file = folder / _RUN_FILE
     if not resume:
         for left in folder.iterdir():  # by a run that came to no checkpoint
@@ -116,7 +120,11 @@ def begin(folder: Path, recipe: Mapping[str, Any], settings: Mapping[str, Any], 
     problems = [
         Problem("resume", name, f"{flat[1].get(name)!r}", f"{flat[0].get(name)!r}, as the run began")
         for name in dict.fromkeys([*flat[0], *flat[1]])
-        if name not in ("arguments", *_FREE_TO_CHANGE) and flat[0].get(name) != flat[1].get(name)
+        if name not in ("arguments", "digest", *_FREE_TO_CHANGE) and flat[0].get(name) != flat[1].get(name)
     ]
+    if not problems and before.get("digest", digest) != digest:
+        found, expected = "its weights are not those that the run began with", "the same model"
+        remedy = f"Put that model there again, or remove {folder} and begin anew without --resume."
+        problems.append(Problem("model", str(recipe["model"]), found, expected, remedy))
     if problems:
         raise InputError(problems)

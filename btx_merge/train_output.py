@@ -1,25 +1,34 @@
 """The result of a finetuning: the checkpoint that it began with, other bytes where something was trained.
 
-All is written into a folder beside the target, which takes the target's name when it is complete.
+All is written as a merge writes (`Staging`): whatever ends it, the target is absent or as it was, and `--resume`
+writes what is missing.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from btx_merge.dtypes import TORCH_NAMES
+from btx_merge.combine import BLOCK_BYTES
+from btx_merge.copying import CopyLayout, fill_copy, same_layout
+from btx_merge.dtypes import TORCH_NAMES, Raw
 from btx_merge.errors import InputError, Problem
 from btx_merge.files import PICTURE, ROUTING, append_record, copy_model_code
 from btx_merge.folder_files import copy_file, small_files
 from btx_merge.held_out import OF_THIS_MODEL, training_results
 from btx_merge.hub import Located
+from btx_merge.layout import Block, Job, portions
+from btx_merge.placing import Note
+from btx_merge.reading import ReadFiles
 from btx_merge.tensorfiles import stored_tensors
 from btx_merge.tokenizer_files import copy_templates
+from btx_merge.writer import Staging
 
 
 def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
@@ -38,18 +47,43 @@ def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
         raise InputError(problems)
 
 
-def write_model(source: Path, folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
-    """Copies a checkpoint and puts the trained tensors in their places, in the dtype that they had there."""
-    for file in [*small_files(source).values(), *source.glob("*.safetensors")]:
-        copy_file(file, folder / file.name)
-    copy_templates(source, folder)
+def result_staging(
+    model: Located, target: Path, trained: Mapping[str, torch.Tensor], read: ReadFiles, note: Note, is_adapter: bool
+) -> Staging:
+    """Return the folder in which the result is written: the model's weights with the trained tensors in their places.
+
+    Args:
+        trained: whole, on the CPU. What was left unfinished of other values is not continued.
+        is_adapter: whether the result holds none of the model's weights; peft writes its own.
+    """
+    layout = CopyLayout((), (), {}) if is_adapter else same_layout(model.folder)
+    checksums = [[name, zlib.crc32(_raw(tensor).data)] for name, tensor in trained.items()]
+    fill = partial(_fill, trained)
+    return Staging(target, layout, fill, read, "train", is_adapter, str(model.folder), checksums, on_note=note)
+
+
+def _fill(trained: Mapping[str, torch.Tensor], job: Job) -> Iterator[Block]:
+    """Return the bytes of a job: trained rows in the dtype that the tensor has in its file, the others as they are."""
+    if job.tensor.name not in trained:
+        yield from fill_copy(job)
+        return
+    dtype = getattr(torch, TORCH_NAMES[job.tensor.dtype])
+    for start, stop in portions(job.start, job.stop, job.tensor.row_bytes, BLOCK_BYTES):
+        yield 0, _raw(trained[job.tensor.name][start:stop].to(dtype))
+
+
+def _raw(tensor: torch.Tensor) -> Raw:
+    """Return a tensor's bytes."""
+    raw: Raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return raw
+
+
+def copy_files(model: Path, folder: Path) -> None:
+    """Copy what a model has beside its weights."""
+    for name, file in small_files(model).items():
+        copy_file(file, folder / name)
+    copy_templates(model, folder)
     copy_model_code(folder)
-    stored = stored_tensors(folder)
-    for name, tensor in trained.items():
-        place = stored[name]
-        with place.file.open("rb+") as stream:
-            stream.seek(place.start)
-            stream.write(tensor.to(getattr(torch, TORCH_NAMES[place.dtype])).view(torch.uint8).numpy().tobytes())
 
 
 def write_records(

@@ -22,13 +22,15 @@ from btx_merge.finetuning import LORA_TARGETS, Show, TrainRecipe, tools
 from btx_merge.folder_files import read_json
 from btx_merge.hub import Located
 from btx_merge.modeling import BTXForCausalLM
+from btx_merge.reading import ReadFiles
+from btx_merge.scratch import move_in
 from btx_merge.texts import public_reference
 from btx_merge.train_arguments import DEFAULTS, training_arguments
 from btx_merge.train_callbacks import ConsoleLines, StepCount, StopOnSignal
 from btx_merge.train_data import DomainStream, MixedWindows, collate, row_of
 from btx_merge.train_folder import last_checkpoint
 from btx_merge.train_metrics import Meter
-from btx_merge.train_output import check_stored, write_model, write_records
+from btx_merge.train_output import check_stored, copy_files, result_staging, write_records
 from btx_merge.train_picture import draw
 from btx_merge.train_ranks import check_launch, check_ranks
 from btx_merge.trainer import BTXTrainer, trained_tensors, whole
@@ -119,23 +121,33 @@ class Run:
     def history(self) -> list[dict[str, Any]]:
         return self.trainer.state.log_history
 
-    def finish(self, folder: Path) -> Mapping[str, Any]:
-        """Writes the result into a new folder. All ranks gather; one writes."""
+    def finish(self, target: Path, overwrite: bool, read: ReadFiles) -> Mapping[str, Any]:
+        """Write the result and give it its name. All ranks gather; one writes.
+
+        Raises:
+            InputError: the model has changed since `read`, or something has come into the target's place.
+            MergeError: the folder cannot get the target's name.
+            OSError: the disk refused.
+        """
         entry = self._entry()
         trained = {name: whole(tensor) for name, tensor in trained_tensors(self.model).items()}
         if not self.is_main:
             return entry
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        if self.recipe.train == "lora":
-            self.model.save_pretrained(folder, save_embedding_layers=False)  # no target; peft would ask the Hub
-            write_adapter_card(folder, self.located, entry)
-        else:
-            write_model(self.located.folder, folder, trained)
-        write_records(folder, entry, self.history, self.located)
-        draw(self.history, self.trainer.meter.experts, folder / PICTURE)
-        if (self.work / "runs").is_dir():  # TensorBoard's
-            shutil.copytree(self.work / "runs", folder / "runs", dirs_exist_ok=True)
+        is_adapter = self.recipe.train == "lora"
+        with result_staging(self.located, target, trained, read, self.warn, is_adapter) as staging:
+            staging.write()
+            files = staging.scratch()
+            if is_adapter:
+                self.model.save_pretrained(files, save_embedding_layers=False)  # no target; peft would ask the Hub
+                write_adapter_card(files, self.located, entry)
+            else:
+                copy_files(self.located.folder, files)
+            write_records(files, entry, self.history, self.located)
+            draw(self.history, self.trainer.meter.experts, files / PICTURE)
+            if (self.work / "runs").is_dir():  # TensorBoard's
+                shutil.copytree(self.work / "runs", files / "runs", dirs_exist_ok=True)
+            move_in(files, staging.folder)
+            staging.finish(overwrite, "the same command with --resume")
         return entry
 
     def _load_model(self) -> Any:

@@ -201,8 +201,8 @@ class Staging:
         for failure in failures:
             raise failure
 
-    def finish(self, overwrite: bool) -> None:
-        """Give the folder the output's name. What had it before is removed only then.
+    def finish(self, overwrite: bool, again: str = "the same command") -> None:
+        """Give the folder the output's name. What had it before is removed only then; `again` is for `put_in_place`.
 
         Raises:
             InputError: a source has changed while it was read, or something has come into the output's place.
@@ -212,7 +212,7 @@ class Staging:
         if changes := self.read.changes():
             raise InputError(changes)
         shutil.rmtree(self.folder / _SCRATCH, ignore_errors=True)
-        put_in_place(self.folder, self.output, overwrite, self.note)
+        put_in_place(self.folder, self.output, overwrite, self.note, again)
 
     def _work(self, job: Job, progress: Progress) -> None:
         """One job: its bytes into the file, then a line in the journal."""

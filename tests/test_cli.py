@@ -88,7 +88,8 @@ OPTIONS = {
         *("--quiet", "-q", "--json"),
     },
     "export": {
-        *("model", "out", "--output", "-o", "--format", "--max-shard-size", "--overwrite", "--workers"),
+        *("model", "out", "--output", "-o", "--format", "--max-shard-size", "--llama-cpp", "--overwrite"),
+        "--workers",
         *("--quiet", "-q", "--json"),
     },
     "extract": {

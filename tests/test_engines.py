@@ -8,17 +8,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from btx_merge import MergeRecipe, export, extract, merge
-from tests.common import force_expert, grow, load_float32, save_seed
+from tests.common import force_expert, grow, load_float32, raw_bytes, save_seed, tensors_of
 from tests.test_export import ROPES
+from tests.test_tokenizer_files import LINES, trained
 
 pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
@@ -162,12 +165,90 @@ def test_other_versions_of_transformers(tmp_path, tokenizer, ids, engine):
             export(str(merged), folder / "model")
             torch.save(torch.tensor([ids]), folder / "ids.pt")
             expected[folder] = AutoModelForCausalLM.from_pretrained(merged, dtype="auto").eval()(torch.tensor([ids]))
-    run(engine, "run_transformers.py", TEXT[:500], *expected)
+    run(engine, "run_transformers.py", json.dumps([TEXT[:500]]), *expected)
     for folder, ours in expected.items():
         theirs = torch.load(folder / "out.pt")
         assert theirs["class"] == "MixtralForCausalLM"
-        assert theirs["ids"] == AutoTokenizer.from_pretrained(folder / "merged")(TEXT[:500])["input_ids"]
+        assert theirs["ids"] == [AutoTokenizer.from_pretrained(folder / "merged")(TEXT[:500])["input_ids"]]
         if engine != "transformers-4" or ours.logits.dtype == torch.float32:
             assert torch.equal(theirs["logits"], ours.logits), folder.name
         difference = (theirs["logits"].float() - ours.logits.float()).std() / ours.logits.float().std()
         assert difference < 0.03, folder.name  # 0.017 was seen
+
+
+def llama_tokenizer(folder: Path, form: str, raw: PreTrainedTokenizerFast) -> int:
+    """Gives a model a tokenizer in one of the forms that Llama's have. Returns how many tokens it has.
+
+    Args:
+        raw: of the form `prepend`.
+    """
+    if form == "prepend":
+        raw.save_pretrained(folder)
+        return len(raw)
+    values = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if form == "tokenizer.model":
+        content = trained(TEXT.splitlines()[:500], VOCABULARY - 50)
+        (folder / "tokenizer.model").write_bytes(content)
+        values |= {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
+        (folder / "tokenizer_config.json").write_text(json.dumps(values))
+        return int(sentencepiece.SentencePieceProcessor(model_proto=content).get_piece_size())
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=list(values.values()), initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(TEXT.splitlines(), trainer)
+    if form == "byte-level":
+        PreTrainedTokenizerFast(tokenizer_object=made, **values).save_pretrained(folder)
+    else:
+        made.model.save(str(folder))
+        values["tokenizer_class"] = "GPT2Tokenizer"
+        (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    return made.get_vocab_size()
+
+
+@pytest.mark.parametrize("form", ["byte-level", "prepend", "tokenizer.model", "vocab.json and merges.txt"])
+@torch.no_grad()
+def test_transformers_4_reads_every_form_of_tokenizer(tmp_path, tokenizer, form):
+    """The export and an extracted expert: lines have the ids that they have in the seed, the logits within 1e-5."""
+    seed = save_seed(tmp_path / "seed", tokenizer=False, **SHAPE)
+    assert llama_tokenizer(seed, form, tokenizer) <= VOCABULARY
+    expert = grow(seed, tmp_path / "e", random_seed=1, noise=0.5)
+    for file in {*seed.glob("*token*"), *seed.glob("vocab.json"), *seed.glob("merges.txt")}:
+        shutil.copyfile(file, expert / file.name)
+    merge(MergeRecipe(str(seed), {"e": str(expert)}, router_std=0.5), tmp_path / "merged")
+    lines = [*LINES, "<s>def f(x):\n    return x ** 2  # code", TEXT[:500]]
+    ids = [AutoTokenizer.from_pretrained(seed)(line)["input_ids"] for line in lines]
+    expected = {}
+    for name in ("mixtral", "dense"):
+        folder = tmp_path / name
+        if name == "mixtral":
+            export(str(tmp_path / "merged"), folder / "model")
+        else:
+            extract(str(tmp_path / "merged"), "e", folder / "model")
+        torch.save(torch.tensor([ids[-1]]), folder / "ids.pt")
+        expected[folder] = load_float32(folder / "model")(torch.tensor([ids[-1]])).logits
+    run("transformers-4", "run_transformers.py", json.dumps(lines), *expected)
+    for folder, logits in expected.items():
+        theirs = torch.load(folder / "out.pt")
+        assert theirs["ids"] == ids, folder.name
+        torch.testing.assert_close(theirs["logits"], logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_export_to_gguf_by_the_real_converter(tmp_path, tokenizer, dtype, monkeypatch):
+    """The matrices in the file are the model's bits; what llama.cpp computes of it, the tests above show."""
+    merged = a_merge(tmp_path, tokenizer, dtype=dtype)
+    monkeypatch.setenv("PATH", str(HERE.parent / ".engines" / "llama-cpp" / "bin"), prepend=os.pathsep)
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    report = export(str(merged), tmp_path / "model.gguf", format="gguf")
+    assert report.nbytes == (tmp_path / "model.gguf").stat().st_size
+    (tmp_path / "read.py").write_text(
+        "import gguf, sys\n"
+        "one = next(t for t in gguf.GGUFReader(sys.argv[1]).tensors if t.name == 'blk.1.ffn_down_exps.weight')\n"
+        "one.data.tofile(sys.argv[2])\n"
+    )
+    run("llama-cpp", str(tmp_path / "read.py"), tmp_path / "model.gguf", tmp_path / "raw")
+    stored = tensors_of(merged)["model.layers.1.mlp.experts.down_proj"]
+    assert (tmp_path / "raw").read_bytes() == raw_bytes(stored)

@@ -294,8 +294,8 @@ def test_what_a_mixtral_does_not_compute_is_refused_all_at_once(merged, tmp_path
         active_experts=["code"],
         rope_parameters={"rope_type": "new", "rope_theta": 1e4},
     )
-    assert refused(tmp_path / "merged", tmp_path / "out", format="gguf", max_shard_size="much") == [
-        "command: --format: 'gguf'; expected mixtral. For GGUF, give this format's folder to llama.cpp's converter.",
+    assert refused(tmp_path / "merged", tmp_path / "out", format="onnx", max_shard_size="much") == [
+        "command: --format: 'onnx'; expected mixtral or gguf",
         "command: --max-shard-size: 'much'; expected a size such as 5GB, 500MB or 5GiB",
         "model: config.json: router_type: 'soft'; expected 'top_k', the only routing of a Mixtral. With top_k and "
         "num_experts_per_tok 3 in config.json it computes the same.",

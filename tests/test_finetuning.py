@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from btx_merge import InputError, MergeError, MergeRecipe, merge, trainer
 from btx_merge.errors import MergeInterrupted
 from btx_merge.finetuning import TrainRecipe, TrainReport, train
+from btx_merge.placing import partial_of
 from btx_merge.texts import DomainText
 from btx_merge.train_folder import SUFFIX, held
 from btx_merge.train_metrics import Meter
@@ -221,10 +222,47 @@ def test_killed_before_the_result_had_its_name(merged, texts, tmp_path, whole_ru
     assert changed(out, tmp_path / "out") == set()
 
 
+@pytest.mark.parametrize(
+    "train_mode", ["all", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("routers", "lora"))]
+)
+def test_killed_while_the_result_is_written(merged, texts, tmp_path, train_mode):
+    """kill -9 between its files: what is there is no model, and --resume writes what was trained."""
+    settings, out = recipe(merged, texts, train=train_mode), tmp_path / "out"
+    script = f"""
+import os, pathlib, signal
+from btx_merge import scratch
+from btx_merge.finetuning import TrainRecipe, train
+from btx_merge.texts import DomainText
+plain, moved = pathlib.Path.rename, []
+def deadly(self, place):
+    if self.parent.name == "btx_files":
+        moved.append(self)
+        if len(moved) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, place)
+pathlib.Path.rename = deadly
+train({settings!r}, {str(out)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not out.exists()
+    left = partial_of(out)
+    assert not list(left.glob("*config.json")), "it would load"
+    (checkpoint,) = (tmp_path / f"out{SUFFIX}").glob("checkpoint-*")
+    trained = {raw_bytes(tensor) for tensor in load_file(checkpoint / trainer.TRAINED).values()}
+    train(settings, out, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert trained <= {raw_bytes(tensor) for tensor in tensors_of(out).values()}
+    assert yaml.safe_load((out / "btx_recipe.yaml").read_text())["training"][0]["steps"] == 6
+    if train_mode != "lora":
+        assert_complete(out)
+        assert len(trained) == len(changed(merged, out))
+
+
 def failure_of(monkeypatch: pytest.MonkeyPatch, settings: TrainRecipe, out: Path) -> str:
     """Trains to the end, where the disk is full."""
     with monkeypatch.context() as patch:
-        patch.setattr("btx_merge.train_run.write_model", no_space)
+        patch.setattr("btx_merge.train_run.copy_files", no_space)
         with pytest.raises(MergeError) as caught:
             train(settings, out)
     return str(caught.value)
@@ -294,6 +332,19 @@ def test_ctrl_c(merged, texts, tmp_path, whole_run):
     assert json.loads(done.stdout)["losses"]["last"] == losses_of(whole_run[0])[10]
 
 
+def test_a_run_is_not_continued_on_another_model(merged, texts, tmp_path, monkeypatch):
+    """What it had trained would be put among the weights of another; only the time of a file may change."""
+    model = shutil.copytree(merged, tmp_path / "model")
+    failure_of(monkeypatch, recipe(model, texts), tmp_path / "out")
+    weights = sorted(model.glob("*.safetensors"))[-1]
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4] + b"\0\0\0\0")
+    (line,) = problems_of(train, recipe(model, texts), tmp_path / "out", resume=True)
+    assert line.startswith(f"model: {model}: its weights are not those that the run began with")
+    weights.write_bytes(content)
+    train(recipe(model, texts), tmp_path / "out", resume=True)
+
+
 def test_a_run_is_continued_only_as_it_began(merged, texts, tmp_path, monkeypatch):
     failure_of(monkeypatch, recipe(merged, texts), tmp_path / "out")
     other = recipe(merged, texts, train="all", arguments={"learning_rate": 1e-3, "logging_steps": 2})
@@ -319,7 +370,7 @@ def test_what_is_kept_when_it_is_interrupted_early(merged, texts, tmp_path, monk
         "Interrupted. No checkpoint was finished, so nothing is kept: the same command begins anew."
     )
     with monkeypatch.context() as patch:
-        patch.setattr("btx_merge.train_run.write_model", pressed)
+        patch.setattr("btx_merge.train_run.copy_files", pressed)
         with pytest.raises(
             MergeInterrupted, match=r"Step 6 is kept in .*checkpoint-6: the same command with --resume"
         ):

@@ -8,11 +8,25 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from btx_merge import FitRecipe, InputError, MergeError, MergeRecipe, export, fit, merge, placing
+from btx_merge import (
+    DomainText,
+    FitRecipe,
+    InputError,
+    MergeError,
+    MergeRecipe,
+    TrainRecipe,
+    export,
+    extract,
+    fit,
+    merge,
+    placing,
+    train,
+)
 from btx_merge.disk_errors import disk_error, remedy_of
 from btx_merge.edit_recipe import EditRecipe
 from btx_merge.editing import edit
@@ -161,6 +175,57 @@ def test_a_model_that_changes_while_it_is_edited_is_refused(sources, tmp_path, c
     assert {path.name for path in tmp_path.iterdir()} == {"sources", "out"}
 
 
+def exported(model: Path, out: Path, change: Callable[[], None]) -> None:
+    export(str(model), out, progress=lambda nbytes: change())
+
+
+def extracted(model: Path, out: Path, change: Callable[[], None]) -> None:
+    extract(str(model), "code", out, progress=lambda nbytes: change())
+
+
+def fitted(model: Path, out: Path, change: Callable[[], None]) -> None:
+    recipe = FitRecipe(str(model), method="prompts", prompts={"code": ["w1 w2"], "math": ["w3 w4"]})
+    fit(recipe, out, on_layer=lambda done, layers: change())
+
+
+def trained(model: Path, out: Path, change: Callable[[], None]) -> None:
+    (out.parent / "text.txt").write_text("w1 w2 w3 w4 " * 200)
+    arguments = {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "report_to": "none"}
+    data = (DomainText("text", (str(out.parent / "text.txt"),)),)
+    recipe = TrainRecipe(str(model), data, train="routers", max_length=16, holdout=0, arguments=arguments)
+    train(recipe, out, show=lambda line: change())
+
+
+@pytest.mark.parametrize("how", ["touched", "rewritten", "removed"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "btx_recipe.yaml"])
+@pytest.mark.parametrize("verb", [exported, extracted, fitted, pytest.param(trained, marks=pytest.mark.slow)])
+def test_a_model_that_changes_while_it_is_used_is_refused(sources, tmp_path, verb, name, how):
+    file, out = sources / "btx" / name, tmp_path / "out"
+
+    def change() -> None:
+        if how == "touched":
+            os.utime(file, ns=(1, 1))
+        elif how == "removed":
+            file.unlink(missing_ok=True)
+        elif file.stat().st_mtime_ns != 1:
+            changed = file.with_name("changed")  # a whole file in its place, as a download puts it there
+            changed.write_bytes(file.read_bytes()[:-1] + b" ")
+            changed.rename(file)
+
+    with pytest.raises(InputError, match=rf"{name}: changed while it was read") as caught:
+        verb(sources / "btx", out, change)
+    assert len(caught.value.problems) == 1
+    assert not out.exists()
+    assert not placing.partial_of(out).exists()
+
+
+def test_a_model_that_changes_while_it_is_trained_is_refused(sources, tmp_path):
+    file = sources / "btx" / "model.safetensors"
+    with pytest.raises(InputError, match=r"model\.safetensors: changed while it was read"):
+        trained(sources / "btx", tmp_path / "out", lambda: os.utime(file, ns=(1, 1)))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def unfinished(saved, tmp_path, monkeypatch):
     """What a merge into `out` leaves when the disk is full after its first jobs."""
@@ -223,6 +288,23 @@ def test_unfinished_work_that_is_a_link_is_not_written(saved, unfinished, tmp_pa
     with pytest.raises(InputError, match=r"out\.btx-partial: a link to .*Remove the link"):
         calls[verb]()
     assert files_of(elsewhere) == before
+
+
+@pytest.mark.parametrize("name", ["lock", "run.json", "checkpoint-1", "."])
+def test_an_unfinished_training_that_leads_elsewhere_is_not_written(saved, tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "precious").write_text("years of work")
+    work = tmp_path / "out.btx-training"
+    if name == ".":
+        work.symlink_to("elsewhere")
+    else:
+        work.mkdir()
+        (work / "run.json").write_text("{}")
+        link_to(work / name, tmp_path / "elsewhere" / "precious", "folder" if name == "checkpoint-1" else "link")
+    with pytest.raises(InputError, match=r"out\.btx-training.*: a link to .*Remove"):
+        trained(saved / "btx", tmp_path / "out", lambda: None)
+    assert files_of(tmp_path / "elsewhere") == {"precious": b"years of work"}
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_was_replaced_may_hold_links_but_be_none(saved, tmp_path):

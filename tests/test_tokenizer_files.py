@@ -23,10 +23,10 @@ TEXT = ("hello world, hello there", "x = 12345 and so on")
 TEMPLATES = {"default": "plain {{ messages }}", "tool_use": "tools {{ messages }}"}
 
 
-def trained(lines: Sequence[str]) -> bytes:
+def trained(lines: Sequence[str], size: int = 330) -> bytes:
     """Return a tokenizer.model of Llama 2's kind."""
     model = io.BytesIO()
-    options = {"model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False, "vocab_size": 330}
+    options = {"model_type": "bpe", "byte_fallback": True, "hard_vocab_limit": False, "vocab_size": size}
     options |= {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1, "normalization_rule_name": "identity"}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines * 50),

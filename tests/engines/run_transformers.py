@@ -1,8 +1,9 @@
-"""Runs in the environment of another transformers: the logits of checkpoints.
+"""Runs in the environment of another transformers: the logits of checkpoints, and how their tokenizers read lines.
 
-python run_transformers.py TEXT FOLDER ...; a folder has `model` and `ids.pt`, and gets `out.pt`.
+python run_transformers.py LINES FOLDER ..., LINES in JSON; a folder has `model` and `ids.pt`, and gets `out.pt`.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -18,7 +19,10 @@ def main() -> None:
         assert not any(info.values()), info
         ids = torch.load(folder / "ids.pt")
         tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-        about = {"class": type(model).__name__, "ids": tokenizer(sys.argv[1])["input_ids"]}
+        about = {
+            "class": type(model).__name__,
+            "ids": [tokenizer(line)["input_ids"] for line in json.loads(sys.argv[1])],
+        }
         torch.save({"logits": model.eval()(ids).logits, **about}, folder / "out.pt")
 
 
