@@ -19,7 +19,7 @@ Pair = tuple[str, str]
 _MEETINGS = 1_000
 """Meetings of two merges that are tried; more take longer than the rest of a check."""
 _EACH = 3
-"""Meetings that are tried of one merge."""
+"""Meetings that are tried of one merge where many have moved."""
 _RANDOM_TEXTS = 1_000
 _OPTIONS = (
     "unk_token",
@@ -76,7 +76,7 @@ def meetings(merges: Sequence[Pair], others: Sequence[Pair]) -> Iterator[tuple[s
             for first, second in met
             if (ranks[first] < ranks[second]) != (other_ranks[first] < other_ranks[second])
         )
-        yield from islice(changed, _EACH)
+        yield from islice(changed, max(_EACH, _MEETINGS // len(moved)))
 
 
 def _moved(ordered: Sequence[Pair], other_ranks: Mapping[Pair, int]) -> list[Pair]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.recipe import SEED, ExpertSpec, as_spec
+from btx_merge.shown import short
 from btx_merge.texts import DomainText, as_domain_texts
-from btx_merge.values import ABOVE_ZERO, RANDOM_SEED, Rule, at_least, one_of, value_problems
+from btx_merge.values import ABOVE_ZERO, RANDOM_SEED, Rule, at_least, is_text, mapping_problems, one_of, value_problems
 
 SHARED_UPDATES = ("auto", "update", "keep")
 ROW_INITS = ("ridge", "random", "zeros")
@@ -59,14 +60,16 @@ class EditRecipe:
     """Whether to go on where a source does not seem to have grown from the seed."""
 
     def __post_init__(self) -> None:
-        problems = list(_value_problems(self))
+        problems = value_problems(self, _RULES) + _kind_problems(self)
+        if not problems:
+            problems += _change_problems(self)
         try:
             object.__setattr__(self, "domain_text", as_domain_texts(self.domain_text, "domain_text"))
         except InputError as error:
             problems += error.problems
         for key in ("add", "replace"):
-            specs = {}
-            for name, spec in getattr(self, key).items():
+            specs, given = {}, getattr(self, key)
+            for name, spec in given.items() if isinstance(given, Mapping) else ():
                 try:
                     specs[name] = as_spec(name, spec, key)
                 except InputError as error:
@@ -93,8 +96,21 @@ _RULES: dict[str, Rule] = {
 }
 
 
-def _value_problems(recipe: EditRecipe) -> Iterator[Problem]:
-    yield from value_problems(recipe, _RULES)
+def _kind_problems(recipe: EditRecipe) -> list[Problem]:
+    """Return which of the lists and mappings are something else."""
+    problems = []
+    drop = recipe.drop
+    if not isinstance(drop, Sequence) or isinstance(drop, str) or not all(is_text(name) for name in drop):
+        problems.append(Problem("recipe", "drop", short(drop), "names of experts"))
+    for key in ("add", "replace"):
+        if not isinstance(getattr(recipe, key), Mapping):
+            problems.append(Problem("recipe", key, short(getattr(recipe, key)), "`name: model`"))
+    problems += mapping_problems("rename", recipe.rename, "`name: new name`")
+    return problems + mapping_problems("sources", recipe.sources, "`name: model`")
+
+
+def _change_problems(recipe: EditRecipe) -> Iterator[Problem]:
+    """Return which changes do not go together."""
     if recipe.is_rename_only and not recipe.rename:
         yield Problem("recipe", "drop, add, replace, rename", "nothing to change", "at least one of them")
     named = [*dict.fromkeys(recipe.drop), *recipe.replace, *recipe.rename]

@@ -21,9 +21,9 @@ from btx_merge.edit_shared import SharedWeights
 from btx_merge.edit_update import shared_update
 from btx_merge.errors import InputError, Problem
 from btx_merge.experts import expert_rows
-from btx_merge.files import add_tokens, append_record, copy_model_code, write_index, write_json
+from btx_merge.files import add_tokens, append_record, copy_model_code, write_index
 from btx_merge.fitting import device_problems, fit_folder
-from btx_merge.folder_files import copy_file, file_problems, read_text, small_files
+from btx_merge.folder_files import copy_file, file_problems, read_text, small_files, write_json
 from btx_merge.layout import INDEX_FILE, Block, Job
 from btx_merge.llama import FF_NORM
 from btx_merge.merging import fill, read_files

@@ -14,8 +14,7 @@ from btx_merge.card import LICENCE_KEYS, PAPER, UNTRAINED, hub_ids, link_licence
 from btx_merge.cards import card_texts, code_in_card, front_matter
 from btx_merge.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, Problem
-from btx_merge.files import write_json
-from btx_merge.folder_files import copy_file, read_text
+from btx_merge.folder_files import copy_file, read_text, write_json
 from btx_merge.held_out import MODEL_INDEX
 from btx_merge.hub import Located
 from btx_merge.llama import DEFAULTS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import platform
 import shutil
@@ -17,9 +16,8 @@ import yaml
 from btx_merge.bounded_json import parse_json
 from btx_merge.card import model_card
 from btx_merge.card_update import updated_card
-from btx_merge.disk_errors import naming
 from btx_merge.dtypes import TORCH_NAMES
-from btx_merge.folder_files import read_json, read_text
+from btx_merge.folder_files import read_json, read_text, write_json
 from btx_merge.hub import Located
 from btx_merge.layout import INDEX_FILE, Layout
 from btx_merge.llama import DEFAULTS
@@ -251,9 +249,3 @@ def write_index(layout: Layout, folder: Path) -> None:
     """Which tensor lies in which file of weights, where there are several."""
     if len(layout.shards) > 1:
         write_json(folder / INDEX_FILE, layout.index())
-
-
-def write_json(file: Path, values: Mapping[str, Any]) -> None:
-    """As all our JSON files are written."""
-    with naming(file):
-        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -18,11 +18,13 @@ from btx_merge.model_folder import find_model
 from btx_merge.placing import remove, repair
 from btx_merge.ranks import own_rank
 from btx_merge.reading import ReadFiles
+from btx_merge.shown import short
 from btx_merge.source_digest import model_digest
 from btx_merge.text_checks import check_texts
 from btx_merge.textfiles import is_installed
 from btx_merge.texts import EXTRA, DomainText, as_domain_texts
 from btx_merge.train_folder import SUFFIX, begin, folder_problems, held, what_is_kept
+from btx_merge.values import ABOVE_ZERO, Rule, at_least, one_of, value_problems
 
 TRAIN_MODES = ("routers", "shared", "all", "lora")
 LORA_TARGETS = {"routers": "routers", "shared": "routers + shared", "experts": "experts"}
@@ -70,15 +72,15 @@ class TrainRecipe:
     """Of `transformers.TrainingArguments`, by name. `max_steps` must be there."""
 
     def __post_init__(self) -> None:
-        problems: list[Problem] = []
+        problems = value_problems(self, _VALUES)
         try:
             object.__setattr__(self, "data", as_domain_texts(self.data, "data"))
+            if not self.data:
+                problems.append(Problem("recipe", "data", "missing", "at least one domain, --data NAME=REFERENCE"))
         except InputError as error:
             problems += error.problems
-        for name, (expected, is_fine) in _VALUES.items():
-            value = getattr(self, name)
-            if not is_fine(value):
-                problems.append(Problem("recipe", name, "missing" if value in ("", ()) else f"{value!r}", expected))
+        if not isinstance(self.arguments, Mapping) or not all(isinstance(name, str) for name in self.arguments):
+            problems.append(Problem("recipe", "arguments", short(self.arguments), "`name: value`"))
         if self.train == "lora" and not problems and self.fsdp_size * self.ep_size > 1:
             found, remedy = "lora on sharded parameters", "Copies of the model do: without --fsdp-size and --ep-size."
             problems.append(Problem("recipe", "train", found, "", remedy))
@@ -89,32 +91,20 @@ class TrainRecipe:
             raise InputError(problems)
 
 
-def _is_count(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-
-
-_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what is expected, and whether a value is that
-    "model": ("a merged checkpoint", lambda value: bool(value) and isinstance(value, str)),
-    "data": ("at least one domain, --data NAME=REFERENCE", bool),
-    "train": (f"one of {', '.join(TRAIN_MODES)}", lambda value: value in TRAIN_MODES),
-    "max_length": ("at least 2", lambda value: value is None or _is_count(value, 2)),
-    "holdout": ("in [0, 0.5]", lambda value: _is_number(value) and value <= 0.5),
-    "shuffle": ("at least 1", _is_count),
-    "router_grad": ("sparse or dense", lambda value: value in (None, "sparse", "dense")),
-    "router_aux_loss_coef": ("a number of at least 0", lambda value: value is None or _is_number(value)),
-    "router_aux_loss_scope": (
-        "global_batch or micro_batch",
-        lambda value: value in ("global_batch", "micro_batch"),
-    ),
-    "lora_target": (f"one of {', '.join(LORA_TARGETS)}", lambda value: value in LORA_TARGETS),
-    "lora_r": ("at least 1", _is_count),
-    "lora_alpha": ("a number above 0", lambda value: _is_number(value) and value > 0),
-    "fsdp_size": ("at least 1", _is_count),
-    "ep_size": ("at least 1", _is_count),
+_VALUES: dict[str, Rule] = {
+    "model": ("a merged checkpoint", bool),
+    "train": one_of(TRAIN_MODES),
+    "max_length": at_least(2),
+    "holdout": ("in [0, 0.5]", lambda value: 0 <= value <= 0.5),
+    "shuffle": at_least(1),
+    "router_grad": one_of(("sparse", "dense")),
+    "router_aux_loss_coef": at_least(0),
+    "router_aux_loss_scope": one_of(("global_batch", "micro_batch")),
+    "lora_target": one_of(LORA_TARGETS),
+    "lora_r": at_least(1),
+    "lora_alpha": ABOVE_ZERO,
+    "fsdp_size": at_least(1),
+    "ep_size": at_least(1),
 }
 OPTION_NAMES = tuple(item.name for item in fields(TrainRecipe) if item.name not in ("model", "data", "arguments"))
 

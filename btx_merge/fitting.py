@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,8 +21,9 @@ from btx_merge.hub import Located
 from btx_merge.model_folder import find_model
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS, SEED
 from btx_merge.text_checks import check_texts
-from btx_merge.texts import DomainText, as_domain_texts, public_record, public_reference
+from btx_merge.texts import DomainText, as_domain_texts, as_prompts, public_record, public_reference
 from btx_merge.tokenizer_files import copy_templates
+from btx_merge.values import ABOVE_ZERO, Rule, at_least, one_of, value_problems
 
 if TYPE_CHECKING:
     from btx_merge.fit_walk import LayerFit
@@ -58,26 +58,29 @@ class FitRecipe:
     """expert: tokens pass through their own domain's; router: through those that the fitted router chooses."""
 
     def __post_init__(self) -> None:
-        problems: list[Problem] = []
+        problems = value_problems(self, _VALUES)
         try:
             object.__setattr__(self, "domain_text", as_domain_texts(self.domain_text, "domain_text"))
         except InputError as error:
             problems += error.problems
-        fine = {
-            "model": (bool(self.model), "a merged checkpoint"),
-            "method": (self.method in ROUTER_FITS, f"one of {', '.join(ROUTER_FITS)}"),
-            "domain_tokens": (self.domain_tokens >= 64, "at least 64"),
-            "router_ridge": (0 < self.router_ridge < math.inf, "above 0"),
-            "fit_through": (self.fit_through in FIT_THROUGH, f"one of {', '.join(FIT_THROUGH)}"),
-        }
-        for name, (is_fine, expected) in fine.items():
-            if not is_fine:
-                problems.append(Problem("recipe", name, f"{getattr(self, name)!r}", expected))
+        try:
+            object.__setattr__(self, "prompts", as_prompts(self.prompts))
+        except InputError as error:
+            problems += error.problems
         unused = "prompts" if self.method == "ridge" else "domain_text"
         if getattr(self, unused):
             problems.append(Problem("recipe", unused, f"given, but method {self.method} does not use it"))
         if problems:
             raise InputError(problems)
+
+
+_VALUES: dict[str, Rule] = {
+    "model": ("a merged checkpoint", bool),
+    "method": one_of(ROUTER_FITS),
+    "domain_tokens": at_least(64),
+    "router_ridge": ABOVE_ZERO,
+    "fit_through": one_of(FIT_THROUGH),
+}
 
 
 @dataclass(frozen=True)

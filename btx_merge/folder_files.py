@@ -6,14 +6,16 @@ does, what is no plain file (a pipe would be waited for without end), and a file
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from btx_merge.bounded_json import parse_json
+from btx_merge.disk_errors import naming
 from btx_merge.errors import InputError, Problem
 from btx_merge.placing import MARKS
 
@@ -113,6 +115,16 @@ def read_json(file: Path, root: Path | None = None) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError([Problem(*where, "not a JSON object", "one", _SAVE_AGAIN)])
     return values
+
+
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object as all our JSON files are written.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    with naming(file):
+        file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_file(file: Path, target: Path, root: Path | None = None) -> None:

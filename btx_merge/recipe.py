@@ -18,7 +18,7 @@ from btx_merge.recipe_checks import SEED as SEED
 from btx_merge.recipe_checks import together_problems
 from btx_merge.records import read_recipe_file
 from btx_merge.shown import short
-from btx_merge.texts import DomainText, as_domain_texts
+from btx_merge.texts import DomainText, as_domain_texts, as_prompts
 from btx_merge.values import (
     ABOVE_ZERO,
     RANDOM_SEED,
@@ -142,7 +142,7 @@ class MergeRecipe:
             except InputError as error:
                 problems += error.problems
         object.__setattr__(self, "experts", specs)
-        for key, parse in (("domain_text", _by_name), ("prompts", _as_prompts), ("resolved", _as_resolved)):
+        for key, parse in (("domain_text", _by_name), ("prompts", as_prompts), ("resolved", _as_resolved)):
             try:
                 object.__setattr__(self, key, parse(getattr(self, key)))
             except InputError as error:
@@ -206,27 +206,6 @@ class MergeRecipe:
 
 def _by_name(values: Any) -> dict[str, DomainText]:
     return {text.name: text for text in as_domain_texts(values, "domain_text")}
-
-
-def _as_prompts(values: Any) -> dict[str, tuple[str, ...]]:
-    if not isinstance(values, Mapping):
-        raise InputError([Problem("recipe", "prompts", short(values), "`name: [line, line]`, one entry per expert")])
-    problems, prompts = [], {}
-    for name, given in values.items():
-        lines = (given,) if isinstance(given, str) else given
-        if (
-            is_text(name)
-            and isinstance(lines, (list, tuple))
-            and lines
-            and all(is_text(x) and x.strip() for x in lines)
-        ):
-            prompts[name] = tuple(lines)
-        else:
-            key = name if isinstance(name, str) else short(name)
-            problems.append(Problem("recipe", f"prompts.{key}", short(given), "lines of text"))
-    if problems:
-        raise InputError(problems)
-    return prompts
 
 
 def _as_resolved(values: Any) -> dict[str, dict[str, str]]:

@@ -10,6 +10,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.folder_files import read_json
 from btx_merge.textfiles import read_file, suffix_of
 from btx_merge.texts import DomainText, files_of, plain_text, reference_problems
+from btx_merge.tokenizer_files import TEMPLATE_FILES, TEMPLATES
 
 _RECORDS = 3
 """Records of a file that are read."""
@@ -17,7 +18,6 @@ _FILES = 20
 """Files of a reference that are read; the others are only seen to be there."""
 _MOST_JSON = 64_000_000
 """Bytes of a `.json` file, which can be read as a whole only, above which it is not."""
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 def check_texts(texts: Iterable[DomainText], tokenizer: Path | None = None) -> list[Problem]:
@@ -44,7 +44,7 @@ def check_texts(texts: Iterable[DomainText], tokenizer: Path | None = None) -> l
 
 def has_chat_template(folder: Path) -> bool:
     """Return whether a tokenizer's folder holds a chat template, at one of the places where transformers looks."""
-    if any((folder / name).is_file() for name in _TEMPLATES) or any(folder.glob("additional_chat_templates/*.jinja")):
+    if any((folder / name).is_file() for name in TEMPLATE_FILES) or any((folder / TEMPLATES).glob("*.jinja")):
         return True
     file = folder / "tokenizer_config.json"
     try:

@@ -139,6 +139,32 @@ def as_domain_texts(values: Any, key: str) -> tuple[DomainText, ...]:
     return domain_texts_of("recipe", plain, [], key)
 
 
+def as_prompts(values: Any) -> dict[str, tuple[str, ...]]:
+    """Return prompts by expert, each a line or several.
+
+    Raises:
+        InputError: something else; all of it in one error.
+    """
+    if not isinstance(values, Mapping):
+        raise InputError([Problem("recipe", "prompts", short(values), "`name: [line, line]`, one entry per expert")])
+    problems, prompts = [], {}
+    for name, given in values.items():
+        lines = (given,) if isinstance(given, str) else given
+        if (
+            is_text(name)
+            and isinstance(lines, (list, tuple))
+            and lines
+            and all(is_text(x) and x.strip() for x in lines)
+        ):
+            prompts[name] = tuple(lines)
+        else:
+            key = name if isinstance(name, str) else short(name)
+            problems.append(Problem("recipe", f"prompts.{key}", short(given), "lines of text"))
+    if problems:
+        raise InputError(problems)
+    return prompts
+
+
 def documents(text: DomainText, tokenizer: Any = None) -> Iterator[str]:
     """Streams a domain's documents, in the order of its references; of a folder or a glob, in the files' order.
 

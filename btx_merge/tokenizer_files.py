@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from btx_merge.errors import InputError, Problem
-from btx_merge.folder_files import copy_file, read_bytes, read_json
+from btx_merge.folder_files import copy_file, read_bytes, read_json, write_json
 
 TEMPLATES = "additional_chat_templates"
 """The folder in which transformers keeps chat templates under names, beside the default one."""
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+"""The default chat template, where tokenizer_config.json does not hold it."""
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt")
 """What says which token a text becomes."""
-SPEECH_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+SPEECH_FILES = ("tokenizer_config.json", "special_tokens_map.json", *TEMPLATE_FILES)
 """What says which tokens are special and how a conversation is written."""
 TOKENIZER_FILES = (*VOCABULARY_FILES, *SPEECH_FILES)
 
@@ -174,6 +175,5 @@ def write_portable(source: Path, folder: Path) -> Any:
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     if config != before:
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        file.write_text(text, encoding="utf-8")
+        write_json(file, config)
     return tokenizer

@@ -113,6 +113,13 @@ def size_problem(where: str, text: Any) -> Problem:
     return Problem("command", where, short(text), SHARD_SIZE[0], remedy)
 
 
+def mapping_problems(key: str, value: Any, expected: str) -> list[Problem]:
+    """Return what is wrong with a value of a recipe that should be a mapping from text to text."""
+    if isinstance(value, Mapping) and all(is_text(part) for item in value.items() for part in item):
+        return []
+    return [Problem("recipe", key, short(value), expected)]
+
+
 def unknown_problems(source: str, keys: Iterable[Any], known: Collection[str], prefix: str = "") -> list[Problem]:
     """Return one problem for each key that is none of the known, with the nearest of them; many are counted."""
     unknown = [key if isinstance(key, str) else short(key) for key in keys if key not in known]

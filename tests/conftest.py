@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from btx_merge import MergeRecipe, merge
-from tests.common import grow, save_seed
+from tests import warm
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,20 @@ class Family:
         return {"code": str(self.code), "math": str(self.math)}
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _warm_processes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The servers of `warm` are common to all workers of a run."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "warm"
+    folder.mkdir(exist_ok=True)
+    warm.use_folder(folder)
+
+
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """Built once; tests that change a checkpoint copy it first."""
+    from tests.common import grow, save_seed  # imports torch, which the process that only starts others needs not
+
     root = tmp_path_factory.mktemp("family")
     seed = save_seed(root / "llama-seed")
     code = grow(seed, root / "llama-code", random_seed=1)

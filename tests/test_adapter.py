@@ -785,7 +785,11 @@ def test_factors_of_an_odd_dtype(broken: tuple[Path, dict[str, torch.Tensor]], b
         ({"alpha_pattern": {"(": 1}}, r"'(.*\\.)?(()' is no regular expression (missing )"),
         ({"rank_pattern": {"a{99999999999}": 1}}, r"'(.*\\.)?(a{99999999999})' is no regular expression ("),
         ({"alpha_pattern": {"(" * 5000: 1}}, r"'(.*\\.)?((((("),
-        ({"alpha_pattern": {"(([a-z_.0-9]+)+)+X": 1}}, r"'(.*\\.)?((([a-z_.0-9]+)+)+X)': trying it on the modules"),
+        pytest.param(
+            {"alpha_pattern": {"(([a-z_.0-9]+)+)+X": 1}},
+            r"'(.*\\.)?((([a-z_.0-9]+)+)+X)': trying it on the modules",
+            marks=pytest.mark.slow,  # the next takes five seconds, too
+        ),
         ({"target_modules": "(([a-z_.0-9]+)+)+X"}, "'(([a-z_.0-9]+)+)+X': trying it on the modules"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is pissa_niter_4, which moved the base's weights"),
         ({"init_lora_weights": "lora_ga"}, "init_lora_weights is lora_ga, which moved the base's weights"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from btx_merge import MergeRecipe, merge
+from tests import warm
 from tests.common import WITHOUT_BTX_MERGE, files_of, load_float32, logits_of
 
 AUTO_MAP = {
@@ -37,17 +37,11 @@ def merged(family, tmp_path_factory):
     return out
 
 
-def run(script: str, folder: Path, home: Path) -> list[str]:
-    """What a fresh Python prints; it runs beside the model, with nothing of an earlier run in its caches."""
-    environment = {**os.environ, "HF_HOME": str(home / "hf"), "HF_MODULES_CACHE": str(home / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-W", "error:::btx_merge", "-c", script],
-        cwd=folder.parent,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+def run(script: str, folder: Path, home: Path, level: str = "transformers") -> list[str]:
+    """What a fresh Python prints; it runs beside the model, with nothing of an earlier run in its cache of code."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(home / "modules")}
+    command = [sys.executable, "-W", "error:::btx_merge", "-c", script]
+    done = warm.run(command, cwd=folder.parent, env=environment, level=level)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -82,6 +76,7 @@ print(AutoConfig.for_model("btx", num_experts=7).num_local_experts)
 """,
         merged,
         tmp_path,
+        level="python",
     )
     assert lines == [
         "btx_merge.modeling.configuration_btx BTXConfig",

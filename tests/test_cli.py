@@ -20,25 +20,23 @@ from transformers import LlamaForCausalLM
 
 from btx_merge import MergeRecipe, check
 from btx_merge.cli import app
+from tests import warm
 from tests.common import assert_complete, edit_json, files_of, save_seed
 from tests.conftest import Family
+from tests.warm import BTX
 
-BTX = Path(sys.executable).with_name("btx")
 Done = subprocess.CompletedProcess[str]
 
 
-def btx(*arguments: Any, cwd: Path | None = None, **environment: str) -> Done:
-    """Runs btx with pipes in place of a terminal, as loud as it is. Nobody is ever shown a traceback."""
+def btx(*arguments: Any, cwd: Path | None = None, level: str = "command", **environment: str) -> Done:
+    """Runs btx with files in place of a terminal, as loud as it is. Nobody is ever shown a traceback.
+
+    Args:
+        level: `torch` or `package` for a command that imports torch; the latter has the tests' quiet transformers.
+    """
     hushed = ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_VERBOSITY")  # for the tests themselves
-    inherited = {key: value for key, value in os.environ.items() if key not in hushed}
-    done = subprocess.run(
-        [str(BTX), *map(str, arguments)],
-        env={**inherited, **environment},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    inherited = {key: value for key, value in os.environ.items() if key not in hushed or level == "package"}
+    done = warm.run([BTX, *arguments], env={**inherited, **environment}, cwd=cwd, level=level)
     assert "Traceback" not in done.stderr + done.stdout
     return done
 
@@ -243,7 +241,9 @@ def test_what_peft_merges_makes_no_noise(family: Family, tmp_path: Path) -> None
     with torch.no_grad():
         [parameter.add_(0.01) for parameter in model.parameters() if parameter.requires_grad]
     model.save_pretrained(tmp_path / "dora")
-    done = btx("merge", "--seed", family.seed, "--expert", f"dora={tmp_path / 'dora'}", "-o", tmp_path / "out")
+    done = btx(
+        "merge", "--seed", family.seed, "--expert", f"dora={tmp_path / 'dora'}", "-o", tmp_path / "out", level="torch"
+    )
     # torchao, which peft imports where it is installed (`make slow`), speaks of other machines' files
     noise = [line for line in done.stderr.splitlines() if "torchao" not in line and "torch/utils/_pytree" not in line]
     assert (done.returncode, noise) == (0, [])
@@ -264,14 +264,25 @@ def test_a_recipe_file(merged: tuple[Path, Done], family: Family, tmp_path: Path
 @pytest.mark.parametrize("command", ["export", "extract"])
 def test_an_export_and_an_extraction(command: str, merged: tuple[Path, Done], tmp_path: Path) -> None:
     arguments = {"export": [tmp_path / "out"], "extract": ["code", "-o", tmp_path / "out"]}[command]
-    done = btx(command, merged[0], *arguments, COLUMNS="200")
+    done = btx(command, merged[0], *arguments, COLUMNS="200", level="package")
     untrained = "warning: model: routers: have not been trained yet"  # an extract has none
     assert done.returncode == 0
     assert [line.startswith(untrained) for line in done.stderr.splitlines()] == [True] * (command == "export")
     assert re.search(rf"written +{tmp_path / 'out'}: 0\.\d MB in 1 weights file, 0\.\d\d M parameters", done.stdout)
     assert re.search(r"took +\d+\.\d s, peak memory \d", done.stdout)
     expected = files_of(tmp_path / "out")
-    done = btx(command, merged[0], *arguments, "--overwrite", "--json", "--workers", "1", "--max-shard-size", "50KB")
+    done = btx(
+        command,
+        merged[0],
+        *arguments,
+        "--overwrite",
+        "--json",
+        "--workers",
+        "1",
+        "--max-shard-size",
+        "50KB",
+        level="package",
+    )
     report = json.loads(done.stdout)
     assert set(report) == {
         *("output", "parameters", "files", "nbytes", "kept_bytes", "seconds", "peak_memory", "warnings")
@@ -280,20 +291,20 @@ def test_an_export_and_an_extraction(command: str, merged: tuple[Path, Done], tm
     assert len(report["files"]) > 1
     assert report["nbytes"] == sum((tmp_path / "out" / name).stat().st_size for name in report["files"])
     assert (report["kept_bytes"], len(report["warnings"])) == (0, int(command == "export"))
-    done = btx(command, merged[0], *arguments, "--overwrite", "--quiet")
+    done = btx(command, merged[0], *arguments, "--overwrite", "--quiet", level="package")
     assert (done.returncode, done.stdout) == (0, "")
     assert files_of(tmp_path / "out") == expected
 
 
 def test_where_an_export_goes(merged: tuple[Path, Done], tmp_path: Path) -> None:
-    assert errors_of(btx("export", merged[0])) == ["command: OUT: missing; expected one folder"]
-    twice = btx("export", merged[0], tmp_path / "a", "-o", tmp_path / "b")
+    assert errors_of(btx("export", merged[0], level="package")) == ["command: OUT: missing; expected one folder"]
+    twice = btx("export", merged[0], tmp_path / "a", "-o", tmp_path / "b", level="package")
     assert errors_of(twice) == ["command: OUT: given twice; expected one folder"]
-    assert btx("export", merged[0], "-o", tmp_path / "out", "-q").returncode == 0
+    assert btx("export", merged[0], "-o", tmp_path / "out", "-q", level="package").returncode == 0
     assert (tmp_path / "out/config.json").exists()
-    (line,) = errors_of(btx("export", merged[0], tmp_path / "out"))
+    (line,) = errors_of(btx("export", merged[0], tmp_path / "out", level="package"))
     assert line.startswith(f"output: {tmp_path / 'out'}: not empty; expected an empty or a new folder.")
-    (line,) = errors_of(btx("extract", merged[0], "cod", "-o", tmp_path / "new"))
+    (line,) = errors_of(btx("extract", merged[0], "cod", "-o", tmp_path / "new", level="package"))
     assert line == "model: config.json: expert_names: no expert 'cod'; expected one of seed, code, math"
 
 
@@ -301,7 +312,7 @@ def test_an_export_that_another_program_reads_otherwise(tmp_path: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
     seed = save_seed(tmp_path / "seed", rope_parameters=rope)
     btx("merge", "--seed", seed, "--expert", f"twin={seed}", "-o", tmp_path / "merged", "-q")
-    done = btx("export", tmp_path / "merged", tmp_path / "out", "-q")
+    done = btx("export", tmp_path / "merged", tmp_path / "out", "-q", level="package")
     assert (done.returncode, done.stdout) == (0, "")
     line, untrained = sorted(done.stderr.splitlines())
     assert "routers: have not been trained yet" in untrained

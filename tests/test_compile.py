@@ -23,6 +23,9 @@ TRACED = [
 ]
 
 
+MORE_COMPILED = [("aot_eager", False), ("inductor", True)]  # each a variation that takes seconds
+
+
 # --- implementations of attention ------------------------------------------------------------------------------
 
 
@@ -124,7 +127,7 @@ def test_compiled_without_a_break_for_every_shape(implementation):
 @pytest.mark.parametrize("implementation", TRACED)
 @pytest.mark.parametrize(
     ("backend", "used"),
-    [("aot_eager", False), ("aot_eager", True), pytest.param("inductor", True, marks=pytest.mark.slow)],
+    [("aot_eager", True), *(pytest.param(*each, marks=pytest.mark.slow) for each in MORE_COMPILED)],
 )
 def test_compiled_for_training(backend, used, implementation):
     """Without a break, with the balancing loss, whether or not the model has run before it is compiled."""
@@ -144,7 +147,7 @@ def test_compiled_for_training(backend, used, implementation):
 
 
 @pytest.mark.parametrize("implementation", TRACED)
-@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("strict", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
 def test_exported_for_every_shape(strict, implementation):
     model = tiny_btx()

@@ -11,8 +11,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import torch
 from btx_merge.modeling import BTXConfig, BTXForCausalLM
 from transformers import LlamaForCausalLM
 
+from tests import warm
 from tests.common import tensors_of, tiny_config
 from tests.models import EXPERTS, tiny_btx
 
@@ -109,15 +108,12 @@ def start(folder: Path, cases: dict[str, dict[str, Any]]) -> dict[str, list[dict
         tiny_btx(**config).save_pretrained(folder / name)
     todo = {name: {"model": "untied", **case} for name, case in cases.items() if not missing_feature(case)}
     (folder / "cases.json").write_text(json.dumps(todo))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--local_addr=127.0.0.1"]
-    rendezvous = ["--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
-    run = subprocess.run(
-        [*torchrun, *rendezvous, "-m", "tests.distributed_worker", str(folder)],
+    run = warm.run(
+        warm.torchrun("package", "-m", "tests.distributed_worker", folder),
         cwd=ROOT,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
         timeout=600,
+        level="torch",
     )
     assert run.returncode == 0, run.stderr[-5000:]
     lines = (folder / "results.jsonl").read_text().splitlines()

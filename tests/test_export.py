@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from btx_merge import InputError, MergeInterrupted, MergeRecipe, export, merge
 from btx_merge.hub import Located
 from btx_merge.merged_model import open_merged
 from btx_merge.mixtral import mixtral_card
+from tests import warm
 from tests.common import (
     WITHOUT_BTX_MERGE,
     edit_json,
@@ -203,7 +203,7 @@ def test_it_loads_where_btx_merge_is_not_installed(merged, tmp_path):
     export(str(merged), tmp_path / "out")
     code = f"{WITHOUT_BTX_MERGE}\nfrom transformers import AutoModelForCausalLM\n"
     code += "print(type(AutoModelForCausalLM.from_pretrained('out')).__name__)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", code], cwd=tmp_path, level="transformers")
     assert done.stdout.split() == ["MixtralForCausalLM"], done.stderr
 
 
@@ -269,7 +269,7 @@ def test_the_python_of_its_card(merged, tmp_path):
     export(str(merged), tmp_path / "out")
     code = (tmp_path / "out/README.md").read_text().split("```python\n")[1].split("```")[0]
     code = code.replace("The answer is", "w1 w2 w3")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "out", capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", code], cwd=tmp_path / "out", level="transformers")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("w1 w2 w3 w")
 

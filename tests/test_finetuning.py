@@ -31,9 +31,10 @@ from btx_merge.placing import partial_of
 from btx_merge.texts import DomainText
 from btx_merge.train_folder import SUFFIX, held
 from btx_merge.train_metrics import Meter
+from tests import warm
 from tests.common import assert_complete, edit_json, files_of, grow, raw_bytes, save_seed, tensors_of
+from tests.warm import BTX
 
-BTX = Path(sys.executable).with_name("btx")
 ARGUMENTS = {
     "max_steps": 6,
     "logging_steps": 1,
@@ -194,7 +195,7 @@ def deadly(self, *arguments, **options):
 trainer.BTXTrainer.compute_loss = deadly
 train({resumable(merged, texts)!r}, {str(tmp_path / "out")!r})
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", script], level="package")
     assert done.returncode == -signal.SIGKILL, done.stderr
     work = tmp_path / f"out{SUFFIX}"
     assert [path.name for path in work.glob("checkpoint-*")] == ["checkpoint-3"]
@@ -311,23 +312,22 @@ def test_ctrl_c(merged, texts, tmp_path, whole_run):
     flags = ["--max-steps", "10", "--logging-steps", "2", "--gradient-accumulation-steps", "2", "--max-length", "32"]
     flags += ["--learning-rate", "1e-2", "--per-device-train-batch-size", "2", "--report-to", "none", "--use-cpu"]
     data = [f"--data=code={texts['code']}", f"--data=math={texts['math']}:3"]
-    command = [str(BTX), "train", str(merged), *data, "-o", str(tmp_path / "out"), *flags]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert run.stderr is not None
-    seen = []
-    for line in run.stderr:
-        seen.append(line)
-        if "2/10" in line:
-            run.send_signal(signal.SIGINT)
-            break
-    rest = run.stderr.read()
-    assert run.wait(60) == 130, "".join(seen) + rest
+    command = [BTX, "train", merged, *data, "-o", tmp_path / "out", *flags]
+    with warm.started(command, level="package") as (run, stderr):
+        seen = []
+        for line in stderr:
+            seen.append(line)
+            if "2/10" in line:
+                os.kill(run.pid, signal.SIGINT)
+                break
+        rest = stderr.read()
+        assert run.wait(60) == 130, "".join(seen) + rest
     (kept,) = tmp_path.glob(f"out{SUFFIX}/checkpoint-*/complete")
     step = kept.parent.name.rpartition("-")[2]
     said = f"error: Interrupted. Step {step} is kept in {kept.parent}: the same command with --resume continues"
     assert said in rest
     assert "Traceback" not in rest
-    done = subprocess.run([*command, "--resume", "--json"], capture_output=True, text=True)
+    done = warm.run([*command, "--resume", "--json"], level="package")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["losses"]["last"] == losses_of(whole_run[0])[10]
 
@@ -413,7 +413,7 @@ def test_all_problems_come_before_anything_is_written(merged, texts, tmp_path, f
 
 def test_values_that_cannot_be_meant():
     found = problems_of(TrainRecipe, "", (), "experts", holdout=0.7, router_grad="full", lora_r=0)
-    assert [line.split(": ")[1] for line in found] == ["model", "data", "train", "holdout", "router_grad", "lora_r"]
+    assert [line.split(": ")[1] for line in found] == ["model", "train", "holdout", "router_grad", "lora_r", "data"]
 
 
 @pytest.mark.parametrize(
@@ -658,9 +658,7 @@ def test_routers_are_looked_at_only_where_a_step_is_logged(merged, texts, tmp_pa
 
 
 def btx_train(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [str(BTX), "train", *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120
-    )
+    done = warm.run([BTX, "train", *arguments], cwd=cwd, level="package")
     assert "Traceback" not in done.stderr
     return done
 

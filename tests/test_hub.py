@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from btx_merge import MergeRecipe, merge
+from tests import warm
 from tests.common import edit_json, files_of, grow, tensors_of
 from tests.conftest import Family
 from tests.hub_server import Hub
-
-BTX = Path(sys.executable).with_name("btx")
+from tests.warm import BTX
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +59,10 @@ def hub(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hu
     server.close()
 
 
-def btx(hub: Hub, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [str(BTX), *arguments],
-        env=hub.environment(home, **environment),
-        cwd=home.parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def btx(
+    hub: Hub, home: Path, *arguments: str, level: str = "command", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return warm.run([BTX, *arguments], env=hub.environment(home, **environment), cwd=home.parent, level=level)
 
 
 def commit_of(hub: Hub, repo_id: str, ref: str = "main") -> str:
@@ -221,7 +215,7 @@ def test_bin_where_there_are_no_safetensors(hub: Hub, family: Family, other: Any
     torch.save(tensors_of(folder), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     other("org/bin", folder)
-    done = checked(hub, family, tmp_path, "org/bin")
+    done = checked(hub, family, tmp_path, "org/bin", level="torch")
     assert (done.returncode, done.stderr) == (0, "")
     assert "pytorch_model.bin" in downloaded(hub, "org/bin")
 

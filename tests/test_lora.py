@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from typing import Any
 
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError
 from btx_merge.lora import TARGETS, lora_config
+from tests import warm
 from tests.common import tensors_of
 from tests.models import EXPERTS, tokens
 from tests.test_peft import (
@@ -152,15 +152,8 @@ ids, expected = torch.load("expected.pt")
 model = AutoPeftModelForCausalLM.from_pretrained("adapter").eval()
 print(type(model.get_base_model()).__module__, torch.equal(model(ids).logits, expected))
 """
-    home = {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env={**os.environ, **home},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = warm.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, level="transformers")
     assert done.stdout == "btx_merge.modeling.modeling_btx True\n", done.stderr
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import btx_merge.opening
 from btx_merge import ExpertSpec, MergeRecipe, merge
 from btx_merge.cli import app
 from btx_merge.hub import Located
+from tests import warm
 from tests.common import (
     WITHOUT_BTX_MERGE,
     assert_complete,
@@ -264,14 +264,9 @@ def test_no_path_of_this_machine_and_no_code_of_a_source_stands_in_the_result(tm
 def test_the_cards_snippet_runs_without_this_package(merged, tmp_path):
     """As a person would run it who has downloaded the folder and knows nothing of btx-merge."""
     [snippet] = re.findall(r"```python\n(.*?)```", (merged / "README.md").read_text(), re.DOTALL)
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_BTX_MERGE + snippet],
-        cwd=merged,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", WITHOUT_BTX_MERGE + snippet]
+    done = warm.run(command, cwd=merged, env=environment, level="transformers")
     assert done.returncode == 0, done.stderr
     words = done.stdout.split()
     assert words[:3] == ["w0", "w0", "w0"]  # three words unknown to the tiny tokenizer

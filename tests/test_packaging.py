@@ -17,6 +17,7 @@ import pytest
 
 import btx_merge
 from btx_merge.files import MODEL_CODE
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
@@ -195,6 +196,10 @@ print(json.dumps({
     "top-level": importlib.util.find_spec("modeling") is not None,
     "torch": "torch" in sys.modules,
 }))
+"""
+LOADING = """
+import json, sys
+import btx_merge
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("out")
 print(json.dumps([type(model).__module__, sys.modules[type(model).__module__].__file__]))
@@ -206,13 +211,16 @@ def test_the_installed_wheel_merges_and_loads(installed, family, tmp_path):
     command = [sys.executable, "-c", SCRIPT, str(family.seed), str(family.code)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    before, after = (json.loads(line) for line in done.stdout.splitlines())
+    before = json.loads(done.stdout)
     assert before == {
         "package": str(installed / "btx_merge" / "__init__.py"),
         "code": str(installed / "btx_merge" / "modeling"),
         "top-level": False,
         "torch": False,  # a plain merge needs none of it
     }
+    done = warm.run([sys.executable, "-c", LOADING], cwd=tmp_path, env=environment, level="transformers")
+    assert done.returncode == 0, done.stderr
+    after = json.loads(done.stdout)
     modeling = str(installed / "btx_merge" / "modeling" / "modeling_btx.py")
     assert after == ["btx_merge.modeling.modeling_btx", modeling]
     for name in MODEL_CODE:

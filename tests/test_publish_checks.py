@@ -72,6 +72,7 @@ def shards(folder: Path) -> list[Path]:
 # Whole and loadable
 
 
+@pytest.mark.usefixtures("loaded_here")  # test_push has one for which another process loads the model
 def test_a_merge_as_it_is(model: Path) -> None:
     checked = published(model)
     assert set(checked.files) == set(files_of(model))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import signal
@@ -20,11 +21,12 @@ import yaml
 
 from btx_merge import MergeRecipe, merge
 from btx_merge.files import MODEL_CODE
+from tests import warm
 from tests.common import WITHOUT_BTX_MERGE, edit_json, files_of, load_float32, logits_of, save_seed
 from tests.conftest import Family
 from tests.hub_server import READER, STRANGER, WRITER, Hub
+from tests.warm import BTX
 
-BTX = Path(sys.executable).with_name("btx")
 Done = subprocess.CompletedProcess[str]
 
 
@@ -57,14 +59,8 @@ def btx(hub: Hub, home: Path, *arguments: Any, token: str = WRITER, loaded: bool
     """Runs btx; unless asked for, a push does not load the model first."""
     environment |= {"HF_TOKEN": token} if token else {}
     environment |= {} if loaded else {"TEST_PUSH_UNLOADED": "1"}
-    done = subprocess.run(
-        [str(BTX), *map(str, arguments)],
-        env=hub.environment(home, **environment),
-        cwd=home.parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    level = "torch" if arguments[0] == "fit" else "command"
+    done = warm.run([BTX, *arguments], env=hub.environment(home, **environment), cwd=home.parent, level=level)
     assert "Traceback" not in done.stderr + done.stdout
     assert not token or token not in done.stderr + done.stdout
     return done
@@ -131,7 +127,7 @@ def loaded_elsewhere(hub: Hub, repo_id: str, room: Path) -> torch.Tensor:
     """Logits of a model from the Hub, in a process and a cache that know nothing of this package."""
     environment = hub.environment(room / "elsewhere")
     command = [sys.executable, "-c", LOAD, repo_id, str(room / "logits")]
-    done = subprocess.run(command, env=environment, cwd=room, capture_output=True, text=True, timeout=120)
+    done = warm.run(command, env=environment, cwd=room, level="torch")
     assert done.returncode == 0, done.stderr
     return torch.load(room / "logits")
 
@@ -205,14 +201,21 @@ def test_push_to_hub(hub: Hub, model: Path, home: Path, tmp_path: Path) -> None:
     """transformers' own way carries the code, and names the kind of model in the card that it writes."""
     command = [sys.executable, "-c", PUSH_TO_HUB, str(model)]
     environment = hub.environment(home, HF_TOKEN=WRITER)
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = warm.run(command, env=environment, cwd=tmp_path, level="torch")
     assert done.returncode == 0, done.stderr
     files = repository(hub)
     assert {"config.json", "model.safetensors.index.json", "tokenizer.json", *MODEL_CODE} <= files.keys()
     metadata = yaml.safe_load(files["README.md"].decode().split("---")[1])
     assert metadata["tags"] == ["btx", "branch-train-mix", "mixture-of-experts", "merge"]
     assert metadata["library_name"] == "transformers"
-    assert loaded_elsewhere(hub, "org/m", tmp_path).equal(logits_of(load_float32(model)))
+    (tmp_path / "there").mkdir()
+    for name, content in files.items():
+        (tmp_path / "there" / name).write_bytes(content)
+    command = [sys.executable, "-c", LOAD, tmp_path / "there", tmp_path / "logits"]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = warm.run(command, env=environment, cwd=tmp_path, level="transformers")
+    assert done.returncode == 0, done.stderr
+    assert torch.load(tmp_path / "logits").equal(logits_of(load_float32(model)))
 
 
 # Branches, pull requests, private repositories
@@ -248,8 +251,9 @@ def test_a_private_repository(hub: Hub, model: Path, home: Path, tmp_path: Path)
     assert hub.repo("org/m")["private"] is True
     assert pushed(hub, home, model, "org/m")["files"] == []  # stays private
     code = "import sys, huggingface_hub\nprint(huggingface_hub.snapshot_download('org/m', local_dir=sys.argv[1]))"
-    command = [sys.executable, "-c", code, str(tmp_path / "copy")]
-    subprocess.run(command, env=hub.environment(home, HF_TOKEN=READER), check=True, capture_output=True)
+    command = [sys.executable, "-c", code, tmp_path / "copy"]
+    done = warm.run(command, env=hub.environment(home, HF_TOKEN=READER), level="python")
+    assert done.returncode == 0, done.stderr
     assert {name: (tmp_path / "copy" / name).read_bytes() for name in files_of(model)} == as_sent(model)
     for token in ("", STRANGER):
         lines = btx(hub, home, "fit", "org/m", "-o", tmp_path / "out", "--method", "prompts", token=token).stderr
@@ -313,18 +317,18 @@ def test_killed_in_the_middle_of_an_upload(hub: Hub, model: Path, home: Path, ho
     hub.fail("PUT /lfs/", "stall", skip=1)
     command = [str(BTX), "push", str(model), "org/m"]
     environment = hub.environment(home, HF_TOKEN=WRITER, TEST_PUSH_UNLOADED="1")
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    limit = time.monotonic() + 60
-    while not hub.requests(lambda line: line.endswith("stalled")):
-        assert time.monotonic() < limit
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(how)
-    _, stderr = process.communicate(timeout=60)
+    with warm.started(command, env=environment) as (process, stream):
+        limit = time.monotonic() + 60
+        while not hub.requests(lambda line: line.endswith("stalled")):
+            assert time.monotonic() < limit
+            os.kill(process.pid, 0)  # it is there
+            time.sleep(0.05)
+        os.kill(process.pid, how)
+        code, stderr = process.wait(60), stream.read()
     if how is signal.SIGKILL:
-        assert process.returncode == -signal.SIGKILL
+        assert code == -signal.SIGKILL
     else:
-        assert process.returncode == 130
+        assert code == 130
         assert stderr == "error: Interrupted. What is uploaded is kept: the same command continues.\n"
     assert repository(hub) == {}
     hub.heal()

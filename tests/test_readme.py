@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +14,12 @@ import pyarrow.parquet
 import pytest
 
 from btx_merge.llama import EMBEDDING
+from tests import warm
 from tests.common import assert_complete, tensors_of
 from tests.hub_server import WRITER, Hub
+from tests.warm import BTX
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-BTX = Path(sys.executable).with_name("btx")
 
 
 def blocks(language: str) -> list[str]:
@@ -69,9 +69,8 @@ def test_the_commands_and_the_recipe(folder, hub):
             shutil.copytree(folder / "done-0", folder / "llama-btx", dirs_exist_ok=True)
         command = command.replace("1000", "2 --use-cpu --max-length 32")
         environment = hub.environment(folder / "home", HF_TOKEN=WRITER) if verb == "push" else None
-        done = subprocess.run(
-            [BTX, *shlex.split(command)[1:]], cwd=folder, env=environment, capture_output=True, text=True
-        )
+        level = "command" if verb in ("info", "push") else "package"
+        done = warm.run([BTX, *shlex.split(command)[1:]], cwd=folder, env=environment, level=level)
         assert done.returncode == 0, done.stderr
         if verb not in ("check", "info", "push"):
             words = command.split()
@@ -95,7 +94,7 @@ def write_texts(folder: Path) -> None:
 
 
 def run(folder: Path, *parts: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", "\n".join(parts)], cwd=folder, capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", "\n".join(parts)], cwd=folder, level="transformers")
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -112,7 +111,8 @@ def test_the_python_on_a_merged_model(folder, quantised):
     loading, _, *others = blocks("python")
     others = [block for block in others if ("torchao" in block) == quantised and "TrainRecipe" not in block]
     (folder / "merge.yaml").write_text(blocks("yaml")[0])
-    subprocess.run([BTX, "merge", "--recipe", "merge.yaml", "-o", "llama-btx", "-q"], cwd=folder, check=True)
+    done = warm.run([BTX, "merge", "--recipe", "merge.yaml", "-o", "llama-btx", "-q"], cwd=folder)
+    assert done.returncode == 0, done.stderr
     inputs = "inputs = tokenizer('w1 w2', return_tensors='pt')"
     shown = "print(model.config.router_type, model(**inputs).logits.isfinite().all().item())"
     script = [loading, inputs, *(f"{block}\n{shown}" for block in others)]
@@ -123,7 +123,8 @@ def test_the_python_on_a_merged_model(folder, quantised):
 def test_the_python_that_trains(folder):
     (training,) = [block for block in blocks("python") if "TrainRecipe" in block]
     (folder / "merge.yaml").write_text(blocks("yaml")[0])
-    subprocess.run([BTX, "merge", "--recipe", "merge.yaml", "-o", "llama-btx", "-q"], cwd=folder, check=True)
+    done = warm.run([BTX, "merge", "--recipe", "merge.yaml", "-o", "llama-btx", "-q"], cwd=folder)
+    assert done.returncode == 0, done.stderr
     write_texts(folder)
     training = training.replace('{"max_steps": 1000}', '{"max_steps": 2, "use_cpu": True}')
     assert run(folder, training, "print(report.entry['steps'])")[-1] == "2"

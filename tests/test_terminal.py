@@ -58,7 +58,7 @@ def test_names_of_folders_are_no_markup(family: Family, tmp_path: Path) -> None:
     done = btx("merge", *arguments, "-o", out, COLUMNS="300")
     assert (done.returncode, done.stderr) == (0, "")
     assert rf"{tmp_path}/out[/x]\u202e: " in done.stdout
-    done = btx("export", out, "-o", tmp_path / "export[/x]", COLUMNS="300")
+    done = btx("export", out, "-o", tmp_path / "export[/x]", COLUMNS="300", level="package")
     assert f"{tmp_path}/export[/x]: " in done.stdout
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,25 @@ from typer.testing import CliRunner
 from btx_merge import MergeRecipe, merge
 from btx_merge.cli import app
 from btx_merge.finetuning import train
+from tests import warm
 from tests.common import assert_complete, grow, raw_bytes, save_seed, tensors_of
 from tests.test_finetuning import recipe
 
-TORCHRUN = [
-    *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--local_addr=127.0.0.1"),
-    *("--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0", "-m", "btx_merge", "train"),
-]
 FLAGS = [
     *("--max-steps=6", "--logging-steps=1", "--max-length=32", "--learning-rate=1e-2", "--report-to=none"),
     "--save-steps=2",
 ]
 
 
+def torchrun(level: str | None = "package") -> list[str]:
+    return warm.torchrun(level, "-m", "btx_merge", "train")
+
+
 def run(command: list[str], merged: Path, texts: dict[str, str], *flags: Any) -> dict[str, Any]:
     data = [f"--data=code={texts['code']}", f"--data=math={texts['math']}:3"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [*command, str(merged), *data, *FLAGS, *map(str, flags), "--json"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
+    words = [*command, merged, *data, *FLAGS, *flags, "--json"]
+    done = warm.run(words, env=environment, timeout=300, level="torch")
     assert done.returncode == 0, done.stderr[-5000:]
     report: dict[str, Any] = json.loads(done.stdout)  # of one rank alone
     return {**report, "lines": steps_of(done.stderr.splitlines())}
@@ -83,7 +78,7 @@ def assert_the_same(ours: dict[str, Any], out: Path, alone: Any, merged: Path) -
 def test_two_ranks_as_one(merged, texts, tmp_path, alone, sharded):
     """Each with a copy, then each with a part of the parameters (FSDP2): sharding is asserted by the run itself."""
     flags = ["-o", tmp_path / "out", "--per-device-train-batch-size=2", *(["--fsdp-size=2"] if sharded else [])]
-    ours = run(TORCHRUN, merged, texts, *flags)
+    ours = run(torchrun(), merged, texts, *flags)
     assert ours["world_size"] == 2
     assert_the_same(ours, tmp_path / "out", alone, merged)
 
@@ -91,7 +86,7 @@ def test_two_ranks_as_one(merged, texts, tmp_path, alone, sharded):
 @pytest.mark.slow
 def test_an_error_of_all_ranks_is_said_once(merged, texts, tmp_path):
     """The second rank waits for the first to say it, and torchrun ends it."""
-    command = [*TORCHRUN, str(merged), f"--data=code={texts['code']}", f"--data=math={tmp_path / 'none.txt'}"]
+    command = [*torchrun(None), str(merged), f"--data=code={texts['code']}", f"--data=math={tmp_path / 'none.txt'}"]
     done = subprocess.run([*command, *FLAGS, "-o", str(tmp_path / "out")], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
@@ -125,7 +120,7 @@ def test_a_tied_model_in_shards_as_on_one_rank(tied, texts, tmp_path, mode):
     """Head and embedding stay one tensor, trained once and written once. Weights of about 1e-2 within 1e-3."""
     expected, folder = on_one_rank(tied, texts, tmp_path / "alone", train=mode)
     flags = [*("--train", mode), *("-o", tmp_path / "out"), "--per-device-train-batch-size=2", "--fsdp-size=2"]
-    ours = run(TORCHRUN, tied, texts, *flags)
+    ours = run(torchrun(), tied, texts, *flags)
     assert ours["lines"] == expected["lines"]
     assert "lm_head.weight" not in tensors_of(tmp_path / "out")
     theirs = tensors_of(folder)
@@ -147,12 +142,12 @@ def test_two_ranks_go_on(request, texts, tmp_path, model, sharded):
     (killer / "sitecustomize.py").write_text(KILLER)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(killer)}
     data = [f"--data=code={texts['code']}", f"--data=math={texts['math']}:3"]
-    command = [*TORCHRUN, str(merged), *data, *FLAGS, *map(str, flags)]
+    command = [*torchrun(None), str(merged), *data, *FLAGS, *map(str, flags)]
     died = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert died.returncode != 0
     complete = [path.parent.name for path in tmp_path.glob("out.btx-training/*/complete")]
     assert sorted(complete) == ["checkpoint-2", "checkpoint-4"], died.stderr[-3000:]
-    ours = run(TORCHRUN, merged, texts, *flags, "--resume")
+    ours = run(torchrun(), merged, texts, *flags, "--resume")
     assert len(ours["lines"]) == 2
     ours["lines"] = [*alone[0]["lines"][:4], *ours["lines"]]
     assert_the_same(ours, tmp_path / "out", alone, merged)
