@@ -1,4 +1,4 @@
-"""What a training step tells about its routing and its domains, and a picture of the whole run.
+"""What a training step tells about its routing and its domains.
 
 Legend: B rows, T tokens, N = B * T, K experts per token, E experts, L layers, D domains, V vocabulary.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,43 +118,3 @@ class Meter:
 def perplexity(loss: float) -> float:
     """Infinite where it would be too large for a number."""
     return math.exp(loss) if loss < 700 else math.inf
-
-
-def draw(history: Sequence[dict[str, Any]], experts: Sequence[str], file: Path) -> None:
-    """The picture of a run: losses, perplexity by domain, load by expert, load by layer at the end."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    steps = [entry for entry in history if "loss" in entry]
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2).flatten()
-
-    def curve(ax: Any, key: str, label: str, style: str = "-", color: str | None = None) -> None:
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        if points:
-            ax.plot(*zip(*points, strict=True), style, label=label, color=color)
-
-    curve(axes[0], "loss", "loss")
-    curve(axes[0], "aux_loss", "balancing loss, without coefficient")
-    names = dict.fromkeys(key for entry in steps for key in entry if key.startswith("perplexity/"))
-    for number, key in enumerate(names):
-        domain, color = key.partition("/")[2], f"C{number}"
-        curve(axes[1], key, domain, color=color)
-        curve(axes[1], f"eval_{key}", f"{domain}, held out", "o", color)
-    for name in experts:
-        curve(axes[2], f"load/{name}", name)
-    axes[2].axhline(1 / len(experts), color="grey", linewidth=1, linestyle=":")
-    last = next((entry[LOAD_PER_LAYER] for entry in reversed(history) if LOAD_PER_LAYER in entry), None)
-    if last:
-        shown = axes[3].imshow(torch.tensor(last).T.tolist(), aspect="auto", vmin=0, cmap="viridis")
-        axes[3].set_yticks(range(len(experts)), experts)
-        axes[3].xaxis.get_major_locator().set_params(integer=True)
-        figure.colorbar(shown, ax=axes[3])
-    titles = ("loss", "perplexity by domain", "load by expert (dotted: ideal)", "load by layer at the end")
-    for ax, title, label in zip(axes, titles, ("step", "step", "step", "layer"), strict=True):
-        ax.set_title(title)
-        ax.set_xlabel(label)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize="small")
-    figure.savefig(file, dpi=110)

@@ -138,7 +138,7 @@ def training_section(entry: Mapping[str, Any], history: Sequence[Mapping[str, An
 
 {table}
 {curve}
-![losses, perplexities and loads of the run]({PICTURE})
+![losses, learning rate, perplexities and loads of the run]({PICTURE})
 """
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback, set_seed
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
@@ -29,8 +29,9 @@ from btx_merge.train_arguments import DEFAULTS, training_arguments
 from btx_merge.train_callbacks import ConsoleLines, StepCount, StopOnSignal
 from btx_merge.train_data import DomainStream, MixedWindows, collate, row_of
 from btx_merge.train_folder import last_checkpoint
-from btx_merge.train_metrics import Meter, draw
+from btx_merge.train_metrics import Meter
 from btx_merge.train_output import check_stored, copy_files, result_staging, write_records
+from btx_merge.train_picture import draw
 from btx_merge.train_ranks import check_launch, check_ranks
 from btx_merge.trainer import BTXTrainer, trained_tensors, whole
 from btx_merge.training import GumbelAnnealing, RouterBiasUpdate
@@ -167,6 +168,7 @@ class Run:
         model = BTXForCausalLM.from_pretrained(
             self.located.folder, dtype="auto" if mixed else torch.float32, use_cache=False, **config
         )
+        set_seed(args.seed)  # a LoRA begins with random numbers, and Trainer comes after it
         if recipe.train == "lora":
             from peft import get_peft_model
 

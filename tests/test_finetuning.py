@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import pty
 import re
 import shutil
 import signal
@@ -23,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from btx_merge import InputError, MergeError, MergeRecipe, merge, trainer
+from btx_merge.errors import MergeInterrupted
 from btx_merge.finetuning import TrainRecipe, TrainReport, train
 from btx_merge.placing import partial_of
 from btx_merge.texts import DomainText
@@ -351,6 +354,47 @@ def test_a_run_is_continued_only_as_it_began(merged, texts, tmp_path, monkeypatc
     ]
     (line,) = problems_of(train, other, tmp_path / "none", resume=True)
     assert "no finished checkpoint to resume" in line
+
+
+def test_what_is_kept_when_it_is_interrupted_early(merged, texts, tmp_path, monkeypatch):
+    """Ctrl-C while the model is loaded, and in the last step: the same command, or --resume."""
+
+    def pressed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("btx_merge.train_run.Run._load_model", pressed)
+        with pytest.raises(MergeInterrupted) as caught:
+            train(recipe(merged, texts), tmp_path / "out")
+    assert str(caught.value) == (
+        "Interrupted. No checkpoint was finished, so nothing is kept: the same command begins anew."
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("btx_merge.train_run.copy_files", pressed)
+        with pytest.raises(
+            MergeInterrupted, match=r"Step 6 is kept in .*checkpoint-6: the same command with --resume"
+        ):
+            train(recipe(merged, texts), tmp_path / "out")
+    assert train(recipe(merged, texts), tmp_path / "out", resume=True).entry["steps"] == 6
+
+
+@pytest.mark.parametrize("flags", [[], ["--quiet"]])
+def test_progress_on_a_terminal(merged, texts, tmp_path, flags):
+    leader, follower = pty.openpty()
+    command = [str(BTX), "train", str(merged), f"--data=code={texts['code']}", "-o", str(tmp_path / "out"), *flags]
+    command += ["--max-steps=3", "--logging-steps=1", "--max-length=32", "--report-to=none"]
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=follower, env=environment)
+    os.close(follower)
+    raw = b""
+    with contextlib.suppress(OSError):  # the end, on Linux
+        while part := os.read(leader, 100_000):
+            raw += part
+    os.close(leader)
+    shown = raw.decode()
+    assert started.wait(60) == 0, shown
+    assert ("training" in shown and "3/3" in shown and "0:00:" in shown) == (not flags), shown
+    assert ("balancing" in shown) == (not flags)
 
 
 # Refusals
