@@ -15,7 +15,7 @@ from btx_merge import MergeRecipe, merge
 from btx_merge.finetuning import TRAIN_MODES
 from tests.common import assert_complete, grow, load_float32, logits_of, raw_bytes, save_seed, tensors_of
 from tests.test_finetuning import changed, problems_of, recipe
-from tests.test_train_ranks import TORCHRUN, on_one_rank, run
+from tests.test_train_ranks import on_one_rank, run, torchrun
 
 SHARDS = {"fsdp_size": 2}
 SPREAD = {"fsdp_size": 2, "ep_size": 2}
@@ -86,7 +86,7 @@ def test_two_ranks(models, alone, texts, tmp_path, model, mode, sizes):
         return
     flags = [f"--{name.replace('_', '-')}={size}" for name, size in sizes.items()]
     flags += ["--train", mode, "-o", str(tmp_path / "out"), "--per-device-train-batch-size=2"]
-    ours = run(TORCHRUN, models[model], texts, *flags)
+    ours = run(torchrun(), models[model], texts, *flags)
     expected, folder = alone(model, mode)
     assert ours["world_size"] == 2
     assert ours["lines"] == expected["lines"]
