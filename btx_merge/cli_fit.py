@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from btx_merge.cli_options import Device, Json, Model, Output, Overwrite, Quiet, lists, option
-from btx_merge.cli_print import note, result
+from btx_merge.cli_print import note, result, tell_next
 from btx_merge.recipe import FIT_THROUGH, ROUTER_FITS
 from btx_merge.texts import parse_domain_texts
 
@@ -72,3 +72,4 @@ def fit_command(
         if report.layers:
             result(f"routers  {fit_line(report.layers)}")
         result(f"took     {report.seconds:.1f} s")
+        tell_next(output)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from btx_merge.cli_options import Json, Overwrite, Quiet, option
-from btx_merge.cli_print import result, warning
+from btx_merge.cli_print import result, tell_next, warning
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
 from btx_merge.finetuning import LORA_TARGETS, OPTION_NAMES, TRAIN_MODES, TrainRecipe
 from btx_merge.ranks import own_local_rank, own_rank
@@ -116,6 +116,7 @@ def train_command(
     elif not quiet:
         result(f"written  {report.output}")
         result(f"took     {report.seconds:.1f} s")
+        tell_next(output)
 
 
 def _show(line: str) -> None:
