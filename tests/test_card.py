@@ -11,13 +11,13 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from btx_merge import EditRecipe, FitRecipe, MergeRecipe, edit, export, extract, fit, merge
-from btx_merge.card import CITATION_TITLE, UNTRAINED
-from btx_merge.card_update import updated_card
-from btx_merge.fit_walk import LayerFit
-from btx_merge.held_out import OF_AN_EARLIER_ONE, OF_THIS_MODEL, router_results, router_table, training_results
-from btx_merge.hub import Located
-from btx_merge.router_state import untrained_experts
-from btx_merge.texts import DomainText
+from btx_merge.fitting.walk import LayerFit
+from btx_merge.merging.card import CITATION_TITLE, UNTRAINED
+from btx_merge.model.card_update import updated_card
+from btx_merge.model.held_out import OF_AN_EARLIER_ONE, OF_THIS_MODEL, router_results, router_table, training_results
+from btx_merge.model.router_state import untrained_experts
+from btx_merge.sources.locate import Located
+from btx_merge.texts.references import DomainText
 from tests.conftest import Family
 
 LAYERS = [LayerFit(0, 2.0, 0.75, 0.1), LayerFit(1, 4.0, 0.85, 0.2)]

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from btx_merge import MergeRecipe, merge
-from btx_merge.card import link_licence
-from btx_merge.cards import code_in_card, front_matter, in_card
-from btx_merge.hub import Located
+from btx_merge.merging.card import link_licence
+from btx_merge.sources.cards import code_in_card, front_matter, in_card
+from btx_merge.sources.locate import Located
 from tests.conftest import Family
 from tests.test_output import front_matter as written_metadata
 from tests.test_yaml_files import YAML_PARTS, bomb

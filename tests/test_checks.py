@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralForCausalLM
 
 from btx_merge import Check, InputError, MergeRecipe, NonFiniteError, Problem, Report, check, merge
-from btx_merge.llama import ACTIVATIONS, DEFAULTS, normalise_config
+from btx_merge.architectures.llama import ACTIVATIONS, DEFAULTS, normalise_config
 from tests.common import assert_complete, edit_json, grow, save_seed, tensors_of
 from tests.conftest import Family
 
@@ -403,7 +403,7 @@ def test_every_row_of_a_tied_checkpoints_head_counts(
     row: int, tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where only the rows of special tokens were trained. Read in pieces of four rows here."""
-    monkeypatch.setattr("btx_merge.checks.BLOCK_BYTES", 1024)
+    monkeypatch.setattr("btx_merge.merging.checks.BLOCK_BYTES", 1024)
 
     def add_head(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

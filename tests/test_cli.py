@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from btx_merge import MergeRecipe, check
-from btx_merge.cli import app
+from btx_merge.cli.app import app
 from tests import warm
 from tests.common import assert_complete, edit_json, files_of, save_seed
 from tests.conftest import Family
@@ -506,7 +506,7 @@ HEAVY = {"torch", "transformers", "peft", "huggingface_hub", "tokenizers"}
 
 def test_the_command_starts_light(tmp_path: Path) -> None:
     """Help and every refusal of a flag should take no longer than Python itself."""
-    loaded = imported_by("import btx_merge.cli", tmp_path)
+    loaded = imported_by("import btx_merge.cli.app", tmp_path)
     assert "btx_merge" in loaded
     assert not loaded & HEAVY
 
@@ -516,7 +516,7 @@ def test_a_plain_merge_needs_no_torch(command: str, family: Family, tmp_path: Pa
     """Nor transformers: the import alone would take longer and more memory than the merge."""
     output = ["-o", str(tmp_path / "out"), "--quiet"] if command == "merge" else []
     arguments = [command, *sources(family), *output]
-    loaded = imported_by(f"from btx_merge.cli import app\napp({arguments!r}, standalone_mode=False)", tmp_path)
+    loaded = imported_by(f"from btx_merge.cli.app import app\napp({arguments!r}, standalone_mode=False)", tmp_path)
     assert not loaded & HEAVY
     assert (tmp_path / "out/model.safetensors").exists() == (command == "merge")
 
@@ -528,7 +528,7 @@ def test_an_export_needs_no_torch_either(command: list[str], merged: tuple[Path,
     for file in model.glob("*token*"):
         file.unlink()
     arguments = [command[0], str(model), *command[1:], "-o", str(tmp_path / "out"), "-q"]
-    loaded = imported_by(f"from btx_merge.cli import app\napp({arguments!r}, standalone_mode=False)", tmp_path)
+    loaded = imported_by(f"from btx_merge.cli.app import app\napp({arguments!r}, standalone_mode=False)", tmp_path)
     assert not loaded & HEAVY
     assert (tmp_path / "out/config.json").exists()
 
@@ -536,5 +536,5 @@ def test_an_export_needs_no_torch_either(command: list[str], merged: tuple[Path,
 @pytest.mark.parametrize("mode", ["split", "blend"])
 def test_other_modes_need_no_torch_either(mode: str, family: Family, tmp_path: Path) -> None:
     arguments = ["merge", *sources(family), "-o", str(tmp_path / "out"), "-q", "--expert-mode", mode, "--fold-norms"]
-    loaded = imported_by(f"from btx_merge.cli import app\napp({arguments!r}, standalone_mode=False)", tmp_path)
+    loaded = imported_by(f"from btx_merge.cli.app import app\napp({arguments!r}, standalone_mode=False)", tmp_path)
     assert not loaded & HEAVY

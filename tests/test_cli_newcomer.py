@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from btx_merge import ExpertSpec, MergeRecipe, merge
-from btx_merge.recipe_template import field_descriptions, recipe_template
+from btx_merge.merging.template import field_descriptions, recipe_template
 from tests.common import files_of, save_seed
 from tests.conftest import Family
 from tests.test_cli import BTX, HEAVY, btx, errors_of, imported_by, sources
@@ -35,7 +35,7 @@ def test_the_versions(tmp_path: Path) -> None:
     assert name == f"btx-merge {version('btx-merge')}"
     assert python.startswith("Python 3.")
     assert others == [f"{package} {version(package)}" for package in ("torch", "transformers", "peft")]
-    loaded = imported_by("from btx_merge.cli import app\napp(['--version'], standalone_mode=False)", tmp_path)
+    loaded = imported_by("from btx_merge.cli.app import app\napp(['--version'], standalone_mode=False)", tmp_path)
     assert not loaded & HEAVY
 
 

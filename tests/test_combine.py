@@ -170,7 +170,7 @@ def test_ties_trims_over_the_whole_tensor_whatever_the_blocks(four, tmp_path, mo
     specs = dict(zip("abc", map(str, four[1:]), strict=True))
     recipe = MergeRecipe(str(four[0]), specs, combine="ties", density=density)
     merge(recipe, tmp_path / "large")
-    monkeypatch.setattr("btx_merge.combine.DIFFERENCE_BLOCK_BYTES", 1 << 13)
+    monkeypatch.setattr("btx_merge.merging.combine.DIFFERENCE_BLOCK_BYTES", 1 << 13)
     merge(recipe, tmp_path / "small")
     large, small = shared(tmp_path / "large"), shared(tmp_path / "small")
     assert all(torch.equal(small[name], large[name]) for name in large)
@@ -347,7 +347,7 @@ def test_nan_in_one_source_stops_every_rule(family, tmp_path):
 @pytest.mark.parametrize("rule", ["dare_ties", "dare_linear"])
 def test_dare_in_blocks_drops_by_name_and_first_row(family, tmp_path, monkeypatch, rule):
     """40 rows of 64 float32 values are a block: each draws with a seed of its own, whoever works on it and when."""
-    monkeypatch.setattr("btx_merge.combine.DIFFERENCE_BLOCK_BYTES", 40 * 64 * 4)
+    monkeypatch.setattr("btx_merge.merging.combine.DIFFERENCE_BLOCK_BYTES", 40 * 64 * 4)
     options = {"combine": rule, "density": 0.5, "random_seed": 3}
     for workers in (1, 7):
         merge(MergeRecipe(str(family.seed), family.experts, **options), tmp_path / f"{workers}", workers=workers)

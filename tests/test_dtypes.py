@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from btx_merge.dtypes import SAFETENSORS_NAMES, STORED, TORCH_NAMES, all_finite, from_float32, to_float32
+from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES, STORED, TORCH_NAMES, all_finite, from_float32, to_float32
 
 HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 ALL_16_BITS = np.arange(2**16, dtype=np.uint16)

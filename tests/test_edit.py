@@ -14,11 +14,11 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from btx_merge import EditRecipe, InputError, MergeError, MergeRecipe, NonFiniteError, edit, merge
-from btx_merge.cli import app
-from btx_merge.fit_equations import TEMPERATURES
-from btx_merge.llama import EMBEDDING
-from btx_merge.merged_model import SELECTION_BIAS
-from btx_merge.recipe import ExpertSpec
+from btx_merge.architectures.llama import EMBEDDING
+from btx_merge.cli.app import app
+from btx_merge.fitting.equations import TEMPERATURES
+from btx_merge.merging.recipe import ExpertSpec
+from btx_merge.model.merged import SELECTION_BIAS
 from tests.common import (
     LAYERS,
     assert_complete,
@@ -158,7 +158,7 @@ def test_dropping_what_was_added_gives_back_the_same_weights(root, tmp_path, nam
 
 def perturbed(model: Path, folder: Path, scale: float = 0.02) -> Path:
     """A copy whose shared weights and routers a finetuning might have moved: a third of the values of each."""
-    from btx_merge.checkpoint import Checkpoint
+    from btx_merge.fitting.checkpoint import Checkpoint
 
     shutil.copytree(model, folder)
     checkpoint = Checkpoint(folder, torch.device("cpu"))
@@ -608,7 +608,7 @@ def test_an_output_that_is_there(root, two, tmp_path):
 
 
 def test_interrupted_and_continued(root, two, tmp_path, monkeypatch):
-    from btx_merge.edit_shared import SharedWeights
+    from btx_merge.editing.shared import SharedWeights
 
     edited(two, tmp_path / "whole", add={"bio": str(root / "bio")})
     plain, calls = SharedWeights.rows, []
@@ -653,7 +653,7 @@ def test_the_command(root, two, tmp_path):
 def test_an_edit_needs_no_torch(root, two, tmp_path):
     """A plain one streams; torch alone would cost more memory than all of it."""
     script = (
-        "import sys; from btx_merge.cli import app; "
+        "import sys; from btx_merge.cli.app import app; "
         f"app(['edit', {str(two)!r}, '--add', 'bio=' + {str(root / 'bio')!r}, '-o', {str(tmp_path / 'out')!r}, '-q'], "
         "standalone_mode=False); assert 'torch' not in sys.modules"
     )
@@ -675,7 +675,7 @@ def test_a_folder_is_seen_from_here_not_from_the_model(root, two, tmp_path, monk
 
 
 def test_a_value_that_leaves_the_range(root, tmp_path):
-    from btx_merge.checkpoint import Checkpoint
+    from btx_merge.fitting.checkpoint import Checkpoint
 
     def loud(model):
         model.model.embed_tokens.weight.data[5] = 6e4

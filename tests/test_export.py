@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
 import btx_merge
 from btx_merge import InputError, MergeInterrupted, MergeRecipe, export, merge
-from btx_merge.hub import Located
-from btx_merge.merged_model import open_merged
-from btx_merge.mixtral import mixtral_card
+from btx_merge.exporting.mixtral import mixtral_card
+from btx_merge.model.merged import open_merged
+from btx_merge.sources.locate import Located
 from tests import warm
 from tests.common import (
     WITHOUT_BTX_MERGE,
@@ -406,8 +406,8 @@ def test_the_model_itself_is_never_the_output(merged, tmp_path):
 
 def test_an_interrupted_export_continues(merged, tmp_path, monkeypatch):
     export(str(merged), tmp_path / "whole", max_shard_size="200KB")
-    monkeypatch.setattr("btx_merge.copying.JOB_BYTES", 10_000)
-    monkeypatch.setattr("btx_merge.copying.BLOCK_BYTES", 4_000)
+    monkeypatch.setattr("btx_merge.checkpoints.copying.JOB_BYTES", 10_000)
+    monkeypatch.setattr("btx_merge.checkpoints.copying.BLOCK_BYTES", 4_000)
     with pytest.raises(MergeInterrupted, match="the same command continues"):
         export(str(merged), tmp_path / "out", max_shard_size="200KB", workers=1, progress=ctrl_c_after(200_000))
     assert not (tmp_path / "out").exists()

@@ -94,7 +94,7 @@ def test_what_another_expert_left_unfinished_is_not_kept(family, tmp_path, monke
     """Two experts that were split lie in the same tensors, in other parts of them."""
     recipe = MergeRecipe(str(family.seed), family.experts, expert_mode="split", num_chunks=3)
     merge(recipe, tmp_path / "merged")
-    monkeypatch.setattr("btx_merge.copying.JOB_BYTES", 10_000)
+    monkeypatch.setattr("btx_merge.checkpoints.copying.JOB_BYTES", 10_000)
     with pytest.raises(MergeInterrupted):
         extract(str(tmp_path / "merged"), "code", tmp_path / "out", workers=1, progress=ctrl_c_after(200_000))
     report = extract(str(tmp_path / "merged"), "math", tmp_path / "out")

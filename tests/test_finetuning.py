@@ -24,13 +24,14 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from btx_merge import InputError, MergeError, MergeRecipe, merge, trainer
+from btx_merge import InputError, MergeError, MergeRecipe, merge
 from btx_merge.errors import MergeInterrupted
-from btx_merge.finetuning import TrainRecipe, TrainReport, train
-from btx_merge.placing import partial_of
-from btx_merge.texts import DomainText
-from btx_merge.train_folder import SUFFIX, held
-from btx_merge.train_metrics import Meter
+from btx_merge.files.placing import partial_of
+from btx_merge.finetuning import trainer
+from btx_merge.finetuning.metrics import Meter
+from btx_merge.finetuning.run import TrainRecipe, TrainReport, train
+from btx_merge.finetuning.work_folder import SUFFIX, held
+from btx_merge.texts.references import DomainText
 from tests import warm
 from tests.common import assert_complete, edit_json, files_of, grow, raw_bytes, save_seed, tensors_of
 from tests.warm import BTX
@@ -183,10 +184,10 @@ def test_killed_and_resumed(merged, texts, tmp_path, whole_run):
     report, out = whole_run
     script = f"""
 import os, signal
-from btx_merge import trainer
-from btx_merge.finetuning import TrainRecipe, train
-from btx_merge.texts import DomainText
-from btx_merge.train_metrics import Meter
+from btx_merge.finetuning import trainer
+from btx_merge.finetuning.run import TrainRecipe, train
+from btx_merge.texts.references import DomainText
+from btx_merge.finetuning.metrics import Meter
 plain = trainer.BTXTrainer.compute_loss
 def deadly(self, *arguments, **options):
     if self.model.training and self.state.global_step == 5:
@@ -231,9 +232,9 @@ def test_killed_while_the_result_is_written(merged, texts, tmp_path, train_mode)
     settings, out = recipe(merged, texts, train=train_mode), tmp_path / "out"
     script = f"""
 import os, pathlib, signal
-from btx_merge import scratch
-from btx_merge.finetuning import TrainRecipe, train
-from btx_merge.texts import DomainText
+from btx_merge.files import scratch
+from btx_merge.finetuning.run import TrainRecipe, train
+from btx_merge.texts.references import DomainText
 plain, moved = pathlib.Path.rename, []
 def deadly(self, place):
     if self.parent.name == "btx_files":
@@ -263,7 +264,7 @@ train({settings!r}, {str(out)!r})
 def failure_of(monkeypatch: pytest.MonkeyPatch, settings: TrainRecipe, out: Path) -> str:
     """Trains to the end, where the disk is full."""
     with monkeypatch.context() as patch:
-        patch.setattr("btx_merge.train_run.copy_files", no_space)
+        patch.setattr("btx_merge.finetuning.session.copy_files", no_space)
         with pytest.raises(MergeError) as caught:
             train(settings, out)
     return str(caught.value)
@@ -363,14 +364,14 @@ def test_what_is_kept_when_it_is_interrupted_early(merged, texts, tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("btx_merge.train_run.Run._load_model", pressed)
+        patch.setattr("btx_merge.finetuning.session.Run._load_model", pressed)
         with pytest.raises(MergeInterrupted) as caught:
             train(recipe(merged, texts), tmp_path / "out")
     assert str(caught.value) == (
         "Interrupted. No checkpoint was finished, so nothing is kept: the same command begins anew."
     )
     with monkeypatch.context() as patch:
-        patch.setattr("btx_merge.train_run.copy_files", pressed)
+        patch.setattr("btx_merge.finetuning.session.copy_files", pressed)
         with pytest.raises(
             MergeInterrupted, match=r"Step 6 is kept in .*checkpoint-6: the same command with --resume"
         ):
@@ -463,7 +464,7 @@ def test_a_disk_that_is_too_small_is_refused_at_once(merged, texts, tmp_path, mo
 
 
 def test_packages_that_are_missing_are_named_first(merged, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("btx_merge.finetuning.is_installed", lambda package: False)
+    monkeypatch.setattr("btx_merge.finetuning.run.is_installed", lambda package: False)
     found = problems_of(train, recipe(merged, texts, arguments={"report_to": None}), tmp_path / "out")
     assert [line.split(":")[1].strip() for line in found] == ["accelerate", "matplotlib"]
     assert all("pip install '.[train]'" in line for line in found)
@@ -568,7 +569,7 @@ def test_measurements_against_the_model_itself(merged, texts, tmp_path):
     """The first logged step, recomputed from the same rows and the model before training; 1e-4 relative."""
     from transformers import AutoTokenizer
 
-    from btx_merge.train_data import DomainStream, MixedWindows, collate
+    from btx_merge.finetuning.data import DomainStream, MixedWindows, collate
 
     settings = recipe(merged, texts, arguments={"max_steps": 1, "learning_rate": 1e-9})
     report = train(settings, tmp_path / "out")

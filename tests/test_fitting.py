@@ -9,12 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError, MergeRecipe, merge
-from btx_merge.cli import app
-from btx_merge.experts import own_experts
-from btx_merge.fit_equations import OFF_DIAGONAL, TEMPERATURES, Statistics, prompt_rows, ridge_solution
-from btx_merge.fitting import FitRecipe, fit
-from btx_merge.texts import DomainText, documents
-from btx_merge.windows import packed_windows
+from btx_merge.cli.app import app
+from btx_merge.fitting.equations import OFF_DIAGONAL, TEMPERATURES, Statistics, prompt_rows, ridge_solution
+from btx_merge.fitting.run import FitRecipe, fit
+from btx_merge.merging.experts import own_experts
+from btx_merge.texts.references import DomainText, documents
+from btx_merge.texts.windows import packed_windows
 from tests.common import LAYERS, VOCAB, WORDS, files_of, grow, load_float32, save_seed, tensors_of, tiny_tokenizer
 
 GATE = "model.layers.{}.mlp.gate.weight"
@@ -197,7 +197,7 @@ def test_an_interrupted_fit_is_continued_by_the_same_command(grown, tmp_path, mo
     given = [word for name, text in texts.items() for word in ("--domain-text", f"{name}={text.references[0]}")]
     command = ["fit", str(tmp_path / "btx"), "-o", str(tmp_path / "out"), *given]
     with monkeypatch.context() as pressed:
-        pressed.setattr("btx_merge.tables.CountBar.advance", interrupt)
+        pressed.setattr("btx_merge.cli.display.CountBar.advance", interrupt)
         result = CliRunner().invoke(app, command)
     assert result.exit_code == 130
     assert "the same command continues" in result.output

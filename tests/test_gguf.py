@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from btx_merge import InputError, MergeError, MergeInterrupted, MergeRecipe, export, merge
-from btx_merge.gguf import find_converter
+from btx_merge.exporting.gguf import find_converter
 from tests.common import files_of, grow, save_seed
 from tests.test_cli import btx
 from tests.test_writer import ctrl_c_after

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from btx_merge.llama import normalise_config
-from btx_merge.loading_rules import config_refusals, generation_refusals
+from btx_merge.architectures.llama import normalise_config
+from btx_merge.architectures.loading_rules import config_refusals, generation_refusals
 
 _SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1}
 _SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-import btx_merge.opening
+import btx_merge.sources.opening
 from btx_merge import ExpertSpec, MergeRecipe, merge
-from btx_merge.cli import app
-from btx_merge.hub import Located
+from btx_merge.cli.app import app
+from btx_merge.sources.locate import Located
 from tests import warm
 from tests.common import (
     WITHOUT_BTX_MERGE,
@@ -190,7 +190,7 @@ def test_model_card_and_recipe_name_what_is_on_the_hub(family, tmp_path, monkeyp
     def locate(source, reference):
         return hub.get(reference) or Located(Path(reference))
 
-    monkeypatch.setattr(btx_merge.opening, "locate", locate)
+    monkeypatch.setattr(btx_merge.sources.opening, "locate", locate)
     recipe = MergeRecipe("org/llama@main", {"code": "org/llama-code", "math": str(family.math)})
     merge(recipe, tmp_path / "out")
     metadata = front_matter(tmp_path / "out")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import btx_merge
-from btx_merge.files import MODEL_CODE
+from btx_merge.merging.files import MODEL_CODE
 from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +75,7 @@ assert set(btx_merge.__all__) <= set(dir(btx_merge))
 assert "btx_merge.errors" not in sys.modules
 from btx_merge import Problem
 assert Problem is btx_merge.Problem and Problem.__module__ == "btx_merge.errors"
-assert "btx_merge.merging" not in sys.modules
+assert "btx_merge.merging.run" not in sys.modules
 from btx_merge import *
 assert merge is btx_merge.merge
 try:
@@ -186,9 +186,9 @@ def test_wheel(wheel):
 SCRIPT = """
 import importlib.util, json, sys
 import btx_merge
-from btx_merge.files import MODEL_CODE
+from btx_merge.merging.files import MODEL_CODE
 from btx_merge import MergeRecipe, merge
-from btx_merge.files import model_code_folder
+from btx_merge.merging.files import model_code_folder
 merge(MergeRecipe(sys.argv[1], {"code": sys.argv[2]}), "out")
 print(json.dumps({
     "package": btx_merge.__file__,
@@ -234,6 +234,6 @@ def test_the_command_of_the_installed_wheel(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "merge" in done.stdout
     assert "check" in done.stdout
-    where = "import btx_merge.cli; print(btx_merge.cli.__file__)"
+    where = "import btx_merge.cli.app; print(btx_merge.cli.app.__file__)"
     done = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == str(installed / "btx_merge" / "cli.py")

@@ -24,13 +24,13 @@ from btx_merge import (
     extract,
     fit,
     merge,
-    placing,
     train,
 )
-from btx_merge.disk_errors import disk_error, remedy_of
-from btx_merge.edit_recipe import EditRecipe
-from btx_merge.editing import edit
-from btx_merge.scratch import scratch_folder
+from btx_merge.editing.recipe import EditRecipe
+from btx_merge.editing.run import edit
+from btx_merge.files import placing
+from btx_merge.files.disk_errors import disk_error, remedy_of
+from btx_merge.files.scratch import scratch_folder
 from tests.common import files_of, grow, save_seed
 
 
@@ -63,7 +63,8 @@ def old_model(folder: Path) -> Path:
 # It dies before or after the exchange, or looks whether the output is there at every event that Python reports.
 WATCHED = """
 import os, signal, sys
-from btx_merge import MergeRecipe, merge, placing
+from btx_merge.files import placing
+from btx_merge import MergeRecipe, merge
 
 root, out, moment = sys.argv[1:]
 exchange = placing._exchange
@@ -418,7 +419,7 @@ runpy.run_module("btx_merge", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("started", ["btx_merge.cli", "typer", "numpy", "yaml", "btx_merge.tensorfiles"])
+@pytest.mark.parametrize("started", ["btx_merge.cli.app", "typer", "numpy", "yaml", "btx_merge.checkpoints.stored"])
 def test_ctrl_c_while_the_command_is_imported_is_one_line(started):
     script = PRESSED.format(started=started)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -16,13 +16,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, dynamic_module_utils
 
-from btx_merge import InputError, MergeRecipe, merge, publish_checks
-from btx_merge.card_checks import card_problems
-from btx_merge.layout import INDEX_FILE
-from btx_merge.load_as_stranger import load
-from btx_merge.private_text import private_text
-from btx_merge.publish_checks import Publishable, examine
-from btx_merge.publish_kinds import BTX
+from btx_merge import InputError, MergeRecipe, merge
+from btx_merge.checkpoints.layout import INDEX_FILE
+from btx_merge.publishing import checks as publish_checks
+from btx_merge.publishing.card import card_problems
+from btx_merge.publishing.checks import Publishable, examine
+from btx_merge.publishing.kinds import BTX
+from btx_merge.publishing.load_alone import load
+from btx_merge.publishing.private_text import private_text
 from tests.common import edit_json, files_of, grow, save_seed, tiny_tokenizer
 
 TOKEN = "hf_" + "aB3" * 12
@@ -467,7 +468,7 @@ def test_the_checks_import_no_torch(merged: Path) -> None:
     """The model is built elsewhere; here a merge's files are read."""
     code = """
 import sys, pathlib
-from btx_merge import publish_checks
+from btx_merge.publishing import checks as publish_checks
 publish_checks._load = lambda folder: {"problems": [], "tensors": None}
 publish_checks.examine(pathlib.Path(sys.argv[1]))"""
     done = subprocess.run(

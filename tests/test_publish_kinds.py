@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError, MergeRecipe, export, extract, merge
-from btx_merge.adapter_card import with_base
-from btx_merge.finetuning import TrainRecipe, train
-from btx_merge.publish_checks import Publishable, examine
-from btx_merge.publish_kinds import BTX, kind_of
-from btx_merge.texts import DomainText
+from btx_merge.finetuning.run import TrainRecipe, train
+from btx_merge.model.adapter_card import with_base
+from btx_merge.publishing.checks import Publishable, examine
+from btx_merge.publishing.kinds import BTX, kind_of
+from btx_merge.texts.references import DomainText
 from tests.common import edit_json, files_of, save_seed
 from tests.conftest import Family
 from tests.hub_server import Hub

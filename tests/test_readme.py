@@ -22,7 +22,7 @@ import yaml
 from typer.testing import CliRunner
 
 from btx_merge import MergeRecipe, merge
-from btx_merge.cli import app
+from btx_merge.cli.app import app
 from tests import warm
 from tests.common import assert_complete
 from tests.conftest import Family

@@ -12,8 +12,8 @@ import yaml
 from typer.testing import CliRunner
 
 from btx_merge import ExpertSpec, InputError, MergeRecipe
-from btx_merge.cli import app
-from btx_merge.records import read_recipe_file
+from btx_merge.cli.app import app
+from btx_merge.model.records import read_recipe_file
 
 
 def problems_of(**values: Any) -> dict[str, str]:
@@ -27,7 +27,7 @@ def problems_of(**values: Any) -> dict[str, str]:
 def recipe_by_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> MergeRecipe:
     """The recipe that `btx check` would carry out."""
     taken: list[MergeRecipe] = []
-    monkeypatch.setattr("btx_merge.merging.check", lambda recipe: taken.append(recipe) or 1 / 0)
+    monkeypatch.setattr("btx_merge.merging.run.check", lambda recipe: taken.append(recipe) or 1 / 0)
     result = CliRunner().invoke(app, ["check", *arguments])
     assert isinstance(result.exception, ZeroDivisionError), result.output
     return taken[0]

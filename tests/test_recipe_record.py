@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from btx_merge import InputError, MergeRecipe, check, merge
-from btx_merge.cli import app
+from btx_merge.cli.app import app
 from tests.common import files_of, grow
 from tests.conftest import Family
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from btx_merge.errors import InputError, Problem
-from btx_merge.shown import printable, short
+from btx_merge.reporting import printable, short
 from tests.common import edit_json
 from tests.conftest import Family
 from tests.test_cli import BTX, btx, errors_of, sources

@@ -12,13 +12,15 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from btx_merge import InputError, MergeRecipe, textfiles, texts
-from btx_merge.edit_recipe import EditRecipe
-from btx_merge.finetuning import TrainRecipe
-from btx_merge.fitting import FitRecipe
-from btx_merge.text_checks import check_texts
-from btx_merge.texts import DomainText, documents, domain_texts_of, parse_domain_texts
-from btx_merge.windows import packed_windows
+from btx_merge import InputError, MergeRecipe
+from btx_merge.editing.recipe import EditRecipe
+from btx_merge.finetuning.run import TrainRecipe
+from btx_merge.fitting.run import FitRecipe
+from btx_merge.sources.text_checks import check_texts
+from btx_merge.texts import readers as textfiles
+from btx_merge.texts import references as texts
+from btx_merge.texts.references import DomainText, documents, domain_texts_of, parse_domain_texts
+from btx_merge.texts.windows import packed_windows
 from tests.common import tiny_tokenizer
 from tests.models import tiny_btx
 
@@ -368,6 +370,6 @@ def test_packed_documents_do_not_see_each_other(attention):
 
 def test_the_rooms_import_neither_torch_nor_transformers():
     heavy = ["torch", "transformers", "datasets", "pyarrow"]
-    code = f"import sys, btx_merge.texts; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, btx_merge.texts.references; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

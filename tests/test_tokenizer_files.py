@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from btx_merge import InputError, MergeRecipe, check, export, extract, merge
-from btx_merge.tokenizer_files import check_alike, load_tokenizer
+from btx_merge.sources.tokenizer_files import check_alike, load_tokenizer
 from tests.common import edit_json, grow, save_seed, tiny_tokenizer
 
 LINES = ("hello world", "x = 12345", "  two  spaces", "</s>hello", "</s>  hello", "é 北京")

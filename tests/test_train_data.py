@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from btx_merge import InputError
-from btx_merge.texts import DomainText
-from btx_merge.train_data import DomainStream, MixedWindows, collate, row_of
+from btx_merge.finetuning.data import DomainStream, MixedWindows, collate, row_of
+from btx_merge.texts.references import DomainText
 from tests.common import tiny_tokenizer
 from tests.models import tiny_btx
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from btx_merge.train_picture import figure_of, smoothed
+from btx_merge.finetuning.picture import figure_of, smoothed
 
 EXPERTS = ["seed", "code", "mathematics", "encyclopedia"]
 

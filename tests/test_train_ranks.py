@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from btx_merge import MergeRecipe, merge
-from btx_merge.cli import app
-from btx_merge.finetuning import train
+from btx_merge.cli.app import app
+from btx_merge.finetuning.run import train
 from tests import warm
 from tests.common import assert_complete, grow, raw_bytes, save_seed, tensors_of
 from tests.test_finetuning import recipe
@@ -158,9 +158,9 @@ import os, signal, sys
 if os.environ.get("RANK") == "1":
     class Finder:
         def find_spec(self, name, path=None, target=None):
-            if name == "btx_merge.train_run":
+            if name == "btx_merge.finetuning.session":
                 sys.meta_path.remove(self)
-                from btx_merge import trainer
+                from btx_merge.finetuning import trainer
                 plain = trainer.BTXTrainer.compute_loss
                 def deadly(self, *arguments, **options):
                     if self.model.training and self.state.global_step == 4:

@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from btx_merge import ExpertSpec, InputError, MergeRecipe, check, merge
-from btx_merge.byte_pairs import meetings
-from btx_merge.segments import Segment, runs
+from btx_merge.sources.byte_pairs import meetings
+from btx_merge.sources.segments import Segment, runs
 from tests.common import WORDS, assert_complete, edit_json, grow, save_seed, tensors_of, tiny_tokenizer
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")

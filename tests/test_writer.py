@@ -181,8 +181,8 @@ def test_killed_while_finishing(sources, uninterrupted, tmp_path, event, number)
 # The command itself, which gets a signal when so many bytes are written or when a file is opened.
 SIGNALLED = """
 import os, sys, time
-from btx_merge import tables
-from btx_merge.cli import main
+from btx_merge.cli import display as tables
+from btx_merge.cli.app import main
 
 number, nbytes, name = int(sys.argv.pop(1)), int(sys.argv.pop(1)), sys.argv.pop(1)
 total, sent = 0, False
@@ -533,7 +533,7 @@ def test_a_source_is_never_overwritten(sources, tmp_path):
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_the_size_of_jobs_and_blocks_does_not_matter(sources, uninterrupted, tmp_path, monkeypatch, name):
     expected = uninterrupted(**RECIPES[name])
-    monkeypatch.setattr("btx_merge.plan.JOB_BYTES", 100_000)
-    monkeypatch.setattr("btx_merge.combine.BLOCK_BYTES", 7_000)
+    monkeypatch.setattr("btx_merge.merging.plan.JOB_BYTES", 100_000)
+    monkeypatch.setattr("btx_merge.merging.combine.BLOCK_BYTES", 7_000)
     merge(recipe_of(sources, **RECIPES[name]), tmp_path / "out", workers=3)
     assert files_of(tmp_path / "out") == expected

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from btx_merge import InputError, MergeRecipe
-from btx_merge.cli_train import read_train_file
-from btx_merge.records import read_recipe_file
-from btx_merge.yaml_files import parse_yaml
+from btx_merge.cli.train import read_train_file
+from btx_merge.files.bounded_yaml import parse_yaml
+from btx_merge.model.records import read_recipe_file
 
 
 def bomb(key: str, levels: int) -> str:

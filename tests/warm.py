@@ -40,7 +40,7 @@ CODE_CACHE = "HF_MODULES_CACHE"
 """But this one of them may differ: it is set in the one module that reads it."""
 LEVELS = {
     "python": ["numpy", "rich.console", "typer", "yaml"],
-    "command": ["btx_merge.__main__", "btx_merge.cli"],
+    "command": ["btx_merge.__main__", "btx_merge.cli.app"],
     "torch": ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.export"],
     "transformers": [
         "transformers.models.llama.modeling_llama",
@@ -48,7 +48,7 @@ LEVELS = {
         "transformers.trainer",
         "peft",
     ],
-    "package": ["btx_merge.__main__", "btx_merge.cli", "btx_merge.modeling"],
+    "package": ["btx_merge.__main__", "btx_merge.cli.app", "btx_merge.modeling"],
 }
 """What the processes of a level find imported, beside what those of the level before it do."""
 BEFORE = {"command": "python", "torch": "python", "transformers": "torch", "package": "transformers"}

@@ -10,6 +10,6 @@ _sleep = time.sleep
 time.sleep = lambda seconds: _sleep(seconds / 100)
 
 if os.environ.get("TEST_PUSH_UNLOADED"):
-    from btx_merge import publish_checks
+    from btx_merge.publishing import checks as publish_checks
 
     publish_checks._load = lambda folder: {"problems": [], "tensors": None}
