@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from btx_merge.editing.run import EditReport, edit
     from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
     from btx_merge.exporting.run import ExportReport, export, extract
-    from btx_merge.finetuning.run import TrainRecipe, TrainReport, train
-    from btx_merge.fitting.run import FitRecipe, FitReport, fit
-    from btx_merge.merging.recipe import ExpertSpec, MergeRecipe
+    from btx_merge.finetuning.recipe import TrainRecipe
+    from btx_merge.finetuning.run import TrainReport, train
+    from btx_merge.fitting.recipe import FitRecipe
+    from btx_merge.fitting.run import FitReport, fit
+    from btx_merge.merging.recipe import MergeRecipe
     from btx_merge.merging.run import Check, Report, check, merge
     from btx_merge.model.info import ModelInfo, info
     from btx_merge.publishing.run import PushReport, push
+    from btx_merge.sources.source import ExpertSpec
     from btx_merge.texts.references import DomainText
 
 __version__ = "0.1.0"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
+import resource
+import sys
+from pathlib import Path
 from typing import Any
 
 _MOST_CHARACTERS = 4000
@@ -45,3 +49,24 @@ class _Short(reprlib.Repr):
 
 
 _SHORT = _Short()
+
+
+def peak_memory() -> int:
+    """Bytes. Linux's own account where there is one: getrusage counts what the parent had before the exec."""
+    status = Path("/proc/self/status")
+    if status.exists() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(match[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def readable(nbytes: int) -> str:
+    """Return a number of bytes in the largest unit that leaves a digit before the point.
+
+    >>> readable(8_400_000)
+    '8.40 MB'
+    """
+    for unit, name in ((1_000_000_000, "GB"), (1_000_000, "MB"), (1000, "KB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.2f} {name}"
+    return f"{nbytes} bytes"

@@ -19,8 +19,8 @@ from transformers import LlamaForCausalLM
 
 from btx_merge import InputError, MergeRecipe, NonFiniteError, check, extract, merge
 from btx_merge.checkpoints.dtypes import from_float32
+from btx_merge.merging.checks import open_sources
 from btx_merge.sources.adapters.lora_delta import is_plain_lora
-from btx_merge.sources.opening import open_sources
 from btx_merge.sources.source import Source
 from tests.common import edit_json, load_float32, logits_of, move_trainable, save_seed, tensors_of, tiny_tokenizer
 

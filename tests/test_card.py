@@ -11,10 +11,16 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from btx_merge import EditRecipe, FitRecipe, MergeRecipe, edit, export, extract, fit, merge
-from btx_merge.fitting.walk import LayerFit
-from btx_merge.merging.card import CITATION_TITLE, UNTRAINED
+from btx_merge.model.card import CITATION_TITLE, UNTRAINED
 from btx_merge.model.card_update import updated_card
-from btx_merge.model.held_out import OF_AN_EARLIER_ONE, OF_THIS_MODEL, router_results, router_table, training_results
+from btx_merge.model.held_out import (
+    OF_AN_EARLIER_ONE,
+    OF_THIS_MODEL,
+    LayerFit,
+    router_results,
+    router_table,
+    training_results,
+)
 from btx_merge.model.router_state import untrained_experts
 from btx_merge.sources.locate import Located
 from btx_merge.texts.references import DomainText

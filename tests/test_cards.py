@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from btx_merge import MergeRecipe, merge
-from btx_merge.merging.card import link_licence
+from btx_merge.model.card import link_licence
 from btx_merge.sources.cards import code_in_card, front_matter, in_card
 from btx_merge.sources.locate import Located
 from tests.conftest import Family

@@ -13,7 +13,7 @@ import transformers
 from btx_merge.modeling import BTXConfig, configuration_btx
 
 from btx_merge.merging import recipe
-from btx_merge.merging.files import MODEL_CODE, model_code_folder
+from btx_merge.model.files import MODEL_CODE, model_code_folder
 
 BAD = [
     ("num_local_experts", 0, "an integer of at least"),

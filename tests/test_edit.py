@@ -14,11 +14,11 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from btx_merge import EditRecipe, InputError, MergeError, MergeRecipe, NonFiniteError, edit, merge
+from btx_merge.architectures.btx import SELECTION_BIAS
 from btx_merge.architectures.llama import EMBEDDING
 from btx_merge.cli.app import app
 from btx_merge.fitting.equations import TEMPERATURES
-from btx_merge.merging.recipe import ExpertSpec
-from btx_merge.model.merged import SELECTION_BIAS
+from btx_merge.sources.source import ExpertSpec
 from tests.common import (
     LAYERS,
     assert_complete,

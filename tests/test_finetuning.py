@@ -29,7 +29,8 @@ from btx_merge.errors import MergeInterrupted
 from btx_merge.files.placing import partial_of
 from btx_merge.finetuning import trainer
 from btx_merge.finetuning.metrics import Meter
-from btx_merge.finetuning.run import TrainRecipe, TrainReport, train
+from btx_merge.finetuning.recipe import TrainRecipe
+from btx_merge.finetuning.run import TrainReport, train
 from btx_merge.finetuning.work_folder import SUFFIX, held
 from btx_merge.texts.references import DomainText
 from tests import warm
@@ -185,7 +186,8 @@ def test_killed_and_resumed(merged, texts, tmp_path, whole_run):
     script = f"""
 import os, signal
 from btx_merge.finetuning import trainer
-from btx_merge.finetuning.run import TrainRecipe, train
+from btx_merge.finetuning.recipe import TrainRecipe
+from btx_merge.finetuning.run import train
 from btx_merge.texts.references import DomainText
 from btx_merge.finetuning.metrics import Meter
 plain = trainer.BTXTrainer.compute_loss
@@ -233,7 +235,8 @@ def test_killed_while_the_result_is_written(merged, texts, tmp_path, train_mode)
     script = f"""
 import os, pathlib, signal
 from btx_merge.files import scratch
-from btx_merge.finetuning.run import TrainRecipe, train
+from btx_merge.finetuning.recipe import TrainRecipe
+from btx_merge.finetuning.run import train
 from btx_merge.texts.references import DomainText
 plain, moved = pathlib.Path.rename, []
 def deadly(self, place):

@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError, MergeRecipe, merge
+from btx_merge.architectures.btx import own_experts
 from btx_merge.cli.app import app
 from btx_merge.fitting.equations import OFF_DIAGONAL, TEMPERATURES, Statistics, prompt_rows, ridge_solution
-from btx_merge.fitting.run import FitRecipe, fit
-from btx_merge.merging.experts import own_experts
+from btx_merge.fitting.recipe import FitRecipe
+from btx_merge.fitting.run import fit
 from btx_merge.texts.references import DomainText, documents
 from btx_merge.texts.windows import packed_windows
 from tests.common import LAYERS, VOCAB, WORDS, files_of, grow, load_float32, save_seed, tensors_of, tiny_tokenizer

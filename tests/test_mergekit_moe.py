@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 from btx_merge import ExpertSpec, InputError, MergeRecipe, merge
-from btx_merge.merging.plan import ROUTER
+from btx_merge.architectures.btx import ROUTER
 from tests.common import raw_bytes, tensors_of
 from tests.conftest import Family
 from tests.test_cli import btx, errors_of

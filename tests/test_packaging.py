@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import btx_merge
-from btx_merge.merging.files import MODEL_CODE
+from btx_merge.model.files import MODEL_CODE
 from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -186,9 +186,9 @@ def test_wheel(wheel):
 SCRIPT = """
 import importlib.util, json, sys
 import btx_merge
-from btx_merge.merging.files import MODEL_CODE
+from btx_merge.model.files import MODEL_CODE
 from btx_merge import MergeRecipe, merge
-from btx_merge.merging.files import model_code_folder
+from btx_merge.model.files import model_code_folder
 merge(MergeRecipe(sys.argv[1], {"code": sys.argv[2]}), "out")
 print(json.dumps({
     "package": btx_merge.__file__,

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError, MergeRecipe, export, extract, merge
-from btx_merge.finetuning.run import TrainRecipe, train
+from btx_merge.finetuning.recipe import TrainRecipe
+from btx_merge.finetuning.run import train
 from btx_merge.model.adapter_card import with_base
 from btx_merge.publishing.checks import Publishable, examine
 from btx_merge.publishing.kinds import BTX, kind_of

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from btx_merge import MergeRecipe, merge
-from btx_merge.merging.files import MODEL_CODE
+from btx_merge.model.files import MODEL_CODE
 from tests import warm
 from tests.common import WITHOUT_BTX_MERGE, edit_json, files_of, load_float32, logits_of, save_seed
 from tests.conftest import Family

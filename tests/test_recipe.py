@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from btx_merge import ExpertSpec, InputError, MergeRecipe
 from btx_merge.cli.app import app
-from btx_merge.model.records import read_recipe_file
+from btx_merge.merging.recipe_file import read_recipe_file
 
 
 def problems_of(**values: Any) -> dict[str, str]:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError, MergeRecipe, check, merge
+from btx_merge.merging.checks import open_sources
 from btx_merge.sources.locate import Located
-from btx_merge.sources.opening import open_sources
 from btx_merge.sources.source import Source
 from tests.common import edit_json, grow, save_seed, tensors_of
 from tests.conftest import Family

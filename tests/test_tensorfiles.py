@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from btx_merge import InputError
 from btx_merge.checkpoints.dtypes import to_float32
-from btx_merge.checkpoints.stored import StoredTensor, read_tensor_file
+from btx_merge.checkpoints.stored import StoredTensor
+from btx_merge.checkpoints.tensor_files import read_tensor_file
 
 Header = dict[str, Any]
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

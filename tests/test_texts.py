@@ -14,8 +14,8 @@ import torch
 
 from btx_merge import InputError, MergeRecipe
 from btx_merge.editing.recipe import EditRecipe
-from btx_merge.finetuning.run import TrainRecipe
-from btx_merge.fitting.run import FitRecipe
+from btx_merge.finetuning.recipe import TrainRecipe
+from btx_merge.fitting.recipe import FitRecipe
 from btx_merge.sources.text_checks import check_texts
 from btx_merge.texts import readers as textfiles
 from btx_merge.texts import references as texts

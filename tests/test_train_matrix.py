@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from btx_merge import MergeRecipe, merge
-from btx_merge.finetuning.run import TRAIN_MODES
+from btx_merge.finetuning.recipe import TRAIN_MODES
 from tests.common import assert_complete, grow, load_float32, logits_of, raw_bytes, save_seed, tensors_of
 from tests.test_finetuning import changed, problems_of, recipe
 from tests.test_train_ranks import on_one_rank, run, torchrun

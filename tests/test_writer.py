@@ -534,6 +534,6 @@ def test_a_source_is_never_overwritten(sources, tmp_path):
 def test_the_size_of_jobs_and_blocks_does_not_matter(sources, uninterrupted, tmp_path, monkeypatch, name):
     expected = uninterrupted(**RECIPES[name])
     monkeypatch.setattr("btx_merge.merging.plan.JOB_BYTES", 100_000)
-    monkeypatch.setattr("btx_merge.merging.combine.BLOCK_BYTES", 7_000)
+    monkeypatch.setattr("btx_merge.checkpoints.layout.BLOCK_BYTES", 7_000)
     merge(recipe_of(sources, **RECIPES[name]), tmp_path / "out", workers=3)
     assert files_of(tmp_path / "out") == expected

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from btx_merge import InputError, MergeRecipe
 from btx_merge.cli.train import read_train_file
 from btx_merge.files.bounded_yaml import parse_yaml
-from btx_merge.model.records import read_recipe_file
+from btx_merge.merging.recipe_file import read_recipe_file
 
 
 def bomb(key: str, levels: int) -> str:

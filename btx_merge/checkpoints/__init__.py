@@ -1,1 +1,1 @@
-"""TODO."""
+"""Files of tensors: read without loading, laid out, staged, copied. Nothing here knows a model."""

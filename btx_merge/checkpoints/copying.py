@@ -7,13 +7,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from btx_merge.checkpoints.layout import JOB_BYTES, Block, Extent, Job, Layout, OutputTensor, Shard, lay_out, portions
+from btx_merge.checkpoints.layout import (
+    BLOCK_BYTES,
+    JOB_BYTES,
+    Block,
+    Extent,
+    Job,
+    Layout,
+    OutputTensor,
+    Shard,
+    lay_out,
+    portions,
+    write_index,
+)
 from btx_merge.checkpoints.staging import Progress, Staging
-from btx_merge.checkpoints.stored import StoredTensor, read_tensor_file
+from btx_merge.checkpoints.stored import StoredTensor
+from btx_merge.checkpoints.tensor_files import read_tensor_file
 from btx_merge.files.changes import ReadFiles, Stamp
 from btx_merge.files.disk_errors import continuable
-from btx_merge.merging.combine import BLOCK_BYTES
-from btx_merge.merging.files import write_index
 
 
 @dataclass(frozen=True, slots=True)

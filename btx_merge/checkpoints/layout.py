@@ -6,9 +6,14 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from btx_merge.checkpoints.dtypes import STORED, Raw
+from btx_merge.files.folder import write_json
+
+BLOCK_BYTES = 1 << 18
+"""Stays in a core's cache between being read, checked and written."""
 
 _PAGE = 4096
 """Data begins at a multiple of it, so that reading, writing and mapping the file go by whole pages."""
@@ -148,3 +153,9 @@ def portions(start: int, stop: int, row_bytes: int, nbytes: int) -> Iterator[tup
     """Rows [start, stop) in pieces of at most `nbytes`, or of one row."""
     size = max(1, nbytes // row_bytes)
     return ((first, min(first + size, stop)) for first in range(start, stop, size))
+
+
+def write_index(layout: Layout, folder: Path) -> None:
+    """Which tensor lies in which file of weights, where there are several."""
+    if len(layout.shards) > 1:
+        write_json(folder / INDEX_FILE, layout.index())

@@ -28,7 +28,7 @@ from btx_merge.files.bounded_json import parse_json
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.disk_errors import is_curable, naming, remedy_of
 from btx_merge.files.placing import JOURNAL, LOCK, Note, has_marks, lock, partial_of, put_in_place, repair, try_rename
-from btx_merge.sizes import readable
+from btx_merge.reporting import readable
 
 _SCRATCH = "btx_files"
 _READ_BYTES = 1 << 20

@@ -20,14 +20,14 @@ from rich.table import Table
 
 from btx_merge.checkpoints.dtypes import TORCH_NAMES
 from btx_merge.exporting.run import ExportReport
-from btx_merge.merging.card import count
 from btx_merge.merging.plan import Fate
 from btx_merge.merging.run import Check, Report
+from btx_merge.model.card import count
 from btx_merge.model.info import ModelInfo
 from btx_merge.reporting import printable
 
 if TYPE_CHECKING:
-    from btx_merge.fitting.walk import LayerFit
+    from btx_merge.model.held_out import LayerFit
 
 
 def _console(stderr: bool = False) -> Console:

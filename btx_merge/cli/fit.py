@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from btx_merge.cli.options import Device, Json, Model, Output, Overwrite, Quiet, lists, option
 from btx_merge.cli.printing import note, result
-from btx_merge.merging.recipe import FIT_THROUGH, ROUTER_FITS
+from btx_merge.fitting.recipe import FIT_THROUGH, ROUTER_FITS
 from btx_merge.texts.references import parse_domain_texts
 
 
@@ -42,7 +42,8 @@ def fit_command(
 ) -> None:
     """Fit the routers of a merged model in closed form, without training."""
     from btx_merge.cli.display import CountBar, fit_line
-    from btx_merge.fitting.run import FitRecipe, fit
+    from btx_merge.fitting.recipe import FitRecipe
+    from btx_merge.fitting.run import fit
 
     given: dict[str, Any] = {
         "method": method,

@@ -13,16 +13,10 @@ from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES
 from btx_merge.cli.options import lists, option, pairs
 from btx_merge.cli.printing import note
 from btx_merge.errors import InputError, Problem
-from btx_merge.merging.recipe import (
-    COMBINE_METHODS,
-    EXPERT_MODES,
-    FIT_THROUGH,
-    ROUTER_INITS,
-    ROUTER_TYPES,
-    MergeRecipe,
-)
+from btx_merge.fitting.recipe import FIT_THROUGH
+from btx_merge.merging.recipe import COMBINE_METHODS, EXPERT_MODES, ROUTER_INITS, ROUTER_TYPES, MergeRecipe
+from btx_merge.merging.recipe_file import read_recipe_file
 from btx_merge.merging.template import recipe_template
-from btx_merge.model.records import read_recipe_file
 from btx_merge.texts.references import parse_domain_texts
 
 

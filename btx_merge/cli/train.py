@@ -19,7 +19,7 @@ from btx_merge.cli.printing import result, warning
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.finetuning.launched import own_local_rank, own_rank
-from btx_merge.finetuning.run import LORA_TARGETS, OPTION_NAMES, TRAIN_MODES, TrainRecipe
+from btx_merge.finetuning.recipe import LORA_TARGETS, OPTION_NAMES, TRAIN_MODES, TrainRecipe
 from btx_merge.reporting import printable
 from btx_merge.texts.references import domain_texts_of, parse_domain_texts
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The verb `edit`: experts of a merged model added, dropped, replaced, renamed."""

@@ -7,22 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from btx_merge.architectures.btx import active_parameters, experts_per_token
 from btx_merge.editing.plan import EditPlan
-from btx_merge.merging.card import (
-    LICENCE_KEYS,
-    UNTRAINED,
-    combined_over,
-    expert_numbers,
-    languages,
-    plan_sizes,
-    published,
-    sizes,
-    source_row,
-    with_metadata,
-)
-from btx_merge.merging.plan import active_parameters, experts_per_token
-from btx_merge.merging.recipe_checks import SEED
+from btx_merge.merging.card import combined_over, expert_numbers, languages, plan_sizes, published, source_row
+from btx_merge.model.card import LICENCE_KEYS, UNTRAINED, sizes, with_metadata
 from btx_merge.sources.cards import front_matter
+from btx_merge.sources.source import SEED
 
 _COMBINED = re.compile(r"^(- Attention, embeddings, norms and head: `\w+` over ).*\.$", re.MULTILINE)
 _ROW = re.compile(r"^\| (\S+) \| (.*) \| (.*) \| ([\d, ]+|none) \|\n", re.MULTILINE)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from btx_merge.architectures.btx import ROUTER, SELECTION_BIAS
 from btx_merge.architectures.llama import EMBEDDING
 from btx_merge.checkpoints.dtypes import TORCH_NAMES, Float32, from_float32
 from btx_merge.checkpoints.layout import Job, OutputTensor, lay_out
@@ -22,14 +23,13 @@ from btx_merge.editing.recipe import EditRecipe
 from btx_merge.errors import InputError, Problem
 from btx_merge.merging.checks import Examined, examine_sources
 from btx_merge.merging.files import public_source
-from btx_merge.merging.plan import ROUTER, Plan, make_plan
-from btx_merge.merging.recipe import REGMEAN_METHODS, ExpertSpec, MergeRecipe
-from btx_merge.merging.recipe_checks import SEED
-from btx_merge.model.merged import SELECTION_BIAS, MergedModel
+from btx_merge.merging.plan import Plan, make_plan
+from btx_merge.merging.recipe import REGMEAN_METHODS, MergeRecipe
+from btx_merge.model.merged import MergedModel
 from btx_merge.model.records import RECIPE_FILE, anchor_sources, read_record
 from btx_merge.reporting import short
 from btx_merge.sources.opening import open_each
-from btx_merge.sources.source import Source
+from btx_merge.sources.source import SEED, ExpertSpec, Source
 from btx_merge.texts.references import public_reference
 from btx_merge.values import is_number
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from btx_merge.errors import InputError, Problem
-from btx_merge.merging.recipe import ExpertSpec, as_spec
-from btx_merge.merging.recipe_checks import SEED
 from btx_merge.reporting import short
+from btx_merge.sources.source import SEED, ExpertSpec, as_spec
 from btx_merge.texts.references import DomainText, as_domain_texts
 from btx_merge.values import ABOVE_ZERO, RANDOM_SEED, Rule, at_least, is_text, mapping_problems, one_of, value_problems
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from btx_merge.architectures.llama import FF_NORM
-from btx_merge.checkpoints.layout import INDEX_FILE, Block, Job
+from btx_merge.checkpoints.layout import INDEX_FILE, Block, Job, write_index
 from btx_merge.checkpoints.staging import Progress, Staging
 from btx_merge.editing.card import edit_section, edited_card
 from btx_merge.editing.plan import EditPlan, plan_edit
@@ -28,11 +28,12 @@ from btx_merge.files.folder import copy_file, file_problems, read_text, small_fi
 from btx_merge.files.scratch import move_in, scratch_folder
 from btx_merge.fitting.run import device_problems, fit_folder
 from btx_merge.merging.experts import expert_rows
-from btx_merge.merging.files import add_tokens, append_record, copy_model_code, write_index
+from btx_merge.merging.files import add_tokens
 from btx_merge.merging.plan import ExpertRows, SharedRows
 from btx_merge.merging.run import fill, read_files
+from btx_merge.model.files import copy_model_code
 from btx_merge.model.opening import open_model
-from btx_merge.model.records import RECIPE_FILE
+from btx_merge.model.records import RECIPE_FILE, append_record
 from btx_merge.model.router_state import trainings
 from btx_merge.sources.text_checks import check_texts
 from btx_merge.sources.tokenizer_files import copy_templates
@@ -40,7 +41,7 @@ from btx_merge.sources.vocabulary import tokenizer_json
 from btx_merge.texts.references import public_record
 
 if TYPE_CHECKING:
-    from btx_merge.fitting.walk import LayerFit
+    from btx_merge.model.held_out import LayerFit
 
 
 UPDATED, KEPT = "updated", "kept"

@@ -16,20 +16,13 @@ from numpy.typing import NDArray
 
 from btx_merge.architectures.llama import EMBEDDING, HEAD
 from btx_merge.checkpoints.dtypes import STORED, Float32, Raw, all_finite, from_float32, to_float32
-from btx_merge.checkpoints.layout import Block, Job, OutputTensor, portions
+from btx_merge.checkpoints.layout import BLOCK_BYTES, Block, Job, OutputTensor, portions
 from btx_merge.editing.plan import EditPlan
 from btx_merge.errors import NonFiniteError
-from btx_merge.merging.combine import (
-    BLOCK_BYTES,
-    DIFFERENCE_BLOCK_BYTES,
-    Rule,
-    cast,
-    combining_rule,
-    owners_mean,
-    within,
-)
-from btx_merge.merging.plan import DIFFERENCE_METHODS, Plan
-from btx_merge.sources.segments import Segment, runs
+from btx_merge.merging.combine import DIFFERENCE_BLOCK_BYTES, Rule, cast, combining_rule, owners_mean
+from btx_merge.merging.plan import Plan
+from btx_merge.merging.recipe import DIFFERENCE_METHODS
+from btx_merge.sources.segments import Segment, runs, within
 from btx_merge.sources.vocabulary import token_ids
 
 

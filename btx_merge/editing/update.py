@@ -13,12 +13,11 @@ from btx_merge.editing.plan import EditPlan
 from btx_merge.editing.shared import SharedUpdate
 from btx_merge.errors import InputError, Problem
 from btx_merge.merging.checks import examine
-from btx_merge.merging.plan import DIFFERENCE_METHODS, Plan, make_plan
-from btx_merge.merging.recipe import REGMEAN_METHODS, MergeRecipe
-from btx_merge.merging.recipe_checks import SEED
+from btx_merge.merging.plan import Plan, make_plan
+from btx_merge.merging.recipe import DIFFERENCE_METHODS, REGMEAN_METHODS, MergeRecipe
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.records import RECIPE_FILE, RECORDS, anchor_sources
-from btx_merge.sources.source import Source
+from btx_merge.sources.source import SEED, Source
 
 _SAMPLE_ROWS = 8
 _KEEP = "Give --source NAME=MODEL where it lies now, or --shared keep."

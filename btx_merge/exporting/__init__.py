@@ -1,1 +1,1 @@
-"""TODO."""
+"""The verbs `export` and `extract`: a merged model for other programs, and one expert of it."""

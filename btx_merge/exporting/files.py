@@ -15,7 +15,7 @@ from btx_merge.checkpoints.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.files.folder import copy_file, read_text, write_json
-from btx_merge.merging.card import LICENCE_KEYS, PAPER, UNTRAINED, hub_ids, link_licence, project_link, with_metadata
+from btx_merge.model.card import LICENCE_KEYS, PAPER, UNTRAINED, hub_ids, link_licence, project_link, with_metadata
 from btx_merge.model.held_out import MODEL_INDEX
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.records import RECIPE_FILE

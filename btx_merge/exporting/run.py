@@ -18,17 +18,12 @@ from btx_merge.checkpoints.stored import StoredTensor
 from btx_merge.errors import InputError, Problem
 from btx_merge.exporting.files import check_tokenizer, origin, shared_config, untrained_routers, write_export_files
 from btx_merge.exporting.gguf import converter_problems, file_problems, find_converter, write_gguf
-from btx_merge.exporting.mixtral import (
-    mixtral_card,
-    mixtral_config,
-    mixtral_refusals,
-    mixtral_tensors,
-    mixtral_warnings,
-)
-from btx_merge.merging.card import CITATION, how_to_use
-from btx_merge.merging.run import peak_memory
+from btx_merge.exporting.mixtral import mixtral_card, mixtral_config, mixtral_tensors
+from btx_merge.model.card import CITATION, how_to_use
 from btx_merge.model.merged import MergedModel
+from btx_merge.model.mixtral_limits import mixtral_refusals, mixtral_warnings
 from btx_merge.model.opening import open_model
+from btx_merge.reporting import peak_memory
 from btx_merge.sources.cards import in_card
 from btx_merge.values import parse_size, size_problem
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The verb `train`: finetuning on `transformers.Trainer`."""

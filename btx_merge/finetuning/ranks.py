@@ -11,7 +11,7 @@ from transformers.distributed import DistributedConfig
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.finetuning.launched import started_ranks
-from btx_merge.finetuning.run import TrainRecipe
+from btx_merge.finetuning.recipe import TrainRecipe
 
 
 def _torchrun(ranks: int) -> str:

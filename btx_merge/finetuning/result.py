@@ -17,16 +17,16 @@ import torch
 
 from btx_merge.checkpoints.copying import CopyLayout, fill_copy, same_layout
 from btx_merge.checkpoints.dtypes import TORCH_NAMES, Raw
-from btx_merge.checkpoints.layout import Block, Job, portions
+from btx_merge.checkpoints.layout import BLOCK_BYTES, Block, Job, portions
 from btx_merge.checkpoints.staging import Staging
-from btx_merge.checkpoints.stored import stored_tensors
+from btx_merge.checkpoints.tensor_files import stored_tensors
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.folder import copy_file, small_files
 from btx_merge.files.placing import Note
-from btx_merge.merging.combine import BLOCK_BYTES
-from btx_merge.merging.files import PICTURE, ROUTING, append_record, copy_model_code
+from btx_merge.model.files import PICTURE, ROUTING, copy_model_code
 from btx_merge.model.held_out import OF_THIS_MODEL, training_results
+from btx_merge.model.records import append_record
 from btx_merge.sources.locate import Located
 from btx_merge.sources.tokenizer_files import copy_templates
 

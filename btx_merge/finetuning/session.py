@@ -25,12 +25,12 @@ from btx_merge.finetuning.data import DomainStream, MixedWindows, collate, row_o
 from btx_merge.finetuning.metrics import Meter
 from btx_merge.finetuning.picture import draw
 from btx_merge.finetuning.ranks import check_launch, check_ranks
+from btx_merge.finetuning.recipe import LORA_TARGETS, Show, TrainRecipe
 from btx_merge.finetuning.result import check_stored, copy_files, result_staging, write_records
-from btx_merge.finetuning.run import LORA_TARGETS, Show, TrainRecipe, tools
 from btx_merge.finetuning.trainer import BTXTrainer, trained_tensors, whole
-from btx_merge.finetuning.work_folder import last_checkpoint
-from btx_merge.merging.files import PICTURE
+from btx_merge.finetuning.work_folder import last_checkpoint, tools
 from btx_merge.model.adapter_card import write_adapter_card
+from btx_merge.model.files import PICTURE
 from btx_merge.modeling import BTXForCausalLM
 from btx_merge.sources.locate import Located
 from btx_merge.texts.references import public_reference

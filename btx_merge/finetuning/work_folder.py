@@ -1,4 +1,4 @@
-"""The folder beside an output in which a finetuning works, `OUTPUT.btx-training`: whose it is, and what it keeps."""
+"""The folder in which a finetuning works until its result is whole, and what is kept there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,8 @@ def begin(folder: Path, recipe: Mapping[str, Any], settings: Mapping[str, Any], 
         problems.append(Problem("model", str(recipe["model"]), found, expected, remedy))
     if problems:
         raise InputError(problems)
+
+
+def tools() -> dict[str, str]:
+    """What a run was made with."""
+    return {name: version(name) for name in ("btx-merge", "torch", "transformers", "accelerate", "peft")}

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The verb `fit`: routers and shared weights in closed form, layer by layer."""

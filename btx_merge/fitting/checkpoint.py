@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from btx_merge.checkpoints.dtypes import all_finite, from_float32, to_float32
-from btx_merge.checkpoints.stored import stored_tensors
+from btx_merge.checkpoints.tensor_files import stored_tensors
 from btx_merge.errors import NonFiniteError
 
 _SAMPLE_ROWS = 16

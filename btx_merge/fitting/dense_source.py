@@ -8,8 +8,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from btx_merge.merging.combine import within
-from btx_merge.sources.segments import Segment
+from btx_merge.sources.segments import Segment, within
 from btx_merge.sources.source import Source
 
 _ROWS = 16_384

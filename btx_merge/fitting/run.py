@@ -4,85 +4,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from btx_merge.architectures.btx import expert_names, own_experts
 from btx_merge.checkpoints.copying import copy_staging, same_layout
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.disk_errors import continuable
 from btx_merge.files.folder import copy_file, read_json, small_files
-from btx_merge.merging.card import ROUTERS_TITLE
-from btx_merge.merging.experts import expert_names, own_experts
-from btx_merge.merging.files import append_record, copy_model_code
-from btx_merge.merging.recipe import FIT_THROUGH, ROUTER_FITS
-from btx_merge.merging.recipe_checks import SEED
+from btx_merge.fitting.recipe import FitRecipe
+from btx_merge.model.card import ROUTERS_TITLE
+from btx_merge.model.files import copy_model_code
 from btx_merge.model.held_out import router_results, router_table
 from btx_merge.model.opening import find_model
+from btx_merge.model.records import append_record
 from btx_merge.sources.locate import Located
+from btx_merge.sources.source import SEED
 from btx_merge.sources.text_checks import check_texts
 from btx_merge.sources.tokenizer_files import copy_templates
-from btx_merge.texts.references import DomainText, as_domain_texts, as_prompts, public_record, public_reference
-from btx_merge.values import ABOVE_ZERO, Rule, at_least, one_of, value_problems
+from btx_merge.texts.references import DomainText, public_record, public_reference
 
 if TYPE_CHECKING:
-    from btx_merge.fitting.walk import LayerFit
+    from btx_merge.model.held_out import LayerFit
     from btx_merge.sources.segments import Segment
     from btx_merge.sources.source import Source
 
 
 OnLayer = Callable[[int, int], None]
 """Called with how many layers of how many are fitted."""
-
-
-@dataclass(frozen=True)
-class FitRecipe:
-    """Everything that determines a fit of an existing model's routers.
-
-    Raises:
-        InputError: values that cannot be meant; all of them in one error.
-    """
-
-    model: str
-    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
-    method: str = "ridge"
-    """ridge, on `domain_text`; or prompts, from `prompts`."""
-    domain_text: tuple[DomainText, ...] = ()
-    """Text for every expert, by its name; the seed may go without. Also a mapping, as in `MergeRecipe`."""
-    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Expert to a few lines that are typical of it."""
-    domain_tokens: int = 200_000
-    """Tokens of each domain that are read, at least 64."""
-    router_ridge: float = 0.001
-    """Penalty, relative to the mean square of the router's input. Above 0."""
-    fit_through: str = "expert"
-    """expert: tokens pass through their own domain's; router: through those that the fitted router chooses."""
-
-    def __post_init__(self) -> None:
-        problems = value_problems(self, _VALUES)
-        try:
-            object.__setattr__(self, "domain_text", as_domain_texts(self.domain_text, "domain_text"))
-        except InputError as error:
-            problems += error.problems
-        try:
-            object.__setattr__(self, "prompts", as_prompts(self.prompts))
-        except InputError as error:
-            problems += error.problems
-        unused = "prompts" if self.method == "ridge" else "domain_text"
-        if getattr(self, unused):
-            problems.append(Problem("recipe", unused, f"given, but method {self.method} does not use it"))
-        if problems:
-            raise InputError(problems)
-
-
-_VALUES: dict[str, Rule] = {
-    "model": ("a merged checkpoint", bool),
-    "method": one_of(ROUTER_FITS),
-    "domain_tokens": at_least(64),
-    "router_ridge": ABOVE_ZERO,
-    "fit_through": one_of(FIT_THROUGH),
-}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from btx_merge.architectures.btx import expert_names, own_experts
 from btx_merge.errors import InputError, Problem
-from btx_merge.merging.experts import expert_names, own_experts
 from btx_merge.texts.references import DomainText, documents
 from btx_merge.texts.windows import packed_windows
 

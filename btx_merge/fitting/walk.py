@@ -15,7 +15,6 @@ Legend: B windows, T tokens in each, N = B * T, H hidden, E experts, V vocabular
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ from btx_merge.fitting.equations import (
     winning_temperature,
 )
 from btx_merge.fitting.streams import Stream
+from btx_merge.model.held_out import LayerFit
 from btx_merge.modeling.configuration_btx import BTXConfig
 from btx_merge.modeling.modeling_btx import BTXDecoderLayer
 from btx_merge.modeling.routing_btx import RouterCall
@@ -42,19 +42,6 @@ from btx_merge.modeling.routing_btx import RouterCall
 _HELD_OUT_TOKENS = 512
 """Tokens of each domain's held-out windows that the temperature is chosen on, per layer."""
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-
-
-@dataclass(frozen=True)
-class LayerFit:
-    """How a layer's router was fitted."""
-
-    layer: int
-    temperature: float
-    """Factor on the regression's solution, by which router logits become sharp."""
-    accuracy: float
-    """Part of held-out tokens whose likeliest expert is their domain's."""
-    error: float
-    """Squared distance of what the experts add from what they should, relative to that, on held-out tokens."""
 
 
 class Walk:

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The verbs `check` and `merge`: recipe, checks, plan, rows, files."""

@@ -12,16 +12,14 @@ import numpy as np
 from btx_merge.architectures.llama import EMBEDDING, HEAD, MUST_AGREE, expected_tensors, is_computed
 from btx_merge.architectures.loading_rules import config_refusals, generation_refusals
 from btx_merge.checkpoints.dtypes import STORED
-from btx_merge.checkpoints.layout import portions
+from btx_merge.checkpoints.layout import BLOCK_BYTES, portions
 from btx_merge.errors import InputError, Problem, capped
 from btx_merge.files.folder import read_json
-from btx_merge.merging.combine import BLOCK_BYTES
 from btx_merge.merging.recipe import MergeRecipe
-from btx_merge.merging.recipe_checks import SEED
 from btx_merge.sources.digest import changed_problems
 from btx_merge.sources.divergence import Divergence, measure_divergence
-from btx_merge.sources.opening import open_sources
-from btx_merge.sources.source import Source
+from btx_merge.sources.opening import open_each
+from btx_merge.sources.source import SEED, ExpertSpec, Source
 from btx_merge.sources.text_checks import check_texts
 from btx_merge.sources.tokenizer_files import has_speech
 from btx_merge.sources.vocabulary import Vocabulary, plan_vocabulary
@@ -262,3 +260,13 @@ def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
             where = "config.json: max_position_embeddings"
             remedy = f"The result keeps {wanted}."
             yield Problem(source.name, where, str(length), f"{wanted} as in the seed", remedy)
+
+
+def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list[Source], list[Problem]]:
+    """The seed, then the experts in the recipe's order, opened without reading weights; and why others were not.
+
+    `scratch` makes a folder for what peft has to merge itself (adapters that are not plain LoRA).
+    """
+    seed, problems = open_each({SEED: ExpertSpec(recipe.seed, recipe.seed_weight)}, None, scratch)
+    experts, more = open_each(recipe.experts, seed.get(SEED), scratch)
+    return [*seed.values(), *experts.values()], [*problems, *more]

@@ -10,20 +10,19 @@ from __future__ import annotations
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from btx_merge.checkpoints.dtypes import Float32, Raw, all_finite, from_float32
-from btx_merge.checkpoints.layout import Block, Job, portions
+from btx_merge.checkpoints.layout import BLOCK_BYTES, Block, Job, portions
 from btx_merge.errors import NonFiniteError
-from btx_merge.merging.plan import DIFFERENCE_METHODS, Plan, SharedRows
-from btx_merge.sources.segments import Segment
+from btx_merge.merging.plan import Plan, SharedRows
+from btx_merge.merging.recipe import DIFFERENCE_METHODS
+from btx_merge.sources.segments import within
 from btx_merge.sources.source import Source
 
-BLOCK_BYTES = 1 << 18
-"""Stays in a core's cache between being read, checked and written."""
 DIFFERENCE_BLOCK_BYTES = 1 << 21
 """Larger, for each block is a call of torch."""
 _torch_lock = threading.Lock()  # peft's functions draw from torch's one generator and may warn
@@ -107,14 +106,6 @@ def _weighted_sum(
             total[out] += rows if weight == 1 else np.float32(weight) * rows
             weights[out] += np.float32(weight)
     return total, weights
-
-
-def within(segments: Sequence[Segment], start: int, stop: int) -> Iterator[Segment]:
-    """The parts of the segments that lie in the result's rows [start, stop)."""
-    for segment in segments:
-        first, last = max(start, segment.out), min(stop, segment.out + segment.count)
-        if first < last:
-            yield Segment(first, segment.source + first - segment.out, last - first)
 
 
 def _difference_rule(plan: Plan, name: str) -> Rule:

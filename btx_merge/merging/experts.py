@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import einops
 import numpy as np
 
 from btx_merge.architectures.llama import FF_NORM
 from btx_merge.checkpoints.dtypes import Float32, from_float32, to_float32
-from btx_merge.checkpoints.layout import Block, portions
-from btx_merge.merging.combine import BLOCK_BYTES, cast, combining_rule
+from btx_merge.checkpoints.layout import BLOCK_BYTES, Block, portions
+from btx_merge.merging.combine import cast, combining_rule
 from btx_merge.merging.plan import EXPERT_LAYOUTS, ExpertColumns, ExpertRows, Plan
 
 _SMALL_GAMMA = 1e-3
@@ -64,14 +63,3 @@ def _merged_norm(plan: Plan, name: str) -> Float32:
     """As it will be stored, rounding included."""
     values = combining_rule(plan, name)(0, plan.seed.config["hidden_size"])
     return to_float32(from_float32(values, plan.dtype), plan.dtype)
-
-
-def expert_names(config: Mapping[str, Any]) -> list[str]:
-    """A merged model's experts; by their numbers where its config has no names for them."""
-    return list(config.get("expert_names") or map(str, range(config.get("num_local_experts", 0))))
-
-
-def own_experts(domain: str, names: Sequence[str]) -> list[int]:
-    """The numbers of a domain's experts: the one of its name, or the chunks that one was split into."""
-    whole = [number for number, name in enumerate(names) if name == domain]
-    return whole or [number for number, name in enumerate(names) if name.rpartition(".")[0] == domain]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,15 +13,15 @@ import yaml
 
 from btx_merge.architectures.llama import DEFAULTS
 from btx_merge.checkpoints.dtypes import TORCH_NAMES
-from btx_merge.checkpoints.layout import INDEX_FILE, Layout
+from btx_merge.checkpoints.layout import write_index
 from btx_merge.files.bounded_json import parse_json
-from btx_merge.files.folder import read_json, read_text, write_json
+from btx_merge.files.folder import read_json, write_json
 from btx_merge.merging.card import model_card
-from btx_merge.merging.plan import DIFFERENCE_METHODS, Plan
-from btx_merge.model.card_update import updated_card
-from btx_merge.model.records import RECIPE_FILE, read_record
+from btx_merge.merging.plan import Plan
+from btx_merge.merging.recipe import DIFFERENCE_METHODS
+from btx_merge.model.files import copy_model_code
+from btx_merge.model.records import RECIPE_FILE
 from btx_merge.sources.digest import source_digest
-from btx_merge.sources.locate import Located
 from btx_merge.sources.source import Source
 from btx_merge.sources.tokenizer_files import (
     PRIVATE_KEYS,
@@ -37,14 +35,9 @@ from btx_merge.sources.vocabulary import tokenizer_json
 from btx_merge.texts.references import public_reference
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
-
-    from btx_merge.fitting.walk import LayerFit
+    from btx_merge.model.held_out import LayerFit
 
 
-PICTURE = "training.png"
-ROUTING = "routing.jsonl"
-MODEL_CODE = ("configuration_btx.py", "experts_btx.py", "modeling_btx.py", "routing_btx.py")
 _AUTO_MAP = {
     "AutoConfig": "configuration_btx.BTXConfig",
     "AutoModel": "modeling_btx.BTXModel",
@@ -131,48 +124,6 @@ def resolved_recipe(plan: Plan) -> dict[str, Any]:
     return values
 
 
-def model_code_folder() -> Path:
-    """Where the code that travels with a checkpoint lies; found without importing it (and torch)."""
-    spec = importlib.util.find_spec("btx_merge.modeling")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent
-
-
-def append_record(
-    folder: Path,
-    key: str,
-    entry: Mapping[str, Any],
-    section: str,
-    sentence: str = "",
-    *,
-    located: Located | None = None,
-    results: Sequence[EvalResult] | None = (),
-) -> None:
-    """Add what was done with a model to the list `key` of its recipe, and to its card.
-
-    Args:
-        section: for the end of the card.
-        sentence: for the place where the card says how the routers came about.
-        located: the model that this one was made of; one from the Hub becomes the base model in the metadata.
-        results: held-out figures of the model as it is now. None: the old ones still hold.
-    """
-    recipe = folder / RECIPE_FILE
-    values = read_record(folder)
-    values[key] = [*(values.get(key) or []), dict(entry)]
-    recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    card = folder / "README.md"
-    text = read_text(card) if card.exists() else ""
-    card.write_text(updated_card(text, section, sentence, located, results), encoding="utf-8")
-
-
-def copy_model_code(folder: Path) -> None:
-    """Adds what is missing of the code that travels with a checkpoint: one from the Hub comes without."""
-    for name in MODEL_CODE:
-        if not (folder / name).exists():
-            shutil.copyfile(model_code_folder() / name, folder / name)
-
-
 def public_source(source: Source) -> str:
     """How a published recipe names a source: its Hub id and commit, or its folder without a path."""
     located = source.located
@@ -244,9 +195,3 @@ def _with_union_ids(plan: Plan, chat: Source, values: Mapping[str, Any]) -> dict
 def _read_json(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
     return read_json(file) if os.path.lexists(file) else {}
-
-
-def write_index(layout: Layout, folder: Path) -> None:
-    """Which tensor lies in which file of weights, where there are several."""
-    if len(layout.shards) > 1:
-        write_json(folder / INDEX_FILE, layout.index())

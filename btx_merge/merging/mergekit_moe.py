@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from btx_merge.errors import InputError, Problem
-from btx_merge.merging.recipe_checks import SEED
 from btx_merge.reporting import short
+from btx_merge.sources.source import SEED
 from btx_merge.values import is_text, unknown_problems
 
 _KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture")

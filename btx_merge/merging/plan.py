@@ -6,7 +6,6 @@ Legend: S sources that are experts, E experts of the result, I intermediate, H h
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,6 +13,7 @@ from functools import cached_property
 import einops
 import numpy as np
 
+from btx_merge.architectures.btx import _MOE_TENSORS, GATE_UP_EXPERTS, ROUTER, active_parameters, experts_per_token
 from btx_merge.architectures.llama import (
     ATTENTION_BIASES,
     BUFFERS,
@@ -29,18 +29,10 @@ from btx_merge.architectures.llama import (
 )
 from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES
 from btx_merge.checkpoints.layout import JOB_BYTES, Extent, Job, Layout, OutputTensor, lay_out, portions
-from btx_merge.merging.recipe import MergeRecipe
+from btx_merge.merging.recipe import DIFFERENCE_METHODS, MergeRecipe
 from btx_merge.sources.segments import Segment, runs
 from btx_merge.sources.source import Source
 from btx_merge.sources.vocabulary import Vocabulary
-
-ROUTER = "model.layers.{layer}.mlp.gate.weight"
-GATE_UP_EXPERTS = "model.layers.{layer}.mlp.experts.gate_up_proj"
-DOWN_EXPERTS = "model.layers.{layer}.mlp.experts.down_proj"
-_MOE_TENSORS = {ROUTER: "E H", GATE_UP_EXPERTS: "E 2I H", DOWN_EXPERTS: "E H I"}
-
-DIFFERENCE_METHODS = ("ties", "dare_ties", "dare_linear")
-"""Ways to combine that work on differences from the seed."""
 
 
 @dataclass(frozen=True)
@@ -269,18 +261,6 @@ class Plan(Layout):
                     yield ExpertRows(tensor, extents, start, stop, members[0], name)
                 else:
                     yield ExpertColumns(tensor, extents, start, stop, members, name)
-
-
-def experts_per_token(router_type: str, num_experts_per_tok: int, experts: int) -> int:
-    """Experts that run for one token in inference."""
-    return {"top_k": num_experts_per_tok, "soft": experts}.get(router_type, 1)
-
-
-def active_parameters(shapes: Mapping[str, Sequence[int]], experts: int, per_token: int) -> int:
-    """Weights that one token passes through, of a model whose tensors have these names and shapes."""
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    of_experts = sum(size for name, size in sizes.items() if ".experts." in name)
-    return sum(sizes.values()) - of_experts * (experts - per_token) // experts
 
 
 def make_plan(recipe: MergeRecipe, sources: Sequence[Source], vocabulary: Vocabulary) -> Plan:

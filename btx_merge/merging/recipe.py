@@ -6,7 +6,6 @@ Its values are validated here, all together; whether the sources fit each other 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,10 +13,10 @@ from typing import Any
 
 from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES
 from btx_merge.errors import InputError, Problem
-from btx_merge.merging.recipe_checks import SEED as SEED
-from btx_merge.merging.recipe_checks import together_problems
-from btx_merge.model.records import read_recipe_file
+from btx_merge.fitting.recipe import FIT_THROUGH, ROUTER_FITS
+from btx_merge.merging.recipe_file import read_recipe_file
 from btx_merge.reporting import short
+from btx_merge.sources.source import SEED, ExpertSpec, _as_text, as_spec
 from btx_merge.texts.references import DomainText, as_domain_texts, as_prompts
 from btx_merge.values import (
     ABOVE_ZERO,
@@ -25,7 +24,6 @@ from btx_merge.values import (
     SHARD_SIZE,
     Rule,
     at_least,
-    is_number,
     is_text,
     one_of,
     parse_size,
@@ -33,29 +31,15 @@ from btx_merge.values import (
     value_problems,
 )
 
+DIFFERENCE_METHODS = ("ties", "dare_ties", "dare_linear")
+"""Ways to combine that work on differences from the seed."""
+
 REGMEAN_METHODS = ("regmean", "regmean_merged")
 """Ways to combine that are fitted on text."""
 COMBINE_METHODS = ("mean", "weighted", "seed", "ties", "dare_ties", "dare_linear", *REGMEAN_METHODS)
 EXPERT_MODES = ("whole", "split", "blend")
-ROUTER_FITS = ("ridge", "prompts")
-"""Routers that are fitted in closed form."""
 ROUTER_INITS = ("random", "zeros", *ROUTER_FITS)
-FIT_THROUGH = ("expert", "router")
 ROUTER_TYPES = ("top_k", "switch", "soft", "sample_top_1")
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertSpec:
-    """One expert of the recipe."""
-
-    model: str
-    """A folder, a Hub id `org/name` or `org/name@revision`; a checkpoint or a PEFT adapter."""
-    weight: float = 1.0
-    """Its share when the combining is weighted, relative to the others'. At least 0."""
-    base: str | None = None
-    """For an adapter: the model it was trained on, where that is not the seed."""
 
 
 @dataclass(frozen=True)
@@ -218,45 +202,6 @@ def _as_resolved(values: Any) -> dict[str, dict[str, str]]:
     return {"sources": dict(sources)}
 
 
-def _as_text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-def as_spec(name: Any, spec: Any, key: str = "experts") -> ExpertSpec:
-    """An expert of a recipe from plain values: a model, or a mapping with `model:`.
-
-    Args:
-        key: the mapping that it stands in, as errors name it.
-
-    Raises:
-        InputError: a name or a value that cannot be meant.
-    """
-    where = f"{key}.{name if isinstance(name, str) else short(name)}"
-    if isinstance(spec, (str, Path)):
-        spec = {"model": str(spec)}
-    if isinstance(spec, ExpertSpec):
-        spec = asdict(spec)
-    if not isinstance(spec, Mapping):
-        raise InputError([Problem("recipe", where, short(spec), "a model, or `model:` and `weight:`")])
-    known = [item.name for item in fields(ExpertSpec)]
-    problems = unknown_problems("recipe", spec, known, f"{where}.")
-    values = {"weight": 1.0, "base": None, **{key: _as_text(spec[key]) for key in known if key in spec}}
-    if not values.get("model"):
-        problems.append(Problem("recipe", where, "no model", "`model: folder or org/name`"))
-    elif not is_text(values["model"]):
-        problems.append(Problem("recipe", f"{where}.model", short(values["model"]), "a folder or org/name"))
-    if not is_number(values["weight"]) or not 0 <= values["weight"] < math.inf:
-        problems.append(Problem("recipe", f"{where}.weight", short(values["weight"]), "a number, at least 0"))
-    if values["base"] is not None and not (values["base"] and is_text(values["base"])):
-        problems.append(Problem("recipe", f"{where}.base", short(values["base"]), "a folder or org/name"))
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == SEED:
-        expected = "letters, digits, `_`, `-`, `.`; not `seed`, which is the seed's own"
-        problems.append(Problem("recipe", key, f"the name {short(name)}", expected))
-    if problems:
-        raise InputError(problems)
-    return ExpertSpec(**values)
-
-
 _VALUES: dict[str, Rule] = {
     "seed": ("the model that all experts grew from", bool),
     "seed_weight": ("a number, at least 0", lambda value: 0 <= value < math.inf),
@@ -278,3 +223,59 @@ _VALUES: dict[str, Rule] = {
     "dtype": one_of(SAFETENSORS_NAMES),
     "max_shard_size": SHARD_SIZE,
 }
+
+
+def together_problems(recipe: MergeRecipe) -> list[Problem]:
+    """Return what does not go together, of values that are right one by one."""
+    problems = []
+
+    def problem(key: str, found: str, expected: str, remedy: str = "") -> None:
+        problems.append(Problem("recipe", key, found, expected, remedy))
+
+    sources = len(recipe.experts) + recipe.seed_expert
+    experts = sources * recipe.num_chunks if recipe.expert_mode == "split" else sources
+    if not recipe.experts and recipe.num_experts_per_tok > experts:
+        problem("experts", "none", "at least one", "Give --expert NAME=MODEL.")
+    elif recipe.num_experts_per_tok > experts:
+        expected = f"in [1, {experts}], for there are {experts} experts" if experts > 1 else "1, for there is 1 expert"
+        problem("num_experts_per_tok", f"{recipe.num_experts_per_tok}", expected, "Give --num-experts-per-tok.")
+    names = (SEED, *recipe.experts)
+    if recipe.tokenizer_source not in names:
+        problem("tokenizer_source", short(recipe.tokenizer_source), f"one of {', '.join(names)}")
+    weights = [spec.weight for spec in recipe.experts.values()] + [recipe.seed_weight] * recipe.seed_expert
+    if sources and not sum(weights) > 0:
+        problem("weight", "all are 0", "at least one above 0")
+    elif (recipe.combine in ("mean", "seed") or recipe.fits_shared) and set(weights) - {1.0}:
+        remedy = "Say combine: weighted (or ties, dare_ties, dare_linear), or leave the weights out."
+        problem("weight", f"weights, which combine: {recipe.combine} ignores", "", remedy)
+    return problems + _fit_problems(recipe)
+
+
+def _fit_problems(recipe: MergeRecipe) -> list[Problem]:
+    """Whether what is fitted has its text, and no text is given in vain."""
+    problems = []
+    needs_text = recipe.fits_shared or recipe.router_init == "ridge"
+    needs_prompts = recipe.router_init == "prompts"
+    known = dict.fromkeys((*((SEED,) if recipe.seed_expert else ()), *recipe.experts))
+    for key, flag, given, needed in (
+        ("domain_text", "--domain-text {}=FILE", recipe.domain_text, needs_text),
+        ("prompts", "--prompt {}=TEXT", recipe.prompts, needs_prompts),
+    ):
+        problems += [
+            Problem("recipe", f"{key}.{name}", f"no expert {name}", f"one of {', '.join(known)}")
+            for name in given
+            if name not in known
+        ]
+        missing = [name for name in recipe.experts if name not in given]
+        if needed and missing:
+            remedy = "Give " + ", ".join(flag.format(name) for name in missing) + "."
+            expected = "for every expert but the seed, which may go without"
+            problems.append(Problem("recipe", key, f"none for {', '.join(missing)}", expected, remedy))
+        elif given and not needed:
+            remedy = "Say router_init: ridge or combine: regmean_merged, or leave it out."
+            remedy = "Say router_init: prompts, or leave them out." if key == "prompts" else remedy
+            problems.append(Problem("recipe", key, "given, but nothing is fitted on it", "", remedy))
+    if recipe.is_fitted and recipe.expert_mode == "blend":
+        remedy = "Choose whole or split, or fit nothing."
+        problems.append(Problem("recipe", "expert_mode", "blend", "experts that belong to a domain", remedy))
+    return problems

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,21 +19,23 @@ from btx_merge.files.changes import ReadFiles, Stamp
 from btx_merge.files.disk_errors import continuable
 from btx_merge.files.placing import check_target
 from btx_merge.files.scratch import scratch_folder
+from btx_merge.fitting.recipe import ROUTER_FITS
 from btx_merge.fitting.run import OnLayer, device_problems, fit_folder
 from btx_merge.merging.checks import examine
 from btx_merge.merging.combine import cast, shared_rows
 from btx_merge.merging.experts import expert_columns, expert_rows
 from btx_merge.merging.files import write_files
 from btx_merge.merging.plan import ExpertColumns, ExpertRows, Fate, Plan, RouterRows, SharedRows, make_plan
-from btx_merge.merging.recipe import ROUTER_FITS, MergeRecipe
+from btx_merge.merging.recipe import MergeRecipe
 from btx_merge.merging.routers import initial_router
 from btx_merge.model.opening import room_problems
+from btx_merge.reporting import peak_memory
 from btx_merge.sources.divergence import Divergence
 from btx_merge.sources.locate import Located
 from btx_merge.sources.source import Source
 
 if TYPE_CHECKING:
-    from btx_merge.fitting.walk import LayerFit
+    from btx_merge.model.held_out import LayerFit
 
 
 @dataclass(frozen=True)
@@ -285,12 +284,3 @@ def read_files(sources: Iterable[Source], model: Located | None = None) -> ReadF
         files += [("model", file) for file in model.stamps if not file.name.startswith(".")]
         before.update(model.stamps)
     return ReadFiles(files, before)
-
-
-def peak_memory() -> int:
-    """Bytes. Linux's own account where there is one: getrusage counts what the parent had before the exec."""
-    status = Path("/proc/self/status")
-    if status.exists() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
-        return int(match[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from btx_merge.merging.recipe import ExpertSpec, MergeRecipe
+from btx_merge.merging.recipe import MergeRecipe
 from btx_merge.model.records import anchor_sources
+from btx_merge.sources.source import ExpertSpec
 from btx_merge.texts.references import DomainText, domain_texts_of
 
 _WIDTH = 100

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from btx_merge.merging.card import CITATION, LICENCE_KEYS, link_licence, path_line, project_link, with_metadata
+from btx_merge.model.card import CITATION, LICENCE_KEYS, link_licence, path_line, project_link, with_metadata
 from btx_merge.sources.cards import card_texts, code_in_card, front_matter, in_card
 from btx_merge.sources.locate import Located
 

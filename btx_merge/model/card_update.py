@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from btx_merge.merging.card import (
+from btx_merge.model.card import (
     CITATION,
     CITATION_TITLE,
     ROUTERS_TITLE,

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
-
-    from btx_merge.fitting.walk import LayerFit
 
 
 MODEL_INDEX = "model-index"
@@ -79,3 +78,16 @@ def router_table(layers: Sequence[LayerFit]) -> str:
     ]
     head = "| layer | tokens that go to their own domain's expert first | relative error of the output | temperature |"
     return "\n".join([OF_THIS_MODEL, "", head, "|---|---|---|---|", *rows]) + "\n"
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How a layer's router was fitted."""
+
+    layer: int
+    temperature: float
+    """Factor on the regression's solution, by which router logits become sharp."""
+    accuracy: float
+    """Part of held-out tokens whose likeliest expert is their domain's."""
+    error: float
+    """Squared distance of what the experts add from what they should, relative to that, on held-out tokens."""

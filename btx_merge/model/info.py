@@ -9,17 +9,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from btx_merge.architectures.btx import active_parameters, experts_per_token, merged_shapes
 from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES, STORED, TORCH_NAMES
-from btx_merge.exporting.mixtral import mixtral_refusals
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.files.folder import checked
-from btx_merge.merging.plan import active_parameters, experts_per_token
-from btx_merge.merging.recipe_checks import SEED
-from btx_merge.model.merged import MergedModel, merged_shapes, open_config, open_merged
+from btx_merge.model.merged import MergedModel, open_config, open_merged
+from btx_merge.model.mixtral_limits import mixtral_refusals
 from btx_merge.model.records import RECIPE_FILE
 from btx_merge.model.router_state import untrained_experts
 from btx_merge.reporting import short
 from btx_merge.sources.locate import Located, locate
+from btx_merge.sources.source import SEED
 
 _AT_COMMIT = re.compile(r"(.+/.+)@([0-9a-f]{40})")
 

@@ -8,22 +8,19 @@ Legend: E experts, I width of one, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
+from btx_merge.architectures.btx import DOWN_EXPERTS, GATE_UP_EXPERTS, expert_names, merged_shapes
 from btx_merge.architectures.config_values import layer_problems, refuse_odd_values
-from btx_merge.architectures.llama import DOWN, GATE, UP, expected_tensors, normalise_config, per_layer
-from btx_merge.checkpoints.dtypes import STORED, Raw
-from btx_merge.checkpoints.stored import StoredTensor
+from btx_merge.architectures.llama import DOWN, GATE, UP, expected_tensors, normalise_config
+from btx_merge.checkpoints.dtypes import STORED
+from btx_merge.checkpoints.stored import StoredTensor, join, part_of
 from btx_merge.errors import InputError, Problem, capped
 from btx_merge.files.folder import file_problems
-from btx_merge.merging.experts import expert_names
-from btx_merge.merging.plan import DOWN_EXPERTS, GATE_UP_EXPERTS, ROUTER
 from btx_merge.model.other_folders import merged_config
 from btx_merge.reporting import short
 from btx_merge.sources.locate import SMALL_FILES, Located
@@ -31,54 +28,6 @@ from btx_merge.sources.tensors import read_tensors
 
 _MOST = 10_000
 """Layers, and experts, of a model that is described by its config alone."""
-SELECTION_BIAS = "model.layers.{layer}.mlp.routing.e_score_correction_bias"
-
-
-@dataclass(frozen=True, slots=True)
-class JoinedTensor(StoredTensor):
-    """Parts of one shape beside each other: rows below rows, or columns behind columns."""
-
-    parts: tuple[StoredTensor, ...] = ()
-    by_columns: bool = False
-
-    @property
-    def places(self) -> tuple[tuple[int, int], ...]:
-        return tuple(place for part in self.parts for place in part.places)
-
-    def read_rows(self, start: int, stop: int) -> Raw:
-        """Rows [start, stop) as flat bytes."""
-        if self.by_columns:
-            rows = [part.read_rows(start, stop).reshape(stop - start, -1).copy() for part in self.parts]
-            return np.concatenate(rows, axis=1).reshape(-1)
-        height = self.parts[0].shape[0]
-        pieces = []
-        for number, part in enumerate(self.parts):
-            first, last = max(start, number * height), min(stop, (number + 1) * height)
-            if first < last:
-                pieces.append(part.read_rows(first - number * height, last - number * height).copy())
-        return np.concatenate(pieces)
-
-
-def join(parts: Sequence[StoredTensor], by_columns: bool = False) -> StoredTensor:
-    """Tensors of one shape and dtype as one; a single one as it is."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    rows, columns = first.shape
-    shape = (rows, columns * len(parts)) if by_columns else (rows * len(parts), columns)
-    nbytes = first.nbytes * len(parts)
-    return JoinedTensor(first.name, first.file, first.dtype, shape, -1, nbytes, tuple(parts), by_columns)
-
-
-def part_of(tensor: StoredTensor, index: int, start: int = 0, stop: int | None = None) -> StoredTensor:
-    """Rows [start, stop) of `tensor[index]`, for a tensor [E, rows, columns]."""
-    _, rows, columns = tensor.shape
-    stop = rows if stop is None else stop
-    row_bytes = columns * STORED[tensor.dtype].itemsize
-    first = tensor.start + (index * rows + start) * row_bytes
-    return StoredTensor(
-        tensor.name, tensor.file, tensor.dtype, (stop - start, columns), first, (stop - start) * row_bytes
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,20 +248,3 @@ def _tensor_problems(model: MergedModel) -> Iterator[Problem]:
         elif tensor.dtype not in STORED:
             wanted = f"one of {', '.join(STORED)}"
             yield Problem("model", f"{tensor.file.name}: {name}", f"dtype {tensor.dtype}", wanted)
-
-
-def merged_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a BTX model of this config.json has; the head where it is untied."""
-    dense = normalise_config(config)
-    experts, width, hidden = config["num_local_experts"], config["intermediate_size"], config["hidden_size"]
-    out = {name: shape for name, shape in expected_tensors(dense).items() if ".mlp." not in name}
-    moe = {
-        ROUTER: (experts, hidden),
-        GATE_UP_EXPERTS: (experts, 2 * width, hidden),
-        DOWN_EXPERTS: (experts, hidden, width),
-    }
-    if config.get("router_selection_bias") and config.get("router_type", "top_k") in ("top_k", "switch"):
-        moe[SELECTION_BIAS] = (experts,)
-    for pattern, shape in moe.items():
-        out |= dict.fromkeys(per_layer(pattern, dense["num_hidden_layers"]), shape)
-    return out

@@ -10,7 +10,7 @@ from btx_merge.files.folder import file_problems, small_files
 from btx_merge.files.placing import check_target, partial_of
 from btx_merge.model.merged import MergedModel, open_merged
 from btx_merge.model.records import read_record
-from btx_merge.sizes import readable
+from btx_merge.reporting import readable
 from btx_merge.sources.locate import Located, locate
 from btx_merge.sources.tokenizer_files import has_tokenizer
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The verb `push`: a model or an adapter to the Hub."""

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from btx_merge.checkpoints.stored import StoredTensor, read_tensor_file
+from btx_merge.checkpoints.stored import StoredTensor
+from btx_merge.checkpoints.tensor_files import read_tensor_file
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.folder import is_plain_name, read_json
 from btx_merge.model.adapter_card import with_base

@@ -17,8 +17,8 @@ from btx_merge.checkpoints.layout import INDEX_FILE
 from btx_merge.checkpoints.stored import StoredTensor
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.folder import read_json, read_text
-from btx_merge.merging.card import with_path
-from btx_merge.merging.files import MODEL_CODE
+from btx_merge.model.card import with_path
+from btx_merge.model.files import MODEL_CODE
 from btx_merge.publishing.adapter import published_adapter
 from btx_merge.publishing.card import card_problems
 from btx_merge.publishing.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BTX, Kind, kind_of

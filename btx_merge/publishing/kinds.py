@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from btx_merge.checkpoints.layout import INDEX_FILE
-from btx_merge.merging.files import MODEL_CODE, PICTURE, ROUTING
+from btx_merge.model.files import MODEL_CODE, PICTURE, ROUTING
 from btx_merge.model.records import RECIPE_FILE
 from btx_merge.sources.tokenizer_files import TOKENIZER_FILES
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from btx_merge.architectures.llama import is_computed
-from btx_merge.checkpoints.stored import StoredTensor, read_tensor_file, stored_tensors
+from btx_merge.checkpoints.stored import StoredTensor
+from btx_merge.checkpoints.tensor_files import read_tensor_file, stored_tensors
 from btx_merge.errors import InputError, Problem
-from btx_merge.merging.recipe_checks import SEED
-from btx_merge.sources.source import Source
+from btx_merge.sources.source import SEED, Source
 
 _DIGEST_BYTES = 16
 

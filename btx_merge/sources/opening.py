@@ -8,21 +8,9 @@ from pathlib import Path
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.folder import file_problems
-from btx_merge.merging.recipe import ExpertSpec, MergeRecipe
-from btx_merge.merging.recipe_checks import SEED
 from btx_merge.sources.adapters.opening import open_adapter
 from btx_merge.sources.locate import SMALL_FILES, Located, locate
-from btx_merge.sources.source import Source, open_checkpoint
-
-
-def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list[Source], list[Problem]]:
-    """The seed, then the experts in the recipe's order, opened without reading weights; and why others were not.
-
-    `scratch` makes a folder for what peft has to merge itself (adapters that are not plain LoRA).
-    """
-    seed, problems = open_each({SEED: ExpertSpec(recipe.seed, recipe.seed_weight)}, None, scratch)
-    experts, more = open_each(recipe.experts, seed.get(SEED), scratch)
-    return [*seed.values(), *experts.values()], [*problems, *more]
+from btx_merge.sources.source import ExpertSpec, Source, open_checkpoint
 
 
 def open_each(

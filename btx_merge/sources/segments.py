@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,3 +26,11 @@ def runs(source_row: NDArray[np.integer[Any]]) -> tuple[Segment, ...]:
         return ()
     breaks = np.flatnonzero((np.diff(owned) != 1) | (np.diff(source_row[owned]) != 1)) + 1
     return tuple(Segment(int(run[0]), int(source_row[run[0]]), len(run)) for run in np.split(owned, breaks))
+
+
+def within(segments: Sequence[Segment], start: int, stop: int) -> Iterator[Segment]:
+    """The parts of the segments that lie in the result's rows [start, stop)."""
+    for segment in segments:
+        first, last = max(start, segment.out), min(stop, segment.out + segment.count)
+        if first < last:
+            yield Segment(first, segment.source + first - segment.out, last - first)

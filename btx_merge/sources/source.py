@@ -5,8 +5,10 @@ A source is a checkpoint, or a LoRA adapter over its base; from here on nobody n
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,19 @@ from btx_merge.checkpoints.dtypes import STORED, Float32, Raw, all_finite, to_fl
 from btx_merge.checkpoints.stored import StoredTensor
 from btx_merge.errors import InputError, NonFiniteError, Problem
 from btx_merge.files.folder import read_json
+from btx_merge.reporting import short
 from btx_merge.sources.adapters.lora_delta import LoraDelta
 from btx_merge.sources.cards import card_texts
 from btx_merge.sources.locate import Located
 from btx_merge.sources.tensors import read_tensors
 from btx_merge.sources.tokenizer_files import TOKENIZER_FILES, has_tokenizer
+from btx_merge.values import is_number, is_text, unknown_problems
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+SEED = "seed"
+"""The name of the seed among the sources."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,3 +175,54 @@ def _refuse_other_models(name: str, raw: Mapping[str, Any]) -> None:
         problems.append(Problem(name, "config.json", f"a quantised checkpoint ({method})", "plain weights", remedy))
     if problems:
         raise InputError(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSpec:
+    """One expert of the recipe."""
+
+    model: str
+    """A folder, a Hub id `org/name` or `org/name@revision`; a checkpoint or a PEFT adapter."""
+    weight: float = 1.0
+    """Its share when the combining is weighted, relative to the others'. At least 0."""
+    base: str | None = None
+    """For an adapter: the model it was trained on, where that is not the seed."""
+
+
+def _as_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def as_spec(name: Any, spec: Any, key: str = "experts") -> ExpertSpec:
+    """An expert of a recipe from plain values: a model, or a mapping with `model:`.
+
+    Args:
+        key: the mapping that it stands in, as errors name it.
+
+    Raises:
+        InputError: a name or a value that cannot be meant.
+    """
+    where = f"{key}.{name if isinstance(name, str) else short(name)}"
+    if isinstance(spec, (str, Path)):
+        spec = {"model": str(spec)}
+    if isinstance(spec, ExpertSpec):
+        spec = asdict(spec)
+    if not isinstance(spec, Mapping):
+        raise InputError([Problem("recipe", where, short(spec), "a model, or `model:` and `weight:`")])
+    known = [item.name for item in fields(ExpertSpec)]
+    problems = unknown_problems("recipe", spec, known, f"{where}.")
+    values = {"weight": 1.0, "base": None, **{key: _as_text(spec[key]) for key in known if key in spec}}
+    if not values.get("model"):
+        problems.append(Problem("recipe", where, "no model", "`model: folder or org/name`"))
+    elif not is_text(values["model"]):
+        problems.append(Problem("recipe", f"{where}.model", short(values["model"]), "a folder or org/name"))
+    if not is_number(values["weight"]) or not 0 <= values["weight"] < math.inf:
+        problems.append(Problem("recipe", f"{where}.weight", short(values["weight"]), "a number, at least 0"))
+    if values["base"] is not None and not (values["base"] and is_text(values["base"])):
+        problems.append(Problem("recipe", f"{where}.base", short(values["base"]), "a folder or org/name"))
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == SEED:
+        expected = "letters, digits, `_`, `-`, `.`; not `seed`, which is the seed's own"
+        problems.append(Problem("recipe", key, f"the name {short(name)}", expected))
+    if problems:
+        raise InputError(problems)
+    return ExpertSpec(**values)

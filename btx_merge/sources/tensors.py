@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.architectures.llama import HEAD, is_computed
-from btx_merge.checkpoints.stored import StoredTensor, read_tensor_file
+from btx_merge.checkpoints.stored import StoredTensor
+from btx_merge.checkpoints.tensor_files import read_tensor_file
 from btx_merge.errors import InputError, Problem, capped
 from btx_merge.files.folder import is_plain_name, read_json
 

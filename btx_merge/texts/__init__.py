@@ -1,1 +1,1 @@
-"""TODO."""
+"""Texts by domain: what the user names, its records, and windows of tokens."""

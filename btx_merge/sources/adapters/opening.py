@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.architectures.llama import EMBEDDING, HEAD
-from btx_merge.checkpoints.stored import StoredTensor, read_tensor_file
+from btx_merge.checkpoints.stored import StoredTensor
+from btx_merge.checkpoints.tensor_files import read_tensor_file
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.folder import read_json
-from btx_merge.merging.recipe import ExpertSpec
 from btx_merge.sources.adapters.base import adapter_base
 from btx_merge.sources.adapters.lora_delta import LoraDelta, is_plain_lora, same_bytes, same_delta, split_adapter
 from btx_merge.sources.adapters.targets import Matches, modules_of, saved_whole, targeted
 from btx_merge.sources.adapters.through_peft import BY_NOBODY, grown_rows, merge_through_peft
 from btx_merge.sources.locate import Located
-from btx_merge.sources.source import Source, open_checkpoint
+from btx_merge.sources.source import ExpertSpec, Source, open_checkpoint
 
 _CONFIG = "adapter_config.json"
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
