@@ -33,7 +33,7 @@ from btx_merge.sources.opening import open_source
 from btx_merge.sources.source import ExpertSpec
 from btx_merge.sources.tensors import read_tensors
 from btx_merge.texts.readers import READERS, read_file
-from tests.common import files_of, grow, save_seed
+from tests.support.common import files_of, grow, save_seed
 
 LIMIT_S = 10
 LIMIT_BYTES = 3_000_000_000

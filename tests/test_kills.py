@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from btx_merge import EditRecipe, FitRecipe, MergeRecipe, edit, export, extract, fit, merge
-from tests.common import files_of, grow, save_seed
+from tests.support.common import files_of, grow, save_seed
 
 KILLS = 40
 """For each verb."""

@@ -17,7 +17,7 @@ import pytest
 
 import btx_merge
 from btx_merge.model.files import MODEL_CODE
-from tests import warm
+from tests.support import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
