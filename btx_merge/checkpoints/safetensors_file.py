@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.checkpoints.dtypes import STORED
-from btx_merge.checkpoints.stored import StoredTensor, _checked, _problem
+from btx_merge.checkpoints.stored import StoredTensor, checked_file, file_problem
 from btx_merge.errors import InputError, Problem, capped
 from btx_merge.files.bounded_json import parse_json
 
@@ -38,7 +38,7 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
         InputError: the file is truncated, or its header is no JSON, names a tensor twice, or lies about
             offsets or shapes. All such problems of the file in one error.
     """
-    size = _checked(file).stat().st_size
+    size = checked_file(file).stat().st_size
     with file.open("rb") as stream:
         head = stream.read(8)
         length = int.from_bytes(head, "little")
@@ -49,14 +49,14 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
             expected = "a safetensors file"
             if _MAX_HEADER < length <= size - 8:
                 found, expected = f"a header of {length:,} bytes", f"at most {_MAX_HEADER:,}"
-            raise InputError([_problem(file, found, expected, _FETCH_AGAIN)])
+            raise InputError([file_problem(file, found, expected, _FETCH_AGAIN)])
         try:
             header = parse_json(stream.read(length), object_pairs_hook=_refuse_duplicates)
             if not isinstance(header, dict):
                 raise ValueError("it is no JSON object")
         except ValueError as error:
             remedy = "Save the checkpoint again with save_pretrained, or download it again."
-            raise InputError([_problem(file, f"unreadable header: {error}", "", remedy)]) from error
+            raise InputError([file_problem(file, f"unreadable header: {error}", "", remedy)]) from error
     header.pop("__metadata__", None)
     problems, tensors = [], {}
     for name, entry in header.items():
@@ -74,7 +74,7 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
                 f"the header's entry for {name} is malformed: {repr(entry)[:_MAX_SHOWN]}",
                 "dtype, shape, data_offsets",
             )
-            problems.append(_problem(file, found, expected, _FETCH_AGAIN))
+            problems.append(file_problem(file, found, expected, _FETCH_AGAIN))
             continue
         tensors[name] = StoredTensor(name, file, dtype, shape, 8 + length + begin, end - begin)
     if problems := [*capped(problems), *_layout_problems(file, size, 8 + length, list(tensors.values()))]:
@@ -102,15 +102,15 @@ def _layout_problems(file: Path, size: int, data_start: int, tensors: list[Store
         if width is not None and tensor.nbytes != wanted:
             found = f"the header gives {tensor.name} {tensor.nbytes:,} bytes"
             expected = f"{wanted:,} for shape {list(tensor.shape)} in {tensor.dtype}"
-            wrong_sizes.append(_problem(file, found, expected, _FETCH_AGAIN))
+            wrong_sizes.append(file_problem(file, found, expected, _FETCH_AGAIN))
         if tensor.start != expected_start:
             found = f"the header puts {tensor.name} at byte {tensor.start:,}"
-            problems.append(_problem(file, found, f"byte {expected_start:,}", _FETCH_AGAIN))
+            problems.append(file_problem(file, found, f"byte {expected_start:,}", _FETCH_AGAIN))
         expected_start = tensor.start + tensor.nbytes
     problems = [*capped(wrong_sizes), *capped(problems)]
     if expected_start > size:
-        problems.append(_problem(file, f"truncated: {size:,} bytes", f"{expected_start:,}", _FETCH_AGAIN))
+        problems.append(file_problem(file, f"truncated: {size:,} bytes", f"{expected_start:,}", _FETCH_AGAIN))
     elif expected_start < size and not problems:
         found = f"{size - expected_start:,} bytes behind the last tensor"
-        problems.append(_problem(file, found, f"{expected_start:,} bytes in all", _FETCH_AGAIN))
+        problems.append(file_problem(file, found, f"{expected_start:,} bytes in all", _FETCH_AGAIN))
     return problems

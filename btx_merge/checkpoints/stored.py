@@ -1,7 +1,6 @@
-"""Where every tensor of a checkpoint file lies: safetensors and torch's own format, read without their data.
+"""A tensor as it lies in a file, or in parts of several: rows are read, never the whole.
 
-Both formats end up as `StoredTensor`: a range of bytes in a file. The rest of the package knows no formats.
-A file is never trusted: what its header promises is held against its size, and every error names the file.
+Every format ends up as `StoredTensor`: a range of bytes in a file. The rest of the package knows no formats.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class StoredTensor:
             while filled < nbytes:
                 got = file.readinto(out.data[filled:])
                 if not got:
-                    raise InputError([_problem(self.file, f"ends inside tensor {self.name}", "", _FETCH_AGAIN)])
+                    raise InputError([file_problem(self.file, f"ends inside tensor {self.name}", "", _FETCH_AGAIN)])
                 filled += got
             if not was_cached(self.file):
                 forget_range(file.fileno(), first, nbytes)
@@ -72,11 +71,11 @@ _SAVE_AGAIN = "Save it as safetensors: load it in transformers and call save_pre
 _FETCH_AGAIN = "Download or copy the file again."
 
 
-def _problem(file: Path, found: str, expected: str = "", remedy: str = "") -> Problem:
+def file_problem(file: Path, found: str, expected: str = "", remedy: str = "") -> Problem:
     return Problem(file.parent.name, file.name, found, expected, remedy)
 
 
-def _checked(file: Path) -> Path:
+def checked_file(file: Path) -> Path:
     try:
         return checked(file)
     except InputError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from btx_merge.checkpoints.safetensors_file import read_safetensors
-from btx_merge.checkpoints.stored import StoredTensor, _problem
+from btx_merge.checkpoints.stored import StoredTensor, file_problem
 from btx_merge.checkpoints.torch_file import read_torch
 from btx_merge.errors import InputError
 
@@ -15,7 +15,7 @@ def read_tensor_file(file: Path) -> dict[str, StoredTensor]:
     try:
         return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
     except OSError as error:
-        raise InputError([_problem(file, error.strerror or str(error), "a file that can be read")]) from error
+        raise InputError([file_problem(file, error.strerror or str(error), "a file that can be read")]) from error
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:

@@ -1,6 +1,6 @@
 """Tensor, expert and fully sharded data parallelism: two real processes beside one.
 
-`torchrun` starts tests/support/distributed_worker.py once for a table of cases; each test judges what one case measured.
+`torchrun` starts `tests.support.distributed_worker` once for a table of cases; each test judges what one measured.
 Differences are relative to the largest expected value of a tensor, and the worst of both processes counts.
 """
 
