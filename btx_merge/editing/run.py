@@ -26,6 +26,7 @@ from btx_merge.files.changes import ReadFiles
 from btx_merge.files.disk_errors import continuable
 from btx_merge.files.folder import copy_file, file_problems, read_text, small_files, write_json
 from btx_merge.files.scratch import move_in, scratch_folder
+from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.run import device_problems, fit_folder
 from btx_merge.merging.experts import expert_rows
 from btx_merge.merging.files import add_tokens
@@ -221,20 +222,10 @@ def _fit(
     planned: EditPlan, folder: Path, files: Path, device: str | None, on_layer: Callable[[int, int], None] | None
 ) -> list[LayerFit]:
     recipe = planned.recipe
-    return fit_folder(
-        folder,
-        files,
-        {text.name: text for text in recipe.domain_text},
-        {},
-        domain_tokens=recipe.domain_tokens,
-        statistics=None,
-        device=device,
-        on_layer=on_layer,
-        router="ridge",
-        through="expert",
-        router_ridge=recipe.router_ridge,
-        rows=planned.fitted_rows,
-    )
+    texts = {text.name: text for text in recipe.domain_text}
+    rows = tuple(planned.fitted_rows)
+    task = FitTask(texts, {}, recipe.domain_tokens, router="ridge", router_ridge=recipe.router_ridge, rows=rows)
+    return fit_folder(folder, files, task, statistics=None, device=device, on_layer=on_layer)
 
 
 def _write_records(edited: _Edit, files: Path, layers: list[LayerFit]) -> None:

@@ -61,3 +61,24 @@ class FitRecipe:
             problems.append(Problem("recipe", unused, f"given, but method {self.method} does not use it"))
         if problems:
             raise InputError(problems)
+
+
+@dataclass(frozen=True)
+class FitTask:
+    """What is fitted in a checkpoint, on what, and how. Each verb that fits says it in this form."""
+
+    texts: Mapping[str, DomainText]
+    prompts: Mapping[str, Sequence[str]]
+    domain_tokens: int
+    router: str | None
+    """ridge, prompts, or None for routers that stay."""
+    combine: str | None = None
+    """regmean, regmean_merged, or None for shared weights that stay."""
+    through: str = "expert"
+    """expert, to send tokens through their own domain's on the way to the next layer; or router."""
+    router_ridge: float = 0.001
+    regmean_ridge: float = 0.01
+    averaged: int = 0
+    """For `combine`: of how many sources the means are from which it sets out."""
+    rows: tuple[int, ...] | None = None
+    """The experts whose router rows are fitted by ridge, while the others' stay; all by default."""

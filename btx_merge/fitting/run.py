@@ -14,7 +14,7 @@ from btx_merge.checkpoints.copying import copy_staging, same_layout
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.disk_errors import continuable
 from btx_merge.files.folder import copy_file, read_json, small_files
-from btx_merge.fitting.recipe import FitRecipe
+from btx_merge.fitting.recipe import FitRecipe, FitTask
 from btx_merge.model.card import ROUTERS_TITLE
 from btx_merge.model.files import copy_model_code
 from btx_merge.model.held_out import router_results, router_table
@@ -24,7 +24,7 @@ from btx_merge.sources.locate import Located
 from btx_merge.sources.source import SEED
 from btx_merge.sources.text_checks import check_texts
 from btx_merge.sources.tokenizer_files import copy_templates
-from btx_merge.texts.references import DomainText, public_record, public_reference
+from btx_merge.texts.references import public_record, public_reference
 
 if TYPE_CHECKING:
     from btx_merge.model.held_out import LayerFit
@@ -84,18 +84,21 @@ def fit(
     with continuable(target), copy_staging(layout, located.folder, located.stamps, target, on_note) as staging:
         staging.write()
         try:
-            layers = fit_folder(
-                staging.folder,
-                located.folder,
+            task = FitTask(
                 {text.name: text for text in recipe.domain_text},
                 recipe.prompts,
-                domain_tokens=recipe.domain_tokens,
-                statistics=statistics,
-                device=device,
-                on_layer=on_layer,
+                recipe.domain_tokens,
                 router=recipe.method,
                 through=recipe.fit_through,
                 router_ridge=recipe.router_ridge,
+            )
+            layers = fit_folder(
+                staging.folder,
+                located.folder,
+                task,
+                statistics=statistics,
+                device=device,
+                on_layer=on_layer,
             )
         except InputError:
             staging.discard()  # a copy of weights is soon made again
@@ -148,18 +151,14 @@ def _name_problems(recipe: FitRecipe, folder: Path) -> list[Problem]:
 def fit_folder(
     folder: Path,
     files: Path,
-    texts: Mapping[str, DomainText],
-    prompts: Mapping[str, Sequence[str]],
+    task: FitTask,
     *,
-    domain_tokens: int,
     statistics: str | Path | None,
     device: str | None,
     on_layer: OnLayer | None,
-    combine: str | None = None,
     sources: Mapping[str, tuple[Source, Sequence[Segment]]] | None = None,
-    **options: Any,
 ) -> list[LayerFit]:
-    """Fit a checkpoint in `folder` in place; config and tokenizer lie in `files`. `options` are `Walk`'s.
+    """Fit a checkpoint in `folder` in place; config and tokenizer lie in `files`.
 
     Args:
         sources: what shared weights are fitted to, by expert: the dense source, and which rows of its embedding belong
@@ -177,20 +176,21 @@ def fit_folder(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = Checkpoint(folder, place)
     config = BTXConfig.from_pretrained(files)
+    read = {name: [*map(public_reference, text.references), text.weight] for name, text in task.texts.items()}
     key = {
         "model": checkpoint.digest(),
         "experts": expert_names(config.to_dict()),
-        "domain_text": {name: [*map(public_reference, text.references), text.weight] for name, text in texts.items()},
-        "prompts": {name: list(lines) for name, lines in prompts.items()},
-        "domain_tokens": domain_tokens,
-        "router": options["router"],
-        "combine": combine,
-        "fit_through": options["through"],
+        "domain_text": read,
+        "prompts": {name: list(lines) for name, lines in task.prompts.items()},
+        "domain_tokens": task.domain_tokens,
+        "router": task.router,
+        "combine": task.combine,
+        "fit_through": task.through,
     }
     kept = Statistics(Path(statistics).expanduser() if statistics else None, key)
-    streams = streams_of(files, config, texts, prompts, domain_tokens)
+    streams = streams_of(files, config, task.texts, task.prompts, task.domain_tokens)
     dense = {name: DenseSource(source, segments, place) for name, (source, segments) in (sources or {}).items()}
-    walk = Walk(checkpoint, config, streams, kept, combine=combine, sources=dense, **options)
+    walk = Walk(checkpoint, config, streams, kept, task, dense)
     layers = walk.run(on_layer or (lambda done, all: None))
     kept.complete()
     return layers

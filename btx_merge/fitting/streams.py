@@ -27,7 +27,7 @@ _HELD_OUT = 0.1
 
 
 @dataclass(eq=False)
-class Stream:
+class TokenStream:
     """The tokens of one domain on their way through the model."""
 
     name: str
@@ -44,6 +44,11 @@ class Stream:
     """Hidden states in the merged model, [B, T, H]."""
     dense: torch.Tensor = field(init=False)
     """Hidden states in its own source, where shared weights are fitted."""
+
+    @property
+    def all(self) -> slice:
+        """All windows."""
+        return slice(0, len(self.ids))
 
     @property
     def fitted(self) -> slice:
@@ -76,7 +81,7 @@ def streams_of(
     texts: Mapping[str, DomainText],
     prompts: Mapping[str, Sequence[str]],
     domain_tokens: int,
-) -> list[Stream]:
+) -> list[TokenStream]:
     """The tokens of every domain, in windows.
 
     Raises:
@@ -90,12 +95,12 @@ def streams_of(
         windows = packed_windows(documents(text, tokenizer), tokenizer, length, name)
         found = list(itertools.islice(windows, max(1, domain_tokens // length)))
         ids, positions = (torch.tensor(part) for part in zip(*found, strict=True))
-        streams.append(Stream(name, own_experts(name, names), ids, positions, text.weight))
+        streams.append(TokenStream(name, own_experts(name, names), ids, positions, text.weight))
     for name, lines in prompts.items():
         tokens = [tokenizer(line)["input_ids"][: config.max_position_embeddings] for line in lines]
         ids = torch.tensor([[token for line in tokens for token in line]])
         positions = torch.tensor([[position for line in tokens for position in range(len(line))]])
-        streams.append(Stream(name, own_experts(name, names), ids, positions, is_prompt=True))
+        streams.append(TokenStream(name, own_experts(name, names), ids, positions, is_prompt=True))
     largest = max(int(stream.ids.max()) for stream in streams)
     if largest >= config.vocab_size:
         found_id = f"the tokenizer gives the id {largest}"

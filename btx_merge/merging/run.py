@@ -19,7 +19,7 @@ from btx_merge.files.changes import ReadFiles, Stamp
 from btx_merge.files.disk_errors import continuable
 from btx_merge.files.placing import check_target
 from btx_merge.files.scratch import scratch_folder
-from btx_merge.fitting.recipe import ROUTER_FITS
+from btx_merge.fitting.recipe import ROUTER_FITS, FitTask
 from btx_merge.fitting.run import OnLayer, device_problems, fit_folder
 from btx_merge.merging.checks import examine
 from btx_merge.merging.combine import cast, shared_rows
@@ -206,23 +206,18 @@ def _fit(
         segments = plan.vocabulary.segments
         named = [source for source in plan.experts if source.name in recipe.domain_text]
         sources = {source.name: (source, segments[source.name]) for source in named}
-    return fit_folder(
-        folder,
-        files,
+    task = FitTask(
         recipe.domain_text,
         recipe.prompts,
-        domain_tokens=recipe.domain_tokens,
-        statistics=statistics,
-        device=device,
-        on_layer=on_layer,
+        recipe.domain_tokens,
         router=recipe.router_init if recipe.router_init in ROUTER_FITS else None,
         combine=recipe.combine if recipe.fits_shared else None,
-        sources=sources,
-        averaged=len(plan.experts),
         through=recipe.fit_through,
         router_ridge=recipe.router_ridge,
         regmean_ridge=recipe.regmean_ridge,
+        averaged=len(plan.experts),
     )
+    return fit_folder(folder, files, task, sources=sources, statistics=statistics, device=device, on_layer=on_layer)
 
 
 def fill(plan: Plan, job: Job) -> Iterator[Block]:
