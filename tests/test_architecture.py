@@ -138,7 +138,10 @@ def test_modules_and_functions_can_be_read_in_one_go():
         assert text.count("\n") <= 320, name
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef) and name not in LONG_SIGNATURES:
-                assert node.end_lineno - node.lineno < 60, f"{name}.{node.name}"
+                first = node.body[0]
+                is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+                docstring = first.end_lineno - first.lineno + 1 if is_docstring else 0
+                assert node.end_lineno - node.lineno - docstring < 60, f"{name}.{node.name}"
 
 
 LONG_SIGNATURES = ("cli.edit", "cli.fit", "cli.merge", "cli.push", "cli.recipe", "cli.train")
