@@ -144,7 +144,7 @@ def test_sdist(sdist):
         "README.md",
         "pyproject.toml",
         "setup.cfg",
-        "btx_merge/cli.py",
+        "btx_merge/cli/app.py",
         "modeling/modeling_btx.py",
     ):
         assert f"{name}/{file}" in names
@@ -158,9 +158,10 @@ def test_wheel(wheel):
         metadata = email.message_from_bytes(archive.read(f"{name}.dist-info/METADATA"))
         licence = archive.read(f"{name}.dist-info/licenses/LICENSE").decode()
     assert {file.split("/")[0] for file in names} == {"btx_merge", f"{name}.dist-info"}
-    ours = {f"btx_merge/{file.name}" for file in (ROOT / "btx_merge").glob("*.py")}
+    ours = {file.relative_to(ROOT).as_posix() for file in (ROOT / "btx_merge").rglob("*.py")}
     ours |= {f"btx_merge/modeling/{file.name}" for file in (ROOT / "modeling").glob("*.py")}
     assert {file for file in names if file.endswith(".py")} == ours
+    assert "btx_merge/py.typed" in names
     assert metadata["Name"] == "btx-merge"
     assert metadata["Version"] == btx_merge.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -236,4 +237,4 @@ def test_the_command_of_the_installed_wheel(installed, tmp_path):
     assert "check" in done.stdout
     where = "import btx_merge.cli.app; print(btx_merge.cli.app.__file__)"
     done = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == str(installed / "btx_merge" / "cli.py")
+    assert done.stdout.strip() == str(installed / "btx_merge" / "cli" / "app.py")

@@ -12,7 +12,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.reporting import printable
 
 _MOST_CHARACTERS = 2_000_000
-_MOST_NODES = 100_000
+_MOST_NODES = 50_000
 _MOST_DEPTH = 50
 _MOST_DIGITS = 100
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")

@@ -246,8 +246,8 @@ def _loading_problems(folder: Path, stored: Mapping[str, StoredTensor] | None) -
 
 
 def _load(folder: Path) -> dict[str, Any]:
-    """What `load_as_stranger.load` says, in a process that has no token and a cache of its own."""
-    script = Path(__file__).with_name("load_as_stranger.py").read_text(encoding="utf-8")
+    """What `load_alone.load` says, in a process that has no token and a cache of its own."""
+    script = Path(__file__).with_name("load_alone.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="btx-load-") as scratch:
         kept = {key: value for key, value in os.environ.items() if "TOKEN" not in key}
         own = {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}

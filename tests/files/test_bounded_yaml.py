@@ -57,14 +57,14 @@ HOSTILE = {
 def test_hostile_files(name: str, read: Callable[[Path], Any], tmp_path: Path) -> None:
     file = tmp_path / "merge.yaml"
     file.write_text(HOSTILE[name])
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(InputError) as caught:
         read(file)
     (problem,) = caught.value.problems
     assert problem.where == str(file)
     assert len(str(problem)) < 1000
     assert "\n" not in str(problem)
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 60
 
 
 def test_an_error_names_the_place(tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_aliases_that_do_not_expand_are_taken() -> None:
 def test_twenty_thousand_experts(tmp_path: Path) -> None:
     lines = "".join(f"  e{n}: org/model-{n}\n" for n in range(20_000))
     (tmp_path / "merge.yaml").write_text(f"seed: org/s\nexperts:\n{lines}")
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(MergeRecipe.from_yaml(tmp_path / "merge.yaml").experts) == 20_000
-    assert time.perf_counter() - began < 20
+    assert time.process_time() - began < 60
 
 
 def test_thousands_of_unknown_keys_are_counted() -> None:
