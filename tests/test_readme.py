@@ -102,7 +102,7 @@ def shorter(text: str) -> str:
 
 def run_commands(block: str) -> None:
     """Run each command of a block; what it writes is a whole model."""
-    for line in block.splitlines():
+    for line in block.replace("\\\n", " ").splitlines():
         if not line.strip() or line.startswith(NOT_RUN):
             continue
         name, *words = shlex.split(shorter(line), comments=True)

@@ -159,7 +159,7 @@ def print_report(report: Report) -> None:
     if report.layers:
         lines["routers"] = fit_line(report.layers)
     if plan.recipe.router_init in ("random", "zeros"):
-        lines["next"] = "the routers are untrained: finetune them before you judge the model"
+        lines["routers"] = "untrained: fit or train them before you judge the model"
     console.print(_facts(lines))
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from btx_merge.cli.options import Device, Json, Model, Output, Overwrite, Quiet, Workers, option, pairs
-from btx_merge.cli.printing import note, result, warn
+from btx_merge.cli.printing import note, result, tell_next, warn
 from btx_merge.editing.recipe import ROW_INITS, SHARED_UPDATES, EditRecipe
 from btx_merge.errors import InputError, Problem
 from btx_merge.texts.references import parse_domain_texts
@@ -133,6 +133,7 @@ def edit_command(
         if report.layers:
             result(f"routers  {fit_line(report.layers)}")
         result(f"took     {report.seconds:.1f} s")
+        tell_next(output)
 
 
 def _number(name: str, value: str) -> float:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from btx_merge.cli.options import Json, Model, Output, Overwrite, Quiet, Workers, option
-from btx_merge.cli.printing import note, warn
+from btx_merge.cli.printing import note, tell_next, warn
 from btx_merge.errors import InputError, Problem
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def export_command(
         raise InputError([Problem("command", "OUT", "given twice" if folder else "missing", "one folder")])
     _run(
         "exporting",
+        folder,
         lambda **shown: export(
             model,
             folder,
@@ -78,6 +79,7 @@ def extract_command(
 
     _run(
         "extracting",
+        output,
         lambda **shown: extract(
             model, expert, output, overwrite=overwrite, workers=workers, max_shard_size=max_shard_size, **shown
         ),
@@ -86,7 +88,7 @@ def extract_command(
     )
 
 
-def _run(verb: str, work: Callable[..., ExportReport], quiet: bool, json_output: bool) -> None:
+def _run(verb: str, written: Path, work: Callable[..., ExportReport], quiet: bool, json_output: bool) -> None:
     """Does the work under a bar, and prints what it did."""
     from btx_merge.cli.display import ProgressBar, print_export
 
@@ -98,3 +100,4 @@ def _run(verb: str, work: Callable[..., ExportReport], quiet: bool, json_output:
         print(json.dumps(report.to_dict(), indent=2))
     elif not quiet:
         print_export(report)
+        tell_next(written)

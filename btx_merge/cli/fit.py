@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from btx_merge.cli.options import Device, Json, Model, Output, Overwrite, Quiet, lists, option
-from btx_merge.cli.printing import note, result
+from btx_merge.cli.printing import note, result, tell_next
 from btx_merge.fitting.recipe import FIT_THROUGH, ROUTER_FITS
 from btx_merge.texts.references import parse_domain_texts
 
@@ -73,3 +73,4 @@ def fit_command(
         if report.layers:
             result(f"routers  {fit_line(report.layers)}")
         result(f"took     {report.seconds:.1f} s")
+        tell_next(output)

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from btx_merge.cli.options import Device, Json, Overwrite, Quiet, Workers, option
-from btx_merge.cli.printing import note, warn
+from btx_merge.cli.printing import note, tell_next, warn
 from btx_merge.cli.recipe import GivenRecipe, takes_recipe
 from btx_merge.errors import InputError, Problem
 
@@ -99,6 +99,7 @@ def merge_command(
         print(json.dumps(report.to_dict(), indent=2))
     elif not quiet:
         print_report(report)
+        tell_next(output)
 
 
 def _hush(quiet: bool) -> None:

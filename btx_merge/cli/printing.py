@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from btx_merge.errors import Problem
 from btx_merge.reporting import printable
 
-_STYLES = {"error": "red", "warning": "yellow", "note": ""}
+_STYLES = {"error": "red", "warning": "yellow", "note": "", "next": ""}
 
 
 def error(line: str) -> None:
@@ -30,6 +31,14 @@ def warn(warnings: Iterable[Problem]) -> None:
     """Print warnings, one a line."""
     for problem in warnings:
         warning(str(problem))
+
+
+def tell_next(result: Path) -> None:
+    """Print which commands lead on from what a verb has written."""
+    from btx_merge.model.info import next_commands
+
+    for command in next_commands(result):
+        _tell("next", command)
 
 
 def result(line: str) -> None:

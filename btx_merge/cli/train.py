@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from btx_merge.cli.options import Json, Overwrite, Quiet, option
-from btx_merge.cli.printing import result, warning
+from btx_merge.cli.printing import result, tell_next, warning
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.finetuning.launched import own_local_rank, own_rank
@@ -116,6 +116,7 @@ def train_command(
     elif not quiet:
         result(f"written  {report.output}")
         result(f"took     {report.seconds:.1f} s")
+        tell_next(output)
 
 
 def _show(line: str) -> None:

@@ -7,12 +7,13 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from btx_merge.architectures.btx import active_parameters, experts_per_token, merged_shapes
 from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES, STORED, TORCH_NAMES
 from btx_merge.files.bounded_yaml import read_yaml
-from btx_merge.files.folder import checked
+from btx_merge.files.folder import checked, read_json
 from btx_merge.model.merged import MergedModel, open_config, open_merged
 from btx_merge.model.mixtral_limits import mixtral_refusals
 from btx_merge.model.records import RECIPE_FILE
@@ -121,6 +122,28 @@ def info(model: str) -> ModelInfo:
         history=tuple(_history(recipe)),
         next=tuple(_next(str(model), merged, untrained)),
     )
+
+
+def next_commands(result: str | Path) -> tuple[str, ...]:
+    """Return the commands that lead on from what a verb has written: the next verb, or a program that serves it.
+
+    Args:
+        result: a merged model, an export (a GGUF is a file), an extracted expert, or an adapter.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    path, given = Path(result), shlex.quote(str(result))
+    if path.is_file():
+        return (f"llama-server -m {given}",)
+    if (path / "adapter_config.json").exists():
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        trained_on_folder = isinstance(base, str) and Path(base).is_dir()
+        return (f"btx push {given} ORG/NAME" + (" --base-model ORG/BASE" if trained_on_folder else ""),)
+    kind = read_json(path / "config.json").get("model_type")
+    if kind == "btx":
+        return info(str(result)).next
+    return (*((f"vllm serve {given}",) if kind == "mixtral" else ()), f"btx push {given} ORG/NAME")
 
 
 def _recipe(located: Located) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from btx_merge import (
     info,
     merge,
 )
+from btx_merge.model.info import next_commands
 from tests.cli.test_app import HEAVY, btx, errors_of, imported_by
 from tests.conftest import Family
 from tests.support.common import edit_json, files_of
@@ -210,3 +211,43 @@ def test_a_report_is_frozen(merged: Path) -> None:
     assert isinstance(found, ModelInfo)
     with pytest.raises(AttributeError):
         found.routers = "trained"  # type: ignore[misc]
+
+
+# What each verb tells at its end
+
+
+def told_next(*arguments: str | Path) -> list[str]:
+    """Run a command and return the commands that it names at its end, on stderr."""
+    done = btx(*map(str, arguments))
+    assert done.returncode == 0, done.stderr
+    assert "next: " not in done.stdout
+    return [line.removeprefix("next: ") for line in done.stderr.splitlines() if line.startswith("next: ")]
+
+
+def test_each_verb_says_which_comes_next(merged: Path, texts: dict[str, str], tmp_path: Path) -> None:
+    """As `btx info` says of the result; a command with --quiet or --json says nothing."""
+    given = [word for name, text in texts.items() for word in ("--domain-text", f"{name}={text}")]
+    fitted, small = tmp_path / "fitted", tmp_path / "small"
+    mixtral, code = tmp_path / "mixtral", tmp_path / "code"
+    lead_on = [f"btx export {fitted} fitted-mixtral", f"btx push {fitted} ORG/NAME"]
+    assert told_next("fit", merged, *given, "-o", fitted) == lead_on == list(info(str(fitted)).next)
+    assert told_next("edit", fitted, "--drop", "code", "--shared", "keep", "-o", small)[0].startswith("btx export ")
+    assert told_next("export", fitted, mixtral) == [f"vllm serve {mixtral}", f"btx push {mixtral} ORG/NAME"]
+    assert told_next("extract", fitted, "code", "-o", code) == [f"btx push {code} ORG/NAME"]
+    for silent in ("--quiet", "--json"):
+        assert told_next("extract", fitted, "code", "-o", tmp_path / silent, silent) == []
+
+
+def test_a_fresh_merge_says_that_its_routers_come_next(family: Family, tmp_path: Path) -> None:
+    given = ["--seed", family.seed, "--expert", f"code={family.code}", "-o", tmp_path / "out"]
+    assert [line.split()[1] for line in told_next("merge", *given)] == ["fit", "train"]
+
+
+def test_what_comes_after_an_adapter_and_a_gguf(merged: Path, tmp_path: Path) -> None:
+    adapter, file = tmp_path / "adapter", tmp_path / "model.gguf"
+    adapter.mkdir()
+    file.touch()
+    for base, more in (("org/base", ""), (str(merged), " --base-model ORG/BASE")):
+        (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        assert next_commands(adapter) == (f"btx push {adapter} ORG/NAME{more}",)
+    assert next_commands(file) == (f"llama-server -m {file}",)

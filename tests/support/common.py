@@ -161,6 +161,11 @@ def assert_rounded_once(ours: torch.Tensor, exact: torch.Tensor, magnitude: torc
         assert (ours != exact.to(ours.dtype)).double().mean() < 0.002
 
 
+def without_next(stderr: str) -> str:
+    """What a command told on stderr, but for the lines that name the commands which come next."""
+    return "".join(line for line in stderr.splitlines(keepends=True) if not line.startswith("next: "))
+
+
 def assert_complete(folder: Path) -> None:
     """A merged folder has every tensor that its model wants, finite, and nothing unfinished beside it."""
     from transformers import AutoModelForCausalLM
