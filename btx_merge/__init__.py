@@ -12,17 +12,20 @@ from btx_merge._auto_classes import register_with_transformers
 
 TYPE_CHECKING = False  # type checkers take it for true; `typing` itself would be half of the time that is needed here
 if TYPE_CHECKING:
-    from btx_merge.edit_recipe import EditRecipe
-    from btx_merge.editing import EditReport, edit
+    from btx_merge.editing.recipe import EditRecipe
+    from btx_merge.editing.run import EditReport, edit
     from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
-    from btx_merge.exporting import ExportReport, export, extract
-    from btx_merge.finetuning import TrainRecipe, TrainReport, train
-    from btx_merge.fitting import FitRecipe, FitReport, fit
-    from btx_merge.merging import Check, Report, check, merge
-    from btx_merge.model_info import ModelInfo, info
-    from btx_merge.publishing import PushReport, push
-    from btx_merge.recipe import ExpertSpec, MergeRecipe
-    from btx_merge.texts import DomainText
+    from btx_merge.exporting.run import ExportReport, export, extract
+    from btx_merge.finetuning.recipe import TrainRecipe
+    from btx_merge.finetuning.run import TrainReport, train
+    from btx_merge.fitting.recipe import FitRecipe
+    from btx_merge.fitting.run import FitReport, fit
+    from btx_merge.merging.recipe import MergeRecipe
+    from btx_merge.merging.run import Check, Report, check, merge
+    from btx_merge.model.info import ModelInfo, info
+    from btx_merge.publishing.run import PushReport, push
+    from btx_merge.sources.source import ExpertSpec
+    from btx_merge.texts.references import DomainText
 
 __version__ = "0.1.0"
 __all__ = [
@@ -59,34 +62,34 @@ __all__ = [
 
 _MODULES = {
     "BTXError": "btx_merge.errors",
-    "Check": "btx_merge.merging",
-    "DomainText": "btx_merge.texts",
-    "EditRecipe": "btx_merge.edit_recipe",
-    "EditReport": "btx_merge.editing",
-    "ExpertSpec": "btx_merge.recipe",
-    "ExportReport": "btx_merge.exporting",
-    "FitRecipe": "btx_merge.fitting",
-    "FitReport": "btx_merge.fitting",
+    "Check": "btx_merge.merging.run",
+    "DomainText": "btx_merge.texts.references",
+    "EditRecipe": "btx_merge.editing.recipe",
+    "EditReport": "btx_merge.editing.run",
+    "ExpertSpec": "btx_merge.sources.source",
+    "ExportReport": "btx_merge.exporting.run",
+    "FitRecipe": "btx_merge.fitting.recipe",
+    "FitReport": "btx_merge.fitting.run",
     "InputError": "btx_merge.errors",
     "MergeError": "btx_merge.errors",
     "MergeInterrupted": "btx_merge.errors",
-    "MergeRecipe": "btx_merge.recipe",
-    "ModelInfo": "btx_merge.model_info",
+    "MergeRecipe": "btx_merge.merging.recipe",
+    "ModelInfo": "btx_merge.model.info",
     "NonFiniteError": "btx_merge.errors",
     "Problem": "btx_merge.errors",
-    "PushReport": "btx_merge.publishing",
-    "Report": "btx_merge.merging",
-    "TrainRecipe": "btx_merge.finetuning",
-    "TrainReport": "btx_merge.finetuning",
-    "check": "btx_merge.merging",
-    "edit": "btx_merge.editing",
-    "export": "btx_merge.exporting",
-    "extract": "btx_merge.exporting",
-    "fit": "btx_merge.fitting",
-    "info": "btx_merge.model_info",
-    "merge": "btx_merge.merging",
-    "push": "btx_merge.publishing",
-    "train": "btx_merge.finetuning",
+    "PushReport": "btx_merge.publishing.run",
+    "Report": "btx_merge.merging.run",
+    "TrainRecipe": "btx_merge.finetuning.recipe",
+    "TrainReport": "btx_merge.finetuning.run",
+    "check": "btx_merge.merging.run",
+    "edit": "btx_merge.editing.run",
+    "export": "btx_merge.exporting.run",
+    "extract": "btx_merge.exporting.run",
+    "fit": "btx_merge.fitting.run",
+    "info": "btx_merge.model.info",
+    "merge": "btx_merge.merging.run",
+    "push": "btx_merge.publishing.run",
+    "train": "btx_merge.finetuning.run",
 }
 """Where each public name is at home."""
 

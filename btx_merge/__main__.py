@@ -25,7 +25,7 @@ if _IS_OURS:
 
 def main() -> None:
     """Run the command."""
-    from btx_merge.cli import main as run
+    from btx_merge.cli.app import main as run
 
     try:
         if _IS_OURS:

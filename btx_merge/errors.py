@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from btx_merge.shown import printable
+from btx_merge.reporting import printable
 
 _MANY = 4
 """Problems of one kind that are shown one by one."""

@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any
 
 from btx_merge.errors import Problem
-from btx_merge.shown import short
+from btx_merge.reporting import short
 
 Rule = tuple[str, Callable[[Any], bool]]
 """What is expected of a value of the right kind, and whether a value is that."""
@@ -60,6 +60,17 @@ def at_least(least: float) -> Rule:
 
 ABOVE_ZERO: Rule = ("above 0", lambda value: 0 < value < math.inf)
 RANDOM_SEED: Rule = ("in [0, 2**32)", lambda value: 0 <= value < 2**32)
+
+
+def parse_size(text: str) -> int | None:
+    """Return the bytes of a size such as 5GB (powers of ten) or 5GiB (powers of two); None where it is none."""
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
+        return None
+    base = 1024 if "i" in text.lower() else 1000
+    return int(float(match[1]) * base ** " KMGT".index((match[2] or " ").upper()))
+
+
 SHARD_SIZE: Rule = ("a size such as 5GB, 500MB or 5GiB", lambda value: bool(parse_size(value)))
 
 
@@ -96,15 +107,6 @@ def _remedy(value: Any) -> str:
 
 def _size_remedy(value: str) -> str:
     return f"Say {value.strip()}GB or {value.strip()}MB." if value.strip().isdecimal() else ""
-
-
-def parse_size(text: str) -> int | None:
-    """Return the bytes of a size such as 5GB (powers of ten) or 5GiB (powers of two); None where it is none."""
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        return None
-    base = 1024 if "i" in text.lower() else 1000
-    return int(float(match[1]) * base ** " KMGT".index((match[2] or " ").upper()))
 
 
 def size_problem(where: str, text: Any) -> Problem:

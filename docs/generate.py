@@ -19,9 +19,9 @@ import btx_merge
 import btx_merge.lora
 import btx_merge.training
 from btx_merge import DomainText, EditRecipe, ExpertSpec, FitRecipe, MergeRecipe, TrainRecipe
-from btx_merge.cli import app
-from btx_merge.recipe_template import field_descriptions
-from btx_merge.train_arguments import known_names
+from btx_merge.cli.app import app
+from btx_merge.finetuning.arguments import known_names
+from btx_merge.merging.template import field_descriptions
 
 FOLDER = Path(__file__).resolve().parent
 REPEAT = "This page is written by `make docs` from the docstrings; do not change it by hand."

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from btx_merge import MergeRecipe, merge
-from tests import warm
+from tests.support import warm
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ def _warm_processes(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """Built once; tests that change a checkpoint copy it first."""
-    from tests.common import grow, save_seed  # imports torch, which the process that only starts others needs not
+    from tests.support.common import (  # imports torch, which the process that only starts others needs not
+        grow,
+        save_seed,
+    )
 
     root = tmp_path_factory.mktemp("family")
     seed = save_seed(root / "llama-seed")

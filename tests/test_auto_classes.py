@@ -15,8 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from btx_merge import MergeRecipe, merge
-from tests import warm
-from tests.common import WITHOUT_BTX_MERGE, files_of, load_float32, logits_of
+from tests.support import warm
+from tests.support.common import WITHOUT_BTX_MERGE, files_of, load_float32, logits_of
 
 AUTO_MAP = {
     "AutoConfig": "configuration_btx.BTXConfig",

@@ -16,8 +16,16 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from btx_merge import MergeRecipe, export, merge
-from btx_merge.cli import app
-from tests.common import assert_complete, assert_rounded_once, grow, load_float32, logits_of, save_seed, tensors_of
+from btx_merge.cli.app import app
+from tests.support.common import (
+    assert_complete,
+    assert_rounded_once,
+    grow,
+    load_float32,
+    logits_of,
+    save_seed,
+    tensors_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks for it
 

@@ -24,16 +24,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from btx_merge import EditRecipe, MergeRecipe, edit, export, merge
+from btx_merge.checkpoints.tensor_files import read_tensor_file
 from btx_merge.errors import BTXError, InputError, MergeError
-from btx_merge.folder_files import checked, is_plain_name, read_json
-from btx_merge.hub import Located
-from btx_merge.merged_model import open_merged
-from btx_merge.opening import open_source
-from btx_merge.recipe import ExpertSpec
-from btx_merge.source_tensors import read_tensors
-from btx_merge.tensorfiles import read_tensor_file
-from btx_merge.textfiles import READERS, read_file
-from tests.common import files_of, grow, save_seed
+from btx_merge.files.folder import checked, is_plain_name, read_json
+from btx_merge.model.merged import open_merged
+from btx_merge.sources.locate import Located
+from btx_merge.sources.opening import open_source
+from btx_merge.sources.source import ExpertSpec
+from btx_merge.sources.tensors import read_tensors
+from btx_merge.texts.readers import READERS, read_file
+from tests.support.common import files_of, grow, save_seed
 
 LIMIT_S = 10
 LIMIT_BYTES = 3_000_000_000

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from btx_merge import EditRecipe, FitRecipe, MergeRecipe, edit, export, extract, fit, merge
-from tests.common import files_of, grow, save_seed
+from tests.support.common import files_of, grow, save_seed
 
 KILLS = 40
 """For each verb."""
@@ -65,7 +65,9 @@ def root(tmp_path_factory):
 def processes():
     """New processes that have imported everything: a kill meets the verb, and not the import of torch."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_kills", "transformers", "btx_merge.fit_walk", "btx_merge.modeling"])
+    context.set_forkserver_preload(
+        ["tests.test_kills", "transformers", "btx_merge.fitting.walk", "btx_merge.modeling"]
+    )
     return context
 
 

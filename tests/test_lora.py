@@ -21,10 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError
 from btx_merge.lora import TARGETS, lora_config
-from tests import warm
-from tests.common import tensors_of
-from tests.models import EXPERTS, tokens
-from tests.test_peft import (
+from tests.modeling.test_peft import (
     ALPHA,
     ATTENTION,
     RANK,
@@ -39,6 +36,9 @@ from tests.test_peft import (
     randomise,
     trainable,
 )
+from tests.support import warm
+from tests.support.common import tensors_of
+from tests.support.models import EXPERTS, tokens
 
 # --- saving, loading, merging ------------------------------------------------------------------------------------
 

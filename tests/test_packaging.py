@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import btx_merge
-from btx_merge.files import MODEL_CODE
-from tests import warm
+from btx_merge.model.files import MODEL_CODE
+from tests.support import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
@@ -75,7 +75,7 @@ assert set(btx_merge.__all__) <= set(dir(btx_merge))
 assert "btx_merge.errors" not in sys.modules
 from btx_merge import Problem
 assert Problem is btx_merge.Problem and Problem.__module__ == "btx_merge.errors"
-assert "btx_merge.merging" not in sys.modules
+assert "btx_merge.merging.run" not in sys.modules
 from btx_merge import *
 assert merge is btx_merge.merge
 try:
@@ -144,7 +144,7 @@ def test_sdist(sdist):
         "README.md",
         "pyproject.toml",
         "setup.cfg",
-        "btx_merge/cli.py",
+        "btx_merge/cli/app.py",
         "modeling/modeling_btx.py",
     ):
         assert f"{name}/{file}" in names
@@ -158,9 +158,10 @@ def test_wheel(wheel):
         metadata = email.message_from_bytes(archive.read(f"{name}.dist-info/METADATA"))
         licence = archive.read(f"{name}.dist-info/licenses/LICENSE").decode()
     assert {file.split("/")[0] for file in names} == {"btx_merge", f"{name}.dist-info"}
-    ours = {f"btx_merge/{file.name}" for file in (ROOT / "btx_merge").glob("*.py")}
+    ours = {file.relative_to(ROOT).as_posix() for file in (ROOT / "btx_merge").rglob("*.py")}
     ours |= {f"btx_merge/modeling/{file.name}" for file in (ROOT / "modeling").glob("*.py")}
     assert {file for file in names if file.endswith(".py")} == ours
+    assert "btx_merge/py.typed" in names
     assert metadata["Name"] == "btx-merge"
     assert metadata["Version"] == btx_merge.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
@@ -186,9 +187,9 @@ def test_wheel(wheel):
 SCRIPT = """
 import importlib.util, json, sys
 import btx_merge
-from btx_merge.files import MODEL_CODE
+from btx_merge.model.files import MODEL_CODE
 from btx_merge import MergeRecipe, merge
-from btx_merge.files import model_code_folder
+from btx_merge.model.files import model_code_folder
 merge(MergeRecipe(sys.argv[1], {"code": sys.argv[2]}), "out")
 print(json.dumps({
     "package": btx_merge.__file__,
@@ -234,6 +235,6 @@ def test_the_command_of_the_installed_wheel(installed, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "merge" in done.stdout
     assert "check" in done.stdout
-    where = "import btx_merge.cli; print(btx_merge.cli.__file__)"
+    where = "import btx_merge.cli.app; print(btx_merge.cli.app.__file__)"
     done = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == str(installed / "btx_merge" / "cli.py")
+    assert done.stdout.strip() == str(installed / "btx_merge" / "cli" / "app.py")

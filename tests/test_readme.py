@@ -22,12 +22,12 @@ import yaml
 from typer.testing import CliRunner
 
 from btx_merge import MergeRecipe, merge
-from btx_merge.cli import app
-from tests import warm
-from tests.common import assert_complete
+from btx_merge.cli.app import app
 from tests.conftest import Family
-from tests.hub_server import WRITER, Hub
-from tests.warm import BTX
+from tests.support import warm
+from tests.support.common import assert_complete
+from tests.support.hub_server import WRITER, Hub
+from tests.support.warm import BTX
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md")))]

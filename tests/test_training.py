@@ -15,7 +15,7 @@ from btx_merge.modeling import BTXForCausalLM
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from btx_merge.training import GumbelAnnealing, RouterBiasUpdate
-from tests.models import (
+from tests.support.models import (
     EXPERTS,
     Routed,
     given_logits,

@@ -1,0 +1,161 @@
+"""Where every tensor of a checkpoint that is to be written lies, and the jobs that fill it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from btx_merge.checkpoints.dtypes import STORED, Raw
+from btx_merge.files.folder import write_json
+
+BLOCK_BYTES = 1 << 18
+"""Stays in a core's cache between being read, checked and written."""
+
+_PAGE = 4096
+"""Data begins at a multiple of it, so that reading, writing and mapping the file go by whole pages."""
+JOB_BYTES = 64_000_000
+"""Of output: the unit of parallel work and of resuming."""
+
+INDEX_FILE = "model.safetensors.index.json"
+
+Block = tuple[int, Raw]
+"""Bytes for one of a job's extents (by its number), behind those that it got before."""
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """A tensor of the result and its place."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: int
+    start: int
+    """Byte in the shard's file."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * STORED[self.dtype].itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // self.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of bytes in a shard's file."""
+
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A part of one output tensor. Its kind says what fills it; its extents, where that goes."""
+
+    tensor: OutputTensor
+    extents: tuple[Extent, ...]
+    start: int
+    """First row: of the source's tensor in the jobs for experts, of the output in the others."""
+    stop: int
+
+    @property
+    def key(self) -> str:
+        """Names the job in the journal, the same in every run of one plan."""
+        return f"{self.tensor.name}@{self.extents[0].start}"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(extent.nbytes for extent in self.extents)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of the result: its header as bytes, its whole size."""
+
+    name: str
+    header: bytes
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of a checkpoint. Its kinds say what the jobs are."""
+
+    tensors: tuple[OutputTensor, ...]
+    shards: tuple[Shard, ...]
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """Everything that fills the tensors; together they write every byte of them once."""
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> int:
+        """All weights."""
+        return sum(math.prod(tensor.shape) for tensor in self.tensors)
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    def index(self) -> dict[str, Any]:
+        """model.safetensors.index.json; wanted where there are several files."""
+        total = sum(tensor.nbytes for tensor in self.tensors)
+        weight_map = {tensor.name: self.shards[tensor.shard].name for tensor in self.tensors}
+        return {"metadata": {"total_parameters": self.parameters, "total_size": total}, "weight_map": weight_map}
+
+
+def lay_out(
+    tensors: Iterable[tuple[str, str, Shape]], shard_bytes: int
+) -> tuple[tuple[OutputTensor, ...], tuple[Shard, ...]]:
+    """Tensors, given by name, dtype and shape, in files of at most `shard_bytes` (or of one larger tensor)."""
+    groups: list[list[tuple[str, str, Shape]]] = [[]]
+    filled = 0
+    for name, dtype, shape in tensors:
+        nbytes = math.prod(shape) * STORED[dtype].itemsize
+        if groups[-1] and filled + nbytes > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append((name, dtype, shape))
+        filled += nbytes
+    placed: list[OutputTensor] = []
+    shards = []
+    for number, group in enumerate(groups):
+        name = f"model-{number + 1:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else "model.safetensors"
+        header, starts, nbytes = _header(group)
+        shards.append(Shard(name, header, nbytes))
+        placed += [OutputTensor(n, dtype, shape, number, starts[n]) for n, dtype, shape in group]
+    return tuple(placed), tuple(shards)
+
+
+def _header(group: Sequence[tuple[str, str, Shape]]) -> tuple[bytes, dict[str, int], int]:
+    """A safetensors header as bytes, where each tensor starts in the file, and the file's size."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets, offset = {}, 0
+    for name, dtype, shape in group:
+        end = offset + math.prod(shape) * STORED[dtype].itemsize
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offsets[name], offset = offset, end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _PAGE)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + start for name, start in offsets.items()}, len(header) + offset
+
+
+def portions(start: int, stop: int, row_bytes: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Rows [start, stop) in pieces of at most `nbytes`, or of one row."""
+    size = max(1, nbytes // row_bytes)
+    return ((first, min(first + size, stop)) for first in range(start, stop, size))
+
+
+def write_index(layout: Layout, folder: Path) -> None:
+    """Which tensor lies in which file of weights, where there are several."""
+    if len(layout.shards) > 1:
+        write_json(folder / INDEX_FILE, layout.index())

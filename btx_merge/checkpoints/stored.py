@@ -1,0 +1,129 @@
+"""A tensor as it lies in a file, or in parts of several: rows are read, never the whole.
+
+Every format ends up as `StoredTensor`: a range of bytes in a file. The rest of the package knows no formats.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from btx_merge.checkpoints.dtypes import STORED, Raw
+from btx_merge.checkpoints.page_cache import forget_range, was_cached
+from btx_merge.errors import InputError, Problem
+from btx_merge.files.disk_errors import naming
+from btx_merge.files.folder import checked
+
+_MAX_HEADER = 25_000_000
+"""Bytes of a header, or of the pickle that is one in torch's format. A hundred thousand tensors need 15 MB."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor as it lies in a file: row-major, `nbytes` bytes from `start`."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, that is of one index of the first dimension."""
+        return self.nbytes // max(1, self.shape[0]) if self.shape else self.nbytes
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Where its bytes lie in the file: first byte and number of each run."""
+        return ((self.start, self.nbytes),)
+
+    def read_rows(self, start: int, stop: int) -> Raw:
+        """Rows [start, stop) as flat bytes, in a buffer of this thread that its next read overwrites.
+
+        Fresh memory for every block would cost more than reading it.
+        """
+        first, nbytes = self.start + start * self.row_bytes, (stop - start) * self.row_bytes
+        if nbytes > getattr(_buffers, "raw", _NOTHING).size:
+            _buffers.raw = np.empty(nbytes, np.uint8)
+        out: Raw = _buffers.raw[:nbytes]
+        with naming(self.file), self.file.open("rb", buffering=0) as file:
+            file.seek(first)
+            filled = 0
+            while filled < nbytes:
+                got = file.readinto(out.data[filled:])
+                if not got:
+                    raise InputError([file_problem(self.file, f"ends inside tensor {self.name}", "", _FETCH_AGAIN)])
+                filled += got
+            if not was_cached(self.file):
+                forget_range(file.fileno(), first, nbytes)
+        return out
+
+
+_buffers = threading.local()
+_NOTHING = np.empty(0, np.uint8)
+_SAVE_AGAIN = "Save it as safetensors: load it in transformers and call save_pretrained."
+_FETCH_AGAIN = "Download or copy the file again."
+
+
+def file_problem(file: Path, found: str, expected: str = "", remedy: str = "") -> Problem:
+    return Problem(file.parent.name, file.name, found, expected, remedy)
+
+
+def checked_file(file: Path) -> Path:
+    try:
+        return checked(file)
+    except InputError as error:
+        raise InputError(replace(problem, where=file.name) for problem in error.problems) from error
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedTensor(StoredTensor):
+    """Parts of one shape beside each other: rows below rows, or columns behind columns."""
+
+    parts: tuple[StoredTensor, ...] = ()
+    by_columns: bool = False
+
+    @property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        return tuple(place for part in self.parts for place in part.places)
+
+    def read_rows(self, start: int, stop: int) -> Raw:
+        """Rows [start, stop) as flat bytes."""
+        if self.by_columns:
+            rows = [part.read_rows(start, stop).reshape(stop - start, -1).copy() for part in self.parts]
+            return np.concatenate(rows, axis=1).reshape(-1)
+        height = self.parts[0].shape[0]
+        pieces = []
+        for number, part in enumerate(self.parts):
+            first, last = max(start, number * height), min(stop, (number + 1) * height)
+            if first < last:
+                pieces.append(part.read_rows(first - number * height, last - number * height).copy())
+        return np.concatenate(pieces)
+
+
+def join(parts: Sequence[StoredTensor], by_columns: bool = False) -> StoredTensor:
+    """Tensors of one shape and dtype as one; a single one as it is."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    rows, columns = first.shape
+    shape = (rows, columns * len(parts)) if by_columns else (rows * len(parts), columns)
+    nbytes = first.nbytes * len(parts)
+    return JoinedTensor(first.name, first.file, first.dtype, shape, -1, nbytes, tuple(parts), by_columns)
+
+
+def part_of(tensor: StoredTensor, index: int, start: int = 0, stop: int | None = None) -> StoredTensor:
+    """Rows [start, stop) of `tensor[index]`, for a tensor [E, rows, columns]."""
+    _, rows, columns = tensor.shape
+    stop = rows if stop is None else stop
+    row_bytes = columns * STORED[tensor.dtype].itemsize
+    first = tensor.start + (index * rows + start) * row_bytes
+    return StoredTensor(
+        tensor.name, tensor.file, tensor.dtype, (stop - start, columns), first, (stop - start) * row_bytes
+    )

@@ -1,0 +1,1 @@
+"""The command `btx`: it parses, calls the public functions and prints. Only this package prints."""

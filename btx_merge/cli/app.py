@@ -1,0 +1,112 @@
+"""The command `btx`: parses, calls the public functions, prints. Results on stdout, all else on stderr."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+
+from btx_merge.cli.edit import edit_command
+from btx_merge.cli.export import export_command, extract_command
+from btx_merge.cli.fit import fit_command
+from btx_merge.cli.info import info_command
+from btx_merge.cli.merge import check_command, merge_command
+from btx_merge.cli.printing import error as print_error
+from btx_merge.cli.push import push_command
+from btx_merge.cli.train import train_command
+from btx_merge.errors import BTXError, InputError, MergeInterrupted
+
+app = typer.Typer(
+    name="btx",
+    help="Merge fine-tuned Llama checkpoints grown from one seed into one Mixture of Experts (Branch-Train-MiX).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _print_versions(wanted: bool) -> None:
+    """Print what a report of a fault should name; nothing of it is imported for that."""
+    if wanted:
+        print(f"btx-merge {version('btx-merge')}")
+        print(f"Python {platform.python_version()}")
+        for package in ("torch", "transformers", "peft"):
+            print(f"{package} {version(package)}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    show_version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the versions of btx-merge and of what it runs on.",
+            callback=_print_versions,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """With this, one command more does not change how the others are called."""
+
+
+def _ends_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns our errors into lines and exit codes. Nobody gets a traceback for a mistake of theirs."""
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        as_json = values.get("json_output", False)
+        try:
+            command(**values)
+        except InputError as error:
+            raise _failed(error, [str(problem) for problem in error.problems], 2, as_json) from None
+        except (MergeInterrupted, KeyboardInterrupt) as error:
+            raise _failed(error, [str(error) or str(MergeInterrupted())], 130, as_json) from None
+        except BTXError as error:
+            raise _failed(error, [str(error)], 1, as_json) from None
+        except BrokenPipeError:  # whoever read our output has enough
+            raise
+        except OSError as error:
+            raise _failed(error, [f"{error.filename or 'the system'}: {error.strerror}"], 1, as_json) from None
+
+    return run
+
+
+def _failed(error: BaseException, lines: list[str], code: int, as_json: bool) -> typer.Exit:
+    if as_json:
+        print(json.dumps({"error": type(error).__name__, "problems": lines}, indent=2))
+    for line in lines:
+        print_error(line)
+    return typer.Exit(code)
+
+
+app.command("check")(_ends_in_one_line(check_command))
+app.command("merge")(_ends_in_one_line(merge_command))
+app.command("info")(_ends_in_one_line(info_command))
+app.command("fit")(_ends_in_one_line(fit_command))
+app.command("edit")(_ends_in_one_line(edit_command))
+app.command("push")(_ends_in_one_line(push_command))
+app.command("export")(_ends_in_one_line(export_command))
+app.command("extract")(_ends_in_one_line(extract_command))
+app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    _ends_in_one_line(train_command)
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    # Read when torch is imported: threads that wait for each other give up their core soon. Where another program
+    # keeps one of two cores busy, a fit takes a quarter of the time.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    for stream in (sys.stdout, sys.stderr):  # one that is ASCII alone shows `\xe9` for what it cannot hold
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    app()

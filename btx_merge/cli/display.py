@@ -1,0 +1,220 @@
+"""What a person sees of a check and of a merge: tables and the progress bar, drawn by rich."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from btx_merge.checkpoints.dtypes import TORCH_NAMES
+from btx_merge.exporting.run import ExportReport
+from btx_merge.merging.plan import Fate
+from btx_merge.merging.run import Check, Report
+from btx_merge.model.card import count
+from btx_merge.model.info import ModelInfo
+from btx_merge.reporting import printable
+
+if TYPE_CHECKING:
+    from btx_merge.model.held_out import LayerFit
+
+
+def _console(stderr: bool = False) -> Console:
+    """Return a console that takes text as it is: `[bold]` and `:cat:` in a path are no markup and no picture."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+class ProgressBar:
+    """Bytes, rate and time left, on stderr; nothing at all where it is not shown."""
+
+    def __init__(self, shown: bool, verb: str = "merging"):
+        self._progress = Progress(
+            verb,
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=_console(stderr=True),
+            disable=not shown,
+        )
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start(self, total: int) -> None:
+        """Shows the bar for `total` bytes."""
+        self._task = self._progress.add_task("bytes", total=total)
+        self._progress.start()
+
+    def advance(self, nbytes: int) -> None:
+        """Adds bytes that are done. Called from several threads."""
+        self._progress.advance(self._task, nbytes)
+
+
+class CountBar:
+    """Layers or steps that are done, and time left, on stderr; nothing at all where it is not shown."""
+
+    def __init__(self, verb: str, shown: bool):
+        self._progress = Progress(
+            verb,
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=_console(stderr=True),
+            disable=not shown,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> CountBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def advance(self, done: int, total: int) -> None:
+        """Show how many of how many are done."""
+        if self._task is None:
+            self._task = self._progress.add_task("", total=total, completed=done)
+            self._progress.start()
+        self._progress.update(self._task, completed=done)
+
+
+def fit_line(layers: Sequence[LayerFit]) -> str:
+    """How the routers came out, over all layers."""
+    mean = sum(layer.accuracy for layer in layers) / len(layers)
+    worst = min(layers, key=lambda layer: layer.accuracy)
+    return (
+        f"{mean:.0%} of held-out tokens go to their own domain's expert first "
+        f"(fewest in layer {worst.layer}: {worst.accuracy:.0%})"
+    )
+
+
+def print_check(checked: Check) -> None:
+    """The sources with their distance from the seed, and the size of the merge."""
+    plan = checked.plan
+    groups = list(dict.fromkeys(item.group for item in checked.divergence))
+    title = "Sources, and their relative distance from the seed"
+    table = Table("source", "model", "dtype", title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for group in groups:
+        table.add_column(group, justify="right", overflow="fold")
+    distance = {(item.source, item.group): f"{item.distance:.3f}" for item in checked.divergence}
+    for source in plan.sources:
+        model = source.located.public_name + (f"@{source.located.revision[:8]}" if source.located.revision else "")
+        if source.base:
+            model += f" on {source.base.public_name}"
+        cells = [distance.get((source.name, group), "") for group in groups]
+        table.add_row(*map(printable, (source.name, model, source.dtype, *cells)))
+    console = _console()
+    console.print(table)
+    recipe = plan.recipe
+    lines = {
+        "experts": f"{plan.num_experts} ({recipe.expert_mode}): {', '.join(plan.expert_names)}",
+        "shared weights": recipe.combine + (", norms folded into the experts" if recipe.fold_norms else ""),
+        "routers": f"{recipe.router_type}, {recipe.router_init}, experts per token: {plan.experts_per_token}",
+        "parameters": f"{count(plan.parameters)} in all, {count(plan.active_parameters)} active per token",
+        "vocabulary": f"{plan.vocabulary.size:,} rows, {len(plan.vocabulary.new_tokens)} tokens new to the seed",
+        "output": f"{TORCH_NAMES[plan.dtype]}, {len(plan.shards)} weights file{'s' * (len(plan.shards) > 1)}",
+        "to read / to write": f"{_size(plan.bytes_to_read)} / {_size(plan.bytes_to_write)}",
+        "working memory": f"about {_size(plan.working_memory)}",
+    }
+    console.print(_facts(lines))
+
+
+def print_files(checked: Check) -> None:
+    """What a merge would write, and where."""
+    console = _console()
+    console.print(printable(f"Would be written to {checked.output}"), soft_wrap=True)
+    table = Table("file", box=SIMPLE, pad_edge=False)
+    table.add_column("size", justify="right")
+    for name, nbytes in checked.files.items():
+        table.add_row(printable(name), _size(nbytes) if nbytes >= 1e5 else f"{nbytes:,} bytes")
+    console.print(table)
+
+
+def print_report(report: Report) -> None:
+    """What became of every input tensor, and what it cost."""
+    console = _console()
+    console.print(_fates(report.fates))
+    plan = report.checked.plan
+    rate = plan.bytes_to_write / max(report.seconds, 1e-9)
+    lines = {
+        "written": f"{report.output}: {_size(plan.bytes_to_write)}, {plan.num_experts} experts, "
+        f"{count(plan.parameters)} parameters, {count(plan.active_parameters)} active per token",
+        "took": f"{report.seconds:.1f} s ({_size(int(rate))}/s), peak memory {_size(report.peak_memory)}",
+    }
+    if report.layers:
+        lines["routers"] = fit_line(report.layers)
+    if plan.recipe.router_init in ("random", "zeros"):
+        lines["routers"] = "untrained: fit or train them before you judge the model"
+    console.print(_facts(lines))
+
+
+def print_export(report: ExportReport) -> None:
+    """What was written, and what it cost."""
+    files = f"{len(report.files)} weights file{'s' * (len(report.files) > 1)}"
+    lines = {
+        "written": f"{report.output}: {_size(report.nbytes)} in {files}, {count(report.parameters)} parameters",
+        "took": f"{report.seconds:.1f} s, peak memory {_size(report.peak_memory)}",
+    }
+    if report.kept_bytes:
+        lines["kept"] = f"{_size(report.kept_bytes)} of an interrupted run"
+    _console().print(_facts(lines))
+
+
+def print_info(info: ModelInfo) -> None:
+    """Print what a merged model is, and the commands that lead on."""
+    console = _console()
+    table = Table("", "expert", "model", "revision", box=SIMPLE, pad_edge=False)
+    for expert in info.experts:
+        model = (expert.model or "") + (f" on {expert.base}" if expert.base else "")
+        table.add_row(str(expert.number), *map(printable, (expert.name, model, (expert.revision or "")[:8])))
+    console.print(table)
+    on_disk = "" if info.disk_bytes is None else f", {_size(info.disk_bytes)} on disk"
+    lines = {
+        "model": info.model + (f"@{info.revision[:8]}" if info.revision else ""),
+        "routing": f"{info.router_type}, {info.experts_per_token} of {len(info.experts)} experts per token",
+        "routers": info.routers + (f"; untrained: {', '.join(info.untrained)}" if info.untrained else ""),
+        "parameters": f"{count(info.parameters)} in all, {count(info.active_parameters)} active per token",
+        "size": f"{_size(info.nbytes)} of weights in {info.dtype}{on_disk}",
+        "tokenizer": "yes" if info.tokenizer else "none",
+    }
+    console.print(_facts(lines))
+    for title, texts in (("history", info.history), ("next", info.next)):
+        for text in texts:  # a command is copied: no line of it is broken
+            console.print(printable(f"{title}: {text}"), soft_wrap=True)
+
+
+def _fates(fates: tuple[Fate, ...]) -> Table:
+    kinds = list(dict.fromkeys(fate.fate for fate in fates))
+    table = Table("source", title="What became of every input tensor", title_justify="left", box=SIMPLE)
+    for kind in kinds:
+        table.add_column(kind, justify="right")
+    for source in dict.fromkeys(fate.source for fate in fates):
+        cells = {fate.fate: f"{fate.tensors} ({_size(fate.nbytes)})" for fate in fates if fate.source == source}
+        table.add_row(printable(source), *(cells.get(kind, "") for kind in kinds))
+    return table
+
+
+def _facts(lines: dict[str, str]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for key, value in lines.items():
+        table.add_row(key, printable(value))
+    return table
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

@@ -1,0 +1,61 @@
+"""`btx push`: a model or an adapter to the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from typing import Annotated
+
+import typer
+
+from btx_merge.cli.options import Json, Quiet, option
+from btx_merge.cli.printing import result, warn
+
+
+def push_command(
+    model: Annotated[str, typer.Argument(help="Folder of a merged, exported or extracted model, or of an adapter.")],
+    repo_id: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub; created if need be.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Create a private repository; refuse one that is public.")
+    ] = False,
+    revision: Annotated[str | None, option("Branch; created if need be [default: main].")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of committing to the branch.")
+    ] = False,
+    base_model: Annotated[
+        str | None, option("ORG/NAME[@REVISION] of an adapter's base, where it was trained on a folder.")
+    ] = None,
+    commit_message: Annotated[str | None, option("First line of the commit.")] = None,
+    quiet: Quiet = False,
+    json_output: Json = False,
+) -> None:
+    """Check a model or an adapter and publish it on the Hub, in one commit."""
+    from btx_merge.publishing.run import push
+
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
+    report = push(
+        model,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+        base_model=base_model,
+        on_checked=warn,
+    )
+    if json_output:
+        print(json.dumps(report.to_dict(), indent=2))
+    elif not quiet:
+        if not report.files and not report.deleted:
+            result(f"unchanged {report.url} holds this very model; nothing was committed")
+            return
+        result(f"published {report.url} (commit {report.commit[:8]})")
+        result(f"files     {len(report.files)} new or changed, {report.nbytes / 1e6:.1f} MB")
+        if report.deleted:
+            result(f"deleted   {', '.join(report.deleted)}, of an earlier model")
+        if report.adapted:
+            result(f"adapted   {' and '.join(report.adapted)}, to their place on the Hub; the folder stays as it is")
+        result(f"took      {report.seconds:.1f} s")

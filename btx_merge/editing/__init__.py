@@ -1,0 +1,1 @@
+"""The verb `edit`: experts of a merged model added, dropped, replaced, renamed."""

@@ -1,0 +1,110 @@
+"""The model card of an edited model: what stands in it of the old set is corrected, and what was done is added."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from btx_merge.architectures.btx import active_parameters, experts_per_token
+from btx_merge.editing.plan import EditPlan
+from btx_merge.merging.card import combined_over, expert_numbers, languages, plan_sizes, published, source_row
+from btx_merge.model.card import LICENCE_KEYS, UNTRAINED, sizes, with_metadata
+from btx_merge.sources.cards import front_matter
+from btx_merge.sources.source import SEED
+
+_COMBINED = re.compile(r"^(- Attention, embeddings, norms and head: `\w+` over ).*\.$", re.MULTILINE)
+_ROW = re.compile(r"^\| (\S+) \| (.*) \| (.*) \| ([\d, ]+|none) \|\n", re.MULTILINE)
+
+
+def edited_card(text: str, edit: EditPlan, is_updated: bool) -> str:
+    """The card with the new set's sources, sizes and metadata. What its author wrote himself stays.
+
+    Args:
+        is_updated: whether the shared weights are of the new set too.
+    """
+    metadata, body = front_matter(text)
+    models = f"{len(edit.plan.sources)} Llama models"
+    body = re.sub(r"^(# (?:.+: )?)\d+ Llama models", rf"\g<1>{models}", body, count=1, flags=re.MULTILINE)
+    body = body.replace(_old_sizes(edit), plan_sizes(edit.plan))
+    if is_updated:
+        combined = combined_over(edit.values.get("combine", "mean"), edit.plan.experts)
+        body = _COMBINED.sub(lambda match: f"{match[1]}{combined}.", body, count=1)
+    body = _edited_table(body, edit)
+    if not metadata:
+        return body
+    return with_metadata(_edited_metadata(metadata, edit), body)
+
+
+def edit_section(edit: EditPlan, shared: str) -> str:
+    """What the card says at its end about the edit."""
+    recipe = edit.recipe
+    renamed = [f"{old} is {new} now" for old, new in recipe.rename.items()]
+    verbs = {"Dropped": recipe.drop, "Added": recipe.add, "Replaced": recipe.replace, "Renamed": renamed}
+    done = [f"- {verb}: {', '.join(names)}." for verb, names in verbs.items() if names]
+    rows = ", ".join(f"{name} ({init})" for name, init in edit.router_inits.items())
+    untrained = f" {UNTRAINED}" if {"random", "zeros"} & set(edit.router_inits.values()) else ""
+    lines = [*done, f"- Shared weights: {shared}."]
+    if rows:
+        lines.append(f"- Router rows of new experts: {rows}.{untrained}")
+    text = "\n".join(lines)
+    return f"## Edited\n\nBy `btx edit`; the other experts and their router rows are as before.\n\n{text}\n"
+
+
+def _old_sizes(edit: EditPlan) -> str:
+    config, shapes = edit.model.config, {name: tensor.shape for name, tensor in edit.model.tensors.items()}
+    experts = edit.model.num_experts
+    per_token = experts_per_token(config.get("router_type", "top_k"), edit.model.experts_per_token, experts)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    return sizes(total, active_parameters(shapes, experts, per_token), per_token, experts)
+
+
+def _edited_table(body: str, edit: EditPlan) -> str:
+    """The table of sources: lines of what goes are gone, the others have their new names and numbers."""
+    plan, now = edit.plan, {origin: name for name, origin in edit.origins.items()}
+    by_name = {source.name: source for source in plan.sources}
+    known = {SEED, *edit.model.domains}
+    end = 0
+
+    def line(match: re.Match[str]) -> str:
+        if match[1] not in known:
+            return match[0]
+        name = now.get(match[1], match[1])
+        if name in edit.new:
+            return source_row(plan, by_name[name]) + "\n"
+        if name not in by_name:
+            return ""
+        return f"| {name} | {match[2]} | {match[3]} | {expert_numbers(plan, by_name[name])} |\n"
+
+    body = _ROW.sub(line, body)
+    for match in _ROW.finditer(body):
+        end = match.end() if match[1] in by_name else end
+    added = "".join(source_row(plan, by_name[name]) + "\n" for name in edit.recipe.add)
+    return body[:end] + added + body[end:] if end else body
+
+
+def _edited_metadata(metadata: Mapping[str, Any], edit: EditPlan) -> dict[str, Any]:
+    out = dict(metadata)
+    specs = edit.values.get("experts") or {}
+    references = {name: spec.get("model") if isinstance(spec, dict) else spec for name, spec in specs.items()}
+    stays = {origin for origin in edit.origins.values() if origin}
+    used = {str(edit.values.get("seed")), *(str(references[name]) for name in stays if name in references)}
+    gone = {str(reference) for name, reference in references.items() if name not in stays} - used
+    new = [source for source in edit.plan.sources if source.name in edit.new]
+    given = out.get("base_model") or []
+    before = given if isinstance(given, list) else [given]
+    bases = [base for base in before if base not in {reference.partition("@")[0] for reference in gone}]
+    bases = list(dict.fromkeys([*bases, *(base for source in new for base in published(source))]))
+    if bases != before:
+        for key in ("base_model", "base_model_relation"):
+            out.pop(key, None)
+        if bases:
+            out |= {"base_model": bases, "base_model_relation": "merge"}
+    cards = [source.card_metadata() for source in new]
+    if any(card.get("license") != out.get("license") for card in cards):
+        for key in LICENCE_KEYS:
+            out.pop(key, None)
+    if known := languages([out, *cards]):
+        out["language"] = known
+    return out

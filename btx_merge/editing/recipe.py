@@ -1,0 +1,127 @@
+"""What is to be changed in a merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.reporting import short
+from btx_merge.sources.source import SEED, ExpertSpec, as_spec
+from btx_merge.texts.references import DomainText, as_domain_texts
+from btx_merge.values import ABOVE_ZERO, RANDOM_SEED, Rule, at_least, is_text, mapping_problems, one_of, value_problems
+
+SHARED_UPDATES = ("auto", "update", "keep")
+ROW_INITS = ("ridge", "random", "zeros")
+"""Ways to a router row of a new expert."""
+
+
+@dataclass(frozen=True)
+class EditRecipe:
+    """Everything that determines an edit: experts that go, come, are replaced or get another name.
+
+    Raises:
+        InputError: values that cannot be meant; all of them in one error.
+    """
+
+    model: str
+    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    drop: tuple[str, ...] = ()
+    """Experts that go. `seed` among them: the seed is no expert any more."""
+    add: Mapping[str, ExpertSpec] = field(default_factory=dict)
+    """Name to a model that becomes an expert, behind those that there are. A plain string stands for its `model`."""
+    replace: Mapping[str, ExpertSpec] = field(default_factory=dict)
+    """Expert to the model whose feed-forward blocks take its place."""
+    rename: Mapping[str, str] = field(default_factory=dict)
+    """Expert to its new name."""
+    shared: str = "auto"
+    """What becomes of attention, embeddings, norms and head. update: they move as if merged with the new set, for
+    which every source of both sets is read; keep: they stay; auto: update where the sources are there."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """Source of the model's own recipe to where it lies now; only those that have moved."""
+    router_init: str | None = None
+    """Rows of new experts. ridge: fitted on their `domain_text`; random: normal with `router_std`; zeros. None: ridge
+    where there is text, otherwise random for an added expert, and the row that was there for a replaced one."""
+    router_std: float | None = None
+    """Standard deviation of random rows; the model's initializer_range where not given."""
+    random_seed: int = 0
+    """Seed of random rows. In [0, 2**32)."""
+    domain_text: tuple[DomainText, ...] = ()
+    """For ridge: text of the new experts; of others too where there is some, for contrast. Also by name: a mapping."""
+    domain_tokens: int = 200_000
+    """Tokens of each domain that are read, at least 64."""
+    router_ridge: float = 0.001
+    """ridge: penalty, relative to the mean square of the router's input. Above 0."""
+    num_experts_per_tok: int | None = None
+    """Experts per token from now on; as before where not given."""
+    allow_nonfinite: bool = False
+    """Whether to go on where a source holds NaN or Inf."""
+    allow_unrelated: bool = False
+    """Whether to go on where a source does not seem to have grown from the seed."""
+
+    def __post_init__(self) -> None:
+        problems = value_problems(self, _RULES) + _kind_problems(self)
+        if not problems:
+            problems += _change_problems(self)
+        try:
+            object.__setattr__(self, "domain_text", as_domain_texts(self.domain_text, "domain_text"))
+        except InputError as error:
+            problems += error.problems
+        for key in ("add", "replace"):
+            specs, given = {}, getattr(self, key)
+            for name, spec in given.items() if isinstance(given, Mapping) else ():
+                try:
+                    specs[name] = as_spec(name, spec, key)
+                except InputError as error:
+                    problems += error.problems
+            object.__setattr__(self, key, specs)
+        if problems:
+            raise InputError(problems)
+
+    @property
+    def is_rename_only(self) -> bool:
+        """Whether no expert comes or goes."""
+        return not (self.drop or self.add or self.replace)
+
+
+_RULES: dict[str, Rule] = {
+    "model": ("a merged checkpoint", bool),
+    "shared": one_of(SHARED_UPDATES),
+    "router_init": one_of(ROW_INITS),
+    "router_std": ABOVE_ZERO,
+    "random_seed": RANDOM_SEED,
+    "domain_tokens": at_least(64),
+    "router_ridge": ABOVE_ZERO,
+    "num_experts_per_tok": at_least(1),
+}
+
+
+def _kind_problems(recipe: EditRecipe) -> list[Problem]:
+    """Return which of the lists and mappings are something else."""
+    problems = []
+    drop = recipe.drop
+    if not isinstance(drop, Sequence) or isinstance(drop, str) or not all(is_text(name) for name in drop):
+        problems.append(Problem("recipe", "drop", short(drop), "names of experts"))
+    for key in ("add", "replace"):
+        if not isinstance(getattr(recipe, key), Mapping):
+            problems.append(Problem("recipe", key, short(getattr(recipe, key)), "`name: model`"))
+    problems += mapping_problems("rename", recipe.rename, "`name: new name`")
+    return problems + mapping_problems("sources", recipe.sources, "`name: model`")
+
+
+def _change_problems(recipe: EditRecipe) -> Iterator[Problem]:
+    """Return which changes do not go together."""
+    if recipe.is_rename_only and not recipe.rename:
+        yield Problem("recipe", "drop, add, replace, rename", "nothing to change", "at least one of them")
+    named = [*dict.fromkeys(recipe.drop), *recipe.replace, *recipe.rename]
+    for name in sorted({name for name in named if named.count(name) > 1}):
+        yield Problem("recipe", name, "dropped, replaced and renamed at once", "one of these")
+    for old, new in recipe.rename.items():
+        try:
+            as_spec(new, "a model", "rename")
+        except InputError as error:
+            yield from error.problems
+        if old == new:
+            yield Problem("recipe", f"rename.{old}", f"{new}", "another name")
+    if SEED in recipe.add:
+        yield Problem("recipe", "add", f"the name {SEED!r}", "another name; that one is the seed's own")

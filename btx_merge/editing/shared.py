@@ -1,0 +1,165 @@
+"""The shared weights of an edited model: kept, or moved as if merged with the new set of sources.
+
+Where a stored value is what the merge of the old set gives, it becomes what the merge of the new set gives: a model
+that was only merged ends with the bytes of a fresh merge. A value that a finetuning or a fit has moved moves on by the
+difference of the two merges, in float32, rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from btx_merge.architectures.llama import EMBEDDING, HEAD
+from btx_merge.checkpoints.dtypes import STORED, Float32, Raw, all_finite, from_float32, to_float32
+from btx_merge.checkpoints.layout import BLOCK_BYTES, Block, Job, OutputTensor, portions
+from btx_merge.editing.plan import EditPlan
+from btx_merge.errors import NonFiniteError
+from btx_merge.merging.combine import DIFFERENCE_BLOCK_BYTES, Rule, cast, combining_rule, owners_mean
+from btx_merge.merging.plan import Plan
+from btx_merge.merging.recipe import DIFFERENCE_METHODS
+from btx_merge.sources.segments import Segment, runs, within
+from btx_merge.sources.vocabulary import token_ids
+
+
+def move(raw: Raw, dtype: str, old: Float32, new: Float32) -> Raw:
+    """Stored values, flat, moved from one merge's values to another's."""
+    merged = from_float32(old, dtype).view(STORED[dtype]) == raw.view(STORED[dtype])
+    with np.errstate(over="ignore"):
+        moved = to_float32(raw, dtype) + (new.reshape(-1) - old.reshape(-1))
+    moved[merged] = new.reshape(-1)[merged]
+    return from_float32(moved, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class SharedUpdate:
+    """The merges of the old and of the new set of sources, from the sources themselves."""
+
+    before: Plan
+    after: Plan
+    rows_before: tuple[Segment, ...]
+    """Which rows of its embedding the result's are, token by token."""
+    rows_after: tuple[Segment, ...]
+
+    @classmethod
+    def of(cls, result: Plan, before: Plan, after: Plan) -> SharedUpdate:
+        """The update of a result between two merges."""
+        return cls(before, after, runs(_same_rows(result, before)), runs(_same_rows(result, after)))
+
+    @property
+    def block_bytes(self) -> int:
+        """As a merge divides its jobs: what DARE drops depends on it."""
+        return DIFFERENCE_BLOCK_BYTES if self.after.recipe.combine in DIFFERENCE_METHODS else BLOCK_BYTES
+
+
+@dataclass(frozen=True, eq=False)
+class _Merges:
+    """One shared tensor of both merges, at the result's rows."""
+
+    old: Rule
+    new: Rule
+    old_rows: tuple[Segment, ...] | None
+    """None: the result's own."""
+    new_rows: tuple[Segment, ...] | None
+
+    def move(self, tensor: OutputTensor, raw: Raw, start: int, stop: int) -> Raw:
+        """Return stored rows [start, stop) moved to the new set's merge; rows that one of the two lacks stay."""
+        old, has_old = _rows_at(self.old, self.old_rows, tensor, start, stop)
+        new, has_new = _rows_at(self.new, self.new_rows, tensor, start, stop)
+        moved = move(raw, tensor.dtype, old, new).reshape(stop - start, -1)
+        lacking = ~(has_old & has_new)
+        moved[lacking] = raw.reshape(stop - start, -1)[lacking]
+        return moved.reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class SharedWeights:
+    """What fills the shared tensors of an edit."""
+
+    edit: EditPlan
+    update: SharedUpdate | None
+    """None: they are kept."""
+
+    def rows(self, job: Job) -> Iterator[Block]:
+        """A job's rows, block by block."""
+        merges = self._merges(job.tensor.name)
+        for start, stop in self._blocks(job.tensor, job.start, job.stop):
+            yield 0, self._block(job, merges, start, stop)
+
+    def gamma(self, name: str) -> Float32:
+        """A norm as it will be stored, [H]; for experts that absorb their own."""
+        stored = self.edit.model.tensors[name]
+        assert self.update is None
+        return to_float32(stored.read_rows(0, stored.shape[0]), stored.dtype)
+
+    def _merges(self, name: str) -> _Merges | None:
+        if self.update is None:
+            return None
+        old, new = combining_rule(self.update.before, name), combining_rule(self.update.after, name)
+        if name in (EMBEDDING, HEAD):
+            return _Merges(old, new, self.update.rows_before, self.update.rows_after)
+        return _Merges(old, new, None, None)
+
+    def _blocks(self, tensor: OutputTensor, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        return portions(start, stop, tensor.row_bytes, self.update.block_bytes if self.update else BLOCK_BYTES)
+
+    def _block(self, job: Job, merges: _Merges | None, start: int, stop: int) -> Raw:
+        tensor, stored = job.tensor, self.edit.model.tensors[job.tensor.name]
+        out: Raw = np.zeros((stop - start) * tensor.row_bytes, np.uint8)
+        rows = out.reshape(stop - start, -1)
+        is_new = np.ones(stop - start, bool)
+        for part in within(self._kept_rows(tensor.name), start, stop):
+            here = slice(part.out - start, part.out - start + part.count)
+            rows[here] = stored.read_rows(part.source, part.source + part.count).reshape(part.count, -1)
+            is_new[here] = False
+        if merges:
+            out = merges.move(tensor, out, start, stop)
+            rows = out.reshape(stop - start, -1)
+        if is_new.any():  # tokens that a new expert brings: the mean over those who have them
+            values = owners_mean(self.edit.plan, tensor.name, [], start, stop)[0]
+            rows[is_new] = cast(values, job, self.edit.plan).reshape(stop - start, -1)[is_new]
+        if merges and not self.edit.plan.recipe.allow_nonfinite and not all_finite(out, tensor.dtype):
+            raise NonFiniteError(
+                f"{tensor.name}: a value leaves the range of {tensor.dtype}, or the model holds NaN or Inf. "
+                "Give --shared keep; --allow-nonfinite goes on all the same."
+            )
+        return out
+
+    def _kept_rows(self, name: str) -> tuple[Segment, ...]:
+        """Which rows of the result the model has."""
+        kept = next(source for source in self.edit.plan.sources if self.edit.is_kept(source))
+        return self.edit.plan.source_layout(name)[kept.name]
+
+
+def _rows_at(
+    rule: Rule, segments: tuple[Segment, ...] | None, tensor: OutputTensor, start: int, stop: int
+) -> tuple[Float32, NDArray[np.bool_]]:
+    """Rows of a merge, at the places where the result has them; and which of them it has."""
+    if segments is None:
+        return rule(start, stop), np.ones(stop - start, bool)
+    values, has = np.zeros((stop - start, *tensor.shape[1:]), np.float32), np.zeros(stop - start, bool)
+    for part in within(segments, start, stop):
+        here = slice(part.out - start, part.out - start + part.count)
+        values[here], has[here] = rule(part.source, part.source + part.count), True
+    return values, has
+
+
+def _same_rows(result: Plan, other: Plan) -> NDArray[Any]:
+    """For every row of the result, the other plan's row of the same token, or of the same padding; -1 for none."""
+    size = other.vocabulary.size
+    rows = np.full(result.vocabulary.size, -1)
+    ours, theirs = (token_ids(plan.vocabulary, plan.sources) for plan in (result, other))
+    if ours is None or theirs is None:
+        shared = min(size, len(rows))
+        rows[:shared] = np.arange(shared)
+        return rows
+    padding = np.setdiff1d(np.arange(min(size, len(rows))), [*ours.values(), *theirs.values()])
+    rows[padding] = padding
+    for token, row in ours.items():
+        if token in theirs:
+            rows[row] = theirs[token]
+    return rows

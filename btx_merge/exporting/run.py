@@ -1,0 +1,282 @@
+"""The public verbs `export`, a merged model for other programs, and `extract`, one expert of it as a dense Llama.
+
+Both copy ranges of the model's bytes under other names: nothing is converted, so nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from btx_merge.checkpoints.copying import copy_layout, write_copy
+from btx_merge.checkpoints.staging import Progress
+from btx_merge.checkpoints.stored import StoredTensor
+from btx_merge.errors import InputError, Problem
+from btx_merge.exporting.files import check_tokenizer, origin, shared_config, untrained_routers, write_export_files
+from btx_merge.exporting.gguf import converter_problems, file_problems, find_converter, write_gguf
+from btx_merge.exporting.mixtral import mixtral_card, mixtral_config, mixtral_tensors
+from btx_merge.model.card import CITATION, how_to_use
+from btx_merge.model.merged import MergedModel
+from btx_merge.model.mixtral_limits import mixtral_refusals, mixtral_warnings
+from btx_merge.model.opening import open_model
+from btx_merge.reporting import peak_memory
+from btx_merge.sources.cards import in_card
+from btx_merge.values import parse_size, size_problem
+
+FORMATS = ("mixtral", "gguf")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export, or the extraction of an expert, did."""
+
+    output: Path
+    parameters: int
+    files: tuple[str, ...]
+    """Names of the weights files."""
+    nbytes: int
+    """Of those files."""
+    kept_bytes: int
+    """Of them, what an earlier, interrupted run had written."""
+    seconds: float
+    peak_memory: int
+    """Largest resident size of the process so far, in bytes."""
+    warnings: tuple[Problem, ...] = ()
+    """Routers that are not trained yet, and programs that will not compute of the result what the model does."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them."""
+        warnings = [str(warning) for warning in self.warnings]
+        return {**asdict(self), "output": str(self.output), "files": list(self.files), "warnings": warnings}
+
+
+@dataclass(frozen=True)
+class _Derived:
+    """What becomes of a model."""
+
+    tensors: Mapping[str, StoredTensor]
+    config: Mapping[str, Any]
+    tags: list[str]
+    card: str
+    keeps_figures: bool
+    """Whether it computes what the model does, so that the model's held-out figures hold for it too."""
+    warnings: tuple[Problem, ...] = ()
+
+
+def export(
+    model: str,
+    output: str | Path,
+    *,
+    format: str = "mixtral",
+    max_shard_size: str = "5GB",
+    llama_cpp: str | Path | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> ExportReport:
+    """Writes a merged model as a Mixtral of transformers into the folder `output`. Its logits are the same bits.
+
+    An interrupted export leaves `OUTPUT.btx-partial`; the same call continues it. One to GGUF begins anew.
+
+    Args:
+        model: a folder, `org/name` or `org/name@revision`.
+        format: `mixtral`, the layout that transformers, vLLM, SGLang and llama.cpp's converter read; or `gguf`, for
+            which that converter is run. `output` is a file then.
+        max_shard_size: of a weights file, such as 5GB or 500MB; a GGUF is one file.
+        llama_cpp: the folder of llama.cpp with its converter; by default the one that the environment variable
+            LLAMA_CPP names, or else the converter that is on PATH.
+        overwrite: whether `output` may be replaced if it is there and not empty; that happens when the new
+            model is complete.
+        workers: threads that read and write; by default one per core, at most 4.
+        progress: called from several threads with numbers of bytes.
+        on_start: called once with what those will add up to, before anything is written.
+        on_note: called with a line about an earlier, unfinished run.
+
+    Raises:
+        InputError: a reason to refuse, such as a routing that a Mixtral does not have; nothing has been written.
+        MergeError: the disk refused; `MergeInterrupted` for Ctrl-C; `output` is as it was.
+    """
+
+    began = time.perf_counter()
+    target = Path(output).expanduser().resolve()
+    problems, is_gguf = [], format == "gguf"
+    if format not in FORMATS:
+        problems.append(Problem("command", "--format", repr(format), " or ".join(FORMATS)))
+    if is_gguf:
+        problems += file_problems(target, overwrite)
+
+    def derive(merged: MergedModel) -> _Derived:
+        refusals = list(mixtral_refusals(merged))
+        if is_gguf:
+            refusals += converter_problems(llama_cpp, model, target, merged.dtype)
+        if refusals:
+            raise InputError(refusals)
+        tags = ["mixtral", "mixture-of-experts", "merge"]
+        untrained = untrained_routers(merged)
+        warnings, card = tuple(mixtral_warnings(merged, untrained)), mixtral_card(merged, untrained)
+        return _Derived(mixtral_tensors(merged), mixtral_config(merged), tags, card, True, warnings)
+
+    checked = _check(model, None if is_gguf else target, derive, problems, max_shard_size, overwrite)
+    options: dict[str, Any] = {"workers": workers, "progress": progress, "on_start": on_start, "on_note": on_note}
+    if not is_gguf:
+        return _write(checked, target, began, overwrite=overwrite, **options)
+
+    reports: list[ExportReport] = []
+    name = checked.merged.located.public_name.rpartition("/")[2]
+    write_gguf(
+        lambda folder: reports.append(_write(checked, folder, began, overwrite=False, **options)),
+        target,
+        name,
+        checked.merged.dtype,
+        find_converter(llama_cpp),
+    )
+    seconds, nbytes = time.perf_counter() - began, target.stat().st_size
+    return replace(reports[0], output=target, files=(target.name,), nbytes=nbytes, seconds=seconds)
+
+
+def extract(
+    model: str,
+    expert: str,
+    output: str | Path,
+    *,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> ExportReport:
+    """Writes one expert with the merged shared weights as a dense Llama into the folder `output`.
+
+    It computes what the model computes when every token goes to that expert. A split source is put together again.
+
+    Args:
+        expert: its name.
+
+    The other arguments, and what is raised, are those of `export`.
+    """
+
+    def derive(merged: MergedModel) -> _Derived:
+        tensors = merged.dense_tensors(expert)
+        return _Derived(tensors, _dense_config(merged), ["llama", "merge"], _dense_card(merged, expert), False)
+
+    began = time.perf_counter()
+    target = Path(output).expanduser().resolve()
+    checked = _check(model, target, derive, [], max_shard_size, overwrite)
+    options: dict[str, Any] = {"workers": workers, "progress": progress, "on_start": on_start, "on_note": on_note}
+    return _write(checked, target, began, overwrite=overwrite, **options)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A model, what becomes of it, and how large its weights files may be."""
+
+    merged: MergedModel
+    derived: _Derived
+    shard_bytes: int
+
+
+def _check(
+    model: str,
+    target: Path | None,
+    derive: Callable[[MergedModel], _Derived],
+    problems: list[Problem],
+    max_shard_size: str,
+    overwrite: bool,
+) -> _Checked:
+    """Check all before anything is written.
+
+    Args:
+        target: the folder for the result; None where the result is no folder.
+        problems: those that are known.
+
+    Raises:
+        InputError: with these and all others.
+    """
+    shard_bytes = parse_size(max_shard_size) if isinstance(max_shard_size, str) else None
+    if not shard_bytes:
+        problems.append(size_problem("--max-shard-size", max_shard_size))
+    merged, of_model = open_model(model, target, overwrite)
+    problems += of_model
+    derived = None
+    if merged:
+        try:
+            derived = derive(merged)
+            warnings = check_tokenizer(merged, derived.config)
+            derived = replace(derived, warnings=(*derived.warnings, *warnings))
+        except InputError as error:
+            problems += error.problems
+    if problems or not (merged and derived and shard_bytes):
+        raise InputError(problems)
+    return _Checked(merged, derived, shard_bytes)
+
+
+def _write(
+    checked: _Checked,
+    target: Path,
+    began: float,
+    *,
+    overwrite: bool,
+    workers: int | None,
+    progress: Progress | None,
+    on_start: Callable[[int], None] | None,
+    on_note: Callable[[str], None] | None,
+) -> ExportReport:
+    """Write a checked model into the folder `target`."""
+    derived = checked.derived
+    layout = copy_layout(derived.tensors, checked.shard_bytes)
+    if on_start:
+        on_start(sum(tensor.nbytes for tensor in layout.tensors))
+    kept = write_copy(
+        layout,
+        checked.merged.located.folder,
+        checked.merged.located.stamps,
+        target,
+        partial(
+            write_export_files,
+            checked.merged,
+            config=derived.config,
+            tags=derived.tags,
+            card=derived.card,
+            keeps_figures=derived.keeps_figures,
+        ),
+        overwrite=overwrite,
+        workers=workers,
+        progress=progress,
+        on_note=on_note,
+    )
+    return ExportReport(
+        target,
+        layout.parameters,
+        tuple(shard.name for shard in layout.shards),
+        layout.bytes_to_write,
+        kept,
+        time.perf_counter() - began,
+        peak_memory(),
+        derived.warnings,
+    )
+
+
+def _dense_config(model: MergedModel) -> dict[str, Any]:
+    shared = shared_config(model)
+    biases = {key: model.dense_config[key] for key in ("attention_bias", "mlp_bias")}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **shared, **biases}
+
+
+def _dense_card(model: MergedModel, expert: str) -> str:
+    return f"""# The expert {expert} of {in_card(model.located.public_name.rpartition("/")[2])}
+
+{origin(model, f"btx extract {expert}")}
+
+A dense Llama: the feed-forward blocks of `{expert}` with the attention, embeddings, norms and head that all experts of
+that model share. It computes what the model computes when every token goes to `{expert}`; it is not the checkpoint
+that `{expert}` was before the merge, whose other weights were combined with its siblings'.
+
+{how_to_use()}
+{CITATION}"""

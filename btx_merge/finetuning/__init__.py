@@ -1,0 +1,1 @@
+"""The verb `train`: finetuning on `transformers.Trainer`."""

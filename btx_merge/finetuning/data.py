@@ -1,0 +1,135 @@
+"""What finetuning reads: windows of all domains by weight, without end, and a held-out part of each.
+
+The order is one for all ranks, and follows from the seed: rank and step say which windows a rank takes. So a run on
+several ranks sees what one on a single rank sees, and a resumed one goes on where it was.
+
+Legend: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import IterableDataset
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.texts.references import DomainText, documents
+from btx_merge.texts.windows import packed_windows
+
+Window = tuple[list[int], list[int]]
+_IGNORED = -100
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class DomainStream:
+    """The windows of one domain.
+
+    Of its documents the second, and then one out of every 1 / holdout, is held out. Where there is only one
+    document, of its windows.
+    """
+
+    text: DomainText
+    tokenizer: Any
+    length: int
+    holdout: float
+    """Part that is held out, in [0, 0.5]."""
+
+    @cached_property
+    def has_one_document(self) -> bool:
+        return len(list(itertools.islice(documents(self.text, self.tokenizer), 2))) < 2
+
+    def held_out(self, most: int) -> list[Window]:
+        """At most so many windows of the held-out part."""
+        if not self.holdout:
+            return []
+        return list(itertools.islice(self._windows(True), most))
+
+    def endless(self, shuffled: int, seed: str) -> Iterator[Window]:
+        """The rest, again and again; each window is drawn from the next `shuffled`."""
+
+        def passes() -> Iterator[Window]:
+            while True:
+                count = 0
+                for count, window in enumerate(self._windows(False), 1):  # noqa: B007
+                    yield window
+                if not count:
+                    raise self._nothing_left()
+
+        return _shuffled(passes(), shuffled, random.Random(seed))
+
+    def _windows(self, held_out: bool) -> Iterator[Window]:
+        given = documents(self.text, self.tokenizer)
+        if not self.holdout:
+            yield from packed_windows(given, self.tokenizer, self.length, self.text.name)
+        elif self.has_one_document:
+            windows = packed_windows(given, self.tokenizer, self.length, self.text.name)
+            yield from self._part(windows, held_out)
+        else:
+            part = self._part(given, held_out)
+            yield from packed_windows(part, self.tokenizer, self.length, self.text.name)
+
+    def _part(self, items: Iterable[_T], held_out: bool) -> Iterator[_T]:
+        period = round(1 / self.holdout)
+        return (item for number, item in enumerate(items) if (number % period == 1) == held_out)
+
+    def _nothing_left(self) -> InputError:
+        return InputError([Problem(self.text.name, "text", "no window to train on", "", "Give more text.")])
+
+
+class MixedWindows(IterableDataset[dict[str, Any]]):
+    """Rows of all domains without end: whose turn it is, is drawn by weight."""
+
+    def __init__(self, streams: Sequence[DomainStream], shuffled: int, seed: int):
+        self.streams = streams
+        self.shuffled = shuffled
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rng = random.Random(self.seed)
+        numbers = range(len(self.streams))
+        weights = [stream.text.weight for stream in self.streams]
+        sources = [stream.endless(self.shuffled, f"{self.seed} {stream.text.name}") for stream in self.streams]
+        while True:
+            (domain,) = rng.choices(numbers, weights)
+            yield row_of(next(sources[domain]), domain)
+
+
+def row_of(window: Window, domain: int) -> dict[str, Any]:
+    """A window as a row of a data set."""
+    ids, positions = window
+    return {"input_ids": ids, "position_ids": positions, "domain": domain}
+
+
+def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows to tensors: input_ids, position_ids and labels [B, T], domain [B].
+
+    The first token of a document is no label: before it stands another document, or nothing. There is no attention
+    mask, so that positions tell documents apart. A shorter row is filled up behind, where nothing can look.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def filled(name: str, fill: int) -> torch.Tensor:
+        return torch.tensor([[*row[name], *[fill] * (longest - len(row[name]))] for row in rows])
+
+    ids, positions = filled("input_ids", 0), filled("position_ids", 0)
+    return {
+        "input_ids": ids,
+        "position_ids": positions,
+        "labels": ids.masked_fill(positions == 0, _IGNORED),
+        "domain": torch.tensor([row["domain"] for row in rows]),
+    }
+
+
+def _shuffled(items: Iterator[_T], size: int, rng: random.Random) -> Iterator[_T]:
+    held = list(itertools.islice(items, size))
+    for item in items:
+        place = rng.randrange(len(held))
+        held[place], item = item, held[place]
+        yield item

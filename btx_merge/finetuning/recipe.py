@@ -1,0 +1,96 @@
+"""What a finetuning is determined by: the model, what is trained, on which texts, with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.reporting import short
+from btx_merge.texts.references import DomainText, as_domain_texts
+from btx_merge.values import ABOVE_ZERO, Rule, at_least, one_of, value_problems
+
+TRAIN_MODES = ("routers", "shared", "all", "lora")
+LORA_TARGETS = {"routers": "routers", "shared": "routers + shared", "experts": "experts"}
+Show = Callable[[str], None]
+
+
+_VALUES: dict[str, Rule] = {
+    "model": ("a merged checkpoint", bool),
+    "train": one_of(TRAIN_MODES),
+    "max_length": at_least(2),
+    "holdout": ("in [0, 0.5]", lambda value: 0 <= value <= 0.5),
+    "shuffle": at_least(1),
+    "router_grad": one_of(("sparse", "dense")),
+    "router_aux_loss_coef": at_least(0),
+    "router_aux_loss_scope": one_of(("global_batch", "micro_batch")),
+    "lora_target": one_of(LORA_TARGETS),
+    "lora_r": at_least(1),
+    "lora_alpha": ABOVE_ZERO,
+    "fsdp_size": at_least(1),
+    "ep_size": at_least(1),
+}
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """Everything that determines a finetuning.
+
+    Raises:
+        InputError: a value that cannot be meant; all of them in one error.
+    """
+
+    model: str
+    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    data: tuple[DomainText, ...] = ()
+    """The mixture. Also a mapping: name to a reference, several, or `text:` and `weight:`."""
+    train: str = "shared"
+    """routers; shared (routers and everything that was averaged: the paper's variant with frozen experts); all; lora.
+    """
+    max_length: int | None = None
+    """Tokens of a window; 1024, or what the model can take where that is less."""
+    holdout: float = 0.02
+    """Part of each domain's documents that is not trained on but scored, in [0, 0.5]."""
+    shuffle: int = 256
+    """Windows of each domain among which the next one is drawn, at least 1."""
+    router_grad: str | None = None
+    """sparse or dense, see `BTXConfig`; the model's where not given."""
+    router_aux_loss_coef: float | None = None
+    """Coefficient of the balancing loss; the model's where not given."""
+    router_aux_loss_scope: str = "global_batch"
+    """global_batch: balance over all ranks and accumulated micro-batches; micro_batch: over each."""
+    lora_target: str = "shared"
+    """lora: routers, shared (routers and attention) or experts."""
+    lora_r: int = 16
+    """lora: rank."""
+    lora_alpha: float = 32
+    """lora: what is learned is scaled by lora_alpha / lora_r."""
+    fsdp_size: int = 1
+    """Ranks that the parameters are sharded over (FSDP2): 1, or all of them."""
+    ep_size: int = 1
+    """Ranks that the experts are spread over; divides fsdp_size."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of `transformers.TrainingArguments`, by name. `max_steps` must be there."""
+
+    def __post_init__(self) -> None:
+        problems = value_problems(self, _VALUES)
+        try:
+            object.__setattr__(self, "data", as_domain_texts(self.data, "data"))
+            if not self.data:
+                problems.append(Problem("recipe", "data", "missing", "at least one domain, --data NAME=REFERENCE"))
+        except InputError as error:
+            problems += error.problems
+        if not isinstance(self.arguments, Mapping) or not all(isinstance(name, str) for name in self.arguments):
+            problems.append(Problem("recipe", "arguments", short(self.arguments), "`name: value`"))
+        if self.train == "lora" and not problems and self.fsdp_size * self.ep_size > 1:
+            found, remedy = "lora on sharded parameters", "Copies of the model do: without --fsdp-size and --ep-size."
+            problems.append(Problem("recipe", "train", found, "", remedy))
+        elif not problems and self.fsdp_size % self.ep_size:
+            found, remedy = f"{self.ep_size} with fsdp_size {self.fsdp_size}", "Give --fsdp-size, the number of ranks."
+            problems.append(Problem("recipe", "ep_size", found, "a divisor of fsdp_size", remedy))
+        if problems:
+            raise InputError(problems)
+
+
+OPTION_NAMES = tuple(item.name for item in fields(TrainRecipe) if item.name not in ("model", "data", "arguments"))

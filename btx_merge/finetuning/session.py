@@ -1,0 +1,302 @@
+"""One finetuning on one rank: model, mixture, trainer, result."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers.distributed import DistributedConfig
+from transformers.utils import logging
+
+from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
+from btx_merge.files.changes import ReadFiles
+from btx_merge.files.folder import read_json
+from btx_merge.files.scratch import move_in
+from btx_merge.finetuning.arguments import DEFAULTS, training_arguments
+from btx_merge.finetuning.callbacks import ConsoleLines, StepCount, StopOnSignal
+from btx_merge.finetuning.data import DomainStream, MixedWindows, collate, row_of
+from btx_merge.finetuning.metrics import Meter
+from btx_merge.finetuning.picture import draw
+from btx_merge.finetuning.ranks import check_launch, check_ranks
+from btx_merge.finetuning.recipe import LORA_TARGETS, Show, TrainRecipe
+from btx_merge.finetuning.result import check_stored, copy_files, result_staging, write_records
+from btx_merge.finetuning.trainer import BTXTrainer, trained_tensors, whole
+from btx_merge.finetuning.work_folder import last_checkpoint, tools
+from btx_merge.model.adapter_card import write_adapter_card
+from btx_merge.model.files import PICTURE
+from btx_merge.modeling import BTXForCausalLM
+from btx_merge.sources.locate import Located
+from btx_merge.texts.references import public_reference
+from btx_merge.training import GumbelAnnealing, RouterBiasUpdate
+
+_MAX_LENGTH = 1024
+_MOST_HELD_OUT = 64
+"""Windows of each domain's held-out part that are scored."""
+
+
+def is_trained(mode: str, name: str) -> bool:
+    """Whether a parameter is trained in a mode, by its name."""
+    if mode == "routers":
+        return name.endswith(".mlp.gate.weight")
+    return mode == "all" or ".mlp.experts." not in name
+
+
+class Run:
+    """From a recipe to a result. Everything that all ranks must do together is done here, by each of them."""
+
+    def __init__(
+        self,
+        recipe: TrainRecipe,
+        located: Located,
+        work: Path,
+        show: Show,
+        warn: Show,
+        on_step: Callable[[int, int], None] | None = None,
+    ):
+        check_launch()
+        self.recipe = recipe
+        self.located = located
+        self.work = work
+        arguments = {**_precision(recipe, located), **recipe.arguments}
+        self.args: Any = training_arguments(arguments, str(work))  # it meets the other ranks
+        self.is_main = self.args.process_index == 0
+        silent: Show = lambda line: None  # noqa: E731
+        self.show, self.warn = (show, warn) if self.is_main else (silent, silent)
+        self.on_step = on_step if self.is_main else None
+        chosen: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]
+        self.settings = {name: chosen[name] for name in (*DEFAULTS, "warmup_steps", "eval_steps", *arguments)}
+        check_ranks(recipe, self.args)
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+
+    def train(self, resume: bool) -> None:
+        """Trains, or goes on training.
+
+        Raises:
+            InputError: a text cannot be read; the steps before are saved.
+            MergeInterrupted: Ctrl-C or SIGTERM; likewise.
+        """
+        self.model = self._load_model()
+        self.streams = self._streams()
+        held_out = self._held_out()
+        if held_out:
+            self.args.eval_on_start = not resume
+            if "eval_strategy" not in self.recipe.arguments:
+                self.args.eval_strategy = "steps"
+        self.trainer = self._trainer(held_out)
+        self._announce()
+        stop = StopOnSignal() if threading.current_thread() is threading.main_thread() else None
+        if stop:
+            self.trainer.add_callback(stop)
+        try:
+            checkpoint = last_checkpoint(self.work) if resume else None
+            if checkpoint:
+                self.trainer.continue_from(checkpoint)
+            else:
+                self.trainer.train()
+        except InputError:
+            if self.trainer.state.global_step:
+                self.trainer.save_now()
+            raise
+        finally:
+            if stop:
+                stop.restore()
+        if stop and stop.is_stopped and self.trainer.state.global_step < self.args.max_steps:
+            raise MergeInterrupted  # what is kept, `finetuning.train` says
+        scored = [entry["step"] for entry in self.history if any(key.startswith("eval_perplexity/") for key in entry)]
+        if held_out and (not scored or scored[-1] != self.trainer.state.global_step):
+            self.trainer.evaluate()
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        return self.trainer.state.log_history
+
+    def finish(self, target: Path, overwrite: bool, read: ReadFiles) -> Mapping[str, Any]:
+        """Write the result and give it its name. All ranks gather; one writes.
+
+        Raises:
+            InputError: the model has changed since `read`, or something has come into the target's place.
+            MergeError: the folder cannot get the target's name.
+            OSError: the disk refused.
+        """
+        entry = self._entry()
+        trained = {name: whole(tensor) for name, tensor in trained_tensors(self.model).items()}
+        if not self.is_main:
+            return entry
+        is_adapter = self.recipe.train == "lora"
+        with result_staging(self.located, target, trained, read, self.warn, is_adapter) as staging:
+            staging.write()
+            files = staging.scratch()
+            if is_adapter:
+                self.model.save_pretrained(files, save_embedding_layers=False)  # no target; peft would ask the Hub
+                write_adapter_card(files, self.located, entry)
+            else:
+                copy_files(self.located.folder, files)
+            write_records(files, entry, self.history, self.located)
+            draw(self.history, self.trainer.meter.experts, files / PICTURE)
+            if (self.work / "runs").is_dir():  # TensorBoard's
+                shutil.copytree(self.work / "runs", files / "runs", dirs_exist_ok=True)
+            move_in(files, staging.folder)
+            staging.finish(overwrite, "the same command with --resume")
+        return entry
+
+    def _load_model(self) -> Any:
+        """What is trained is in float32, the rest as it is stored where autocast brings them together."""
+        recipe, args = self.recipe, self.args
+        config = {
+            name: getattr(recipe, name)
+            for name in ("router_grad", "router_aux_loss_coef", "router_aux_loss_scope")
+            if getattr(recipe, name) is not None
+        }
+        sharded = recipe.fsdp_size * recipe.ep_size > 1
+        if sharded:
+            sizes = {name: size for name in ("fsdp_size", "ep_size") if (size := getattr(recipe, name)) > 1}
+            config["distributed_config"] = DistributedConfig(**sizes)
+        if not sys.stderr.isatty():  # transformers' bars do not ask
+            logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        mixed = (args.bf16 or args.fp16) and not sharded
+        model = BTXForCausalLM.from_pretrained(
+            self.located.folder, dtype="auto" if mixed else torch.float32, use_cache=False, **config
+        )
+        set_seed(args.seed)  # a LoRA begins with random numbers, and Trainer comes after it
+        if recipe.train == "lora":
+            from peft import get_peft_model
+
+            from btx_merge.lora import lora_config
+
+            lora = lora_config(LORA_TARGETS[recipe.lora_target], model, r=recipe.lora_r, lora_alpha=recipe.lora_alpha)
+            adapted = get_peft_model(model, lora)
+            of = adapted.peft_config["default"]  # peft knows no org/name@revision
+            of.base_model_name_or_path = self.located.repo_id or str(self.located.folder.resolve())
+            of.revision = self.located.revision
+            model = adapted
+        else:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(is_trained(recipe.train, name))
+                if parameter.requires_grad and parameter.dtype != torch.float32:
+                    parameter.data = parameter.data.float()
+            check_stored(self.located.folder, trained_tensors(model))
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise InputError([Problem("recipe", "train", f"{recipe.train} matches no parameter of the model")])
+        return model
+
+    def _streams(self) -> list[DomainStream]:
+        config, recipe = self.model.config, self.recipe
+        length = recipe.max_length or min(_MAX_LENGTH, config.max_position_embeddings)
+        tokenizer = AutoTokenizer.from_pretrained(self.located.folder)
+        if len(tokenizer) > config.vocab_size:
+            found = f"{len(tokenizer)} tokens in the tokenizer"
+            raise InputError([Problem("model", "tokenizer", found, f"at most {config.vocab_size}, the embedding's")])
+        return [DomainStream(text, tokenizer, length, recipe.holdout) for text in recipe.data]
+
+    def _held_out(self) -> dict[str, list[dict[str, Any]]]:
+        out = {}
+        for domain, stream in enumerate(self.streams):
+            windows = stream.held_out(_MOST_HELD_OUT)
+            if windows:
+                out[stream.text.name] = [row_of(window, domain) for window in windows]
+            elif self.recipe.holdout:
+                self.warn(f"{stream.text.name}: too little text to hold a part of it out")
+        return out
+
+    def _trainer(self, held_out: dict[str, list[dict[str, Any]]]) -> BTXTrainer:
+        config, domains = self.model.config, [stream.text.name for stream in self.streams]
+        meter = Meter(self.model, domains, self.warn)
+        callbacks: list[TrainerCallback] = [ConsoleLines(self.show, domains, meter.experts)]
+        if self.on_step:
+            callbacks.append(StepCount(self.on_step))
+        if config.router_type == "sample_top_1":
+            callbacks.append(GumbelAnnealing(relative=True))
+        if config.router_selection_bias:
+            callbacks.append(RouterBiasUpdate())
+        trainer = BTXTrainer(
+            meter,
+            self.model,
+            held_out,
+            self.args,
+            train_dataset=MixedWindows(self.streams, self.recipe.shuffle, self.args.seed),
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+        if self.recipe.fsdp_size > 1 and not trainer.is_sharded:
+            raise MergeError("The parameters were not sharded, though fsdp_size asked for it.")
+        return trainer
+
+    def _announce(self) -> None:
+        """What is trained, before anything is."""
+        parameters = list(self.model.parameters())
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self.trained_parameters = sum(parameter.numel() for parameter in trained)
+        total = sum(parameter.numel() for parameter in parameters)
+        self.show(
+            f"trains {self.recipe.train}: {self.trained_parameters:,} of {total:,} parameters "
+            f"({self.trained_parameters / total:.2%}), {len(trained)} of {len(parameters)} tensors"
+        )
+        args, length = self.args, self.streams[0].length
+        ranks = "1 rank" if args.world_size == 1 else f"{args.world_size} ranks"
+        shares = f", sharded over {self.recipe.fsdp_size}" if self.recipe.fsdp_size > 1 else ""
+        if self.recipe.ep_size > 1:
+            shares += f", experts over {self.recipe.ep_size}"
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.show(
+            f"on {ranks}, {args.device.type}{shares}: {rows:,} windows of {length:,} tokens a step, "
+            f"{rows * length:,} tokens"
+        )
+
+    def _entry(self) -> dict[str, Any]:
+        """What the recipe and the card say. A file stands there by its name alone, without its path."""
+        recipe, args = self.recipe, self.args
+        length, steps = self.streams[0].length, self.trainer.state.global_step
+        rows = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        losses = [entry["loss"] for entry in self.history if "loss" in entry]
+        scores: dict[str, dict[str, float]] = {"before": {}, "after": {}}
+        for entry in self.history:
+            for key, value in entry.items():
+                if key.startswith("eval_perplexity/"):
+                    domain = key.partition("/")[2]
+                    scores["after"][domain] = value
+                    if entry["step"] == 0:
+                        scores["before"][domain] = value
+        return {
+            "train": recipe.train,
+            **({"lora_target": recipe.lora_target, "lora_r": recipe.lora_r} if recipe.train == "lora" else {}),
+            "steps": steps,
+            "tokens": rows * length,
+            "max_length": length,
+            "trained_parameters": self.trained_parameters,
+            "data": [
+                {
+                    "name": text.name,
+                    "references": [public_reference(reference) for reference in text.references],
+                    "weight": text.weight,
+                }
+                for text in recipe.data
+            ],
+            "holdout": recipe.holdout,
+            "router_grad": self.model.config.router_grad,
+            "router_aux_loss_coef": self.model.config.router_aux_loss_coef,
+            "router_aux_loss_scope": recipe.router_aux_loss_scope,
+            "arguments": self.settings,
+            "world_size": args.world_size,
+            "losses": {"first": losses[0], "last": losses[-1]} if losses else {},
+            "held_out_perplexity": scores,
+            "tools": tools(),
+        }
+
+
+def _precision(recipe: TrainRecipe, located: Located) -> dict[str, bool]:
+    """A GPU computes in bfloat16 what is stored so, where nothing else was asked for."""
+    if {"bf16", "fp16", "use_cpu"} & set(recipe.arguments) or not torch.cuda.is_available():
+        return {}
+    stored = read_json(located.folder / "config.json").get("dtype")
+    return {"bf16": True} if stored == "bfloat16" and torch.cuda.is_bf16_supported() else {}

@@ -1,0 +1,154 @@
+"""The closed forms of a fit: what is minimised, and by which weights. No gradients, no steps.
+
+Legend: N tokens, H hidden, E experts, I inputs and O outputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.files.folder import read_json
+
+OFF_DIAGONAL = 0.9
+"""RegMean's factor on what inputs have in common (arXiv 2212.09849, section 4.2: alpha)."""
+TEMPERATURES = tuple(2 ** (half / 2) for half in range(17))
+"""Factors on a fitted router that are tried: 1 to 256."""
+_KEY_FILE = "statistics.json"
+
+Moments = dict[str, torch.Tensor]
+
+
+def ridge_solution(
+    gram: torch.Tensor, cross: torch.Tensor, penalty: float, prior: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The W that minimises `sum_n |W x_n - y_n|^2 + lambda |W - prior|^2`, solved in float64.
+
+    Args:
+        gram: `sum_n x_n x_n^T`, [I, I].
+        cross: `sum_n x_n y_n^T`, [I, O].
+        penalty: lambda, in units of the mean of gram's diagonal.
+        prior: [O, I]; zeros where not given.
+
+    Returns:
+        [O, I] in float32.
+    """
+    gram, cross = gram.double(), cross.double()
+    regular = gram + penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    if prior is None:
+        prior = torch.zeros(cross.shape[::-1], device=gram.device)
+    prior = prior.double()
+    change: torch.Tensor = torch.linalg.solve(regular, cross - gram @ prior.T)
+    return (prior + change.T).float()
+
+
+def scaled_off_diagonal(gram: torch.Tensor) -> torch.Tensor:
+    """A Gram matrix [I, I] with everything off its diagonal times `OFF_DIAGONAL` (RegMean)."""
+    return OFF_DIAGONAL * gram + (1 - OFF_DIAGONAL) * torch.diag(gram.diagonal())
+
+
+def best_temperature(
+    targets: Sequence[torch.Tensor],
+    routed: Callable[[float, int], torch.Tensor],
+    factors: Sequence[float] = TEMPERATURES,
+) -> tuple[float, float]:
+    """The factor on a router with which the layer comes nearest to what it should give, and how near that is.
+
+    Args:
+        targets: what the layer should add, per domain [N, H].
+        routed: what it adds, by a factor, on the inputs of a domain, given by its number.
+        factors: those that are tried.
+
+    Returns:
+        The factor, and the mean over domains of `sum |y - target|^2 / sum |target|^2`.
+    """
+    best = (float("inf"), 1.0)
+    for factor in factors:
+        errors = [
+            ((routed(factor, domain) - y).square().sum() / y.square().sum().clamp(min=1e-30)).item()
+            for domain, y in enumerate(targets)
+        ]
+        best = min(best, (round(sum(errors) / len(errors), 6), factor))  # a tie goes to the softer router
+    return best[1], best[0]
+
+
+def winning_temperature(wins: Callable[[float], float], part: float = 0.9) -> float:
+    """The smallest factor on a new expert's row with which it is the likeliest for that part of its own tokens.
+
+    For a row that is fitted on its own text alone: nothing tells there how much is too much.
+
+    Args:
+        wins: by a factor, the part of its own tokens for which it is the likeliest.
+    """
+    return next((factor for factor in TEMPERATURES if wins(factor) >= part), TEMPERATURES[-1])
+
+
+def prompt_rows(means: dict[int, torch.Tensor], inputs: torch.Tensor, experts: int) -> torch.Tensor:
+    """A router [E, H] from the mean router input [H] of each expert's prompts.
+
+    What the means have in common moves all logits alike, so it is taken out; an expert without prompts gets zeros,
+    the middle of the others. The scale is that of logits with a deviation of 1 over the prompts' tokens.
+
+    Args:
+        means: by the expert's number.
+        inputs: of all prompts' tokens, [N, H].
+    """
+    rows = torch.zeros(experts, inputs.shape[1], dtype=torch.float64, device=inputs.device)
+    middle = torch.stack([mean.double() for mean in means.values()]).mean(dim=0)
+    for expert, mean in means.items():
+        rows[expert] = mean.double() - middle
+    deviation = (inputs.double() @ rows.T).std()
+    return (rows / deviation.clamp(min=1e-30)).float()
+
+
+class Statistics:
+    """What a pass over the texts collected: moments of inputs and targets. Kept in a folder, they are solved again
+    without the texts: for another penalty, with which the lower layers were not fitted while it was collected.
+    """
+
+    def __init__(self, folder: Path | None, key: dict[str, Any]):
+        """
+        Args:
+            folder: where they are, or are to be kept; None to forget them.
+            key: what they depend on: model, texts, tokens, method.
+
+        Raises:
+            InputError: the folder holds those of something else.
+        """
+        self.folder, self.key = folder, key
+        self.are_there = False
+        if folder is None:
+            return
+        if (folder / _KEY_FILE).exists():
+            recorded = read_json(folder / _KEY_FILE)
+            differing = [name for name in key if recorded.get(name) != key[name]]
+            if differing:
+                found = f"they were collected with another {', '.join(differing)}"
+                remedy = "Give another --statistics, or remove this folder to collect them anew."
+                raise InputError([Problem("statistics", str(folder), found, "", remedy)])
+            self.are_there = True
+        elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise InputError([Problem("statistics", str(folder), "something else", "a new or an empty folder")])
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, name: str, collect: Callable[[], Moments]) -> Moments:
+        """The moments of that name: those that are kept, or what `collect` returns, which is kept."""
+        file = self.folder / f"{name}.safetensors" if self.folder else None
+        if self.are_there and file:
+            return {key: tensor.clone() for key, tensor in load_file(file).items()}  # aligned as they were
+        moments = collect()
+        if file:
+            save_file({key: tensor.cpu().contiguous() for key, tensor in moments.items()}, file)
+        return moments
+
+    def complete(self) -> None:
+        """Marks the folder as complete: without this it is no folder of statistics."""
+        if self.folder and not self.are_there:
+            (self.folder / _KEY_FILE).write_text(json.dumps(self.key, indent=2), encoding="utf-8")

@@ -1,0 +1,84 @@
+"""What a fit of a merged model's routers is determined by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.texts.references import DomainText, as_domain_texts, as_prompts
+from btx_merge.values import ABOVE_ZERO, Rule, at_least, one_of, value_problems
+
+FIT_THROUGH = ("expert", "router")
+ROUTER_FITS = ("ridge", "prompts")
+"""Routers that are fitted in closed form."""
+
+
+_VALUES: dict[str, Rule] = {
+    "model": ("a merged checkpoint", bool),
+    "method": one_of(ROUTER_FITS),
+    "domain_tokens": at_least(64),
+    "router_ridge": ABOVE_ZERO,
+    "fit_through": one_of(FIT_THROUGH),
+}
+
+
+@dataclass(frozen=True)
+class FitRecipe:
+    """Everything that determines a fit of an existing model's routers.
+
+    Raises:
+        InputError: values that cannot be meant; all of them in one error.
+    """
+
+    model: str
+    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    method: str = "ridge"
+    """ridge, on `domain_text`; or prompts, from `prompts`."""
+    domain_text: tuple[DomainText, ...] = ()
+    """Text for every expert, by its name; the seed may go without. Also a mapping, as in `MergeRecipe`."""
+    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Expert to a few lines that are typical of it."""
+    domain_tokens: int = 200_000
+    """Tokens of each domain that are read, at least 64."""
+    router_ridge: float = 0.001
+    """Penalty, relative to the mean square of the router's input. Above 0."""
+    fit_through: str = "expert"
+    """expert: tokens pass through their own domain's; router: through those that the fitted router chooses."""
+
+    def __post_init__(self) -> None:
+        problems = value_problems(self, _VALUES)
+        try:
+            object.__setattr__(self, "domain_text", as_domain_texts(self.domain_text, "domain_text"))
+        except InputError as error:
+            problems += error.problems
+        try:
+            object.__setattr__(self, "prompts", as_prompts(self.prompts))
+        except InputError as error:
+            problems += error.problems
+        unused = "prompts" if self.method == "ridge" else "domain_text"
+        if getattr(self, unused):
+            problems.append(Problem("recipe", unused, f"given, but method {self.method} does not use it"))
+        if problems:
+            raise InputError(problems)
+
+
+@dataclass(frozen=True)
+class FitTask:
+    """What is fitted in a checkpoint, on what, and how. Each verb that fits says it in this form."""
+
+    texts: Mapping[str, DomainText]
+    prompts: Mapping[str, Sequence[str]]
+    domain_tokens: int
+    router: str | None
+    """ridge, prompts, or None for routers that stay."""
+    combine: str | None = None
+    """regmean, regmean_merged, or None for shared weights that stay."""
+    through: str = "expert"
+    """expert, to send tokens through their own domain's on the way to the next layer; or router."""
+    router_ridge: float = 0.001
+    regmean_ridge: float = 0.01
+    averaged: int = 0
+    """For `combine`: of how many sources the means are from which it sets out."""
+    rows: tuple[int, ...] | None = None
+    """The experts whose router rows are fitted by ridge, while the others' stay; all by default."""

@@ -1,0 +1,159 @@
+"""Routers in closed form (DUME, arXiv 2603.29765; MergeME, arXiv 2502.00997).
+
+`ridge`: ridge regression of the domain's label on the router's true input, behind the post-attention norm, with a
+temperature per layer, chosen to minimise the layer's output error on held-out text. `prompts`: the mean input of a few
+prompts for each expert.
+
+Legend: B windows, T tokens in each, N tokens, H hidden, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from btx_merge.fitting.checkpoint import Checkpoint
+from btx_merge.fitting.equations import (
+    TEMPERATURES,
+    Moments,
+    Statistics,
+    best_temperature,
+    prompt_rows,
+    ridge_solution,
+    winning_temperature,
+)
+from btx_merge.fitting.passing import every_expert, own_experts
+from btx_merge.fitting.recipe import FitTask
+from btx_merge.fitting.streams import TokenStream
+from btx_merge.model.held_out import LayerFit
+from btx_merge.modeling.configuration_btx import BTXConfig
+from btx_merge.modeling.modeling_btx import BTXDecoderLayer
+from btx_merge.modeling.routing_btx import RouterCall
+
+_HELD_OUT_TOKENS = 512
+"""Tokens of each domain's held-out windows that the temperature is chosen on, per layer."""
+
+
+class RouterFit:
+    """Fits the routers, layer by layer: hidden states go in, a router's weights come out."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: BTXConfig,
+        streams: Sequence[TokenStream],
+        statistics: Statistics,
+        task: FitTask,
+    ):
+        self.checkpoint, self.config, self.statistics, self.task = checkpoint, config, statistics, task
+        self.texts = [stream for stream in streams if not stream.is_prompt]
+        self.prompts = [stream for stream in streams if stream.is_prompt]
+        self.device = checkpoint.device
+        self.experts = config.num_local_experts
+        self.rows = list(task.rows if task.rows is not None else range(self.experts))
+        # text of other experts shows how much of a new expert's row is too much
+        self.has_contrast = task.rows is None or any(set(stream.experts) - set(task.rows) for stream in self.texts)
+
+    def fit(self, index: int, layer: BTXDecoderLayer) -> list[LayerFit]:
+        """Solve for a layer's router and write it, given the streams' states before its feed-forward block.
+
+        Returns:
+            What came out on held-out text; nothing for `prompts`, which have none.
+        """
+        if self.task.router == "prompts":
+            self._write(index, layer, self._from_prompts(index, layer))
+            return []
+        moments = self.statistics.get(_name(index), lambda: self._moments(layer))
+        temperatures = _Temperatures(self, layer, {key: value.to(self.device) for key, value in moments.items()})
+        fit, rows = temperatures.best(index)
+        self._write(index, layer, rows)
+        return [fit]
+
+    def _write(self, index: int, layer: BTXDecoderLayer, rows: torch.Tensor) -> None:
+        """Write a router [E, H], and put it into the layer as the file's dtype has rounded it."""
+        tensor = f"model.layers.{index}.mlp.gate.weight"
+        self.checkpoint.write(tensor, rows)
+        layer.mlp.gate.weight.data = self.checkpoint.read(tensor)
+
+    def _from_prompts(self, index: int, layer: BTXDecoderLayer) -> torch.Tensor:
+        moments = self.statistics.get(_name(index), lambda: self._prompt_moments(layer))
+        means = {int(key.split(".")[1]): mean for key, mean in moments.items() if key.startswith("mean.")}
+        return prompt_rows(means, moments["inputs"], self.experts)
+
+    def _prompt_moments(self, layer: BTXDecoderLayer) -> Moments:
+        """Collect every prompted expert's mean router input [H], and all inputs [N, H]."""
+        moments: Moments = {}
+        inputs = []
+        for stream in self.prompts:
+            read = layer.post_attention_layernorm(stream.merged.to(self.device)).flatten(0, 1)
+            moments |= {f"mean.{expert}": read.mean(dim=0) for expert in stream.experts}
+            inputs.append(read)
+        return {**moments, "inputs": torch.cat(inputs)}
+
+    def _moments(self, layer: BTXDecoderLayer) -> Moments:
+        """Collect the regression's Gram matrix [H, H] and labels [H, E]; by domain some held-out inputs and targets.
+
+        A target [N, H] is what the feed-forward block should add: what the own expert gives or, where shared weights
+        are fitted, what is missing to the source's own state.
+        """
+        hidden = self.config.hidden_size
+        gram = torch.zeros(hidden, hidden, dtype=torch.float64, device=self.device)
+        labels = torch.zeros(hidden, self.experts, dtype=torch.float64, device=self.device)
+        moments: Moments = {"gram": gram, "labels": labels}
+        for stream in self.texts:
+            for batch in stream.batches(stream.fitted):
+                read = layer.post_attention_layernorm(stream.merged[batch].to(self.device)).flatten(0, 1)
+                gram += (read.T @ read).double() * stream.per_token
+                labels[:, stream.experts] += read.sum(dim=0).double()[:, None] * stream.per_token
+            held = stream.merged[stream.held_out].flatten(0, 1)
+            chosen = torch.linspace(0, len(held) - 1, min(_HELD_OUT_TOKENS, len(held))).long()
+            before = held[chosen].to(self.device)
+            read = layer.post_attention_layernorm(before)
+            if self.task.combine:
+                target = stream.dense[stream.held_out].flatten(0, 1)[chosen].to(self.device) - before
+            else:
+                target = own_experts(layer, stream, read)
+            moments |= {f"inputs.{stream.name}": read, f"targets.{stream.name}": target}
+        return moments
+
+
+class _Temperatures:
+    """Tries factors on a layer's fitted router, by what they would do on held-out text."""
+
+    def __init__(self, fit: RouterFit, layer: BTXDecoderLayer, moments: Moments):
+        self.fit, self.layer = fit, layer
+        self.solution = ridge_solution(moments["gram"], moments["labels"], fit.task.router_ridge)
+        self.inputs = [moments[f"inputs.{stream.name}"] for stream in fit.texts]
+        self.targets = [moments[f"targets.{stream.name}"] for stream in fit.texts]
+        self.outputs = [every_expert(layer, read, fit.experts) for read in self.inputs]  # once, not for each factor
+        self.call = RouterCall(fit.config.num_experts_per_tok)
+
+    def best(self, index: int) -> tuple[LayerFit, torch.Tensor]:
+        """Return the best factor with its figures, and the router [E, H] that it gives."""
+        factors = TEMPERATURES if self.fit.has_contrast else (winning_temperature(self._right),)
+        temperature, error = best_temperature(self.targets, self._routed, factors)
+        return LayerFit(index, temperature, self._right(temperature), error), self._router(temperature)
+
+    def _router(self, factor: float) -> torch.Tensor:
+        rows = torch.as_tensor(self.layer.mlp.gate.weight.clone())
+        rows[self.fit.rows] = factor * self.solution[self.fit.rows]
+        return rows
+
+    def _right(self, factor: float) -> float:
+        """Return the mean over domains of the part of tokens for which an own expert is the likeliest."""
+        rows, parts = self._router(factor), []
+        for stream, read in zip(self.fit.texts, self.inputs, strict=True):
+            own = torch.tensor(stream.experts, device=self.fit.device)
+            parts.append(torch.isin((read @ rows.T).argmax(dim=-1), own).float().mean())
+        return torch.stack(parts).mean().item()
+
+    def _routed(self, factor: float, domain: int) -> torch.Tensor:
+        """Return what the layer would add for a domain's inputs, [N, H]."""
+        weights, _, chosen = self.layer.mlp.routing(self.inputs[domain] @ self._router(factor).T, self.call)
+        tokens = torch.arange(len(chosen), device=self.fit.device)[:, None]
+        return torch.as_tensor((weights[..., None] * self.outputs[domain][chosen, tokens]).sum(dim=1))
+
+
+def _name(index: int) -> str:
+    return f"layer-{index:03}.router"

@@ -1,0 +1,221 @@
+"""Fitting in closed form: the routers of a merged model, or whatever of a new merge its recipe wants fitted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btx_merge.architectures.btx import expert_names, own_experts
+from btx_merge.checkpoints.copying import copy_staging, same_layout
+from btx_merge.errors import InputError, Problem
+from btx_merge.files.disk_errors import continuable
+from btx_merge.files.folder import copy_file, read_json, small_files
+from btx_merge.fitting.recipe import FitRecipe, FitTask
+from btx_merge.model.card import ROUTERS_TITLE
+from btx_merge.model.files import copy_model_code
+from btx_merge.model.held_out import router_results, router_table
+from btx_merge.model.opening import find_model
+from btx_merge.model.records import append_record
+from btx_merge.sources.locate import Located
+from btx_merge.sources.source import SEED
+from btx_merge.sources.text_checks import check_texts
+from btx_merge.sources.tokenizer_files import copy_templates
+from btx_merge.texts.references import public_record, public_reference
+
+if TYPE_CHECKING:
+    from btx_merge.model.held_out import LayerFit
+    from btx_merge.sources.segments import Segment
+    from btx_merge.sources.source import Source
+
+
+OnLayer = Callable[[int, int], None]
+"""Called with how many layers of how many are fitted."""
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a fit did."""
+
+    output: Path
+    layers: tuple[LayerFit, ...]
+    """For ridge: how each layer's router came out."""
+    seconds: float
+
+
+def fit(
+    recipe: FitRecipe,
+    output: str | Path,
+    *,
+    statistics: str | Path | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    on_layer: OnLayer | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> FitReport:
+    """Fits the routers of a merged model without gradients, and writes the model with them into `output`.
+
+    Args:
+        statistics: a folder for what the pass over the texts collects. Where they are there, nothing is passed
+            through the model again: for another `router_ridge`.
+        overwrite: whether `output` may be replaced; that happens when the new model is complete.
+        device: `cpu`, `cuda`, ...; a GPU where there is one.
+        on_layer: called with how many layers of how many are fitted.
+        on_note: called with a line about an earlier, unfinished run.
+
+    Raises:
+        InputError: a reason not to fit, a text that cannot be read, or a model that changed while it was read.
+        MergeError: the disk refused, or a value is not finite; `MergeInterrupted` for Ctrl-C. The same call continues.
+    """
+    began = time.perf_counter()
+    target = Path(output).expanduser().resolve()
+    located, problems = find_model(recipe.model, target, overwrite)
+    problems += check_texts(recipe.domain_text, located.folder if located else None)
+    problems += device_problems(device)
+    if located and not problems:
+        problems = _name_problems(recipe, located.folder)
+    if problems or located is None:
+        raise InputError(problems)
+
+    layout = same_layout(located.folder)
+    with continuable(target), copy_staging(layout, located.folder, located.stamps, target, on_note) as staging:
+        staging.write()
+        try:
+            task = FitTask(
+                {text.name: text for text in recipe.domain_text},
+                recipe.prompts,
+                recipe.domain_tokens,
+                router=recipe.method,
+                through=recipe.fit_through,
+                router_ridge=recipe.router_ridge,
+            )
+            layers = fit_folder(
+                staging.folder,
+                located.folder,
+                task,
+                statistics=statistics,
+                device=device,
+                on_layer=on_layer,
+            )
+        except InputError:
+            staging.discard()  # a copy of weights is soon made again
+            raise
+        for name, file in small_files(located.folder).items():
+            if name != "config.json":  # that one last: without it this is no model yet
+                copy_file(file, staging.folder / name)
+        copy_templates(located.folder, staging.folder)
+        copy_model_code(staging.folder)
+        _record(staging.folder, recipe, layers, located)
+        copy_file(located.folder / "config.json", staging.folder / "config.json")
+        staging.finish(overwrite)
+    return FitReport(target, tuple(layers), time.perf_counter() - began)
+
+
+def device_problems(device: str | None) -> list[Problem]:
+    """Whether a device can be computed on. Imports torch where one is named."""
+    if device is None:
+        return []
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = f"{device}: {str(error).splitlines()[0]}"
+        return [Problem("command", "--device", found, "a device that torch can use here, such as cpu")]
+    return []
+
+
+def _name_problems(recipe: FitRecipe, folder: Path) -> list[Problem]:
+    """Whether every expert has its text, and every text its expert."""
+    names = expert_names(read_json(folder / "config.json"))
+    texts = [text.name for text in recipe.domain_text]
+    given, flag = (texts, "--domain-text") if recipe.method == "ridge" else (list(recipe.prompts), "--prompt")
+    domains = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    problems = [
+        Problem("model", flag, f"no expert {name}", f"one of {', '.join(domains)}")
+        for name in given
+        if not own_experts(name, names)
+    ]
+    covered = {expert for name in given for expert in own_experts(name, names)}
+    missing = [name for number, name in enumerate(names) if number not in covered and name.split(".")[0] != SEED]
+    if missing:
+        remedy = "Give " + ", ".join(f"{flag} {name}=..." for name in missing) + "."
+        expected = "for every expert but the seed, which may go without"
+        problems.append(Problem("model", flag, f"none for {', '.join(missing)}", expected, remedy))
+    return problems
+
+
+def fit_folder(
+    folder: Path,
+    files: Path,
+    task: FitTask,
+    *,
+    statistics: str | Path | None,
+    device: str | None,
+    on_layer: OnLayer | None,
+    sources: Mapping[str, tuple[Source, Sequence[Segment]]] | None = None,
+) -> list[LayerFit]:
+    """Fit a checkpoint in `folder` in place; config and tokenizer lie in `files`.
+
+    Args:
+        sources: what shared weights are fitted to, by expert: the dense source, and which rows of its embedding belong
+            to which of the result's.
+    """
+    import torch
+
+    from btx_merge.fitting.checkpoint import Checkpoint
+    from btx_merge.fitting.dense_source import DenseSource
+    from btx_merge.fitting.equations import Statistics
+    from btx_merge.fitting.streams import streams_of
+    from btx_merge.fitting.walk import Walk
+    from btx_merge.modeling.configuration_btx import BTXConfig
+
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    checkpoint = Checkpoint(folder, place)
+    config = BTXConfig.from_pretrained(files)
+    read = {name: [*map(public_reference, text.references), text.weight] for name, text in task.texts.items()}
+    key = {
+        "model": checkpoint.digest(),
+        "experts": expert_names(config.to_dict()),
+        "domain_text": read,
+        "prompts": {name: list(lines) for name, lines in task.prompts.items()},
+        "domain_tokens": task.domain_tokens,
+        "router": task.router,
+        "combine": task.combine,
+        "fit_through": task.through,
+    }
+    kept = Statistics(Path(statistics).expanduser() if statistics else None, key)
+    streams = streams_of(files, config, task.texts, task.prompts, task.domain_tokens)
+    dense = {name: DenseSource(source, segments, place) for name, (source, segments) in (sources or {}).items()}
+    walk = Walk(checkpoint, config, streams, kept, task, dense)
+    layers = walk.run(on_layer or (lambda done, all: None))
+    kept.complete()
+    return layers
+
+
+def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit], located: Located) -> None:
+    """What the result's recipe and card say about the fit."""
+    used: dict[str, Any] = {"prompts": {name: list(lines) for name, lines in recipe.prompts.items()}}
+    if recipe.method == "ridge":
+        used["domain_text"] = public_record(recipe.domain_text)
+    entry = {
+        "method": recipe.method,
+        **used,
+        **{name: getattr(recipe, name) for name in ("domain_tokens", "router_ridge", "fit_through")},
+        "layers": [asdict(layer) for layer in layers],
+        "tools": {name: version(name) for name in ("btx-merge", "torch", "transformers")},
+    }
+    by = "ridge regression on text of each domain" if recipe.method == "ridge" else "a few prompts per expert"
+    table = f"\n{router_table(layers)}" if layers else ""
+    append_record(
+        folder,
+        "fits",
+        entry,
+        f"{ROUTERS_TITLE}\n\nFitted in closed form, by {by} (`btx fit`).\n{table}",
+        " Fitted since: see [below](#routers).",
+        located=located,
+        results=router_results(layers, [text.name for text in recipe.domain_text]),
+    )

@@ -1,0 +1,176 @@
+"""Shared weights by RegMean (arXiv 2212.09849, equation 2): least squares over all sources, on their texts.
+
+Every attention projection, the embedding and the head becomes the matrix that comes nearest to what each source gives
+on its own text. `regmean` takes the sources' own inputs. `regmean_merged` takes the merged model's, which earlier
+layers have changed, so that the output projection makes up for what is already off.
+
+Legend: B windows, T tokens in each, N = B * T, H hidden, Q inputs of the output projection, V vocabulary,
+I inputs and O outputs of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from btx_merge.architectures.llama import EMBEDDING, HEAD
+from btx_merge.fitting.checkpoint import Checkpoint
+from btx_merge.fitting.dense_source import DenseSource, row_blocks
+from btx_merge.fitting.equations import Moments, Statistics, ridge_solution, scaled_off_diagonal
+from btx_merge.fitting.passing import Passage
+from btx_merge.fitting.recipe import FitTask
+from btx_merge.fitting.streams import TokenStream
+from btx_merge.modeling.configuration_btx import BTXConfig
+from btx_merge.modeling.modeling_btx import BTXDecoderLayer
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+class SharedFit:
+    """Fits the weights that all experts share."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        config: BTXConfig,
+        texts: Sequence[TokenStream],
+        sources: Mapping[str, DenseSource],
+        statistics: Statistics,
+        task: FitTask,
+        passage: Passage,
+    ):
+        self.checkpoint, self.config, self.texts, self.sources = checkpoint, config, texts, sources
+        self.statistics, self.task, self.passage = statistics, task, passage
+        self.device = checkpoint.device
+        self.takes_own_inputs = task.combine == "regmean"
+
+    def fit_embedding(self) -> None:
+        """Solve RegMean where inputs are one-hot: every row is the mean by how often a source's text has its token.
+
+        Each averaged source counts as one token more, everywhere, which leaves rows that no text has at the mean.
+        """
+        vocab = self.checkpoint.tensors[EMBEDDING].shape[0]
+        counts = self.statistics.get("embedding", lambda: {s.name: self._token_counts(s, vocab) for s in self.texts})
+        averaged = float(self.task.averaged)
+        for start, stop in row_blocks(vocab):
+            mean = self.checkpoint.read(EMBEDDING, start, stop)
+            total, weight = averaged * mean, torch.full((stop - start, 1), averaged, device=self.device)
+            for stream in self.texts:
+                count = counts[stream.name].to(self.device)[start:stop, None]
+                total += count * self.sources[stream.name].rows(EMBEDDING, start, mean)
+                weight += count
+            self.checkpoint.write(EMBEDDING, total / weight, start)
+
+    def fit_attention(self, index: int, layer: BTXDecoderLayer) -> None:
+        """Solve for q, k and v; then, behind them, for the output projection.
+
+        The sources' states are sent through their attention meanwhile.
+        """
+        norm = f"model.layers.{index}.input_layernorm.weight"
+        inputs = self.statistics.get(f"layer-{index:03}.inputs", lambda: self._input_moments(norm))
+        for name in _PROJECTIONS:
+            weights = {
+                stream.name: self.sources[stream.name].tensor(f"model.layers.{index}.self_attn.{name}.weight")
+                for stream in self.texts
+            }
+            self._solve(index, layer, name, *self._normal_equations(inputs, weights))
+        outputs = self.statistics.get(f"layer-{index:03}.outputs", lambda: self._output_moments(index, layer))
+        self._solve(index, layer, "o_proj", outputs["gram"], outputs["cross"])
+
+    def fit_head(self) -> None:
+        """Solve for the head of a model that has one of its own."""
+        if HEAD not in self.checkpoint.tensors:
+            return
+        moments = self.statistics.get("head", lambda: self._input_moments("model.norm.weight"))
+        for start, stop in row_blocks(self.checkpoint.tensors[HEAD].shape[0]):
+            mean = self.checkpoint.read(HEAD, start, stop)
+            weights = {stream.name: self.sources[stream.name].rows(HEAD, start, mean) for stream in self.texts}
+            gram, cross = self._normal_equations(moments, weights)
+            self.checkpoint.write(HEAD, ridge_solution(gram, cross, self.task.regmean_ridge, mean), start)
+
+    def _token_counts(self, stream: TokenStream, vocab: int) -> torch.Tensor:
+        """Return [V], as if every domain had as many tokens as the mean of all, times its share."""
+        ids = stream.ids[stream.fitted]
+        mean = sum(other.ids[other.fitted].numel() for other in self.texts) / len(self.texts)
+        return torch.bincount(ids.flatten(), minlength=vocab).float() * (stream.per_token * mean)
+
+    def _normal_equations(
+        self, moments: Moments, weights: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return Gram [I, I] and cross moment [I, O], for targets that the sources' weights [O, I] give."""
+        gram = moments["gram"].to(self.device)
+        cross = sum(moments[name].to(self.device).double() @ weight.T.double() for name, weight in weights.items())
+        return gram, torch.as_tensor(cross)
+
+    def _solve(self, index: int, layer: BTXDecoderLayer, name: str, gram: torch.Tensor, cross: torch.Tensor) -> None:
+        """Write a projection's solution, and put it into the layer as the file's dtype has rounded it."""
+        projection = getattr(layer.self_attn, name)
+        tensor = f"model.layers.{index}.self_attn.{name}.weight"
+        ridge = self.task.regmean_ridge
+        self.checkpoint.write(
+            tensor, ridge_solution(gram.to(self.device), cross.to(self.device), ridge, projection.weight)
+        )
+        projection.weight.data = self.checkpoint.read(tensor)
+
+    def _input_moments(self, norm_name: str) -> Moments:
+        """Collect moments of what stands behind a norm, all [H, H].
+
+        Returns:
+            `gram`: `sum x x^T` of the inputs that are fitted on, over all domains; by domain, their cross moment with
+            the source's own inputs.
+        """
+        norm = self._norm(self.checkpoint.read(norm_name))
+        moments: Moments = {}
+        for stream in self.texts:
+            own = self._norm(self.sources[stream.name].tensor(norm_name))
+            gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
+            for batch in stream.batches(stream.fitted):
+                dense = own(stream.dense[batch].to(self.device)).flatten(0, 1)
+                fitted = dense
+                if not self.takes_own_inputs:
+                    fitted = norm(stream.merged[batch].to(self.device)).flatten(0, 1)
+                gram = gram + (fitted.T @ fitted).double()
+                cross = cross + (fitted.T @ dense).double()
+            if self.takes_own_inputs:
+                gram = cross = scaled_off_diagonal(gram)
+            moments["gram"] = moments.get("gram", 0) + gram * stream.per_token
+            moments[stream.name] = cross * stream.per_token
+        return moments
+
+    def _output_moments(self, index: int, layer: BTXDecoderLayer) -> Moments:
+        """Collect the output projection's moments, `gram` [Q, Q] and `cross` [Q, H], over all domains."""
+        gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
+        for stream in self.texts:
+            dense = self.sources[stream.name].layer(index, "attention")
+            if self.takes_own_inputs:
+                own_gram = scaled_off_diagonal(self._own_heads_gram(stream, dense)) * stream.per_token
+                gram = gram + own_gram
+                cross = cross + own_gram @ dense.self_attn.o_proj.weight.T.double()
+                continue
+            self.passage.attend(stream, stream.dense, dense)
+            for batch in stream.batches(stream.fitted):
+                hidden = stream.merged[batch].to(self.device)
+                heads = self.passage.attention(layer, stream, hidden, batch).heads
+                # where the source's state stands behind attention, seen from the merged state before it
+                target = (stream.dense[batch].to(self.device) - hidden).flatten(0, 1)
+                gram = gram + (heads.T @ heads).double() * stream.per_token
+                cross = cross + (heads.T @ target).double() * stream.per_token
+        return {"gram": gram, "cross": cross}
+
+    def _own_heads_gram(self, stream: TokenStream, dense: torch.nn.Module) -> torch.Tensor:
+        """Send a source's states through its attention; return its heads' Gram matrix [Q, Q] on fitted windows."""
+        gram = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in stream.batches(stream.all):
+            hidden = stream.dense[batch].to(self.device)
+            added, heads = self.passage.attention(dense, stream, hidden, batch)
+            stream.dense[batch] = (hidden + added).to(stream.dense.device)
+            fitted = max(0, min(batch.stop, stream.fitted.stop) - batch.start) * stream.ids.shape[1]
+            gram = gram + (heads[:fitted].T @ heads[:fitted]).double()
+        return gram
+
+    def _norm(self, weight: torch.Tensor) -> LlamaRMSNorm:
+        norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        norm.weight.data = weight
+        return norm

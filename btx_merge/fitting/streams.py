@@ -1,0 +1,108 @@
+"""The tokens that a fit sends through a model: every domain's text in windows, or its prompts.
+
+Legend: B windows, T tokens in each, H hidden.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from btx_merge.architectures.btx import expert_names, own_experts
+from btx_merge.errors import InputError, Problem
+from btx_merge.texts.references import DomainText, documents
+from btx_merge.texts.windows import packed_windows
+
+_WINDOW = 512
+"""Tokens of a window, at most."""
+_TOKENS_AT_ONCE = 8192
+_HELD_OUT = 0.1
+"""Part of each domain's windows, its last, on which the temperature is chosen."""
+
+
+@dataclass(eq=False)
+class TokenStream:
+    """The tokens of one domain on their way through the model."""
+
+    name: str
+    experts: list[int]
+    """The numbers of its own experts: one, or its chunks."""
+    ids: torch.Tensor
+    """[B, T]"""
+    positions: torch.Tensor
+    """[B, T]; from 0 in each document."""
+    share: float = 1.0
+    """Its weight among the domains."""
+    is_prompt: bool = False
+    merged: torch.Tensor = field(init=False)
+    """Hidden states in the merged model, [B, T, H]."""
+    dense: torch.Tensor = field(init=False)
+    """Hidden states in its own source, where shared weights are fitted."""
+
+    @property
+    def all(self) -> slice:
+        """All windows."""
+        return slice(0, len(self.ids))
+
+    @property
+    def fitted(self) -> slice:
+        """The windows that the equations are made of."""
+        return slice(0, max(1, len(self.ids) - self._held))
+
+    @property
+    def held_out(self) -> slice:
+        """The windows that they are tried on; where there is only one, the same."""
+        return slice(len(self.ids) - self._held if len(self.ids) > 1 else 0, len(self.ids))
+
+    @property
+    def _held(self) -> int:
+        return max(1, round(_HELD_OUT * len(self.ids)))
+
+    @property
+    def per_token(self) -> float:
+        """A token's weight in equations over all domains."""
+        return self.share / self.ids[self.fitted].numel()
+
+    def batches(self, part: slice) -> Iterator[slice]:
+        """Windows that are computed together."""
+        size = max(1, _TOKENS_AT_ONCE // self.ids.shape[1])
+        return (slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size))
+
+
+def streams_of(
+    folder: Path,
+    config: Any,
+    texts: Mapping[str, DomainText],
+    prompts: Mapping[str, Sequence[str]],
+    domain_tokens: int,
+) -> list[TokenStream]:
+    """The tokens of every domain, in windows.
+
+    Raises:
+        InputError: a text that cannot be read, or a tokenizer with more tokens than the model.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    names = expert_names(config.to_dict())
+    length = min(_WINDOW, config.max_position_embeddings)
+    streams = []
+    for name, text in texts.items():
+        windows = packed_windows(documents(text, tokenizer), tokenizer, length, name)
+        found = list(itertools.islice(windows, max(1, domain_tokens // length)))
+        ids, positions = (torch.tensor(part) for part in zip(*found, strict=True))
+        streams.append(TokenStream(name, own_experts(name, names), ids, positions, text.weight))
+    for name, lines in prompts.items():
+        tokens = [tokenizer(line)["input_ids"][: config.max_position_embeddings] for line in lines]
+        ids = torch.tensor([[token for line in tokens for token in line]])
+        positions = torch.tensor([[position for line in tokens for position in range(len(line))]])
+        streams.append(TokenStream(name, own_experts(name, names), ids, positions, is_prompt=True))
+    largest = max(int(stream.ids.max()) for stream in streams)
+    if largest >= config.vocab_size:
+        found_id = f"the tokenizer gives the id {largest}"
+        raise InputError([Problem("model", "tokenizer", found_id, f"below {config.vocab_size}, the embedding's rows")])
+    return streams

@@ -1,0 +1,1 @@
+"""The verbs `check` and `merge`: recipe, checks, plan, rows, files."""

@@ -1,0 +1,272 @@
+"""Do these sources belong together? Every reason against it, in one report, before anything is planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from btx_merge.architectures.llama import EMBEDDING, HEAD, MUST_AGREE, expected_tensors, is_computed
+from btx_merge.architectures.loading_rules import config_refusals, generation_refusals
+from btx_merge.checkpoints.dtypes import STORED
+from btx_merge.checkpoints.layout import BLOCK_BYTES, portions
+from btx_merge.errors import InputError, Problem, capped
+from btx_merge.files.folder import read_json
+from btx_merge.merging.recipe import MergeRecipe
+from btx_merge.sources.digest import changed_problems
+from btx_merge.sources.divergence import Divergence, measure_divergence
+from btx_merge.sources.opening import open_each
+from btx_merge.sources.source import SEED, ExpertSpec, Source
+from btx_merge.sources.text_checks import check_texts
+from btx_merge.sources.tokenizer_files import has_speech
+from btx_merge.sources.vocabulary import Vocabulary, plan_vocabulary
+
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.")
+_MANY = 4  # tensors named one by one; more of one kind become one line
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Sources that belong together, and what was found out about them."""
+
+    sources: tuple[Source, ...]
+    """The seed first."""
+    vocabulary: Vocabulary
+    divergence: tuple[Divergence, ...]
+    warnings: tuple[Problem, ...]
+
+
+def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
+    """Opens all sources and holds them against the seed, the first of them.
+
+    A source that cannot be opened keeps none of the others from being looked at, nor does one check keep the
+    next: only what a check needs must be right. `scratch` makes a folder for what peft has to merge itself.
+
+    Raises:
+        InputError: every problem of every source.
+    """
+    sources, problems = open_sources(recipe, scratch)
+    problems += changed_problems(sources, recipe.resolved.get("sources", {}))
+    return examine_sources(recipe, sources, problems)
+
+
+def examine_sources(recipe: MergeRecipe, sources: Sequence[Source], problems: list[Problem]) -> Examined:
+    """Holds sources that are open against the seed among them. `problems`: why others could not be opened.
+
+    Raises:
+        InputError: those, and every problem of every source.
+    """
+    problems = list(problems)
+    seed = next((source for source in sources if source.name == SEED), None)
+    if seed is None:
+        raise InputError(problems)
+    fitting = []
+    for source in sources:
+        own = [*config_problems(source, seed), *tensor_problems(source), *_tying_problems(recipe, source, seed)]
+        problems += own
+        if not own:
+            fitting.append(source)
+    problems += _recipe_problems(recipe, seed)
+    problems += _side_file_problems(recipe, sources)
+    problems += _fit_problems(recipe, sources)
+    vocabulary: Vocabulary | None = None
+    divergence: list[Divergence] = []
+    unrelated: list[Problem] = []
+    identical: list[Problem] = []
+    if seed in fitting:
+        try:
+            vocabulary = plan_vocabulary(fitting)
+        except InputError as error:
+            problems += error.problems
+        divergence, unrelated, identical = measure_divergence(fitting)
+    if not recipe.allow_unrelated:
+        problems += unrelated
+    if problems or vocabulary is None:
+        raise InputError(problems)
+    warnings = (*_warnings(sources), *unrelated, *identical)
+    return Examined(tuple(sources), vocabulary, tuple(divergence), warnings)
+
+
+def _fit_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> list[Problem]:
+    """What is fitted needs texts that can be read, and a tokenizer."""
+    folders = [source.tokenizer_folder for source in sources if source.tokenizer_folder]
+    chat = next((source for source in sources if source.name == recipe.tokenizer_source), None)
+    speech = None  # the folder that the result has its chat template from, where the source could be opened
+    if chat:
+        places = [*filter(has_speech, chat.folders), chat.tokenizer_folder, *folders]
+        speech = next((folder for folder in places if folder), None)
+    problems = check_texts(recipe.domain_text.values(), speech)
+    if recipe.is_fitted and not folders:
+        remedy = "Copy the tokenizer's files into the seed's folder."
+        problems.append(Problem(SEED, "tokenizer", "no source has one", "one, to fit on text", remedy))
+    return problems
+
+
+def config_problems(source: Source, seed: Source) -> Iterator[Problem]:
+    """Keys of config.json in which a source differs from the seed, or which nobody can merge."""
+    keys = list(MUST_AGREE)
+    if source.config["rope_parameters"]["rope_type"] not in ("default", "linear", "llama3"):
+        keys.append("max_position_embeddings")  # this kind of rotary embedding is computed from it
+    for key in keys:
+        if source.config[key] != seed.config[key]:
+            yield from _differing(source.name, f"config.json: {key}", source.config[key], seed.config[key])
+    yield from config_refusals(source.name, source.config)
+    if source.config["mlp_bias"]:
+        remedy = "Feed-forward blocks with biases cannot become experts."
+        yield Problem(source.name, "config.json: mlp_bias", "True", "False", remedy)
+
+
+def _differing(name: str, where: str, found: Any, wanted: Any) -> Iterator[Problem]:
+    """One problem, or one per key of the rotary parameters."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                yield from _differing(name, f"{where}.{key}", found.get(key), wanted.get(key))
+        return
+    remedy = "Experts must be grown from the seed without changing its architecture."
+    yield Problem(name, where, repr(found), f"{wanted!r} as in the seed", remedy)
+
+
+def tensor_problems(source: Source) -> Iterator[Problem]:
+    """Tensors that are missing, unexpected, of another shape than config.json says, or of a dtype of their own."""
+    expected = expected_tensors(source.config)
+    found = {name for name in source.tensors if not is_computed(name)}
+    if source.config["tie_word_embeddings"] and HEAD in found:
+        found.discard(HEAD)
+        yield from _head_of_tied_problems(source)
+    missing = [name for name in expected if name not in found]
+    remedy = "Save the whole LlamaForCausalLM with save_pretrained."
+    if missing and len({"model." + name for name in found} & set(missing)) > len(missing) // 2:
+        remedy = "This is a bare LlamaModel; save the LlamaForCausalLM."
+    if prefix := _common_prefix(found, expected):
+        remedy = (
+            f"Every name begins with `{prefix}`, which a wrapper left there: take it off all names and save again."
+        )
+    yield from _listed(source, "missing", missing, "there, by config.json", remedy)
+    if not prefix:
+        remedy = "If config.json is right, leave these tensors out and save the model again."
+    yield from _listed(source, "unexpected", sorted(found - set(expected)), "a Llama's tensors only", remedy)
+    yield from _shape_problems(source, expected, sorted(found & set(expected)))
+
+
+def _common_prefix(found: Collection[str], expected: Collection[str]) -> str:
+    """Return what a wrapper such as torch.compile or DataParallel has put before every name; "" for nothing."""
+    for prefix in _WRAPPERS:
+        bare = {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
+        if len(bare) == len(found) and bare & set(expected):
+            return prefix
+    return ""
+
+
+def _shape_problems(
+    source: Source, expected: Mapping[str, tuple[int, ...]], names: Sequence[str]
+) -> Iterator[Problem]:
+    shapes, dtypes = [], []
+    for name in names:
+        tensor = source.tensors[name]
+        if tensor.shape != expected[name]:
+            wanted = f"{list(expected[name])} by config.json"
+            remedy = "Weights and config.json must be of one model: save both again with save_pretrained."
+            where = f"{tensor.file.name}: {name}"
+            shapes.append(Problem(source.name, where, f"shape {list(tensor.shape)}", wanted, remedy))
+        if tensor.dtype not in STORED:
+            remedy = "A quantised checkpoint: load it, call model.dequantize(), save it, and give that folder."
+            if tensor.dtype == "F64":
+                remedy = "Load it in transformers, call model.float(), save_pretrained, and give that folder."
+            found_dtype = f"dtype {tensor.dtype}"
+            wanted = f"one of {', '.join(STORED)}"
+            dtypes.append(Problem(source.name, f"{tensor.file.name}: {name}", found_dtype, wanted, remedy))
+    yield from capped(shapes)
+    yield from capped(dtypes)
+
+
+def _listed(source: Source, kind: str, names: Sequence[str], expected: str, remedy: str) -> Iterator[Problem]:
+    for name in names[:_MANY]:
+        yield Problem(source.name, f"tensor {name}", kind, expected, remedy)
+    if len(names) > _MANY:
+        yield Problem(source.name, f"{len(names) - _MANY} more tensors", kind, expected, remedy)
+
+
+def _head_of_tied_problems(source: Source) -> Iterator[Problem]:
+    """A tied checkpoint may still hold its head, if that is the embedding once more."""
+    head, embedding = source.tensors[HEAD], source.tensors.get(EMBEDDING)
+    same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    if same and embedding is not None and head.shape:
+        for start, stop in portions(0, head.shape[0], max(1, head.row_bytes), BLOCK_BYTES):
+            ours = head.read_rows(start, stop).copy()  # the next read uses the same buffer
+            if not np.array_equal(ours, embedding.read_rows(start, stop)):
+                same = False
+                break
+    if not same:
+        found = f"{HEAD} differs from the embedding although tie_word_embeddings is true"
+        remedy = "Say false in its config.json if the head is meant, or delete the tensor if it is not."
+        yield Problem(source.name, head.file.name, found, "the same numbers, or no such tensor", remedy)
+
+
+def _tying_problems(recipe: MergeRecipe, source: Source, seed: Source) -> Iterator[Problem]:
+    tied, seed_tied = (item.config["tie_word_embeddings"] for item in (source, seed))
+    if tied != seed_tied and not recipe.untie:
+        remedy = "Give --untie (`untie: true`) to untie them all: a tied source's head is its embedding."
+        where = "config.json: tie_word_embeddings"
+        found = repr(tied)
+        if source.base and not tied:
+            found = "False: the adapter changes embedding and head apart, or one of them alone"
+        yield Problem(source.name, where, found, f"{seed_tied!r} as in the seed", remedy)
+
+
+def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:
+    """Values of the recipe that only make sense for some seeds."""
+    width = seed.config["intermediate_size"]
+    chunks = recipe.num_chunks if recipe.expert_mode == "split" else 1
+    if recipe.expert_mode == "blend":
+        chunks = len(recipe.experts) + recipe.seed_expert
+    if width % chunks:
+        found = f"intermediate_size {width} cannot be cut into {chunks} equal chunks"
+        key = "num_chunks" if recipe.expert_mode == "split" else "expert_mode: blend"
+        divisors = [number for number in range(2, 65) if width % number == 0]
+        expected = f"a divisor of it, such as {', '.join(map(str, divisors))}"
+        yield Problem("recipe", key, found, expected, "Choose another number of chunks, or expert_mode: whole.")
+
+
+def _side_file_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> Iterator[Problem]:
+    """Small files that the result takes over, which are read when all else is written."""
+    for source in sources:
+        folders = (source.located.folder, source.base.folder) if source.base else (source.located.folder,)
+        for folder in folders if source.name == recipe.tokenizer_source else ():
+            for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+                if (folder / name).exists():
+                    try:
+                        values = read_json(folder / name)
+                    except InputError as error:
+                        yield from (replace(problem, source=source.name) for problem in error.problems)
+                        continue
+                    if name == "generation_config.json":
+                        yield from generation_refusals(source.name, name, values)
+
+
+def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
+    seed = sources[0]
+    if not any(source.tokenizer_folder for source in sources):
+        remedy = "The result has none either: copy a tokenizer's files into the seed's folder."
+        yield Problem(SEED, "tokenizer", "no source has one", "", remedy)
+    for source in sources:
+        yield from source.warnings
+    for source in sources[1:]:
+        length, wanted = (s.config["max_position_embeddings"] for s in (source, seed))
+        if length != wanted:
+            where = "config.json: max_position_embeddings"
+            remedy = f"The result keeps {wanted}."
+            yield Problem(source.name, where, str(length), f"{wanted} as in the seed", remedy)
+
+
+def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list[Source], list[Problem]]:
+    """The seed, then the experts in the recipe's order, opened without reading weights; and why others were not.
+
+    `scratch` makes a folder for what peft has to merge itself (adapters that are not plain LoRA).
+    """
+    seed, problems = open_each({SEED: ExpertSpec(recipe.seed, recipe.seed_weight)}, None, scratch)
+    experts, more = open_each(recipe.experts, seed.get(SEED), scratch)
+    return [*seed.values(), *experts.values()], [*problems, *more]

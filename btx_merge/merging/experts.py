@@ -1,0 +1,65 @@
+"""The feed-forward blocks of the sources as experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import einops
+import numpy as np
+
+from btx_merge.architectures.llama import FF_NORM
+from btx_merge.checkpoints.dtypes import Float32, from_float32, to_float32
+from btx_merge.checkpoints.layout import BLOCK_BYTES, Block, portions
+from btx_merge.merging.combine import cast, combining_rule
+from btx_merge.merging.plan import EXPERT_LAYOUTS, ExpertColumns, ExpertRows, Plan
+
+_SMALL_GAMMA = 1e-3
+"""Of the merged norm's mean magnitude. A channel below it is shut in the merged layer: nothing to restore."""
+
+
+def expert_rows(job: ExpertRows, plan: Plan, gamma: Callable[[int], Float32] | None = None) -> Iterator[Block]:
+    """A source's rows: bytes as they are where dtype and recipe allow it, otherwise through float32.
+
+    Args:
+        gamma: where norms are folded: of a layer, the norm that the experts will stand behind, [H]; by default what
+            the merge gives.
+    """
+    source, finite = plan.experts[job.source], not plan.recipe.allow_nonfinite
+    copied = job.fold_layer is None and source.is_stored(job.name, job.tensor.dtype)
+    ratio = None
+    if job.fold_layer is not None:
+        name = FF_NORM.format(layer=job.fold_layer)
+        own = source.rows(name, 0, plan.seed.config["hidden_size"])
+        ratio = norm_ratio(own, gamma(job.fold_layer) if gamma else _merged_norm(plan, name))
+    for start, stop in portions(job.start, job.stop, job.nbytes // (job.stop - job.start), BLOCK_BYTES):
+        if copied:
+            yield 0, source.stored_rows(job.name, start, stop, finite)
+            continue
+        values = source.rows(job.name, start, stop, finite)
+        yield 0, cast(values if ratio is None else values * ratio, job, plan)
+
+
+def expert_columns(job: ExpertColumns, plan: Plan) -> Iterator[Block]:
+    """Every source's down projection with its columns dealt out to the experts."""
+    finite = not plan.recipe.allow_nonfinite
+    pattern = EXPERT_LAYOUTS[plan.recipe.expert_mode].down
+    for start, stop in portions(job.start, job.stop, job.nbytes // (job.stop - job.start), BLOCK_BYTES):
+        rows = np.stack([plan.experts[index].rows(job.name, start, stop, finite) for index in job.sources])
+        for expert, block in enumerate(einops.rearrange(rows, pattern, c=plan.chunks)):
+            yield expert, cast(block, job, plan)
+
+
+def norm_ratio(own: Float32, merged: Float32) -> Float32:
+    """gamma_source / gamma_merged of the norm before the feed-forward block, [H].
+
+    W diag(gamma_i / gamma_merged) behind the merged norm sees what W saw behind its own. Where the merged gamma is
+    next to nothing the ratio stays 1.
+    """
+    shut = np.abs(merged) < _SMALL_GAMMA * np.abs(merged).mean()
+    return np.where(shut, np.float32(1), own / np.where(shut, np.float32(1), merged))
+
+
+def _merged_norm(plan: Plan, name: str) -> Float32:
+    """As it will be stored, rounding included."""
+    values = combining_rule(plan, name)(0, plan.seed.config["hidden_size"])
+    return to_float32(from_float32(values, plan.dtype), plan.dtype)

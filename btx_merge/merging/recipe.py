@@ -1,0 +1,281 @@
+"""What to merge and how: one frozen recipe, from Python, from a YAML file or from the command's flags.
+
+Its values are validated here, all together; whether the sources fit each other is for `checks`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES
+from btx_merge.errors import InputError, Problem
+from btx_merge.fitting.recipe import FIT_THROUGH, ROUTER_FITS
+from btx_merge.merging.recipe_file import read_recipe_file
+from btx_merge.reporting import short
+from btx_merge.sources.source import SEED, ExpertSpec, _as_text, as_spec
+from btx_merge.texts.references import DomainText, as_domain_texts, as_prompts
+from btx_merge.values import (
+    ABOVE_ZERO,
+    RANDOM_SEED,
+    SHARD_SIZE,
+    Rule,
+    at_least,
+    is_text,
+    one_of,
+    parse_size,
+    unknown_problems,
+    value_problems,
+)
+
+DIFFERENCE_METHODS = ("ties", "dare_ties", "dare_linear")
+"""Ways to combine that work on differences from the seed."""
+
+REGMEAN_METHODS = ("regmean", "regmean_merged")
+"""Ways to combine that are fitted on text."""
+COMBINE_METHODS = ("mean", "weighted", "seed", "ties", "dare_ties", "dare_linear", *REGMEAN_METHODS)
+EXPERT_MODES = ("whole", "split", "blend")
+ROUTER_INITS = ("random", "zeros", *ROUTER_FITS)
+ROUTER_TYPES = ("top_k", "switch", "soft", "sample_top_1")
+
+
+@dataclass(frozen=True)
+class MergeRecipe:
+    """Everything that determines a merge (BTX, arXiv 2403.07816): the same recipe gives the same bytes.
+
+    Raises:
+        InputError: a value that cannot be meant; all of them in one error.
+    """
+
+    seed: str
+    """The model that all experts grew from: a folder, `org/name` or `org/name@revision`."""
+    experts: Mapping[str, ExpertSpec] = field(default_factory=dict)
+    """Name to expert, in the order of the merged model. A plain string stands for its `model`."""
+    seed_expert: bool = True
+    """Whether the seed itself is an expert: number 0, named `seed`, the generalist."""
+    seed_weight: float = 1.0
+    """The seed's share when the combining is weighted."""
+    combine: str = "mean"
+    """How all that is not a feed-forward block is combined: mean, weighted, seed, ties, dare_ties, dare_linear, or
+    fitted on `domain_text`: regmean (on the sources' own inputs), regmean_merged (on the merged model's)."""
+    density: float = 0.8
+    """ties, dare_*: the part of each difference from the seed that is kept, in (0, 1]."""
+    scale: float = 1.0
+    """ties, dare_*: factor on the combined difference before it is added to the seed."""
+    expert_mode: str = "whole"
+    """whole: one expert per source; split: each source cut into `num_chunks` experts; blend: chunks of all mixed."""
+    num_chunks: int = 2
+    """split: experts per source. A divisor of intermediate_size."""
+    fold_norms: bool = False
+    """Whether gate and up absorb the ratio of the source's own post-attention norm to the merged one."""
+    router_init: str = "random"
+    """random: normal with `router_std`; zeros: every expert equally likely; ridge: fitted on `domain_text`; prompts:
+    from `prompts`."""
+    router_std: float | None = None
+    """Standard deviation of random routers; the seed's initializer_range where not given."""
+    random_seed: int = 0
+    """Seed of the random routers and of DARE's dropping."""
+    domain_text: Mapping[str, DomainText] = field(default_factory=dict)
+    """Expert to text of its domain, for what is fitted: one reference, several, or `text:` and `weight:`."""
+    domain_tokens: int = 200_000
+    """Tokens of each domain that are read, from the beginning of its text. At least 64."""
+    prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Expert to a few lines that are typical of it, for router_init: prompts."""
+    router_ridge: float = 0.001
+    """ridge: penalty, relative to the mean square of the router's input."""
+    regmean_ridge: float = 0.01
+    """regmean, regmean_merged: penalty on the distance from the mean, relative to the mean square of the input."""
+    fit_through: str = "expert"
+    """What tokens pass through while the next layer is fitted: expert (their own domain's) or router (the fitted)."""
+    router_type: str = "top_k"
+    """How the router chooses: top_k, switch, soft or sample_top_1; see `BTXConfig`. It can be changed later."""
+    router_pre_softmax: bool = False
+    """top_k: softmax before the selection, scaled so that identical experts give their dense layer; for split."""
+    num_experts_per_tok: int = 2
+    """Experts that each token is sent to (K) by top_k."""
+    router_aux_loss_coef: float = 0.01
+    """Coefficient of the load balancing loss (the paper's alpha)."""
+    dtype: str | None = None
+    """bfloat16, float16 or float32; the seed's where not given."""
+    max_shard_size: str = "5GB"
+    """Largest file of weights, as `5GB` or `500MB` (powers of ten) or `5GiB` (powers of two)."""
+    tokenizer_source: str = SEED
+    """The source whose chat template, special tokens and generation config the result gets."""
+    untie: bool = False
+    """Whether tied and untied sources may be mixed; the result then has a head of its own."""
+    allow_nonfinite: bool = False
+    """Whether to go on where a source holds NaN or Inf."""
+    allow_unrelated: bool = False
+    """Whether to go on where a source does not seem to have grown from the seed."""
+    resolved: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    """Written by a merge, not by hand. Of its `sources`, name to digest, each must be the same model again."""
+
+    def __post_init__(self) -> None:
+        problems: list[Problem] = []
+        specs = {}
+        object.__setattr__(self, "seed", _as_text(self.seed))
+        if not isinstance(self.experts, Mapping):
+            found = f"a {type(self.experts).__name__}"
+            problems.append(Problem("recipe", "experts", found, "`name: model`, one line per expert"))
+        for name, spec in self.experts.items() if not problems else ():
+            try:
+                specs[name] = as_spec(name, spec)
+            except InputError as error:
+                problems += error.problems
+        object.__setattr__(self, "experts", specs)
+        for key, parse in (("domain_text", _by_name), ("prompts", as_prompts), ("resolved", _as_resolved)):
+            try:
+                object.__setattr__(self, key, parse(getattr(self, key)))
+            except InputError as error:
+                problems += error.problems
+        problems += value_problems(self, _VALUES)
+        problems = problems or together_problems(self)
+        if problems:
+            raise InputError(problems)
+
+    @property
+    def shard_bytes(self) -> int:
+        """`max_shard_size` in bytes."""
+        return parse_size(self.max_shard_size) or 0
+
+    @property
+    def fits_shared(self) -> bool:
+        """Whether shared weights are fitted on text."""
+        return self.combine in REGMEAN_METHODS
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether anything is fitted in closed form when the merge is written."""
+        return self.fits_shared or self.router_init in ROUTER_FITS
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], origin: str = "recipe") -> MergeRecipe:
+        """A recipe from plain values.
+
+        Raises:
+            InputError: an unknown key, a missing seed, or a value that cannot be meant.
+        """
+        known = [item.name for item in fields(cls)]
+        problems = unknown_problems(origin, values, known)
+        try:
+            recipe = cls(**{"seed": "", **{key: value for key, value in values.items() if key in known}})
+        except InputError as error:
+            problems += [replace(problem, source=origin) for problem in error.problems]
+        if problems:
+            raise InputError(problems)
+        return recipe
+
+    @classmethod
+    def from_yaml(cls, file: str | Path, **overrides: Any) -> MergeRecipe:
+        """A recipe from a YAML file; `overrides` win over the file. Relative folders are the file's."""
+
+        def is_given(name: str) -> bool:
+            return (SEED if name == SEED else "experts") in overrides
+
+        return cls.from_dict({**read_recipe_file(file, is_given=is_given), **overrides}, str(file))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, which `from_dict` takes back; without `resolved`, which is no part of what is merged."""
+        texts = {
+            name: {"text": list(text.references), "weight": text.weight} for name, text in self.domain_text.items()
+        }
+        prompts = {name: list(lines) for name, lines in self.prompts.items()}
+        values = {**asdict(self), "domain_text": texts, "prompts": prompts}
+        del values["resolved"]
+        return values
+
+
+def _by_name(values: Any) -> dict[str, DomainText]:
+    return {text.name: text for text in as_domain_texts(values, "domain_text")}
+
+
+def _as_resolved(values: Any) -> dict[str, dict[str, str]]:
+    """Return the digests of the sources; what else a merge wrote down there is for people."""
+    sources = values.get("sources", {}) if isinstance(values, Mapping) else values
+    if not isinstance(sources, Mapping) or not all(is_text(part) for item in sources.items() for part in item):
+        remedy = "Leave `resolved` out: then the sources are not compared."
+        expected = "name to digest, as `btx merge` writes it"
+        raise InputError([Problem("recipe", "resolved.sources", short(sources), expected, remedy)])
+    return {"sources": dict(sources)}
+
+
+_VALUES: dict[str, Rule] = {
+    "seed": ("the model that all experts grew from", bool),
+    "seed_weight": ("a number, at least 0", lambda value: 0 <= value < math.inf),
+    "combine": one_of(COMBINE_METHODS),
+    "density": ("in (0, 1]", lambda value: 0 < value <= 1),
+    "scale": ("a finite number", math.isfinite),
+    "expert_mode": one_of(EXPERT_MODES),
+    "num_chunks": at_least(1),
+    "router_init": one_of(ROUTER_INITS),
+    "router_std": ABOVE_ZERO,
+    "domain_tokens": at_least(64),
+    "router_ridge": ABOVE_ZERO,
+    "regmean_ridge": ABOVE_ZERO,
+    "fit_through": one_of(FIT_THROUGH),
+    "random_seed": RANDOM_SEED,
+    "router_type": one_of(ROUTER_TYPES),
+    "num_experts_per_tok": at_least(1),
+    "router_aux_loss_coef": at_least(0),
+    "dtype": one_of(SAFETENSORS_NAMES),
+    "max_shard_size": SHARD_SIZE,
+}
+
+
+def together_problems(recipe: MergeRecipe) -> list[Problem]:
+    """Return what does not go together, of values that are right one by one."""
+    problems = []
+
+    def problem(key: str, found: str, expected: str, remedy: str = "") -> None:
+        problems.append(Problem("recipe", key, found, expected, remedy))
+
+    sources = len(recipe.experts) + recipe.seed_expert
+    experts = sources * recipe.num_chunks if recipe.expert_mode == "split" else sources
+    if not recipe.experts and recipe.num_experts_per_tok > experts:
+        problem("experts", "none", "at least one", "Give --expert NAME=MODEL.")
+    elif recipe.num_experts_per_tok > experts:
+        expected = f"in [1, {experts}], for there are {experts} experts" if experts > 1 else "1, for there is 1 expert"
+        problem("num_experts_per_tok", f"{recipe.num_experts_per_tok}", expected, "Give --num-experts-per-tok.")
+    names = (SEED, *recipe.experts)
+    if recipe.tokenizer_source not in names:
+        problem("tokenizer_source", short(recipe.tokenizer_source), f"one of {', '.join(names)}")
+    weights = [spec.weight for spec in recipe.experts.values()] + [recipe.seed_weight] * recipe.seed_expert
+    if sources and not sum(weights) > 0:
+        problem("weight", "all are 0", "at least one above 0")
+    elif (recipe.combine in ("mean", "seed") or recipe.fits_shared) and set(weights) - {1.0}:
+        remedy = "Say combine: weighted (or ties, dare_ties, dare_linear), or leave the weights out."
+        problem("weight", f"weights, which combine: {recipe.combine} ignores", "", remedy)
+    return problems + _fit_problems(recipe)
+
+
+def _fit_problems(recipe: MergeRecipe) -> list[Problem]:
+    """Whether what is fitted has its text, and no text is given in vain."""
+    problems = []
+    needs_text = recipe.fits_shared or recipe.router_init == "ridge"
+    needs_prompts = recipe.router_init == "prompts"
+    known = dict.fromkeys((*((SEED,) if recipe.seed_expert else ()), *recipe.experts))
+    for key, flag, given, needed in (
+        ("domain_text", "--domain-text {}=FILE", recipe.domain_text, needs_text),
+        ("prompts", "--prompt {}=TEXT", recipe.prompts, needs_prompts),
+    ):
+        problems += [
+            Problem("recipe", f"{key}.{name}", f"no expert {name}", f"one of {', '.join(known)}")
+            for name in given
+            if name not in known
+        ]
+        missing = [name for name in recipe.experts if name not in given]
+        if needed and missing:
+            remedy = "Give " + ", ".join(flag.format(name) for name in missing) + "."
+            expected = "for every expert but the seed, which may go without"
+            problems.append(Problem("recipe", key, f"none for {', '.join(missing)}", expected, remedy))
+        elif given and not needed:
+            remedy = "Say router_init: ridge or combine: regmean_merged, or leave it out."
+            remedy = "Say router_init: prompts, or leave them out." if key == "prompts" else remedy
+            problems.append(Problem("recipe", key, "given, but nothing is fitted on it", "", remedy))
+    if recipe.is_fitted and recipe.expert_mode == "blend":
+        remedy = "Choose whole or split, or fit nothing."
+        problems.append(Problem("recipe", "expert_mode", "blend", "experts that belong to a domain", remedy))
+    return problems

@@ -1,0 +1,281 @@
+"""The public verbs: `check` finds out whether and what a merge would be, `merge` carries it out."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from btx_merge.checkpoints.dtypes import TORCH_NAMES
+from btx_merge.checkpoints.layout import Block, Job
+from btx_merge.checkpoints.staging import Progress, Staging
+from btx_merge.errors import InputError, Problem
+from btx_merge.files.changes import ReadFiles, Stamp
+from btx_merge.files.disk_errors import continuable
+from btx_merge.files.placing import check_target
+from btx_merge.files.scratch import scratch_folder
+from btx_merge.fitting.recipe import ROUTER_FITS, FitTask
+from btx_merge.fitting.run import OnLayer, device_problems, fit_folder
+from btx_merge.merging.checks import examine
+from btx_merge.merging.combine import cast, shared_rows
+from btx_merge.merging.experts import expert_columns, expert_rows
+from btx_merge.merging.files import write_files
+from btx_merge.merging.plan import ExpertColumns, ExpertRows, Fate, Plan, RouterRows, SharedRows, make_plan
+from btx_merge.merging.recipe import MergeRecipe
+from btx_merge.merging.routers import initial_router
+from btx_merge.model.opening import room_problems
+from btx_merge.reporting import peak_memory
+from btx_merge.sources.divergence import Divergence
+from btx_merge.sources.locate import Located
+from btx_merge.sources.source import Source
+
+if TYPE_CHECKING:
+    from btx_merge.model.held_out import LayerFit
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` found: the plan, and all that deserves a look."""
+
+    plan: Plan
+    divergence: tuple[Divergence, ...]
+    warnings: tuple[Problem, ...]
+    output: Path | None = None
+    """Where the result would be written, if that was asked."""
+    files: Mapping[str, int] = field(default_factory=dict)
+    """Then: the files of the result, by name, with their sizes in bytes."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them."""
+        plan = self.plan
+        return {
+            "sources": [
+                {"name": source.name, "model": source.located.public_name, "revision": source.located.revision}
+                for source in plan.sources
+            ],
+            "experts": plan.expert_names,
+            "dtype": TORCH_NAMES[plan.dtype],
+            "vocab_size": plan.vocabulary.size,
+            "parameters": plan.parameters,
+            "active_parameters": plan.active_parameters,
+            "bytes_to_read": plan.bytes_to_read,
+            "bytes_to_write": plan.bytes_to_write,
+            "working_memory": plan.working_memory,
+            "shards": [shard.name for shard in plan.shards],
+            "divergence": [asdict(item) for item in self.divergence],
+            "fates": [asdict(fate) for fate in plan.fates],
+            "warnings": [str(warning) for warning in self.warnings],
+            **({"output": str(self.output), "files": dict(self.files)} if self.output else {}),
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge did."""
+
+    output: Path
+    checked: Check
+    seconds: float
+    """Wall time, checks included."""
+    peak_memory: int
+    """Largest resident size of the process so far, in bytes."""
+    kept_bytes: int
+    """Bytes that an earlier, interrupted run had written."""
+    layers: tuple[LayerFit, ...] = ()
+    """How the routers came out that were fitted by ridge regression."""
+
+    @property
+    def fates(self) -> tuple[Fate, ...]:
+        return self.checked.plan.fates
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them."""
+        figures = {key: getattr(self, key) for key in ("seconds", "peak_memory", "kept_bytes")}
+        layers = [asdict(layer) for layer in self.layers]
+        return {"output": str(self.output), **figures, "layers": layers, **self.checked.to_dict()}
+
+
+def check(
+    recipe: MergeRecipe, output: str | Path | None = None, *, overwrite: bool = False, device: str | None = None
+) -> Check:
+    """Read and check all sources and lay out the merge. Writes nothing.
+
+    Args:
+        output: where the result would be written; checked too, and the report then has its files.
+        overwrite, device: as for `merge`.
+
+    Raises:
+        InputError: every reason to refuse this merge.
+    """
+    if output is None:
+        with _checked(recipe) as checked:
+            return checked
+    target = Path(output).expanduser().resolve()
+    check_target(target, overwrite)
+    if recipe.is_fitted and (problems := device_problems(device)):
+        raise InputError(problems)
+    with _checked(recipe) as checked, tempfile.TemporaryDirectory(prefix="btx-files-") as small:
+        plan = checked.plan
+        _check_apart(target, plan.sources)
+        if problems := room_problems(target, plan.bytes_to_write):
+            raise InputError(problems)
+        write_files(plan, Path(small))
+        files = {shard.name: shard.nbytes for shard in plan.shards}
+        files |= {file.name: file.stat().st_size for file in sorted(Path(small).iterdir())}
+        return replace(checked, output=target, files=files)
+
+
+def merge(
+    recipe: MergeRecipe,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    on_checked: Callable[[Check], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+    statistics: str | Path | None = None,
+    device: str | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Merges the recipe's sources into one BTX model (arXiv 2403.07816) in the folder `output`.
+
+    An interrupted merge leaves `OUTPUT.btx-partial`; the same call continues it, and ends with the same bytes.
+
+    Args:
+        overwrite: whether `output` may be replaced if it is there and not empty; that happens when the new
+            model is complete.
+        workers: threads that read and write; by default one per core, at most 4.
+        progress: called from several threads with numbers of bytes; they add up to `plan.bytes_to_write` less
+            the headers.
+        on_checked: called once when all is checked and before anything is written.
+        on_note: called with a line about what else a person would want to know.
+        statistics: for what is fitted: a folder for what the pass over the texts collects, or one that has it.
+        device: where to fit: `cpu`, `cuda`, ...; a GPU where there is one.
+        on_layer: called with how many layers of how many are fitted.
+
+    Raises:
+        InputError: a reason to refuse; nothing has been written.
+        MergeError: the merge could not be carried out (`NonFiniteError`, `MergeInterrupted`, a disk's refusal);
+            `output` is as it was.
+    """
+    began = time.perf_counter()
+    target = Path(output).expanduser().resolve()
+    check_target(target, overwrite)
+    if recipe.is_fitted and (problems := device_problems(device)):
+        raise InputError(problems)
+    with continuable(target), _checked(recipe, target) as checked:
+        if on_checked:
+            on_checked(checked)
+        plan = checked.plan
+        read = read_files(plan.sources)
+        with Staging(target, plan, partial(fill, plan), read, recipe.to_dict(), on_note=on_note) as staging:
+            staging.write(workers, progress)
+            layers: list[LayerFit] = []
+            if recipe.is_fitted:
+                files = staging.scratch()  # half fitted it is no model yet
+                write_files(plan, files)
+                layers = _fit(plan, staging.folder, files, statistics, device, on_layer)
+            write_files(plan, staging.folder, layers)
+            staging.finish(overwrite)
+    seconds = time.perf_counter() - began
+    return Report(target, checked, seconds, peak_memory(), staging.kept_bytes, tuple(layers))
+
+
+def _fit(
+    plan: Plan,
+    folder: Path,
+    files: Path,
+    statistics: str | Path | None,
+    device: str | None,
+    on_layer: OnLayer | None,
+) -> list[LayerFit]:
+    """Fit what the recipe says, in the folder where the weights were just written with means and any routers.
+
+    Args:
+        files: the folder with its config and tokenizer.
+    """
+    recipe = plan.recipe
+    sources = {}
+    if recipe.fits_shared:
+        segments = plan.vocabulary.segments
+        named = [source for source in plan.experts if source.name in recipe.domain_text]
+        sources = {source.name: (source, segments[source.name]) for source in named}
+    task = FitTask(
+        recipe.domain_text,
+        recipe.prompts,
+        recipe.domain_tokens,
+        router=recipe.router_init if recipe.router_init in ROUTER_FITS else None,
+        combine=recipe.combine if recipe.fits_shared else None,
+        through=recipe.fit_through,
+        router_ridge=recipe.router_ridge,
+        regmean_ridge=recipe.regmean_ridge,
+        averaged=len(plan.experts),
+    )
+    return fit_folder(folder, files, task, sources=sources, statistics=statistics, device=device, on_layer=on_layer)
+
+
+def fill(plan: Plan, job: Job) -> Iterator[Block]:
+    """The bytes of a job in order, each for one of its extents."""
+    if isinstance(job, ExpertRows):
+        yield from expert_rows(job, plan)
+    elif isinstance(job, ExpertColumns):
+        yield from expert_columns(job, plan)
+    elif isinstance(job, SharedRows):
+        yield from shared_rows(job, plan)
+    elif isinstance(job, RouterRows):
+        hidden, std = job.tensor.shape[1], plan.recipe.router_std or plan.seed.config["initializer_range"]
+        router = initial_router(plan.recipe, job.layer, plan.num_experts, hidden, std)
+        yield 0, cast(router, job, plan)
+
+
+@contextmanager
+def _checked(recipe: MergeRecipe, target: Path | None = None) -> Iterator[Check]:
+    """A check whose plan can be carried out inside the context: there, what peft merged itself still exists."""
+    with ExitStack() as stack:
+
+        def scratch() -> Path:
+            return stack.enter_context(scratch_folder(target.parent if target else None))
+
+        examined = examine(recipe, scratch)
+        if target:
+            _check_apart(target, examined.sources)
+        plan = make_plan(recipe, examined.sources, examined.vocabulary)
+        yield Check(plan, examined.divergence, examined.warnings)
+
+
+def _check_apart(target: Path, sources: Sequence[Source]) -> None:
+    """The output may not be, hold or lie in a source's folder: replacing it would destroy what is read."""
+    problems = []
+    for source in sources:
+        for located in filter(None, (source.located, source.base)):
+            folder = located.folder.resolve()
+            if target == folder or target in folder.parents or folder in target.parents:
+                found = f"overlaps with the source {source.name}, {folder}"
+                remedy = "Give another --output."
+                problems.append(Problem("output", str(target), found, "a folder apart from all sources", remedy))
+    if problems:
+        raise InputError(problems)
+
+
+def read_files(sources: Iterable[Source], model: Located | None = None) -> ReadFiles:
+    """Return the files that a merge of these sources reads, as they were before any was opened.
+
+    Args:
+        model: a merged model whose files are read beside them.
+    """
+    files: list[tuple[str, Path]] = []
+    before: dict[Path, Stamp] = {}
+    for source in sources:
+        files += [(source.name, file) for file in source.files]
+        for located in filter(None, (source.located, source.base)):
+            before.update(located.stamps)
+    if model is not None:
+        files += [("model", file) for file in model.stamps if not file.name.startswith(".")]
+        before.update(model.stamps)
+    return ReadFiles(files, before)

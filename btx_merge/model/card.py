@@ -1,0 +1,106 @@
+"""Parts that every model card has: metadata, how to use the model, licence, citation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib.metadata import metadata as package_metadata
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+
+from btx_merge.sources.cards import is_web_link
+from btx_merge.sources.locate import Located
+
+LICENCE_KEYS = ("license", "license_name", "license_link")
+ROUTERS_TITLE = "## Routers"
+UNTRAINED = "**They have not been trained yet**: finetune them before you judge the model."
+_PATH_COMMENT = "  # the folder of this model, or its id on the Hub"
+_PATH_LINE = re.compile(rf'^path = "[^"\n]*"{re.escape(_PATH_COMMENT)}$', re.MULTILINE)
+PAPER = "https://arxiv.org/abs/2403.07816"
+CITATION_TITLE = "## Citation"
+CITATION = f"""{CITATION_TITLE}
+
+The method is Branch-Train-MiX:
+
+```bibtex
+@misc{{sukhbaatar2024branchtrainmix,
+  title = {{Branch-Train-MiX: Mixing Expert LLMs into a Mixture-of-Experts LLM}},
+  author = {{Sainbayar Sukhbaatar and Olga Golovneva and Vasu Sharma and Hu Xu and Xi Victoria Lin and
+            Baptiste Rozi{{\\`e}}re and Jacob Kahn and Daniel Li and Wen-tau Yih and Jason Weston and Xian Li}},
+  year = {{2024}},
+  eprint = {{2403.07816}},
+  archivePrefix = {{arXiv}},
+  primaryClass = {{cs.CL}},
+  url = {{{PAPER}}}
+}}
+```
+"""
+
+
+def with_metadata(metadata: Mapping[str, Any], body: str) -> str:
+    """Return a card: the YAML block that the Hub reads, and the text."""
+    return f"---\n{yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True)}---\n{body}"
+
+
+def project_link() -> str:
+    """Return this package's name for a card, as a link to its home where the package's metadata name one."""
+    urls = [str(url).partition(", ")[2] for url in package_metadata("btx-merge").get_all("Project-URL") or []]
+    return f"[btx-merge]({urls[0]})" if urls else "btx-merge"
+
+
+def how_to_use(arguments: str = "") -> str:
+    """The card's section with code that runs. `arguments` go to every `from_pretrained`."""
+    return f"""## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{path_line(".")}
+tokenizer = AutoTokenizer.from_pretrained(path{arguments})
+model = AutoModelForCausalLM.from_pretrained(path{arguments}, dtype="auto")
+inputs = tokenizer("The answer is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+"""
+
+
+def path_line(path: str) -> str:
+    """Return the line of a card's code that says where the model lies."""
+    return f'path = "{path}"{_PATH_COMMENT}'
+
+
+def with_path(card: str, path: str) -> str:
+    """Return a card whose code finds the model there: `.` for its own folder, `org/name` for a repository."""
+    return _PATH_LINE.sub(lambda match: path_line(path), card)
+
+
+def count(number: int) -> str:
+    """A number of parameters as people write it."""
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def sizes(parameters: int, active: int, per_token: int, experts: int) -> str:
+    """The sizes of a model as its card gives them."""
+    routed = f"per token ({per_token} of {experts} experts)"
+    return f"{count(parameters)} parameters, {count(active)} of them active\n{routed}"
+
+
+def hub_ids(given: Any) -> list[str]:
+    """What of a card's `base_model`, a name or a list of them, can be ids on the Hub."""
+    candidates = given if isinstance(given, list) else [given]
+    texts = [candidate for candidate in candidates if isinstance(candidate, str)]
+    return [text for text in texts if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text)]
+
+
+def link_licence(metadata: dict[str, Any], located: Located) -> None:
+    """Links a licence that is a file beside a model's card, which does not come along; or leaves the link out."""
+    link = metadata.get("license_link")
+    if not link or (isinstance(link, str) and is_web_link(link)):
+        return
+    del metadata["license_link"]
+    is_file = isinstance(link, str) and re.fullmatch(r"[\w ./-]+", link) and ".." not in link.split("/")
+    if located.repo_id and is_file:
+        file = quote(link.removeprefix("./"))
+        metadata["license_link"] = f"https://huggingface.co/{located.repo_id}/blob/{located.revision}/{file}"

@@ -1,0 +1,26 @@
+"""Files beside a model's weights that every verb writes: the model code, and the names of pictures and tables."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+PICTURE = "training.png"
+ROUTING = "routing.jsonl"
+MODEL_CODE = ("configuration_btx.py", "experts_btx.py", "modeling_btx.py", "routing_btx.py")
+
+
+def model_code_folder() -> Path:
+    """Where the code that travels with a checkpoint lies; found without importing it (and torch)."""
+    spec = importlib.util.find_spec("btx_merge.modeling")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def copy_model_code(folder: Path) -> None:
+    """Adds what is missing of the code that travels with a checkpoint: one from the Hub comes without."""
+    for name in MODEL_CODE:
+        if not (folder / name).exists():
+            shutil.copyfile(model_code_folder() / name, folder / name)

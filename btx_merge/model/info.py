@@ -1,0 +1,230 @@
+"""The public verb `info`: what a merged model is, where it comes from, what was done with it, and what comes next."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from btx_merge.architectures.btx import active_parameters, experts_per_token, merged_shapes
+from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES, STORED, TORCH_NAMES
+from btx_merge.files.bounded_yaml import read_yaml
+from btx_merge.files.folder import checked, read_json
+from btx_merge.model.merged import MergedModel, open_config, open_merged
+from btx_merge.model.mixtral_limits import mixtral_refusals
+from btx_merge.model.records import RECIPE_FILE
+from btx_merge.model.router_state import untrained_experts
+from btx_merge.reporting import short
+from btx_merge.sources.locate import Located, locate
+from btx_merge.sources.source import SEED
+
+_AT_COMMIT = re.compile(r"(.+/.+)@([0-9a-f]{40})")
+
+
+@dataclass(frozen=True)
+class ExpertInfo:
+    """One expert of a merged model."""
+
+    number: int
+    name: str
+    model: str | None
+    """The Hub id or the folder that it came from; None where the recipe does not say, or where it was blended."""
+    revision: str | None
+    """The commit of the Hub id."""
+    base: str | None
+    """Where that is an adapter with a base of its own: the base."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a merged model without reading its weights."""
+
+    model: str
+    """The folder or the Hub id, as it was given."""
+    revision: str | None
+    """The commit on the Hub."""
+    experts: tuple[ExpertInfo, ...]
+    expert_mode: str | None
+    """whole, split or blend; None where there is no recipe."""
+    combine: str | None
+    """How the shared weights were combined; None where there is no recipe."""
+    router_type: str
+    experts_per_token: int
+    routers: str
+    """How the routers came to be: random, zeros, fitted, trained, or unknown where there is no recipe."""
+    untrained: tuple[str, ...]
+    """Experts whose router rows nobody has fitted or trained yet."""
+    parameters: int
+    active_parameters: int
+    """Weights that one token passes through."""
+    dtype: str
+    nbytes: int
+    """Of the weights."""
+    disk_bytes: int | None
+    """Of all files in the folder; None for a model on the Hub."""
+    tokenizer: bool
+    """Whether it has one."""
+    history: tuple[str, ...]
+    """What was done with it, a line each."""
+    next: tuple[str, ...]
+    """Commands that lead on."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as `--json` prints them."""
+        return asdict(self)
+
+
+def info(model: str) -> ModelInfo:
+    """Return what a merged model is. Of a model on the Hub, only the small files are downloaded.
+
+    Args:
+        model: a folder, `org/name` or `org/name@revision`.
+
+    Raises:
+        InputError: it is no merged model, or one with something wrong; the error says what else the folder is.
+    """
+    located = locate("model", model, weights=False)
+    if located.repo_id:
+        merged = open_config(located)
+        shapes = merged_shapes(merged.config)
+        dtype = str(merged.config.get("dtype") or merged.config.get("torch_dtype") or "float32")
+        itemsize = STORED[SAFETENSORS_NAMES[dtype]].itemsize if dtype in SAFETENSORS_NAMES else 4
+        nbytes = itemsize * sum(map(math.prod, shapes.values()))
+    else:
+        merged = open_merged(located)
+        shapes = {name: tensor.shape for name, tensor in merged.tensors.items()}
+        dtype, nbytes = TORCH_NAMES[merged.dtype], sum(tensor.nbytes for tensor in merged.tensors.values())
+    recipe = _recipe(located)
+    router_type = str(merged.config.get("router_type", "top_k"))
+    per_token = experts_per_token(router_type, merged.experts_per_token, merged.num_experts)
+    untrained = tuple(untrained_experts(recipe, merged.expert_names))
+    names = ("tokenizer.json", "tokenizer.model")
+    return ModelInfo(
+        model=str(model),
+        revision=located.revision,
+        experts=tuple(_experts(merged, recipe)),
+        expert_mode=_word(recipe, "expert_mode"),
+        combine=_word(recipe, "combine"),
+        router_type=router_type,
+        experts_per_token=per_token,
+        routers=_routers(recipe),
+        untrained=untrained,
+        parameters=sum(map(math.prod, shapes.values())),
+        active_parameters=active_parameters(shapes, merged.num_experts, per_token),
+        dtype=dtype,
+        nbytes=nbytes,
+        disk_bytes=None if located.repo_id else _disk_bytes(located),
+        tokenizer=any((located.folder / name).exists() for name in names),
+        history=tuple(_history(recipe)),
+        next=tuple(_next(str(model), merged, untrained)),
+    )
+
+
+def next_commands(result: str | Path) -> tuple[str, ...]:
+    """Return the commands that lead on from what a verb has written: the next verb, or a program that serves it.
+
+    Args:
+        result: a merged model, an export (a GGUF is a file), an extracted expert, or an adapter.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    path, given = Path(result), shlex.quote(str(result))
+    if path.is_file():
+        return (f"llama-server -m {given}",)
+    if (path / "adapter_config.json").exists():
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+        trained_on_folder = isinstance(base, str) and Path(base).is_dir()
+        return (f"btx push {given} ORG/NAME" + (" --base-model ORG/BASE" if trained_on_folder else ""),)
+    kind = read_json(path / "config.json").get("model_type")
+    if kind == "btx":
+        return info(str(result)).next
+    return (*((f"vllm serve {given}",) if kind == "mixtral" else ()), f"btx push {given} ORG/NAME")
+
+
+def _recipe(located: Located) -> dict[str, Any]:
+    """Return what the model's recipe says; nothing where it has none, as a model that was built from scratch."""
+    file = located.folder / RECIPE_FILE
+    return read_yaml(checked(file), "model", "what btx merge wrote") if file.exists() else {}
+
+
+def _disk_bytes(located: Located) -> int:
+    return sum(file.stat().st_size for file in located.folder.rglob("*") if file.is_file())
+
+
+def _word(recipe: Mapping[str, Any], key: str) -> str | None:
+    value = recipe.get(key)
+    return value if isinstance(value, str) else None
+
+
+def _entries(recipe: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    entries = recipe.get(key)
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _experts(merged: MergedModel, recipe: Mapping[str, Any]) -> Iterator[ExpertInfo]:
+    given = recipe.get("experts")
+    specs = dict(given) if isinstance(given, dict) else {}
+    specs.setdefault(SEED, recipe.get("seed"))
+    blended = recipe.get("expert_mode") == "blend"
+    for number, name in enumerate(merged.expert_names):
+        domain = name.rpartition(".")[0] if merged.num_chunks > 1 else name
+        spec = None if blended else specs.get(domain)
+        values = spec if isinstance(spec, dict) else {"model": spec}
+        model, base = (value if isinstance(value := values.get(key), str) else None for key in ("model", "base"))
+        revision = None
+        if match := _AT_COMMIT.fullmatch(model or ""):
+            model, revision = match.groups()
+        yield ExpertInfo(number, name, model, revision, base)
+
+
+def _routers(recipe: Mapping[str, Any]) -> str:
+    if [entry for entry in _entries(recipe, "training") if entry.get("train") != "lora"]:
+        return "trained"
+    if _entries(recipe, "fits") or recipe.get("router_init") in ("ridge", "prompts"):
+        return "fitted"
+    return _word(recipe, "router_init") or "unknown"
+
+
+def _history(recipe: Mapping[str, Any]) -> Iterator[str]:
+    """Say what was done: of each kind in its order; what came before what of another kind is not recorded."""
+    if "seed" in recipe:
+        combine, init = (short(recipe.get(key)).strip("'") for key in ("combine", "router_init"))
+        yield f"merged: shared weights {combine}, routers {init}"
+    for entry in _entries(recipe, "edits"):
+        done = [f"{key} {_names(entry[key])}" for key in ("drop", "add", "replace", "rename") if entry.get(key)]
+        rows = entry.get("router_rows")
+        drawn = [f"the router row of {name} {init}" for name, init in rows.items()] if isinstance(rows, dict) else []
+        yield f"edited: {', '.join([*done, *drawn])}; shared weights {entry.get('shared')}"
+    for entry in _entries(recipe, "fits"):
+        yield f"routers fitted: {entry.get('method')}"
+    for entry in _entries(recipe, "training"):
+        data = entry.get("data")
+        names = [str(text.get("name")) for text in data if isinstance(text, dict)] if isinstance(data, list) else []
+        yield f"trained: {entry.get('train')}, {entry.get('steps')} steps, {entry.get('tokens')} tokens of " + (
+            ", ".join(names) or "unknown texts"
+        )
+
+
+def _names(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{old} to {new}" for old, new in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _next(model: str, merged: MergedModel, untrained: tuple[str, ...]) -> Iterator[str]:
+    given, out = shlex.quote(model), shlex.quote(merged.located.public_name.rpartition("/")[2])
+    if untrained:
+        texts = " ".join(f"--domain-text {name}=TEXT" for name in merged.domains if name != SEED)
+        yield f"btx fit {given} {texts} -o {out}-fitted"
+        data = " ".join(f"--data {name}=TEXT" for name in merged.domains if name != SEED)
+        yield f"btx train {given} {data} --train routers -o {out}-trained"
+        return
+    if not any(mixtral_refusals(merged)):
+        yield f"btx export {given} {out}-mixtral"
+    if not merged.located.repo_id:
+        yield f"btx push {given} ORG/NAME"

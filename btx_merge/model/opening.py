@@ -1,0 +1,69 @@
+"""A merged model that something is to be made of: is it one, and is there a place for the result?"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.files.folder import file_problems, small_files
+from btx_merge.files.placing import check_target, partial_of
+from btx_merge.model.merged import MergedModel, open_merged
+from btx_merge.model.records import read_record
+from btx_merge.reporting import readable
+from btx_merge.sources.locate import Located, locate
+from btx_merge.sources.tokenizer_files import has_tokenizer
+
+
+def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located | None, list[Problem]]:
+    """The model's folder, if it is one; and all that speaks against writing a changed copy of it to `target`."""
+    model, problems = open_model(reference, target, overwrite)
+    if model is None:
+        return None, problems
+    folder = model.located.folder
+    problems += file_problems(folder, [*small_files(folder)])
+    try:
+        read_record(folder)
+    except InputError as error:
+        problems += error.problems
+    if not has_tokenizer(folder):
+        problems.append(Problem("model", str(folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return model.located, problems + room_problems(target, weights)
+
+
+def room_problems(target: Path, nbytes: int) -> list[Problem]:
+    """Return whether the disk has too little room for a result of so many bytes in `target`.
+
+    What an interrupted run has written beside it already counts as room.
+    """
+    folder = next(folder for folder in (target, *target.parents) if folder.exists())
+    partial = partial_of(target)
+    present = sum(file.lstat().st_blocks * 512 for file in partial.iterdir()) if partial.is_dir() else 0
+    free = shutil.disk_usage(folder).free
+    if nbytes - present <= free:
+        return []
+    expected = f"{readable(nbytes - present)} for the result"
+    remedy = "Make room, or write to another disk."
+    return [Problem("output", str(folder), f"{readable(free)} free", expected, remedy)]
+
+
+def open_model(reference: str, target: Path | None, overwrite: bool) -> tuple[MergedModel | None, list[Problem]]:
+    """The model, opened without reading weights; and all that speaks against writing something of it to `target`.
+
+    Args:
+        target: the folder for the result; None where the result is no folder.
+    """
+    problems: list[Problem] = []
+    try:
+        if target is not None:
+            check_target(target, overwrite)
+    except InputError as error:
+        problems += error.problems
+    try:
+        located = locate("model", reference)
+        if target in (located.folder.resolve(), *located.folder.resolve().parents):
+            problems.append(Problem("output", str(target), "is where the model lies", "", "Give another --output."))
+        return open_merged(located), problems
+    except InputError as error:
+        return None, [*problems, *error.problems]

@@ -1,0 +1,1 @@
+"""The verb `push`: a model or an adapter to the Hub."""

@@ -1,0 +1,72 @@
+"""Text from outside, made fit to be shown: on one line, without control characters, of a bounded length."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+_MOST_CHARACTERS = 4000
+_MOST_BITS = 1000  # Python refuses to write out integers of more than 4300 digits
+
+
+def printable(text: str, most: int = _MOST_CHARACTERS) -> str:
+    r"""Return the text with what cannot be seen as escapes (`\n`, `\x1b`, `\u202e`), cut in the middle if it is long.
+
+    A name in a checkpoint can hold anything: an escape sequence that rewrites the terminal, a line end behind which a
+    forged message begins, a mark that turns the direction of writing.
+    """
+    if len(text) > most:
+        text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode("ascii")
+
+
+def short(value: Any) -> str:
+    """Return a value as Python writes it, shortened where it is long, deep or expands without end."""
+    return _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    """`reprlib` with room for a path, and for integers that Python does not write out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, 300, 300
+
+    def repr_int(self, value: int, level: int) -> str:
+        if value.bit_length() > _MOST_BITS:
+            return f"a whole number of {value.bit_length()} bits"
+        return super().repr_int(value, level)
+
+
+_SHORT = _Short()
+
+
+def peak_memory() -> int:
+    """Bytes. Linux's own account where there is one: getrusage counts what the parent had before the exec."""
+    status = Path("/proc/self/status")
+    if status.exists() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
+        return int(match[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def readable(nbytes: int) -> str:
+    """Return a number of bytes in the largest unit that leaves a digit before the point.
+
+    >>> readable(8_400_000)
+    '8.40 MB'
+    """
+    for unit, name in ((1_000_000_000, "GB"), (1_000_000, "MB"), (1000, "KB")):
+        if nbytes >= unit:
+            return f"{nbytes / unit:.2f} {name}"
+    return f"{nbytes} bytes"

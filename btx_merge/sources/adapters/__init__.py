@@ -1,0 +1,1 @@
+"""PEFT adapters as sources: which base, which modules, and the sum of both."""

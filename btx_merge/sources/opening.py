@@ -1,0 +1,61 @@
+"""From a recipe's references to open sources: each a checkpoint, or an adapter over its base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.files.folder import file_problems
+from btx_merge.sources.adapters.opening import open_adapter
+from btx_merge.sources.locate import SMALL_FILES, Located, locate
+from btx_merge.sources.source import ExpertSpec, Source, open_checkpoint
+
+
+def open_each(
+    specs: Mapping[str, ExpertSpec], seed: Source | None, scratch: Callable[[], Path]
+) -> tuple[dict[str, Source], list[Problem]]:
+    """Sources by name, opened without reading weights; and why others were not."""
+    sources: dict[str, Source] = {}
+    problems: list[Problem] = []
+    for name, spec in specs.items():
+        try:
+            sources[name] = open_source(name, spec, seed, scratch)
+        except InputError as error:
+            problems += [replace(problem, source=name) for problem in error.problems]
+        except OSError as error:  # such as a folder that may not be entered
+            where, found = str(error.filename or spec.model), error.strerror or str(error)
+            problems.append(Problem(name, where, found, "files that can be read"))
+    return sources, problems
+
+
+def open_source(name: str, spec: ExpertSpec, seed: Source | None, scratch: Callable[[], Path]) -> Source:
+    """Open one source without reading weights. An adapter's base may be the seed.
+
+    Raises:
+        InputError: it is not there, cannot be read, is no Llama, or an adapter that does not fit its base.
+    """
+    located = locate(name, spec.model)
+    if odd := list(file_problems(located.folder, SMALL_FILES)):
+        raise InputError(odd)
+    if (located.folder / "adapter_config.json").exists():
+        return open_adapter(name, spec, located, seed, scratch)
+    if spec.base is not None:
+        remedy = "Leave `base` out."
+        raise InputError([Problem(name, "base", "given for a checkpoint", "only for an adapter", remedy)])
+    _refuse_folder_of_models(name, located)
+    return open_checkpoint(name, located, spec.weight)
+
+
+def _refuse_folder_of_models(name: str, located: Located) -> None:
+    """Refuse a folder that holds no model itself, but models or adapters in its own folders."""
+    if (located.folder / "config.json").exists():
+        return
+    for kind, file in (("an adapter", "adapter_config.json"), ("a model", "config.json")):
+        found = sorted(path.parent.name for path in located.folder.glob(f"*/{file}"))
+        if found:
+            remedy = f"Give {located.folder / found[0]}."
+            expected = "a folder with config.json or adapter_config.json"
+            where = str(located.folder)
+            raise InputError([Problem(name, where, f"its subfolder {found[0]} holds {kind}", expected, remedy)])

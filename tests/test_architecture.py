@@ -1,0 +1,148 @@
+"""The package's layout: imports go one way, heavy libraries wait, only the command prints, nothing is left out."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "btx_merge"
+FLOORS = [
+    ("reporting",),
+    ("errors",),
+    ("values",),
+    ("files",),
+    ("architectures", "checkpoints", "texts", "lora", "training"),
+    ("sources",),
+    ("model",),
+    ("fitting",),
+    ("merging",),
+    ("editing", "exporting", "finetuning", "publishing"),
+    ("cli",),
+]
+"""From the ground up. A room imports from lower floors only."""
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+ENTRANCES = ("__init__", "__main__", "_auto_classes")
+HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "matplotlib")
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+PLACED = [name for name in MODULES if name not in ENTRANCES and not name.endswith("__init__")]
+
+
+def imports(name: str) -> Iterator[tuple[str, bool]]:
+    """Return what a module imports, by full name, and whether that happens while it is imported itself."""
+    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    at_once = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in at_once) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name} imports relatively"
+            for alias in node.names:
+                is_module = f"{node.module}.{alias.name}".removeprefix("btx_merge.") in MODULES
+                yield (f"{node.module}.{alias.name}" if is_module else str(node.module)), id(node) in at_once
+
+
+def own(name: str) -> set[str]:
+    """Return the modules of ours that a module imports, lazily or for its types too."""
+    found = {module.removeprefix("btx_merge.") for module, _ in imports(name) if module.startswith("btx_merge.")}
+    return {module for module in found if not module.startswith("modeling")}
+
+
+def room(name: str) -> str:
+    return name.split(".")[0]
+
+
+@pytest.mark.parametrize("name", PLACED)
+def test_a_module_imports_from_lower_floors_only(name):
+    for other in own(name):
+        if room(other) != room(name):
+            assert FLOOR[room(other)] < FLOOR[room(name)], f"{name} imports {other}"
+
+
+def test_what_derives_from_a_model_knows_no_merge():
+    for name in PLACED:
+        if room(name) in ("exporting", "finetuning", "publishing"):
+            assert not [other for other in own(name) if room(other) in ("merging", "fitting")], name
+
+
+def test_no_circle_of_modules():
+    left = {name: own(name) for name in PLACED}
+    while left:
+        free = [name for name, needed in left.items() if not needed & left.keys()]
+        assert free, f"these import each other: {', '.join(left)}"
+        for name in free:
+            del left[name]
+
+
+def reached(name: str, seen: set[str]) -> set[str]:
+    """Return all modules of ours that importing one imports."""
+    for module, is_at_once in imports(name):
+        other = module.removeprefix("btx_merge.")
+        if is_at_once and other in MODULES and other not in seen:
+            reached(other, seen | {other})
+            seen |= {other} | reached(other, seen | {other})
+    return seen
+
+
+def test_the_command_imports_nothing_heavy():
+    for name in {"cli.app"} | reached("cli.app", {"cli.app"}):
+        heavy = [module for module, is_at_once in imports(name) if is_at_once and module.split(".")[0] in HEAVY]
+        assert not heavy, f"{name} imports {', '.join(heavy)}, and every command waits for it"
+
+
+def test_only_the_command_prints():
+    for name in PLACED:
+        if room(name) == "cli" or name == "publishing.load_alone":  # a script of its own, whose output is read
+            continue
+        calls = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.Call)]
+        assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"], name
+        assert not {"typer", "rich"} & {module.split(".")[0] for module, _ in imports(name)}, name
+
+
+def test_the_model_code_stands_alone():
+    for file in (ROOT / "modeling").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.startswith("btx_merge")], file.name
+
+
+def test_a_package_begins_with_a_docstring_and_nothing_else():
+    for file in PACKAGE.rglob("__init__.py"):
+        if file.parent != PACKAGE:
+            (only,) = ast.parse(file.read_text(encoding="utf-8")).body
+            assert isinstance(only, ast.Expr), file
+
+
+def test_setup_cfg_names_every_package():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    named = set(config["options"]["packages"].split())
+    there = {".".join(file.parent.relative_to(ROOT).parts) for file in PACKAGE.rglob("__init__.py")}
+    assert named == there | {"btx_merge.modeling"}
+
+
+def test_modules_and_functions_can_be_read_in_one_go():
+    for name, file in MODULES.items():
+        text = file.read_text(encoding="utf-8")
+        assert text.count("\n") <= 320, name
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and name not in LONG_SIGNATURES:
+                first = node.body[0]
+                is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+                docstring = first.end_lineno - first.lineno + 1 if is_docstring else 0
+                assert node.end_lineno - node.lineno - docstring < 60, f"{name}.{node.name}"
+
+
+LONG_SIGNATURES = ("cli.edit", "cli.fit", "cli.merge", "cli.push", "cli.recipe", "cli.train")
+"""Commands, of which every option takes a line or more."""
