@@ -189,7 +189,7 @@ class ExpertSpec:
     """For an adapter: the model it was trained on, where that is not the seed."""
 
 
-def _as_text(value: Any) -> Any:
+def path_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
@@ -211,7 +211,7 @@ def as_spec(name: Any, spec: Any, key: str = "experts") -> ExpertSpec:
         raise InputError([Problem("recipe", where, short(spec), "a model, or `model:` and `weight:`")])
     known = [item.name for item in fields(ExpertSpec)]
     problems = unknown_problems("recipe", spec, known, f"{where}.")
-    values = {"weight": 1.0, "base": None, **{key: _as_text(spec[key]) for key in known if key in spec}}
+    values = {"weight": 1.0, "base": None, **{key: path_as_text(spec[key]) for key in known if key in spec}}
     if not values.get("model"):
         problems.append(Problem("recipe", where, "no model", "`model: folder or org/name`"))
     elif not is_text(values["model"]):
