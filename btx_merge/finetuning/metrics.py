@@ -6,7 +6,7 @@ Legend: B rows, T tokens, N = B * T, K experts per token, E experts, L layers, D
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from btx_merge.modeling.routing_btx import BTXRouting
+from btx_merge.reporting import Reporter
 
 DEAD = 0.01
 """Part of its ideal share of the choices below which an expert of a layer counts as dead."""
@@ -25,11 +26,11 @@ LOAD_PER_LAYER = "load_per_layer"
 class Meter:
     """Measures training steps: routing by hooks on the routers, losses by domain from the logits."""
 
-    def __init__(self, model: nn.Module, domains: Sequence[str], on_note: Callable[[str], None]):
+    def __init__(self, model: nn.Module, domains: Sequence[str], reporter: Reporter):
         config: Any = model.config
         self.domains = domains
         self.experts = [str(name) for name in config.expert_names or range(config.num_local_experts)]
-        self.on_note = on_note
+        self.reporter = reporter
         self._layers = [module for module in model.modules() if isinstance(module, BTXRouting)]
         for layer, routing in enumerate(self._layers):
             routing.register_forward_hook(lambda _, __, out, layer=layer: self._routed(layer, *out))
@@ -110,7 +111,7 @@ class Meter:
             share = float(load[layer, expert])
             name = self.experts[expert]
             found = f"{share:.2%} of the choices, ideal {ideal:.0%}"
-            self.on_note(f"step {step}, layer {layer}: the expert {name} is dead: {found}")
+            self.reporter.warn(f"step {step}, layer {layer}: the expert {name} is dead: {found}")
         self._dead = dead
         return len(dead)
 
