@@ -115,7 +115,7 @@ def untrained_routers(model: MergedModel) -> list[str]:
     if (folder / RECIPE_FILE).exists():
         values = read_yaml(folder / RECIPE_FILE, "model", "what `btx merge` wrote")
         if "router_init" in values:
-            return untrained_experts(values, model.expert_names)
+            return untrained_experts(values, model.config)
     return list(model.expert_names) if UNTRAINED in _card_of(model.located) else []
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from btx_merge.architectures.btx import own_experts
 from btx_merge.merging.plan import Plan
 from btx_merge.merging.recipe import REGMEAN_METHODS
 from btx_merge.model.card import (
@@ -135,7 +134,8 @@ def expert_numbers(plan: Plan, source: Source) -> str:
         return "none"
     if plan.recipe.expert_mode == "blend":
         return "in every one"
-    return ", ".join(map(str, own_experts(source.name, plan.expert_names)))
+    first = plan.experts.index(source) * plan.chunks
+    return ", ".join(map(str, range(first, first + plan.chunks)))
 
 
 def combined_over(combine: str, experts: Sequence[Source]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from btx_merge.architectures.btx import DOWN_EXPERTS, GATE_UP_EXPERTS, expert_names, merged_shapes
+from btx_merge.architectures.btx import DOWN_EXPERTS, GATE_UP_EXPERTS, expert_names, experts_by_domain, merged_shapes
 from btx_merge.architectures.config_values import layer_problems, refuse_odd_values
 from btx_merge.architectures.llama import DOWN, GATE, UP, expected_tensors, normalise_config
 from btx_merge.checkpoints.dtypes import STORED
@@ -67,10 +67,7 @@ class MergedModel:
     @cached_property
     def domains(self) -> list[str]:
         """The experts' names, those of a split source once."""
-        return list(dict.fromkeys(map(self._domain, self.expert_names)))
-
-    def _domain(self, expert: str) -> str:
-        return expert.rpartition(".")[0] if self.num_chunks > 1 else expert
+        return list(experts_by_domain(self.config))
 
     @cached_property
     def dense_config(self) -> dict[str, Any]:
@@ -89,8 +86,8 @@ class MergedModel:
         Raises:
             InputError: there are none of that name.
         """
-        numbers = [number for number, name in enumerate(self.expert_names) if self._domain(name) == domain]
-        if not numbers:
+        numbers = experts_by_domain(self.config).get(domain)
+        if numbers is None:
             found, expected = f"no expert {domain!r}", f"one of {', '.join(self.domains)}"
             raise InputError([Problem("model", "config.json: expert_names", found, expected)])
         return numbers
@@ -204,10 +201,22 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     if names is not None and not (fine and len(set(names)) == len(names) == experts):
         yield Problem("model", "config.json: expert_names", short(names), f"{experts} different names")
         return
+    if names and _is_count(chunks) and chunks > 1 and not _are_of_chunks(names, chunks):
+        expected = f"the names of each source's {chunks} chunks in order, such as code.0 to code.{chunks - 1}"
+        yield Problem("model", "config.json: expert_names", short(names), expected)
     active = config.get("active_experts")
     if active is not None and not _are_experts(active, experts, names or []):
         expected = f"a list of different experts, by name or number in [0, {experts})"
         yield Problem("model", "config.json: active_experts", short(active), expected)
+
+
+def _are_of_chunks(names: list[str], chunks: int) -> bool:
+    """Return whether names are those of sources that were split, all chunks of one source beside each other."""
+    for number, name in enumerate(names):
+        source = names[number - number % chunks].rpartition(".")[0]
+        if not source or name != f"{source}.{number % chunks}":
+            return False
+    return True
 
 
 def _are_experts(active: Any, experts: int, names: list[str]) -> bool:
