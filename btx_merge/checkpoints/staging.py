@@ -32,8 +32,11 @@ from btx_merge.reporting import readable
 
 _SCRATCH = "btx_files"
 _READ_BYTES = 1 << 20
+"""A block of a file whose checksum is verified."""
 _JOURNAL_LIMIT = 100_000_000  # bytes; a job takes a hundred, and writes up to 64 MB
-_LAG = 8  # jobs that are left to the disk before they are let go of
+_LAG = 8
+"""Jobs that the disk gets time for before their bytes leave the cache, since bytes that are not on the disk yet cannot
+leave it. At 64 MB a job that is half a gigabyte, or half a second of a fast disk."""
 
 Progress = Callable[[int], None]
 """Called, from several threads, with the number of bytes that became final."""
@@ -64,7 +67,7 @@ class Staging:
         self.fingerprint = hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
         self.kept_bytes = 0
         """Bytes of an earlier run that were verified and kept."""
-        self._finished: set[str] = set()
+        self._finished: set[str] = set()  # keys of jobs, of this run and of an earlier one
         self._began = False
         self._journal_lock = threading.Lock()
         self._stop = threading.Event()
@@ -74,7 +77,7 @@ class Staging:
         """Lock and open the folder, and find out what an earlier run finished."""
         for folder in (self.output, self.folder):
             if has_marks(folder):
-                os.close(lock(folder))  # nobody else is at work there
+                os.close(lock(folder))  # raises if another process is at work there
         try:
             repair(self.output, self.note)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +156,7 @@ class Staging:
             self._start_over()
         self._began = True
         jobs = {job.key: job for job in self.layout.jobs}
-        for key, checksums in (recorded or {}).items():
+        for key, checksums in (recorded or {}).items():  # the journal may tell of bytes that a power cut has undone
             if key in jobs and self._checksums(jobs[key]) == checksums:
                 self._finished.add(key)
                 self.kept_bytes += jobs[key].nbytes
@@ -162,7 +165,7 @@ class Staging:
             path = self.folder / shard.name
             with naming(path):
                 with path.open("ab") as file:
-                    file.truncate(shard.nbytes)
+                    file.truncate(shard.nbytes)  # to its whole size, so that workers can write anywhere in it
                     if hasattr(os, "posix_fallocate"):
                         with contextlib.suppress(OSError):  # a file system that cannot reserve still can write
                             os.posix_fallocate(file.fileno(), 0, shard.nbytes)
@@ -185,8 +188,8 @@ class Staging:
             failures = [error for future in done if (error := future.exception()) is not None]
             self._stop.set()
             pool.shutdown(cancel_futures=True)
-        for failure in failures:
-            raise failure
+        if failures:
+            raise failures[0]
 
     def finish(self, overwrite: bool, again: str = "the same command") -> None:
         """Give the folder the output's name. What had it before is removed only then; `again` is for `put_in_place`.
@@ -220,6 +223,7 @@ class Staging:
                 self._stop.set()
                 raise
             self._pass_on(file.fileno(), job)
+        # A kind of job that nothing fills would leave zeros here, and a line in the journal would make them final.
         expected = [extent.nbytes for extent in job.extents]
         if written != expected:
             raise MergeError(f"{job.key}: {written} bytes, not {expected}: a fault of btx-merge, please report it.")
