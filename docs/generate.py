@@ -182,6 +182,8 @@ def _described(item: Any) -> Iterator[str]:
     elif not is_dataclass(item) and "__init__" in vars(item):
         yield f"```py\n{_call(item.__init__, item.__name__)}\n```"
     yield _markdown(inspect.getdoc(item) or "")
+    if isinstance(item, type) and issubclass(item, btx_merge.BTXError) and item is not btx_merge.BTXError:
+        yield f"A kind of `{item.__base__.__name__}`."
     if item in RECIPES:
         yield f"Its values: [options](options.md#{item.__name__.lower()})."
     elif is_dataclass(item):
@@ -189,7 +191,7 @@ def _described(item: Any) -> Iterator[str]:
         rows = [[f"`{member.name}`", f"`{member.type}`", described.get(member.name, "")] for member in fields(item)]
         yield _table(["attribute", "type", "what it is"], rows)
     for name, member in vars(item).items() if isinstance(item, type) else ():
-        if name.startswith("_") or not inspect.getdoc(member):
+        if name.startswith(("_", "on_")) or not inspect.getdoc(member):  # `on_...`: for the Trainer to call
             continue
         if isinstance(member, property):
             yield f"**`{name}`** — {first_paragraph(member)}"

@@ -489,4 +489,5 @@ def merge_and_show(
 def package_fingerprint() -> str:
     """A key for the code that fits and trains."""
     package = ROOT / "btx_merge"
-    return fingerprint([(file.name, file.read_text("utf-8")) for file in sorted(package.glob("*.py"))])
+    files = sorted(package.rglob("*.py"))
+    return fingerprint([(str(file.relative_to(package)), file.read_text("utf-8")) for file in files])

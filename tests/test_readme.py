@@ -196,6 +196,14 @@ def test_every_page_can_be_reached() -> None:
         assert re.search(rf"\((docs/)?{Path(page).name}(#[\w-]+)?\)", text), page
 
 
+def test_the_design_names_every_room() -> None:
+    """Each module and package of the topmost level has its line in the table."""
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    for entry in (ROOT / "btx_merge").iterdir():
+        if not entry.name.startswith("_") and (entry.suffix == ".py" or entry.is_dir()):
+            assert re.search(rf"^\| [^|]*`{entry.stem}/?`", text, re.MULTILINE), entry.name
+
+
 @pytest.fixture(scope="module")
 def generate() -> ModuleType:
     """Return the script that writes pages from docstrings."""

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from btx_merge.architectures.btx import expert_names, own_experts
+from btx_merge.architectures.btx import expert_names, experts_by_domain
 from btx_merge.checkpoints.copying import copy_staging, same_layout
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.disk_errors import continuable
@@ -130,17 +130,15 @@ def device_problems(device: str | None) -> list[Problem]:
 
 def _name_problems(recipe: FitRecipe, folder: Path) -> list[Problem]:
     """Whether every expert has its text, and every text its expert."""
-    names = expert_names(read_json(folder / "config.json"))
+    domains = experts_by_domain(read_json(folder / "config.json"))
     texts = [text.name for text in recipe.domain_text]
     given, flag = (texts, "--domain-text") if recipe.method == "ridge" else (list(recipe.prompts), "--prompt")
-    domains = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
     problems = [
         Problem("model", flag, f"no expert {name}", f"one of {', '.join(domains)}")
         for name in given
-        if not own_experts(name, names)
+        if name not in domains
     ]
-    covered = {expert for name in given for expert in own_experts(name, names)}
-    missing = [name for number, name in enumerate(names) if number not in covered and name.split(".")[0] != SEED]
+    missing = [name for name in domains if name not in given and name != SEED]
     if missing:
         remedy = "Give " + ", ".join(f"{flag} {name}=..." for name in missing) + "."
         expected = "for every expert but the seed, which may go without"

@@ -130,10 +130,10 @@ class Plan(Layout):
     def expert_names(self) -> list[str]:
         """In the order of the router's rows. A blended expert is a part of every source."""
         names = [source.name for source in self.experts]
-        if self.recipe.expert_mode == "whole":
-            return names
         if self.recipe.expert_mode == "blend":
             return [f"blend.{chunk}" for chunk in range(self.chunks)]
+        if self.chunks == 1:
+            return names
         return [f"{name}.{chunk}" for name in names for chunk in range(self.chunks)]
 
     @property

@@ -382,6 +382,12 @@ def test_a_config_and_weights_that_are_not_of_one_model(merged, tmp_path):
         "model: config.json: vocab_size: missing",
         "model: config.json: num_local_experts: None",
     ]
+    shutil.copyfile(merged / "config.json", config)
+    edit_json(config, num_chunks=3, expert_names=["a.0", "a.1", "b.2"])
+    assert refused(tmp_path / "merged", tmp_path / "out") == [
+        "model: config.json: expert_names: ['a.0', 'a.1', 'b.2']; "
+        "expected the names of each source's 3 chunks in order, such as code.0 to code.2"
+    ]
 
 
 def test_a_truncated_file_is_named(merged, tmp_path):

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError, MergeRecipe, merge
-from btx_merge.architectures.btx import own_experts
 from btx_merge.cli.app import app
 from btx_merge.fitting.equations import OFF_DIAGONAL, TEMPERATURES, Statistics, prompt_rows, ridge_solution
 from btx_merge.fitting.recipe import FitRecipe
@@ -375,7 +374,32 @@ def test_split_experts_get_their_sources_text(grown, tmp_path):
     assert torch.equal(gate[2], gate[3])
     assert torch.equal(gate[4], gate[5])
     assert not torch.equal(gate[2], gate[4])
-    assert own_experts("math", ["seed.0", "code.0", "math.0", "math.1"]) == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "given", "expected"),
+    [
+        (("code", "math"), {"expert_mode": "split"}, ("code.0", "math"), ["no expert code.0", "none for code"]),
+        (("v1.code", "v1.math"), {}, ("v1",), ["no expert v1", "none for v1.code, v1.math"]),
+        (("code", "seed.2"), {}, ("code",), ["none for seed.2"]),
+    ],
+)
+def test_a_dot_in_a_name_means_something_in_a_split_model_only(grown, tmp_path, names, values, given, expected):
+    folder, texts = grown
+    experts = {name: str(folder / source) for name, source in zip(names, DOMAINS, strict=True)}
+    merge(MergeRecipe(str(folder / "seed"), experts, allow_unrelated=True, **values), tmp_path / "btx")
+    named = dict.fromkeys(given, texts["code"].references[0])
+    with pytest.raises(InputError) as caught:
+        fit(FitRecipe(str(tmp_path / "btx"), domain_text=named), tmp_path / "out")
+    assert [problem.found for problem in caught.value.problems] == expected
+
+
+def test_one_chunk_of_each_source_is_the_source(grown, tmp_path):
+    folder, texts = grown
+    recipe = recipe_of(folder, texts, router_init="ridge", expert_mode="split", num_chunks=1)
+    assert merge(recipe, tmp_path / "btx").checked.plan.expert_names == ["seed", "code", "math"]
+    merge(recipe_of(folder, texts, router_init="ridge"), tmp_path / "whole")
+    assert (tmp_path / "btx/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
 def test_statistics_are_reused(grown, tmp_path):
