@@ -133,23 +133,24 @@ class Staging:
         """Return the file that a job writes to."""
         return self.folder / self.layout.shards[job.tensor.shard].name
 
-    def write(self, workers: int | None = None, progress: Progress | None = None) -> None:
+    def write(self, workers: int | None = None, progress: Progress | None = None, again: str = "") -> None:
         """Fill all files of weights, but for what an earlier run finished.
 
         Args:
             workers: threads; by default one per core, at most 4.
+            again: how the work goes on once there is room for it, where all but the writing is done.
 
         Raises:
             InputError: the disk has too little room, or the folder holds something else.
             NonFiniteError: a NaN or an Inf was met, and the recipe does not allow it.
             OSError: the disk refused.
         """
-        self._prepare()
+        self._prepare(again)
         if self.kept_bytes:
             self.note(f"Continuing: {readable(self.kept_bytes)} were written before and are verified.")
         self._run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
 
-    def _prepare(self) -> None:
+    def _prepare(self, again: str) -> None:
         """Find out what an earlier run finished, and make room for the rest."""
         recorded = self._read_journal()
         if recorded is None:
@@ -160,7 +161,7 @@ class Staging:
             if key in jobs and self._checksums(jobs[key]) == checksums:
                 self._finished.add(key)
                 self.kept_bytes += jobs[key].nbytes
-        self._check_room()
+        self._check_room(again)
         for shard in self.layout.shards:
             path = self.folder / shard.name
             with naming(path):
@@ -295,13 +296,13 @@ class Staging:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         journal.write_text(json.dumps({"plan": self.fingerprint}) + "\n", encoding="utf-8")
 
-    def _check_room(self) -> None:
+    def _check_room(self, again: str) -> None:
         present = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
         needed = self.layout.bytes_to_write - present
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             found, expected = f"{readable(free)} free", f"{readable(needed)} for the result"
-            remedy = "Make room, or write to another disk."
+            remedy = f"Make room. {again}" if again else "Make room, or write to another disk."
             raise InputError([Problem("output", str(self.output.parent), found, expected, remedy)])
 
 
