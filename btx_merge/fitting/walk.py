@@ -49,7 +49,7 @@ class Walk:
             self.shared = SharedFit(checkpoint, config, texts, sources, statistics, task, self.passage)
         if task.router:
             self.routers = RouterFit(checkpoint, config, streams, statistics, task)
-        self.passes = not statistics.are_there
+        self.passes = not statistics.are_there  # otherwise no token passes: all moments are kept
 
     @torch.no_grad()
     def run(self, reporter: Reporter) -> list[LayerFit]:
@@ -70,6 +70,7 @@ class Walk:
         for index in range(layers):
             reporter.layer_done(index, layers)
             layer = self._layer(index)
+            # in this order: the attention's solution changes what the router reads
             if self.shared:
                 self.shared.fit_attention(index, layer)
             if self.passes:
