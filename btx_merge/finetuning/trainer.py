@@ -173,7 +173,7 @@ class BTXTrainer(Trainer):
             (checkpoint / COMPLETE).touch()
             steps = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
             for step in steps[: -self.checkpoints_kept] if self.checkpoints_kept else ():
-                remove(folder / f"checkpoint-{step}", self.meter.on_note)
+                remove(folder / f"checkpoint-{step}", self.meter.reporter.note)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_sharded:
