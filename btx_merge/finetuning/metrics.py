@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from btx_merge.modeling.routing_btx import BTXRouting
 
 DEAD = 0.01
-"""Part of its ideal share of the choices below which an expert of a layer counts as dead."""
+"""Part of its ideal share of the choices, 1 / E, below which an expert of a layer counts as dead. It then gets next to
+no gradient."""
 LOAD_PER_LAYER = "load_per_layer"
 
 
@@ -68,6 +69,7 @@ class Meter:
     def add(self, outputs: Any, labels: torch.Tensor, domains: torch.Tensor) -> None:
         """Add the losses of a pass by domain: logits [B, T, V], labels [B, T], domains [B]."""
         for logits, row, domain in zip(outputs["logits"], labels, domains.tolist(), strict=True):
+            # by row, since each has a domain of its own; -100 is passed over
             loss = F.cross_entropy(logits[:-1].float(), row[1:], reduction="sum")
             self._losses[0, domain] += loss.to(self._losses)
             self._losses[1, domain] += int((row[1:] != -100).sum())
@@ -77,6 +79,7 @@ class Meter:
     def take(self, step: int, device: torch.device) -> tuple[dict[str, float], list[list[float]]]:
         """Return what was measured since the last call, on all ranks: values to log, and the load [L, E] as shares."""
         balance = self._balance[-1].to(device, torch.float32) if self._balance else torch.zeros((), device=device)
+        # One reduction for everything: each costs a round trip between the ranks.
         parts = [self._choices, self._entropy, torch.tensor([float(self._tokens)]), self._losses]
         flat = torch.cat([*(part.flatten().to(device) for part in parts), balance[None]])
         ranks = 1
@@ -117,4 +120,4 @@ class Meter:
 
 def perplexity(loss: float) -> float:
     """Return exp(loss); infinite where that would be too large for a number."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.exp(loss) if loss < 700 else math.inf  # exp(710) is no float any more

@@ -37,6 +37,7 @@ from btx_merge.texts.references import public_reference
 from btx_merge.training import GumbelAnnealing, RouterBiasUpdate
 
 _MAX_LENGTH = 1024
+"""Tokens of a window where the recipe does not say and the model takes so many."""
 _MOST_HELD_OUT = 64
 """Windows of each domain's held-out part that are scored."""
 
@@ -167,7 +168,7 @@ class Run:
             config["distributed_config"] = DistributedConfig(**sizes)
         if not sys.stderr.isatty():  # transformers' bars do not ask
             logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        mixed = (args.bf16 or args.fp16) and not sharded
+        mixed = (args.bf16 or args.fp16) and not sharded  # FSDP2 wants all of a layer in one dtype
         model = BTXForCausalLM.from_pretrained(
             self.located.folder, dtype="auto" if mixed else torch.float32, use_cache=False, **config
         )

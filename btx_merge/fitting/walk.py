@@ -48,7 +48,7 @@ class Walk:
             self.shared = SharedFit(checkpoint, config, texts, sources, statistics, task, self.passage)
         if task.router:
             self.routers = RouterFit(checkpoint, config, streams, statistics, task)
-        self.passes = not statistics.are_there
+        self.passes = not statistics.are_there  # otherwise no token passes: all moments are kept
 
     @torch.no_grad()
     def run(self, on_layer: Callable[[int, int], None]) -> list[LayerFit]:
@@ -69,6 +69,7 @@ class Walk:
         for index in range(layers):
             on_layer(index, layers)
             layer = self._layer(index)
+            # in this order: the attention's solution changes what the router reads
             if self.shared:
                 self.shared.fit_attention(index, layer)
             if self.passes:

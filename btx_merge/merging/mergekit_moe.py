@@ -67,7 +67,7 @@ class _File:
         if not is_text(base) or not base:
             self._refuse("base_model", short(base), "a folder or org/name", "")
             base = ""
-        if _parts(base)[1]:
+        if _parts(base)[1]:  # mergekit's `model+adapter`
             remedy = "Merge the adapter into the base first (merge_and_unload, save_pretrained)."
             self._refuse("base_model", f"{base}, an adapter", "a whole model", remedy)
         if mode == "cheap_embed":
