@@ -1,4 +1,4 @@
-"""`import btx_merge` makes transformers' Auto classes know BTX, and yet imports neither transformers nor torch.
+"""Make transformers' Auto classes know BTX once `btx_merge` is imported, without importing transformers or torch.
 
 The command must answer in a fraction of the time that those two take. So `btx_merge.modeling`, which registers
 its classes, is imported when somebody looks up the model type "btx" for the first time. A finder on
@@ -22,7 +22,7 @@ _WATCHED = "transformers.models.auto.configuration_auto"
 
 
 def _watch_lookups(auto: ModuleType) -> None:
-    """Lets the first look-up of "btx" in CONFIG_MAPPING import the model code."""
+    """Import the model code at the first look-up of "btx" in CONFIG_MAPPING."""
     plain: type[Any] = type(auto.CONFIG_MAPPING)
 
     class WithBTX(plain):  # type: ignore[misc]
@@ -63,14 +63,16 @@ class _AfterImport:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self._loader  # as if it had never been otherwise
+        spec = module.__spec__
+        if spec is None:
+            raise ImportError(f"{module.__name__} is executed without the spec that its import began with")
+        spec.loader = module.__loader__ = self._loader  # as if it had never been otherwise
         self._loader.exec_module(module)
         _watch_lookups(module)
 
 
 def register_with_transformers() -> None:
-    """Makes the Auto classes know BTX, now or when they are imported. Harmless if repeated."""
+    """Make the Auto classes know BTX, now or when they are imported. Calling it again does no harm."""
     if "btx_merge.modeling" in sys.modules:
         return
     if _WATCHED in sys.modules:

@@ -1,4 +1,4 @@
-"""What can go wrong, as one small tree.
+"""The tree of errors that btx-merge raises on purpose.
 
 BTXError
 ├── InputError        something the user gave is wrong; carries every problem found  (exit code 2)
@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from btx_merge.reporting import printable
 
 _MANY = 4
-"""Problems of one kind that are shown one by one."""
+"""Problems of one kind that are shown one by one: enough to see what they have in common."""
 
 _MOST_PROBLEMS = 100
+"""Lines of an error; a checkpoint can have thousands of tensors that are all wrong."""
 
 
 class BTXError(Exception):
@@ -47,7 +48,7 @@ class Problem:
 
 
 def capped(problems: Sequence[Problem]) -> list[Problem]:
-    """Return the first problems of one kind; those behind them become one that counts them."""
+    """Return the first problems of one kind, and one more that counts the rest."""
     if len(problems) <= _MANY:
         return list(problems)
     last = problems[-1]

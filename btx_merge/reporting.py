@@ -1,4 +1,7 @@
-"""Text from outside, made fit to be shown: on one line, without control characters, of a bounded length."""
+"""What a verb tells while it works; text from outside, made fit to be shown; and sizes.
+
+Such text is shown on one line, without control characters, of a bounded length.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_MOST_CHARACTERS = 4000
+_MOST_CHARACTERS = 4000  # some fifty lines of a terminal; the longest path that Linux takes has 4096
 _MOST_BITS = 1000  # Python refuses to write out integers of more than 4300 digits
+
+
+class Reporter:
+    """Is told by every verb how its work goes, and keeps it to itself. A subclass overrides what it wants to hear."""
+
+    def note(self, line: str) -> None:
+        """Take a line about what else a person would want to know, such as an earlier, unfinished run."""
+
+    def warn(self, line: str) -> None:
+        """Take a line about what deserves a look. What was known before the work is in the report too."""
+
+    def started(self, nbytes: int) -> None:
+        """Take what the calls of `bytes_done` will add up to, once before the first of them."""
+
+    def bytes_done(self, nbytes: int) -> None:
+        """Take a number of bytes that became final. Called from several threads."""
+
+    def layer_done(self, done: int, of: int) -> None:
+        """Take how many layers of how many are fitted; the first call has none."""
+
+    def step_done(self, done: int, of: int) -> None:
+        """Take how many steps of how many a finetuning has done; the first call comes before a step."""
+
+    def line(self, text: str) -> None:
+        """Take a line by which a person follows a finetuning: losses, perplexities, loads."""
 
 
 def printable(text: str, most: int = _MOST_CHARACTERS) -> str:
@@ -52,7 +80,10 @@ _SHORT = _Short()
 
 
 def peak_memory() -> int:
-    """Bytes. Linux's own account where there is one: getrusage counts what the parent had before the exec."""
+    """Return the most memory that this process has held, in bytes.
+
+    Linux's own account is read where there is one: getrusage counts what the parent had before the exec.
+    """
     status = Path("/proc/self/status")
     if status.exists() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(match[1]) * 1024

@@ -16,32 +16,47 @@ SELECTION_BIAS = "model.layers.{layer}.mlp.routing.e_score_correction_bias"
 
 
 def expert_names(config: Mapping[str, Any]) -> list[str]:
-    """A merged model's experts; by their numbers where its config has no names for them."""
-    return list(config.get("expert_names") or map(str, range(config.get("num_local_experts", 0))))
+    """Return the names of a merged model's experts; made of numbers where its config has none."""
+    if config.get("expert_names"):
+        return list(config["expert_names"])
+    chunks = config.get("num_chunks", 1)
+    numbers = range(config.get("num_local_experts", 0))
+    return [f"{number // chunks}.{number % chunks}" if chunks > 1 else str(number) for number in numbers]
 
 
-def own_experts(domain: str, names: Sequence[str]) -> list[int]:
-    """The numbers of a domain's experts: the one of its name, or the chunks that one was split into."""
-    whole = [number for number, name in enumerate(names) if name == domain]
-    return whole or [number for number, name in enumerate(names) if name.rpartition(".")[0] == domain]
+def experts_by_domain(config: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return a merged model's domains, each with the numbers of its experts.
+
+    A domain is what one source became. Of a model whose sources are whole, each expert is one, whatever its name: a
+    dot in it means nothing. Where each source was split into C chunks, its experts are `code.0` to `code.{C-1}`.
+
+    >>> experts_by_domain({"expert_names": ["code.0", "code.1", "math.0", "math.1"], "num_chunks": 2})
+    {'code': [0, 1], 'math': [2, 3]}
+    """
+    is_split = config.get("num_chunks", 1) > 1
+    domains: dict[str, list[int]] = {}
+    for number, name in enumerate(expert_names(config)):
+        domains.setdefault(name.rpartition(".")[0] if is_split else name, []).append(number)
+    return domains
 
 
 def experts_per_token(router_type: str, num_experts_per_tok: int, experts: int) -> int:
-    """Experts that run for one token in inference."""
+    """Return how many experts run for one token in inference."""
     return {"top_k": num_experts_per_tok, "soft": experts}.get(router_type, 1)
 
 
 def active_parameters(shapes: Mapping[str, Sequence[int]], experts: int, per_token: int) -> int:
-    """Weights that one token passes through, of a model whose tensors have these names and shapes."""
+    """Return how many weights one token passes through, in a model of tensors with these names and shapes."""
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    of_experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    of_experts = sum(size for name, size in sizes.items() if ".experts." in name)  # of all of them together
     return sum(sizes.values()) - of_experts * (experts - per_token) // experts
 
 
 def merged_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a BTX model of this config.json has; the head where it is untied."""
+    """Return name and shape of every tensor that a BTX model of this config.json has; the head where it is untied."""
     dense = normalise_config(config)
     experts, width, hidden = config["num_local_experts"], config["intermediate_size"], config["hidden_size"]
+    # a Llama's tensors, with the feed-forward blocks replaced
     out = {name: shape for name, shape in expected_tensors(dense).items() if ".mlp." not in name}
     moe = {
         ROUTER: (experts, hidden),

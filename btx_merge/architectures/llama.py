@@ -1,4 +1,4 @@
-"""What a Llama checkpoint consists of: its tensors by name and shape, and the config that shapes them.
+"""The tensors of a Llama checkpoint by name and shape, and the config that shapes them.
 
 Legend: V vocabulary, H hidden, I intermediate, Q query heads times head_dim, P key/value heads times head_dim.
 """
@@ -82,7 +82,7 @@ _ROPE_FROM_LENGTH = ("llama3", "yarn", "longrope")  # original_max_position_embe
 
 
 def normalise_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with every default filled in and the rotary parameters in transformers 5's form.
+    """Return a config.json with every default filled in and the rotary parameters in transformers 5's form.
 
     Older files have `rope_theta` and `rope_scaling`, in several spellings. The result is what `LlamaConfig`
     makes of the file (which a test checks) without importing it.
@@ -92,6 +92,7 @@ def normalise_config(config: Mapping[str, Any]) -> dict[str, Any]:
         out["num_key_value_heads"] = out["num_attention_heads"]
     if out["head_dim"] is None and out["num_attention_heads"]:
         out["head_dim"] = out["hidden_size"] // out["num_attention_heads"]
+    # transformers 4 wrote rope_theta and rope_scaling (with `type` before 4.43), transformers 5 writes rope_parameters
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     rope.setdefault("rope_type", rope.pop("type", "default"))
@@ -103,7 +104,7 @@ def normalise_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dimensions(config: Mapping[str, Any]) -> dict[str, int]:
-    """The legend's letters for a normalised config."""
+    """Return the size for each letter of the legend, by a normalised config."""
     head_dim = config["head_dim"]
     return {
         "V": config["vocab_size"],
@@ -115,16 +116,16 @@ def dimensions(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a Llama of this normalised config has; the head where it is untied."""
+    """Return name and shape of every tensor of a Llama with this normalised config; the head where it is untied."""
     dims = dimensions(config)
     table = {**SHARED_TENSORS, **(ATTENTION_BIASES if config["attention_bias"] else {}), **EXPERT_TENSORS}
     if not config["tie_word_embeddings"]:
         table[HEAD] = "V H"
-    return {
-        name: tuple(dims[letter] for letter in letters.split())
-        for pattern, letters in table.items()
-        for name in per_layer(pattern, config["num_hidden_layers"])
-    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for pattern, letters in table.items():
+        shape = tuple(dims[letter] for letter in letters.split())
+        shapes |= dict.fromkeys(per_layer(pattern, config["num_hidden_layers"]), shape)
+    return shapes
 
 
 def is_computed(name: str) -> bool:
@@ -133,7 +134,11 @@ def is_computed(name: str) -> bool:
 
 
 def per_layer(pattern: str, layers: int) -> Iterator[str]:
-    """The pattern's names: one a layer where it has a `{layer}`, otherwise one."""
+    """Expand a pattern of names: one name for each layer if it holds `{layer}`, otherwise the pattern itself.
+
+    >>> list(per_layer("model.layers.{layer}.mlp", 2))
+    ['model.layers.0.mlp', 'model.layers.1.mlp']
+    """
     if "{layer}" not in pattern:
         yield pattern
         return

@@ -1,4 +1,4 @@
-"""Where every tensor of a checkpoint that is to be written lies, and the jobs that fill it."""
+"""The layout of a checkpoint that is to be written: where every tensor lies, and the jobs that fill it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from btx_merge.checkpoints.dtypes import STORED, Raw
 from btx_merge.files.folder import write_json
 
 BLOCK_BYTES = 1 << 18
-"""Stays in a core's cache between being read, checked and written."""
+"""256 KB: a block stays in a core's second-level cache between being read, checked and written."""
 
 _PAGE = 4096
 """Data begins at a multiple of it, so that reading, writing and mapping the file go by whole pages."""
 JOB_BYTES = 64_000_000
-"""Of output: the unit of parallel work and of resuming."""
+"""Of output: the unit of parallel work and of resuming. A crash costs a fraction of a second of work a worker, and the
+journal, of a hundred bytes a job, stays small."""
 
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -106,7 +107,7 @@ class Layout:
         return sum(shard.nbytes for shard in self.shards)
 
     def index(self) -> dict[str, Any]:
-        """model.safetensors.index.json; wanted where there are several files."""
+        """Return the content of model.safetensors.index.json, which several files need."""
         total = sum(tensor.nbytes for tensor in self.tensors)
         weight_map = {tensor.name: self.shards[tensor.shard].name for tensor in self.tensors}
         return {"metadata": {"total_parameters": self.parameters, "total_size": total}, "weight_map": weight_map}
@@ -115,7 +116,7 @@ class Layout:
 def lay_out(
     tensors: Iterable[tuple[str, str, Shape]], shard_bytes: int
 ) -> tuple[tuple[OutputTensor, ...], tuple[Shard, ...]]:
-    """Tensors, given by name, dtype and shape, in files of at most `shard_bytes` (or of one larger tensor)."""
+    """Place tensors, given by name, dtype and shape, in files of at most `shard_bytes` (or of one larger tensor)."""
     groups: list[list[tuple[str, str, Shape]]] = [[]]
     filled = 0
     for name, dtype, shape in tensors:
@@ -125,18 +126,20 @@ def lay_out(
             filled = 0
         groups[-1].append((name, dtype, shape))
         filled += nbytes
+    # A header's size depends on all tensors of its file, so places are known only once the files are.
     placed: list[OutputTensor] = []
     shards = []
     for number, group in enumerate(groups):
         name = f"model-{number + 1:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else "model.safetensors"
         header, starts, nbytes = _header(group)
         shards.append(Shard(name, header, nbytes))
-        placed += [OutputTensor(n, dtype, shape, number, starts[n]) for n, dtype, shape in group]
+        for tensor, dtype, shape in group:
+            placed.append(OutputTensor(tensor, dtype, shape, number, starts[tensor]))
     return tuple(placed), tuple(shards)
 
 
 def _header(group: Sequence[tuple[str, str, Shape]]) -> tuple[bytes, dict[str, int], int]:
-    """A safetensors header as bytes, where each tensor starts in the file, and the file's size."""
+    """Return a safetensors header as bytes, where each tensor starts in the file, and the file's size."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, offset = {}, 0
     for name, dtype, shape in group:
@@ -144,18 +147,22 @@ def _header(group: Sequence[tuple[str, str, Shape]]) -> tuple[bytes, dict[str, i
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offsets[name], offset = offset, end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _PAGE)
+    text += b" " * (-(8 + len(text)) % _PAGE)  # the format allows spaces behind the JSON
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + start for name, start in offsets.items()}, len(header) + offset
 
 
 def portions(start: int, stop: int, row_bytes: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """Rows [start, stop) in pieces of at most `nbytes`, or of one row."""
+    """Cut rows [start, stop) into pieces of at most `nbytes`, but never less than one row.
+
+    >>> list(portions(2, 9, row_bytes=10, nbytes=30))
+    [(2, 5), (5, 8), (8, 9)]
+    """
     size = max(1, nbytes // row_bytes)
     return ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
 def write_index(layout: Layout, folder: Path) -> None:
-    """Which tensor lies in which file of weights, where there are several."""
+    """Write the index, which says which tensor lies in which file; a single file needs none."""
     if len(layout.shards) > 1:
         write_json(folder / INDEX_FILE, layout.index())

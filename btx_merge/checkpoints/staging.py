@@ -1,4 +1,4 @@
-"""Carries out a plan: streams the bytes, resumes, and finishes in one step.
+"""The staged writing of a plan: stream the bytes, continue after an interruption, finish in one step.
 
 All is written into `OUTPUT.btx-partial` beside the target. A journal there names every finished job with the
 checksums of its bytes; a later run of the same plan verifies and keeps those. When nothing is missing the folder
@@ -27,16 +27,17 @@ from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.files.bounded_json import parse_json
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.disk_errors import is_curable, naming, remedy_of
-from btx_merge.files.placing import JOURNAL, LOCK, Note, has_marks, lock, partial_of, put_in_place, repair, try_rename
-from btx_merge.reporting import readable
+from btx_merge.files.placing import JOURNAL, LOCK, has_marks, lock, partial_of, put_in_place, repair, try_rename
+from btx_merge.reporting import Reporter, readable
 
 _SCRATCH = "btx_files"
 _READ_BYTES = 1 << 20
+"""A block of a file whose checksum is verified."""
 _JOURNAL_LIMIT = 100_000_000  # bytes; a job takes a hundred, and writes up to 64 MB
-_LAG = 8  # jobs that are left to the disk before they are let go of
+_LAG = 8
+"""Jobs that the disk gets time for before their bytes leave the cache, since bytes that are not on the disk yet cannot
+leave it. At 64 MB a job that is half a gigabyte, or half a second of a fast disk."""
 
-Progress = Callable[[int], None]
-"""Called, from several threads, with the number of bytes that became final."""
 Fill = Callable[[Job], Iterator[Block]]
 """The bytes of a job in order, each for one of its extents."""
 
@@ -54,39 +55,36 @@ class Staging:
         fill: Fill,
         read: ReadFiles,
         *what: Any,
-        on_note: Note | None = None,
+        reporter: Reporter,
     ):
-        """
+        """Prepare to write `layout` into a folder beside `output`.
+
         Args:
             read: the files that the result is made from.
             what: else the bytes depend on; plain values. What was left unfinished of other files, values or layout,
                 or of another version, is thrown away.
-            on_note: called with a line about what an earlier run left.
+            reporter: is told what an earlier run left, and the bytes that are written.
         """
         self.output, self.folder = output, partial_of(output)
         self.layout, self.fill, self.read = layout, fill, read
-        self.note: Note = on_note or (lambda line: None)
+        self.reporter = reporter
         values = [version("btx-merge"), what, read.identity(), [shard.nbytes for shard in layout.shards]]
         self.fingerprint = hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
         self.kept_bytes = 0
         """Bytes of an earlier run that were verified and kept."""
-        self._finished: set[str] = set()
+        self._finished: set[str] = set()  # keys of jobs, of this run and of an earlier one
         self._began = False
         self._journal_lock = threading.Lock()
         self._stop = threading.Event()
         self._behind: collections.deque[Job] = collections.deque()
 
     def __enter__(self) -> Staging:
-        """
-        Raises:
-            InputError: another run is writing there, the folder is not ours, or its file system will not do.
-            OSError: the disk refused what it may do later.
-        """
+        """Lock and open the folder, and find out what an earlier run finished."""
         for folder in (self.output, self.folder):
             if has_marks(folder):
-                os.close(lock(folder))  # nobody else is at work there
+                os.close(lock(folder))  # raises if another process is at work there
         try:
-            repair(self.output, self.note)
+            repair(self.output, self.reporter.note)
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             if is_curable(error):
@@ -110,10 +108,7 @@ class Staging:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """
-        Raises:
-            InputError: the context ended by an error, and sources have changed meanwhile.
-        """
+        """Unlock the folder, and remove it if nothing in it is worth keeping."""
         changes = self.read.changes() if isinstance(error, Exception) else []
         if changes:
             self._finished.clear()  # whatever was written may be of both
@@ -140,55 +135,55 @@ class Staging:
         return folder
 
     def path(self, job: Job) -> Path:
-        """The file that a job writes to."""
+        """Return the file that a job writes to."""
         return self.folder / self.layout.shards[job.tensor.shard].name
 
-    def write(self, workers: int | None = None, progress: Progress | None = None) -> None:
+    def write(self, workers: int | None = None, again: str = "") -> None:
         """Fill all files of weights, but for what an earlier run finished.
 
         Args:
             workers: threads; by default one per core, at most 4.
+            again: how the work goes on once there is room for it, where all but the writing is done.
 
         Raises:
             InputError: the disk has too little room, or the folder holds something else.
             NonFiniteError: a NaN or an Inf was met, and the recipe does not allow it.
             OSError: the disk refused.
         """
-        self._prepare()
+        self._prepare(again)
         if self.kept_bytes:
-            self.note(f"Continuing: {readable(self.kept_bytes)} were written before and are verified.")
-        self._run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
+            self.reporter.note(f"Continuing: {readable(self.kept_bytes)} were written before and are verified.")
+        self.reporter.started(sum(job.nbytes for job in self.layout.jobs))
+        self.reporter.bytes_done(self.kept_bytes)
+        self._run(workers or min(4, os.cpu_count() or 1))
 
-    def _prepare(self) -> None:
-        """Finds out what an earlier run finished, and makes room for the rest."""
+    def _prepare(self, again: str) -> None:
+        """Find out what an earlier run finished, and make room for the rest."""
         recorded = self._read_journal()
         if recorded is None:
             self._start_over()
         self._began = True
         jobs = {job.key: job for job in self.layout.jobs}
-        for key, checksums in (recorded or {}).items():
+        for key, checksums in (recorded or {}).items():  # the journal may tell of bytes that a power cut has undone
             if key in jobs and self._checksums(jobs[key]) == checksums:
                 self._finished.add(key)
                 self.kept_bytes += jobs[key].nbytes
-        self._check_room()
+        self._check_room(again)
         for shard in self.layout.shards:
             path = self.folder / shard.name
             with naming(path):
                 with path.open("ab") as file:
-                    file.truncate(shard.nbytes)
+                    file.truncate(shard.nbytes)  # to its whole size, so that workers can write anywhere in it
                     if hasattr(os, "posix_fallocate"):
                         with contextlib.suppress(OSError):  # a file system that cannot reserve still can write
                             os.posix_fallocate(file.fileno(), 0, shard.nbytes)
                 with path.open("r+b") as file:
                     file.write(shard.header)
 
-    def _run(self, workers: int, progress: Progress) -> None:
-        """Writes everything that is not finished yet."""
-        progress(self.kept_bytes)
+    def _run(self, workers: int) -> None:
+        """Write everything that is not finished yet."""
         with ThreadPoolExecutor(workers, "btx-writer") as pool:
-            futures = [
-                pool.submit(self._work, job, progress) for job in self.layout.jobs if job.key not in self._finished
-            ]
+            futures = [pool.submit(self._work, job) for job in self.layout.jobs if job.key not in self._finished]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             except KeyboardInterrupt:
@@ -198,8 +193,8 @@ class Staging:
             failures = [error for future in done if (error := future.exception()) is not None]
             self._stop.set()
             pool.shutdown(cancel_futures=True)
-        for failure in failures:
-            raise failure
+        if failures:
+            raise failures[0]
 
     def finish(self, overwrite: bool, again: str = "the same command") -> None:
         """Give the folder the output's name. What had it before is removed only then; `again` is for `put_in_place`.
@@ -212,10 +207,10 @@ class Staging:
         if changes := self.read.changes():
             raise InputError(changes)
         shutil.rmtree(self.folder / _SCRATCH, ignore_errors=True)
-        put_in_place(self.folder, self.output, overwrite, self.note, again)
+        put_in_place(self.folder, self.output, overwrite, self.reporter.note, again)
 
-    def _work(self, job: Job, progress: Progress) -> None:
-        """One job: its bytes into the file, then a line in the journal."""
+    def _work(self, job: Job) -> None:
+        """Do one job: write its bytes into the file, then a line into the journal."""
         checksums = [0] * len(job.extents)
         written = [0] * len(job.extents)
         with self.path(job).open("r+b", buffering=0) as file:
@@ -228,11 +223,12 @@ class Staging:
                         _write_all(file.fileno(), raw.data)
                     checksums[number] = zlib.crc32(raw.data, checksums[number])
                     written[number] += raw.nbytes
-                    progress(raw.nbytes)
+                    self.reporter.bytes_done(raw.nbytes)
             except BaseException:
                 self._stop.set()
                 raise
             self._pass_on(file.fileno(), job)
+        # A kind of job that nothing fills would leave zeros here, and a line in the journal would make them final.
         expected = [extent.nbytes for extent in job.extents]
         if written != expected:
             raise MergeError(f"{job.key}: {written} bytes, not {expected}: a fault of btx-merge, please report it.")
@@ -243,7 +239,7 @@ class Staging:
         self._finished.add(job.key)
 
     def _pass_on(self, descriptor: int, job: Job) -> None:
-        """Has the kernel write a job's bytes to the disk now, and forget those of a job some time ago.
+        """Have the kernel write a job's bytes to the disk now, and forget those of a job some time ago.
 
         Otherwise they wait in memory, which in the end takes as long, and push out what others have cached.
         """
@@ -258,7 +254,7 @@ class Staging:
                         forget_range(file.fileno(), extent.start, extent.nbytes)
 
     def _read_journal(self) -> dict[str, list[int]] | None:
-        """Finished jobs and their checksums; None where there is no readable journal of this plan."""
+        """Return the finished jobs with their checksums; None if there is no readable journal of this plan."""
         try:
             journal = self.folder / JOURNAL
             text = journal.read_text(encoding="utf-8") if journal.stat().st_size <= _JOURNAL_LIMIT else ""
@@ -275,7 +271,7 @@ class Staging:
         return finished
 
     def _checksums(self, job: Job) -> list[int] | None:
-        """What the file holds where the job writes; None where the file ends before."""
+        """Return the checksums of what the file holds in the job's place; None if the file ends before."""
         out = []
         try:
             with self.path(job).open("rb", buffering=0) as file:
@@ -294,23 +290,25 @@ class Staging:
         return out
 
     def _start_over(self) -> None:
-        """Empties the folder of another plan's files and begins a journal."""
+        """Remove another plan's files from the folder and begin a journal."""
         present = {path.name for path in self.folder.iterdir()} - {LOCK}
         journal = self.folder / JOURNAL
         if present:
-            self.note("Something unfinished of another recipe or of changed sources was there: starting over.")
+            self.reporter.note(
+                "Something unfinished of another recipe or of changed sources was there: starting over."
+            )
         for name in present - {JOURNAL}:  # the journal last: it marks the folder as ours
             path = self.folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         journal.write_text(json.dumps({"plan": self.fingerprint}) + "\n", encoding="utf-8")
 
-    def _check_room(self) -> None:
+    def _check_room(self, again: str) -> None:
         present = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
         needed = self.layout.bytes_to_write - present
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             found, expected = f"{readable(free)} free", f"{readable(needed)} for the result"
-            remedy = "Make room, or write to another disk."
+            remedy = f"Make room. {again}" if again else "Make room, or write to another disk."
             raise InputError([Problem("output", str(self.output.parent), found, expected, remedy)])
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from btx_merge.architectures.llama import FF_NORM
 from btx_merge.checkpoints.layout import INDEX_FILE, Block, Job, write_index
-from btx_merge.checkpoints.staging import Progress, Staging
+from btx_merge.checkpoints.staging import Staging
 from btx_merge.editing.card import edit_section, edited_card
 from btx_merge.editing.plan import EditPlan, plan_edit
 from btx_merge.editing.recipe import EditRecipe
@@ -36,6 +36,8 @@ from btx_merge.model.files import copy_model_code
 from btx_merge.model.opening import open_model
 from btx_merge.model.records import RECIPE_FILE, append_record
 from btx_merge.model.router_state import trainings
+from btx_merge.options import Options, refuse_unused
+from btx_merge.reporting import Reporter
 from btx_merge.sources.text_checks import check_texts
 from btx_merge.sources.tokenizer_files import copy_templates
 from btx_merge.sources.vocabulary import tokenizer_json
@@ -112,72 +114,63 @@ class _Edit:
 def edit(
     recipe: EditRecipe,
     output: str | Path,
-    *,
-    overwrite: bool = False,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    on_start: Callable[[int], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
-    device: str | None = None,
-    on_layer: Callable[[int, int], None] | None = None,
+    options: Options = Options(),
+    reporter: Reporter = Reporter(),
 ) -> EditReport:
-    """Writes a merged model with other experts into the folder `output`; the model itself stays as it is.
+    """Write a merged model with other experts into the folder `output`; the model itself stays as it is.
 
     Experts that stay and their router rows are copied bit for bit. What was interrupted is continued by the same call.
 
     Args:
-        overwrite: whether `output` may be replaced; that happens when the new model is complete.
-        workers: threads that read and write; by default one per core, at most 4.
-        progress: called from several threads with numbers of bytes.
-        on_start: called once with what those will add up to, before anything is written.
-        on_note: called with a line about an earlier, unfinished run.
-        device: where router rows are fitted: `cpu`, `cuda`, ...; a GPU where there is one.
-        on_layer: called with how many layers of how many are fitted.
+        options: `overwrite` and `workers`; `device`, on which router rows are fitted.
 
     Raises:
         InputError: every reason to refuse; nothing has been written.
         MergeError: the edit could not be carried out; `output` is as it was.
     """
     began = time.perf_counter()
+    refuse_unused(options, "edit", "overwrite", "workers", "device")
     target = Path(output).expanduser().resolve()
     with ExitStack() as stack:
 
         def scratch() -> Path:
             return stack.enter_context(scratch_folder(target.parent))
 
-        edited = _plan(recipe, target, overwrite, device, scratch)
+        edited = _plan(recipe, target, options, scratch)
         planned = edited.planned
-        if on_start:
-            on_start(sum(job.nbytes for job in planned.plan.jobs))
+        new = (warning for warning in planned.examined.warnings if warning.source in planned.new)
+        warnings = (*edited.warnings, *new)
+        for warning in warnings:
+            reporter.warn(str(warning))
         what = repr(planned.recipe), edited.outcome
         with (
             continuable(target),
-            Staging(target, planned.plan, edited.fill, edited.read_files(), *what, on_note=on_note) as staging,
+            Staging(target, planned.plan, edited.fill, edited.read_files(), *what, reporter=reporter) as staging,
         ):
-            staging.write(workers, progress)
+            staging.write(options.workers)
             files = staging.scratch()
             _write_files(edited, files)
-            layers = _fit(planned, staging.folder, files, device, on_layer) if planned.fitted_rows else []
+            layers = _fit(planned, staging.folder, files, options, reporter) if planned.fitted_rows else []
             _write_records(edited, files, layers)
             move_in(files, staging.folder)
-            staging.finish(overwrite)
+            staging.finish(options.overwrite)
     return EditReport(
         target,
         tuple(planned.plan.expert_names),
         edited.outcome,
         edited.reason,
         planned.router_inits,
-        (*edited.warnings, *(warning for warning in planned.examined.warnings if warning.source in planned.new)),
+        warnings,
         staging.kept_bytes,
         time.perf_counter() - began,
         tuple(layers),
     )
 
 
-def _plan(recipe: EditRecipe, target: Path, overwrite: bool, device: str | None, scratch: Callable[[], Path]) -> _Edit:
-    model, problems = open_model(recipe.model, target, overwrite)
+def _plan(recipe: EditRecipe, target: Path, options: Options, scratch: Callable[[], Path]) -> _Edit:
+    model, problems = open_model(recipe.model, target, options.overwrite)
     problems += check_texts(recipe.domain_text, model.located.folder if model else None)
-    problems += device_problems(device)
+    problems += device_problems(options.device)
     if model:
         problems += file_problems(model.located.folder, [*small_files(model.located.folder)])
     if problems or model is None:
@@ -218,14 +211,12 @@ def _config(planned: EditPlan) -> dict[str, Any]:
     return config
 
 
-def _fit(
-    planned: EditPlan, folder: Path, files: Path, device: str | None, on_layer: Callable[[int, int], None] | None
-) -> list[LayerFit]:
+def _fit(planned: EditPlan, folder: Path, files: Path, options: Options, reporter: Reporter) -> list[LayerFit]:
     recipe = planned.recipe
     texts = {text.name: text for text in recipe.domain_text}
     rows = tuple(planned.fitted_rows)
     task = FitTask(texts, {}, recipe.domain_tokens, router="ridge", router_ridge=recipe.router_ridge, rows=rows)
-    return fit_folder(folder, files, task, statistics=None, device=device, on_layer=on_layer)
+    return fit_folder(folder, files, task, options, reporter)
 
 
 def _write_records(edited: _Edit, files: Path, layers: list[LayerFit]) -> None:

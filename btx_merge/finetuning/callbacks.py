@@ -1,14 +1,16 @@
-"""What happens around the steps of a finetuning: signals end it, and a person sees how far it is."""
+"""Callbacks around the steps of a finetuning: signals end it, and a bar shows how far it is."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from btx_merge.reporting import Reporter
 
 
 class StopOnSignal(TrainerCallback):
@@ -24,14 +26,14 @@ class StopOnSignal(TrainerCallback):
         self.is_stopped = True
 
     def restore(self) -> None:
-        """Gives the signals back."""
+        """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """All ranks stop at the same step, whichever of them got the signal."""
+        """Stop all ranks at the same step, whichever of them got the signal."""
         if dist.is_available() and dist.is_initialized():
             asked = torch.tensor(float(self.is_stopped), device=args.device)
             dist.all_reduce(asked)
@@ -43,8 +45,8 @@ class StopOnSignal(TrainerCallback):
 class ConsoleLines(TrainerCallback):
     """One short line for each logging step, under a head that names the columns."""
 
-    def __init__(self, show: Callable[[str], None], domains: Sequence[str], experts: Sequence[str]):
-        self.show = show
+    def __init__(self, reporter: Reporter, domains: Sequence[str], experts: Sequence[str]):
+        self.reporter = reporter
         self._columns = {"loss": "loss", "aux_loss": "balancing"}
         self._columns |= {f"perplexity/{name}": f"ppl {name}" for name in domains}
         self._columns |= {f"load/{name}": f"to {name}" for name in experts}
@@ -52,12 +54,12 @@ class ConsoleLines(TrainerCallback):
         self._has_head = False
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Losses, perplexities and loads; all of it goes to wherever `report_to` says."""
+        """Report losses, perplexities and loads; all of it goes to wherever `report_to` says."""
         logs: dict[str, Any] = kwargs["logs"]
         for key, value in logs.items():
             if key.startswith("eval_perplexity/"):
                 name = key.partition("/")[2]
-                self.show(f"step {state.global_step}: perplexity of what is held out of {name}: {value:.4g}")
+                self.reporter.line(f"step {state.global_step}: perplexity of what is held out of {name}: {value:.4g}")
         if "loss" not in logs:
             return
         if not self._has_head:
@@ -71,19 +73,19 @@ class ConsoleLines(TrainerCallback):
         self._line(f"{state.global_step}/{state.max_steps}", *cells)
 
     def _line(self, *cells: str) -> None:
-        self.show("  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)))
+        self.reporter.line("  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)))
 
 
 class StepCount(TrainerCallback):
     """Tells how many steps of how many are done: when training begins, and after each step."""
 
-    def __init__(self, on_step: Callable[[int, int], None]):
-        self.on_step = on_step
+    def __init__(self, reporter: Reporter):
+        self.reporter = reporter
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Of a run that is continued, some are."""
-        self.on_step(state.global_step, state.max_steps)
+        """Count the steps that a continued run has done already."""
+        self.reporter.step_done(state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """One more."""
-        self.on_step(state.global_step, state.max_steps)
+        """Count one more step."""
+        self.reporter.step_done(state.global_step, state.max_steps)

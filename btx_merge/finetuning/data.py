@@ -1,4 +1,4 @@
-"""What finetuning reads: windows of all domains by weight, without end, and a held-out part of each.
+"""The data of a finetuning: windows of all domains by weight, without end, and a held-out part of each.
 
 The order is one for all ranks, and follows from the seed: rank and step say which windows a rank takes. So a run on
 several ranks sees what one on a single rank sees, and a resumed one goes on where it was.
@@ -46,20 +46,21 @@ class DomainStream:
         return len(list(itertools.islice(documents(self.text, self.tokenizer), 2))) < 2
 
     def held_out(self, most: int) -> list[Window]:
-        """At most so many windows of the held-out part."""
+        """Return at most so many windows of the held-out part."""
         if not self.holdout:
             return []
         return list(itertools.islice(self._windows(True), most))
 
     def endless(self, shuffled: int, seed: str) -> Iterator[Window]:
-        """The rest, again and again; each window is drawn from the next `shuffled`."""
+        """Repeat the rest without end; each window is drawn from the next `shuffled`."""
 
         def passes() -> Iterator[Window]:
             while True:
-                count = 0
-                for count, window in enumerate(self._windows(False), 1):  # noqa: B007
+                is_empty = True
+                for window in self._windows(False):
+                    is_empty = False
                     yield window
-                if not count:
+                if is_empty:  # otherwise this would go round for ever
                     raise self._nothing_left()
 
         return _shuffled(passes(), shuffled, random.Random(seed))
@@ -76,7 +77,7 @@ class DomainStream:
             yield from packed_windows(part, self.tokenizer, self.length, self.text.name)
 
     def _part(self, items: Iterable[_T], held_out: bool) -> Iterator[_T]:
-        period = round(1 / self.holdout)
+        period = round(1 / self.holdout)  # the second of each: a first one alone is then trained on
         return (item for number, item in enumerate(items) if (number % period == 1) == held_out)
 
     def _nothing_left(self) -> InputError:
@@ -95,20 +96,20 @@ class MixedWindows(IterableDataset[dict[str, Any]]):
         rng = random.Random(self.seed)
         numbers = range(len(self.streams))
         weights = [stream.text.weight for stream in self.streams]
-        sources = [stream.endless(self.shuffled, f"{self.seed} {stream.text.name}") for stream in self.streams]
+        windows = [stream.endless(self.shuffled, f"{self.seed} {stream.text.name}") for stream in self.streams]
         while True:
             (domain,) = rng.choices(numbers, weights)
-            yield row_of(next(sources[domain]), domain)
+            yield row_of(next(windows[domain]), domain)
 
 
 def row_of(window: Window, domain: int) -> dict[str, Any]:
-    """A window as a row of a data set."""
+    """Make a row of a data set from a window."""
     ids, positions = window
     return {"input_ids": ids, "position_ids": positions, "domain": domain}
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows to tensors: input_ids, position_ids and labels [B, T], domain [B].
+    """Stack rows into tensors: input_ids, position_ids and labels [B, T], domain [B].
 
     The first token of a document is no label: before it stands another document, or nothing. There is no attention
     mask, so that positions tell documents apart. A shorter row is filled up behind, where nothing can look.
@@ -128,7 +129,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def _shuffled(items: Iterator[_T], size: int, rng: random.Random) -> Iterator[_T]:
-    held = list(itertools.islice(items, size))
+    held = list(itertools.islice(items, size))  # a window waits here until chance picks it
     for item in items:
         place = rng.randrange(len(held))
         held[place], item = item, held[place]

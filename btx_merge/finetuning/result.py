@@ -1,4 +1,4 @@
-"""The result of a finetuning: the checkpoint that it began with, other bytes where something was trained.
+"""The result of a finetuning: the checkpoint that it began with, with other bytes where something was trained.
 
 All is written as a merge writes (`Staging`): whatever ends it, the target is absent or as it was, and `--resume`
 writes what is missing.
@@ -20,19 +20,19 @@ from btx_merge.checkpoints.dtypes import TORCH_NAMES, Raw
 from btx_merge.checkpoints.layout import BLOCK_BYTES, Block, Job, portions
 from btx_merge.checkpoints.staging import Staging
 from btx_merge.checkpoints.tensor_files import stored_tensors
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, NonFiniteError, Problem
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.folder import copy_file, small_files
-from btx_merge.files.placing import Note
 from btx_merge.model.files import PICTURE, ROUTING, copy_model_code
 from btx_merge.model.held_out import OF_THIS_MODEL, training_results
 from btx_merge.model.records import append_record
+from btx_merge.reporting import Reporter
 from btx_merge.sources.locate import Located
 from btx_merge.sources.tokenizer_files import copy_templates
 
 
 def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
-    """Refuses a checkpoint in which a trained tensor has no place.
+    """Refuse a checkpoint in which a trained tensor has no place.
 
     Raises:
         InputError: tensors that are missing, or of another shape or kind.
@@ -47,8 +47,35 @@ def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
         raise InputError(problems)
 
 
+def check_finite(folder: Path, trained: Mapping[str, torch.Tensor], work: Path) -> None:
+    """Refuse trained values that the checkpoint cannot hold.
+
+    Args:
+        folder: the model's, in whose dtypes the values are written; what has no place there keeps its own.
+        work: where the run's checkpoints are kept.
+
+    Raises:
+        NonFiniteError: a value that is NaN, Inf or outside of the dtype's range.
+    """
+    stored = stored_tensors(folder)
+    for name, tensor in trained.items():
+        dtype = getattr(torch, TORCH_NAMES[stored[name].dtype]) if name in stored else tensor.dtype
+        for start, stop in portions(0, len(tensor), tensor[:1].nbytes, BLOCK_BYTES):
+            if not tensor[start:stop].to(dtype).isfinite().all():
+                raise NonFiniteError(
+                    f"{name}: training ended with values that are not finite in {dtype}. Nothing was written. The "
+                    f"checkpoints are kept in {work}: look where the loss left, remove that folder, and train again, "
+                    f"with a smaller --learning-rate for instance."
+                )
+
+
 def result_staging(
-    model: Located, target: Path, trained: Mapping[str, torch.Tensor], read: ReadFiles, note: Note, is_adapter: bool
+    model: Located,
+    target: Path,
+    trained: Mapping[str, torch.Tensor],
+    read: ReadFiles,
+    reporter: Reporter,
+    is_adapter: bool,
 ) -> Staging:
     """Return the folder in which the result is written: the model's weights with the trained tensors in their places.
 
@@ -59,7 +86,7 @@ def result_staging(
     layout = CopyLayout((), (), {}) if is_adapter else same_layout(model.folder)
     checksums = [[name, zlib.crc32(_raw(tensor).data)] for name, tensor in trained.items()]
     fill = partial(_fill, trained)
-    return Staging(target, layout, fill, read, "train", is_adapter, str(model.folder), checksums, on_note=note)
+    return Staging(target, layout, fill, read, "train", is_adapter, str(model.folder), checksums, reporter=reporter)
 
 
 def _fill(trained: Mapping[str, torch.Tensor], job: Job) -> Iterator[Block]:
@@ -89,7 +116,7 @@ def copy_files(model: Path, folder: Path) -> None:
 def write_records(
     folder: Path, entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]], located: Located
 ) -> None:
-    """The recipe's and the card's part of a training, and the load of every layer at each logging step."""
+    """Write the training's part of the recipe and the card, and the load of every layer at each logging step."""
     from btx_merge.finetuning.metrics import LOAD_PER_LAYER
 
     lines = [
@@ -108,7 +135,7 @@ def write_records(
 
 
 def training_section(entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
-    """What the card says: what was trained, on what mixture, with which curve."""
+    """Write what the card says: what was trained, on what mixture, with which curve."""
     held_out = entry["held_out_perplexity"]
     total = sum(domain["weight"] for domain in entry["data"])
     rows = []

@@ -1,10 +1,9 @@
-"""`transformers.Trainer` for a BTX model: it keeps what is trained and nothing else, and says who goes where."""
+"""`transformers.Trainer` for a BTX model: it saves only what is trained, and measures the load of the experts."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from btx_merge.errors import MergeError
+from btx_merge.errors import InputError, MergeError, Problem
+from btx_merge.files.placing import remove
 from btx_merge.finetuning.metrics import LOAD_PER_LAYER, Meter, perplexity
 from btx_merge.finetuning.work_folder import COMPLETE, what_is_kept
 
@@ -28,6 +28,7 @@ TRAINED = "trained.safetensors"
 SELECTION_BIAS = "e_score_correction_bias"
 Row = dict[str, Any]
 _RUNNING = ("_tr_loss", "_globalstep_last_logged")
+"""Attributes of the Trainer that make up the mean loss of the next log line; its own checkpoints leave them out."""
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -44,7 +45,7 @@ def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in one piece, on the CPU. Where it is sharded, all ranks must ask."""
+    """Gather a tensor in one piece, on the CPU. Where it is sharded, all ranks must ask."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().cpu().contiguous()
 
@@ -74,9 +75,9 @@ class BTXTrainer(Trainer):
         return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
     def continue_from(self, checkpoint: Path) -> None:
-        """Trains on from a checkpoint; from that of the last step it only takes what was trained."""
+        """Train on from a checkpoint; from that of the last step it only takes what was trained."""
         saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if saved.global_step < self.args.max_steps:
+        if saved.global_step < self.args.max_steps:  # otherwise no step is left, and only the result is to be written
             self.add_callback(_RunningLoss(self, checkpoint))
             self.train(resume_from_checkpoint=str(checkpoint))
         else:
@@ -90,7 +91,7 @@ class BTXTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """As Trainer's, and measured where the step will be logged."""
+        """Compute the loss as Trainer does, and measure it where the step will be logged."""
         inputs = dict(inputs)
         domains = inputs.pop("domain")
         step = self.state.global_step + 1
@@ -103,14 +104,14 @@ class BTXTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *arguments: Any, **options: Any) -> None:
-        """Where the loss since the last logging is not an attribute (transformers 5.0), it is made one."""
+        """Make the loss since the last logging an attribute where it is none (transformers 5.0)."""
         tr_loss += self.carried_loss
         self.carried_loss = 0.0
         self._tr_loss = tr_loss
         super()._maybe_log_save_evaluate(tr_loss, *arguments, **options)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Adds what was measured; to the history also the load of each layer."""
+        """Add what was measured; to the history also the load of each layer."""
         load = None
         if "loss" in logs:
             measured, load = self.meter.take(self.state.global_step, self.args.device)
@@ -122,7 +123,7 @@ class BTXTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The perplexity of what is held out of each domain, over all its tokens; each rank scores a part."""
+        """Compute the perplexity of what is held out of each domain, over all its tokens; each rank scores a part."""
         self.model.eval()
         metrics = {}
         for domain, rows in self.held_out.items():
@@ -152,7 +153,7 @@ class BTXTrainer(Trainer):
             save_file(tensors, folder / TRAINED)
 
     def save_now(self) -> None:
-        """A checkpoint of the last step that was finished."""
+        """Save a checkpoint of the last step that was finished."""
         self._save_checkpoint(self.model, None)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -172,7 +173,7 @@ class BTXTrainer(Trainer):
             (checkpoint / COMPLETE).touch()
             steps = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
             for step in steps[: -self.checkpoints_kept] if self.checkpoints_kept else ():
-                shutil.rmtree(folder / f"checkpoint-{step}")
+                remove(folder / f"checkpoint-{step}", self.meter.reporter.note)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_sharded:
@@ -206,7 +207,10 @@ class BTXTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / TRAINED)
         own = trained_tensors(self.model)
-        assert set(saved) == set(own), "the recipe of a run and that of its checkpoints are compared before"
+        if set(saved) != set(own):  # the recipes were compared, so the file itself is another one
+            found, expected = f"{len(saved):,} tensors", f"the {len(own):,} that this run trains"
+            remedy = "Remove that checkpoint: --resume then continues from the one before."
+            raise InputError([Problem("resume", f"{resume_from_checkpoint}/{TRAINED}", found, expected, remedy)])
         with torch.no_grad():
             for name, tensor in own.items():
                 value = saved[name]
@@ -216,7 +220,7 @@ class BTXTrainer(Trainer):
 
 
 def _local(state: Any) -> Any:
-    """An optimizer's state with this rank's part in the place of each sharded tensor."""
+    """Put this rank's part in the place of each sharded tensor of an optimizer's state."""
     if isinstance(state, Mapping):
         return {key: _local(value) for key, value in state.items()}
     if isinstance(state, list):

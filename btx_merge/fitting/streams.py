@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
-from btx_merge.architectures.btx import expert_names, own_experts
+from btx_merge.architectures.btx import experts_by_domain
 from btx_merge.errors import InputError, Problem
 from btx_merge.texts.references import DomainText, documents
 from btx_merge.texts.windows import packed_windows
@@ -22,6 +22,7 @@ from btx_merge.texts.windows import packed_windows
 _WINDOW = 512
 """Tokens of a window, at most."""
 _TOKENS_AT_ONCE = 8192
+"""Of one stream, on the device at a time; it bounds the memory for activations."""
 _HELD_OUT = 0.1
 """Part of each domain's windows, its last, on which the temperature is chosen."""
 
@@ -70,7 +71,7 @@ class TokenStream:
         return self.share / self.ids[self.fitted].numel()
 
     def batches(self, part: slice) -> Iterator[slice]:
-        """Windows that are computed together."""
+        """Group windows that are computed together."""
         size = max(1, _TOKENS_AT_ONCE // self.ids.shape[1])
         return (slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size))
 
@@ -82,25 +83,25 @@ def streams_of(
     prompts: Mapping[str, Sequence[str]],
     domain_tokens: int,
 ) -> list[TokenStream]:
-    """The tokens of every domain, in windows.
+    """Pack the tokens of every domain into windows.
 
     Raises:
         InputError: a text that cannot be read, or a tokenizer with more tokens than the model.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    names = expert_names(config.to_dict())
+    experts = experts_by_domain(config.to_dict())
     length = min(_WINDOW, config.max_position_embeddings)
     streams = []
     for name, text in texts.items():
         windows = packed_windows(documents(text, tokenizer), tokenizer, length, name)
         found = list(itertools.islice(windows, max(1, domain_tokens // length)))
         ids, positions = (torch.tensor(part) for part in zip(*found, strict=True))
-        streams.append(TokenStream(name, own_experts(name, names), ids, positions, text.weight))
+        streams.append(TokenStream(name, experts[name], ids, positions, text.weight))
     for name, lines in prompts.items():
         tokens = [tokenizer(line)["input_ids"][: config.max_position_embeddings] for line in lines]
         ids = torch.tensor([[token for line in tokens for token in line]])
         positions = torch.tensor([[position for line in tokens for position in range(len(line))]])
-        streams.append(TokenStream(name, own_experts(name, names), ids, positions, is_prompt=True))
+        streams.append(TokenStream(name, experts[name], ids, positions, is_prompt=True))
     largest = max(int(stream.ids.max()) for stream in streams)
     if largest >= config.vocab_size:
         found_id = f"the tokenizer gives the id {largest}"

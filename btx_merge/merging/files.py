@@ -1,4 +1,4 @@
-"""Everything of the result that is not weights: config, model code, tokenizer, generation config, recipe, index."""
+"""All files of the result that are not weights: config, model code, tokenizer, generation config, recipe, index."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_tok
 
 
 def write_files(plan: Plan, folder: Path, layers: Sequence[LayerFit] = ()) -> None:
-    """Writes all files beside the weights into `folder`; config.json last, for without it this is no model yet.
+    """Write all files beside the weights into `folder`; config.json last, for without it this is no model yet.
 
     Args:
         layers: how the routers came out that were fitted by ridge regression.
@@ -70,7 +70,7 @@ def write_files(plan: Plan, folder: Path, layers: Sequence[LayerFit] = ()) -> No
 
 
 def output_config(plan: Plan, chat: Source) -> dict[str, Any]:
-    """config.json of the result: the seed's architecture, BTX's fields, the code that loads it.
+    """Return the config.json of the result: the seed's architecture, BTX's fields, the code that loads it.
 
     Only keys that a Llama config has are taken over: no private path and no code reference of the seed's.
     """
@@ -98,7 +98,7 @@ def output_config(plan: Plan, chat: Source) -> dict[str, Any]:
 
 
 def resolved_recipe(plan: Plan) -> dict[str, Any]:
-    """The recipe with everything that was left open filled in, and what it was carried out with.
+    """Return the recipe with everything that was left open filled in, and what it was carried out with.
 
     It can be given to `btx merge --recipe`. A folder stands there by its name alone, without its path.
     """
@@ -125,13 +125,13 @@ def resolved_recipe(plan: Plan) -> dict[str, Any]:
 
 
 def public_source(source: Source) -> str:
-    """How a published recipe names a source: its Hub id and commit, or its folder without a path."""
+    """Return how a published recipe names a source: its Hub id and commit, or its folder without a path."""
     located = source.located
     return f"{located.repo_id}@{located.revision}" if located.repo_id else located.public_name
 
 
 def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
-    """The seed's tokenizer with the union's tokens; template and special tokens from the source that is named."""
+    """Write the seed's tokenizer with the union's tokens; template and special tokens are the named source's."""
     # A seed without one has the tokenizer on which all others agree (`vocabulary`).
     origin = next((source.tokenizer_folder for source in plan.sources if source.tokenizer_folder), None)
     if origin is None:
@@ -151,23 +151,26 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
     config.setdefault("tokenizer_class", _default_class(folder))
     if plan.vocabulary.new_tokens:
         add_tokens(folder, parse_json(tokenizer_json(origin)), plan.vocabulary.new_tokens)
-    if "added_tokens_decoder" in config:  # as older versions saved it, perhaps by another source's ids
-        added = _read_json(folder / "tokenizer.json").get("added_tokens") or []
-        keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-        config["added_tokens_decoder"] = {
-            str(entry["id"]): {key: entry[key] for key in keys if key in entry} for entry in added
-        } or config["added_tokens_decoder"]
+    added = _read_json(folder / "tokenizer.json").get("added_tokens")
+    if "added_tokens_decoder" in config and added:  # as older versions saved it, perhaps by another source's ids
+        config["added_tokens_decoder"] = {str(entry["id"]): _decoder_entry(entry) for entry in added}
     write_json(folder / "tokenizer_config.json", config)
 
 
+def _decoder_entry(added: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry of tokenizer.json's `added_tokens` as tokenizer_config.json repeats it, without the id."""
+    keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    return {key: added[key] for key in keys if key in added}
+
+
 def _default_class(folder: Path) -> str:
-    """The class that transformers takes for a Llama whose tokenizer names none."""
+    """Return the class that transformers takes for a Llama whose tokenizer names none."""
     model = _read_json(folder / "tokenizer.json").get("model", {"byte_fallback": True})  # sentencepiece's
     return "LlamaTokenizer" if model.get("byte_fallback") else "PreTrainedTokenizerFast"
 
 
 def add_tokens(folder: Path, data: dict[str, Any], new_tokens: Sequence[Mapping[str, Any]]) -> None:
-    """Writes tokenizer.json, of which `data` is the content, with more tokens."""
+    """Write tokenizer.json, of which `data` is the content, with more tokens."""
     data["added_tokens"] = [*(data.get("added_tokens") or []), *new_tokens]
     write_json(folder / "tokenizer.json", data)
     for name in ("tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt"):  # they lack the new tokens
@@ -175,15 +178,14 @@ def add_tokens(folder: Path, data: dict[str, Any], new_tokens: Sequence[Mapping[
 
 
 def _with_union_ids(plan: Plan, chat: Source, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Token ids of a source's config as ids of the result: the same token, by its string."""
+    """Translate token ids of a source's config to ids of the result: the same token, by its string."""
     out = dict(values)
     if chat is plan.seed or plan.vocabulary.ids is None:
         return out
-    moved = {
-        segment.source + offset: segment.out + offset
-        for segment in plan.vocabulary.segments[chat.name]
-        for offset in range(segment.count)
-    }
+    moved = {}  # a row of the source to the row of the result
+    for segment in plan.vocabulary.segments[chat.name]:
+        for offset in range(segment.count):
+            moved[segment.row + offset] = segment.out + offset
     for key in _TOKEN_IDS:
         if isinstance(out.get(key), int):
             out[key] = moved.get(out[key], out[key])
@@ -193,5 +195,5 @@ def _with_union_ids(plan: Plan, chat: Source, values: Mapping[str, Any]) -> dict
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
+    """Read a JSON object; empty where there is no such file."""
     return read_json(file) if os.path.lexists(file) else {}

@@ -130,10 +130,10 @@ class Plan(Layout):
     def expert_names(self) -> list[str]:
         """In the order of the router's rows. A blended expert is a part of every source."""
         names = [source.name for source in self.experts]
-        if self.recipe.expert_mode == "whole":
-            return names
         if self.recipe.expert_mode == "blend":
             return [f"blend.{chunk}" for chunk in range(self.chunks)]
+        if self.chunks == 1:
+            return names
         return [f"{name}.{chunk}" for name in names for chunk in range(self.chunks)]
 
     @property
@@ -235,7 +235,7 @@ class Plan(Layout):
         width = self.seed.config["intermediate_size"]
         row_bytes = tensor.row_bytes // tensor.shape[1]
         for run in self._gate_up_runs:
-            which, row = divmod(run.source, width + 1)
+            which, row = divmod(run.row, width + 1)
             two, source = divmod(which, len(self.experts))
             name = (GATE, UP)[two].format(layer=layer)
             for start, stop in portions(row, row + run.count, row_bytes, JOB_BYTES):

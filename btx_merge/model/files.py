@@ -12,15 +12,21 @@ MODEL_CODE = ("configuration_btx.py", "experts_btx.py", "modeling_btx.py", "rout
 
 
 def model_code_folder() -> Path:
-    """Where the code that travels with a checkpoint lies; found without importing it (and torch)."""
+    """Return the folder of the code that travels with a checkpoint, found without importing it (and torch).
+
+    Raises:
+        ImportError: the package is installed without it.
+    """
     spec = importlib.util.find_spec("btx_merge.modeling")
-    assert spec is not None
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            "btx_merge.modeling is missing, and with it the code of every model: install btx-merge again."
+        )
     return Path(spec.origin).parent
 
 
 def copy_model_code(folder: Path) -> None:
-    """Adds what is missing of the code that travels with a checkpoint: one from the Hub comes without."""
+    """Add what is missing of the code that travels with a checkpoint: a model from the Hub comes without."""
     for name in MODEL_CODE:
         if not (folder / name).exists():
             shutil.copyfile(model_code_folder() / name, folder / name)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from btx_merge.architectures.btx import active_parameters, experts_per_token, merged_shapes
+from btx_merge.architectures.btx import active_parameters, experts_by_domain, experts_per_token, merged_shapes
 from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES, STORED, TORCH_NAMES
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.files.folder import checked, read_json
@@ -101,7 +101,7 @@ def info(model: str) -> ModelInfo:
     recipe = _recipe(located)
     router_type = str(merged.config.get("router_type", "top_k"))
     per_token = experts_per_token(router_type, merged.experts_per_token, merged.num_experts)
-    untrained = tuple(untrained_experts(recipe, merged.expert_names))
+    untrained = tuple(untrained_experts(recipe, merged.config))
     names = ("tokenizer.json", "tokenizer.model")
     return ModelInfo(
         model=str(model),
@@ -171,8 +171,8 @@ def _experts(merged: MergedModel, recipe: Mapping[str, Any]) -> Iterator[ExpertI
     specs = dict(given) if isinstance(given, dict) else {}
     specs.setdefault(SEED, recipe.get("seed"))
     blended = recipe.get("expert_mode") == "blend"
-    for number, name in enumerate(merged.expert_names):
-        domain = name.rpartition(".")[0] if merged.num_chunks > 1 else name
+    domains = [domain for domain, numbers in experts_by_domain(merged.config).items() for _ in numbers]
+    for number, (name, domain) in enumerate(zip(merged.expert_names, domains, strict=True)):
         spec = None if blended else specs.get(domain)
         values = spec if isinstance(spec, dict) else {"model": spec}
         model, base = (value if isinstance(value := values.get(key), str) else None for key in ("model", "base"))
@@ -191,7 +191,7 @@ def _routers(recipe: Mapping[str, Any]) -> str:
 
 
 def _history(recipe: Mapping[str, Any]) -> Iterator[str]:
-    """Say what was done: of each kind in its order; what came before what of another kind is not recorded."""
+    """Tell what was done, each kind in its order. The order between two kinds is not recorded."""
     if "seed" in recipe:
         combine, init = (short(recipe.get(key)).strip("'") for key in ("combine", "router_init"))
         yield f"merged: shared weights {combine}, routers {init}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from btx_merge.architectures.btx import DOWN_EXPERTS, GATE_UP_EXPERTS, expert_names, merged_shapes
+from btx_merge.architectures.btx import DOWN_EXPERTS, GATE_UP_EXPERTS, expert_names, experts_by_domain, merged_shapes
 from btx_merge.architectures.config_values import layer_problems, refuse_odd_values
 from btx_merge.architectures.llama import DOWN, GATE, UP, expected_tensors, normalise_config
 from btx_merge.checkpoints.dtypes import STORED
@@ -67,10 +67,7 @@ class MergedModel:
     @cached_property
     def domains(self) -> list[str]:
         """The experts' names, those of a split source once."""
-        return list(dict.fromkeys(map(self._domain, self.expert_names)))
-
-    def _domain(self, expert: str) -> str:
-        return expert.rpartition(".")[0] if self.num_chunks > 1 else expert
+        return list(experts_by_domain(self.config))
 
     @cached_property
     def dense_config(self) -> dict[str, Any]:
@@ -84,25 +81,25 @@ class MergedModel:
         return self.tensors[GATE_UP_EXPERTS.format(layer=0)].dtype
 
     def experts_of(self, domain: str) -> list[int]:
-        """The numbers of the experts that a source became: one, or its chunks.
+        """Return the numbers of the experts that a source became: one, or its chunks.
 
         Raises:
             InputError: there are none of that name.
         """
-        numbers = [number for number, name in enumerate(self.expert_names) if self._domain(name) == domain]
-        if not numbers:
+        numbers = experts_by_domain(self.config).get(domain)
+        if numbers is None:
             found, expected = f"no expert {domain!r}", f"one of {', '.join(self.domains)}"
             raise InputError([Problem("model", "config.json: expert_names", found, expected)])
         return numbers
 
     def gate_up(self, layer: int, expert: int) -> tuple[StoredTensor, StoredTensor]:
-        """An expert's gate and up projection, [I, H] each."""
+        """Return an expert's gate_proj and up_proj, [I, H] each."""
         fused = self.tensors[GATE_UP_EXPERTS.format(layer=layer)]
         width = fused.shape[1] // 2
         return part_of(fused, expert, 0, width), part_of(fused, expert, width)
 
     def down(self, layer: int, expert: int) -> StoredTensor:
-        """An expert's down projection, [H, I]."""
+        """Return an expert's down_proj, [H, I]."""
         return part_of(self.tensors[DOWN_EXPERTS.format(layer=layer)], expert)
 
     @property
@@ -111,7 +108,8 @@ class MergedModel:
         return {name: tensor for name, tensor in self.tensors.items() if ".mlp." not in name}
 
     def dense_tensors(self, domain: str) -> dict[str, StoredTensor]:
-        """The tensors of a dense Llama, in its order: one source's feed-forward blocks, the merged shared weights.
+        """Return the tensors of a dense Llama, in its order: one source's feed-forward blocks, the merged shared
+        weights.
 
         Raises:
             InputError: there is no expert of that name.
@@ -127,7 +125,7 @@ class MergedModel:
 
 
 def open_merged(located: Located) -> MergedModel:
-    """A merged model's folder.
+    """Open a merged model's folder.
 
     Raises:
         InputError: no checkpoint of `btx merge`; or tensors that are missing, unexpected or of another shape than
@@ -162,7 +160,7 @@ def open_config(located: Located) -> MergedModel:
 
 @contextmanager
 def _as_model(located: Located) -> Iterator[None]:
-    """Say of every problem inside that it is the model's."""
+    """Name the model as the source of every problem inside."""
     try:
         yield
     except InputError as error:
@@ -203,10 +201,22 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[Problem]:
     if names is not None and not (fine and len(set(names)) == len(names) == experts):
         yield Problem("model", "config.json: expert_names", short(names), f"{experts} different names")
         return
+    if names and _is_count(chunks) and chunks > 1 and not _are_of_chunks(names, chunks):
+        expected = f"the names of each source's {chunks} chunks in order, such as code.0 to code.{chunks - 1}"
+        yield Problem("model", "config.json: expert_names", short(names), expected)
     active = config.get("active_experts")
     if active is not None and not _are_experts(active, experts, names or []):
         expected = f"a list of different experts, by name or number in [0, {experts})"
         yield Problem("model", "config.json: active_experts", short(active), expected)
+
+
+def _are_of_chunks(names: list[str], chunks: int) -> bool:
+    """Return whether names are those of sources that were split, all chunks of one source beside each other."""
+    for number, name in enumerate(names):
+        source = names[number - number % chunks].rpartition(".")[0]
+        if not source or name != f"{source}.{number % chunks}":
+            return False
+    return True
 
 
 def _are_experts(active: Any, experts: int, names: list[str]) -> bool:

@@ -1,9 +1,11 @@
-"""Which router rows of a model nobody has trained or fitted yet, by what its recipe records."""
+"""The router rows of a model that nobody has trained or fitted yet, by what its recipe records."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from btx_merge.architectures.btx import expert_names, experts_by_domain
 
 _UNTRAINED = ("random", "zeros")
 
@@ -14,12 +16,12 @@ def trainings(values: Mapping[str, Any]) -> int:
     return len(_entries(values, "fits")) + len(trained)
 
 
-def untrained_experts(values: Mapping[str, Any], experts: Sequence[str]) -> list[str]:
+def untrained_experts(values: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Return the experts whose router rows are random or zeros, still.
 
     Args:
         values: btx_recipe.yaml.
-        experts: the names of the model's experts now; a part of a split one is `name.number`.
+        config: config.json of the model as it is now, which names its experts.
     """
     is_random = values.get("router_init") in _UNTRAINED
     own: dict[str, bool] = {}  # of experts that an edit brought
@@ -27,16 +29,18 @@ def untrained_experts(values: Mapping[str, Any], experts: Sequence[str]) -> list
     for entry in _entries(values, "edits"):
         before = entry.get("trainings_before")
         before = before if isinstance(before, int) else 0
-        if before > done:
+        if before > done:  # a training between two edits reached every row that was there
             is_random, own, done = False, {}, before
         renamed = _mapping(entry, "rename")
         own = {str(renamed.get(name, name)): is_new_random for name, is_new_random in own.items()}
         for name, init in _mapping(entry, "router_rows").items():
             if init != "kept":
                 own[name] = init in _UNTRAINED
-    if trainings(values) > done:
+    if trainings(values) > done:  # one came after the last edit
         return []
-    return [name for name in experts if own.get(name, own.get(name.rpartition(".")[0], is_random))]
+    names = expert_names(config)
+    domains = experts_by_domain(config).items()
+    return [names[number] for domain, numbers in domains if own.get(domain, is_random) for number in numbers]
 
 
 def _mapping(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:

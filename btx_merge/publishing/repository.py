@@ -1,4 +1,4 @@
-"""The repository that a model is pushed to: it is looked at, created if need be, and gets one commit."""
+"""The repository that a model is pushed to: looked at, created if need be, changed in one commit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.publishing.checks import Publishable
 from btx_merge.publishing.errors import is_passing
 from btx_merge.publishing.kinds import ADAPTER_CONFIG, Kind, kind_of
@@ -44,7 +44,7 @@ class Target:
         self.create_pr, self.private = create_pr, private
 
     def send(self, checked: Publishable, message: str | None) -> tuple[Changes, str, str | None]:
-        """Uploads and commits what has changed: the changes, the commit, the pull request's URL."""
+        """Upload and commit what has changed; return the changes, the commit and the pull request's URL."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         head = self._prepared(checked.kind)
@@ -63,6 +63,7 @@ class Target:
                     free_memory=False,
                 )
         for pause in (*_PAUSES, None):
+            # an answer can be lost on its way though the commit was made, so each try looks at the repository again
             if not changes.added and not changes.deleted:  # nothing to do; or it is done, and the answer was lost
                 return first, str(head.sha), None
             try:
@@ -79,7 +80,9 @@ class Target:
                     raise
                 time.sleep(pause)
                 found, _ = self._find()
-                assert found is not None
+                if found is None:
+                    text = f"{self.repo_id} has disappeared during the push. The same command creates it again."
+                    raise MergeError(text) from error
                 head = found
                 changes = _changes_of(operations, head, checked.kind)
             else:
@@ -87,7 +90,7 @@ class Target:
         raise AssertionError("the last try returns or raises")
 
     def _find(self) -> tuple[ModelInfo | None, bool]:
-        """The repository as it is, and whether its branch is missing; then as main is."""
+        """Return the repository as it is, and whether its branch is missing; then as main is."""
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
         def info(revision: str | None) -> ModelInfo:
@@ -101,7 +104,7 @@ class Target:
             return None, False
 
     def _prepared(self, kind: Kind) -> ModelInfo:
-        """Creates what is missing, and refuses a repository that a model should not be pushed to."""
+        """Create what is missing, and refuse a repository that a model should not be pushed to."""
         found, needs_branch = self._find()
         if found is None and not self.create_pr:
             private = self.private or None  # None: as the organisation has it
@@ -124,7 +127,7 @@ class Target:
         return found
 
     def _check_content(self, found: ModelInfo, kind: Kind) -> None:
-        """Refuses to put a model in the place of what is no earlier one of its kind."""
+        """Refuse to put a model in the place of what is no earlier one of its kind."""
         names = {sibling.rfilename for sibling in found.siblings or ()}
         if self.create_pr or all(_NEW_REPOSITORY.fullmatch(name) for name in names):
             return
@@ -157,7 +160,7 @@ class Target:
 
 
 def _changes_of(operations: Mapping[str, CommitOperationAdd], head: ModelInfo, kind: Kind) -> Changes:
-    """What the repository as it is lacks, and what it has too much."""
+    """Return what the repository as it is lacks, and what it has too much."""
     there = {sibling.rfilename: sibling for sibling in head.siblings or ()}
     added = [operation for name, operation in operations.items() if not _is_same(operation, there.get(name))]
     deleted = [name for name in there if kind.has(name) and name not in operations]
@@ -165,7 +168,7 @@ def _changes_of(operations: Mapping[str, CommitOperationAdd], head: ModelInfo, k
 
 
 def _is_same(operation: CommitOperationAdd, there: RepoSibling | None) -> bool:
-    """Whether the Hub has the file with these bytes. Hashes only what has the right size."""
+    """Return whether the Hub has the file with these bytes. Hashes only what has the right size."""
     if there is None or there.size != operation.upload_info.size:
         return False
     if there.lfs is not None:
@@ -176,7 +179,7 @@ def _is_same(operation: CommitOperationAdd, there: RepoSibling | None) -> bool:
 
 
 def patiently(call: Callable[[], _T]) -> _T:
-    """Tries again what failed for a reason that may pass. (huggingface_hub does so itself while it uploads files.)"""
+    """Try again what failed for a reason that may pass. (huggingface_hub does so itself while it uploads files.)"""
     for pause in _PAUSES:
         try:
             return call()

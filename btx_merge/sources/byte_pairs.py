@@ -1,4 +1,4 @@
-"""Whether two byte-pair tokenizers that have the same merges in different orders read texts alike.
+"""A comparison of two byte-pair tokenizers with the same merges in different orders: do they read texts alike?
 
 Converters of one tokenizer.model write merges of equal rank in different orders, next to each other or thousands of
 places apart. The order matters only where two merges want the same token, as ("a", "b") and ("b", "c") do in "abc".
@@ -21,6 +21,7 @@ _MEETINGS = 1_000
 _EACH = 3
 """Meetings that are tried of one merge where many have moved."""
 _RANDOM_TEXTS = 1_000
+"""Texts of random tokens, for what the meetings leave out."""
 _OPTIONS = (
     "unk_token",
     "continuing_subword_prefix",
@@ -54,6 +55,19 @@ def read_differently(
     return None
 
 
+def needs_ignored_merges(rules: Mapping[str, Any], vocabulary: Mapping[str, int], merges: Sequence[Pair]) -> bool:
+    """Return whether a token is read whole where `ignore_merges` is true only: no merges of its own lead to it."""
+    try:
+        models = ({**rules["model"], "ignore_merges": value} for value in (False, True))
+        one, other = (_build({**rules, "model": model}, vocabulary, merges) for model in models)
+    except Exception:  # `tokenizers` raises nothing more exact
+        return True
+    decode = one.decoder.decode if one.decoder else "".join
+    texts = [decode([token]) for token in vocabulary]
+    pairs = zip(one.encode_batch(texts), other.encode_batch(texts), strict=True)
+    return any(before.ids != after.ids for before, after in pairs)
+
+
 def meetings(merges: Sequence[Pair], others: Sequence[Pair]) -> Iterator[tuple[str, str, str]]:
     """Find three tokens of which the first two and the last two can be merged, by one order this, by the other that.
 
@@ -69,14 +83,15 @@ def meetings(merges: Sequence[Pair], others: Sequence[Pair]) -> Iterator[tuple[s
         by_left[left].append(right)
         by_right[right].append(left)
     for pair in moved:
-        before, after = by_right[pair[0]], by_left[pair[1]]
-        met = [((left, pair[0]), pair) for left in before] + [(pair, (pair[1], right)) for right in after]
-        changed = (
-            (*first, second[1])
-            for first, second in met
-            if (ranks[first] < ranks[second]) != (other_ranks[first] < other_ranks[second])
-        )
-        yield from islice(changed, max(_EACH, _MEETINGS // len(moved)))
+        first, last = pair
+        met = [((left, first), pair) for left in by_right[first]] + [(pair, (last, right)) for right in by_left[last]]
+        found = 0
+        for one, other in met:
+            if (ranks[one] < ranks[other]) != (other_ranks[one] < other_ranks[other]):
+                yield (*one, other[1])
+                found += 1
+                if found == max(_EACH, _MEETINGS // len(moved)):
+                    break
 
 
 def _moved(ordered: Sequence[Pair], other_ranks: Mapping[Pair, int]) -> list[Pair]:

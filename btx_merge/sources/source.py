@@ -16,8 +16,8 @@ import numpy as np
 
 from btx_merge.architectures.config_values import layer_problems, refuse_odd_values
 from btx_merge.architectures.llama import EMBEDDING, HEAD, normalise_config
-from btx_merge.checkpoints.dtypes import STORED, Float32, Raw, all_finite, to_float32
-from btx_merge.checkpoints.stored import StoredTensor
+from btx_merge.checkpoints.dtypes import STORED, Float32, all_finite, to_float32
+from btx_merge.checkpoints.stored import Lent, StoredTensor
 from btx_merge.errors import InputError, NonFiniteError, Problem
 from btx_merge.files.folder import read_json
 from btx_merge.reporting import short
@@ -93,16 +93,20 @@ class Source:
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     def stored_name(self, name: str) -> str:
-        """The tensor that holds `name`: for the head of a tied source, its embedding."""
+        """Return the tensor that holds `name`: for the head of a tied source, its embedding."""
         return EMBEDDING if name == HEAD and self.config["tie_word_embeddings"] else name
 
     def is_stored(self, name: str, dtype: str) -> bool:
-        """Whether the tensor's bytes are what the source means, in that dtype, so that they can be copied."""
+        """Return whether the tensor's bytes are what the source means, in that dtype, so that they can be copied."""
         name = self.stored_name(name)
         return name not in self.deltas and self.tensors[name].dtype == dtype
 
-    def stored_rows(self, name: str, start: int, stop: int, finite: bool = False) -> Raw:
-        """Rows [start, stop) as they are stored, for tensors for which `is_stored` holds."""
+    def stored_rows(self, name: str, start: int, stop: int, finite: bool = False) -> Lent:
+        """Read rows [start, stop) as they are stored, of a tensor for which `is_stored` holds.
+
+        Raises:
+            NonFiniteError: `finite` is asked for and there is a NaN or an Inf.
+        """
         tensor = self.tensors[self.stored_name(name)]
         raw = tensor.read_rows(start, stop)
         if finite and not all_finite(raw, tensor.dtype):
@@ -110,7 +114,7 @@ class Source:
         return raw
 
     def rows(self, name: str, start: int, stop: int, finite: bool = False) -> Float32:
-        """Rows [start, stop) of a tensor in float32, with an adapter's delta added; exact otherwise.
+        """Read rows [start, stop) of a tensor in float32, with an adapter's delta added; exact otherwise.
 
         Raises:
             NonFiniteError: `finite` is asked for and there is a NaN or an Inf.
@@ -118,7 +122,7 @@ class Source:
         stored = self.stored_name(name)
         tensor = self.tensors[stored]
         raw = self.stored_rows(name, start, stop, finite)
-        values = to_float32(raw, tensor.dtype).reshape(stop - start, *tensor.shape[1:])
+        values = to_float32(raw, tensor.dtype).reshape(stop - start, *tensor.shape[1:])  # a copy: `raw` is only lent
         if stored in self.deltas:
             delta = self.deltas[stored]
             values += delta.rows(start, stop)
@@ -129,7 +133,7 @@ class Source:
     def _report_nonfinite(self, tensor: StoredTensor, values: Float32, start: int) -> None:
         flat = int(np.flatnonzero(~np.isfinite(values))[0])
         found = f"holds {values.reshape(-1)[flat]}"
-        if tensor in self.tensors.values():
+        if tensor in self.tensors.values():  # otherwise it is a factor of an adapter, whose rows are others
             width = tensor.row_bytes // STORED[tensor.dtype].itemsize
             found += f" at row {start + flat // width}" + (f", column {flat % width}" if width > 1 else "")
         else:
@@ -194,7 +198,7 @@ def path_as_text(value: Any) -> Any:
 
 
 def as_spec(name: Any, spec: Any, key: str = "experts") -> ExpertSpec:
-    """An expert of a recipe from plain values: a model, or a mapping with `model:`.
+    """Make an expert of a recipe from plain values: a model, or a mapping with `model:`.
 
     Args:
         key: the mapping that it stands in, as errors name it.

@@ -1,4 +1,4 @@
-"""Which row of which source's embedding belongs to which row of the result's.
+"""The vocabulary of a result: which row of which source's embedding becomes which of its rows.
 
 Tokens are matched by their string. Ids of the seed stay; tokens that sources added get the ids after them, and
 their rows are averaged over the sources that own them. Rows without a token (padding) are kept.
@@ -17,7 +17,9 @@ import numpy as np
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.bounded_json import parse_json
 from btx_merge.files.folder import read_bytes
+from btx_merge.reporting import short
 from btx_merge.sources.byte_pairs import Pair, read_differently
+from btx_merge.sources.reading_rules import differing_rules
 from btx_merge.sources.segments import Segment, runs
 from btx_merge.sources.source import Source
 from btx_merge.sources.tokenizer_files import NO_SENTENCEPIECE, VOCABULARY_FILES, load_tokenizer, vocabulary_file
@@ -62,7 +64,7 @@ class Vocabulary:
 
 
 def plan_vocabulary(sources: Sequence[Source]) -> Vocabulary:
-    """The union of the sources' vocabularies; the first source is the seed.
+    """Plan the union of the sources' vocabularies; the first source is the seed.
 
     Raises:
         InputError: a source's base vocabulary is another, gives an id of the seed's to another token, has more
@@ -105,11 +107,13 @@ def _union(rows: Mapping[str, int], seed: Tokenizer, tokenizers: Mapping[str, To
                 ids[token] = first_new + len(new_tokens)
                 new_tokens.append({**entry, "id": ids[token]})
     size = max(*rows.values(), first_new + len(new_tokens))
+    # Three passes decide who owns a row of the result: padding that a source has there itself, then its tokens, which
+    # come first, then rows that nobody owns because a source has moved the token that was there.
     source_rows = np.full((len(rows), size), -1)  # of every row of the result; -1 where the source owns nothing
     taken = np.fromiter(ids.values(), int, len(ids))
     for source_row, (name, count) in zip(source_rows, rows.items(), strict=True):
         own = (tokenizers[name] or seed).ids
-        padding = np.setdiff1d(np.arange(count), np.fromiter(own.values(), int, len(own)))
+        padding = np.setdiff1d(np.arange(count), np.fromiter(own.values(), int, len(own)))  # rows without a token
         source_row[padding] = padding
         source_row[taken] = -1  # a token's row is never taken from another source's padding
         for token, row in own.items():
@@ -122,7 +126,7 @@ def _union(rows: Mapping[str, int], seed: Tokenizer, tokenizers: Mapping[str, To
 
 
 def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer, seed_is_nameless: bool) -> list[Problem]:
-    """`seed` is the tokenizer that the source's is held against: the seed's, or that of another source."""
+    """Compare a source's tokenizer with `seed`, the seed's or that of another source."""
     where = f"{tokenizer.folder.name}/{vocabulary_file(tokenizer.folder)}"
     rows = source.config["vocab_size"]
     problems = []
@@ -137,11 +141,10 @@ def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer, seed_
         remedy = "Copy the files of the seed's tokenizer into its folder."
         return [*problems, Problem(source.name, where, found, "the seed's tokens and added ones", remedy)]
     tokens = {row: token for token, row in tokenizer.ids.items()}
-    conflicts = [
-        f"{row} is {tokens[row]!r} here and {token!r} in the seed"
-        for token, row in seed.ids.items()
-        if row in tokens and tokens[row] != token
-    ]
+    conflicts = []
+    for token, row in seed.ids.items():
+        if row in tokens and tokens[row] != token:
+            conflicts.append(f"{row} is {tokens[row]!r} here and {token!r} in the seed")
     if conflicts:
         found = f"{len(conflicts)} ids name other tokens than in the seed: {'; '.join(conflicts[:_SHOWN])}"
         remedy = "Only added tokens may differ; use experts that kept the seed's vocabulary."
@@ -154,6 +157,12 @@ def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer, seed_
         else:
             remedy += " If the model was trained with the seed's tokenizer, copy the seed's tokenizer.json there."
         problems.append(Problem(source.name, where, difference, "the seed's", remedy))
+    else:
+        name = seed.folder.name if seed_is_nameless else "the seed"
+        for key, own, expected in differing_rules(tokenizer.rules, seed.rules, seed.base, seed.merges):
+            found = f"{key} is {short(own)}, so it reads texts otherwise than {name}"
+            remedy = "If the model was trained with the seed's tokenizer, copy the seed's tokenizer.json there."
+            problems.append(Problem(source.name, where, found, short(expected), remedy))
     return problems
 
 
@@ -163,6 +172,7 @@ def _base_difference(tokenizer: Tokenizer, seed: Tokenizer, name: str) -> str:
     Args:
         name: of the seed.
     """
+    # sets of a hundred thousand merges take a while, and most merges are equal as they stand
     if tokenizer.base != seed.base or (tokenizer.merges != seed.merges and set(tokenizer.merges) != set(seed.merges)):
         return f"its base vocabulary or its merges differ from those of {name}"
     if tokenizer.merges == seed.merges:
@@ -178,7 +188,7 @@ def _base_difference(tokenizer: Tokenizer, seed: Tokenizer, name: str) -> str:
 
 
 def _read_tokenizers(sources: Sequence[Source]) -> tuple[dict[str, Tokenizer | None], list[Problem]]:
-    """Every source's tokenizer, and why others cannot be read. Byte-identical files become one object."""
+    """Read every source's tokenizer, and find why others cannot be read. Byte-identical files become one object."""
     read: dict[bytes, Tokenizer] = {}
     out: dict[str, Tokenizer | None] = {}
     problems: list[Problem] = []
@@ -193,7 +203,7 @@ def _read_tokenizers(sources: Sequence[Source]) -> tuple[dict[str, Tokenizer | N
                 read[key] = _parse(folder, tokenizer_json(folder))
             out[source.name] = read[key]
         except InputError as error:
-            for problem in error.problems:
+            for problem in error.problems:  # a package that is not installed is named once, not for each source
                 if problem.found != NO_SENTENCEPIECE or all(known.found != NO_SENTENCEPIECE for known in problems):
                     problems.append(replace(problem, source=source.name))
         except Exception as error:  # of any kind: transformers reads the old format, with code for every family
@@ -228,7 +238,7 @@ def _pairs(merges: Sequence[Any]) -> list[Pair]:
 
 
 def token_ids(vocabulary: Vocabulary, sources: Sequence[Source]) -> Mapping[str, int] | None:
-    """Every token of a planned result and its row; None where no source has a tokenizer."""
+    """Return every token of a planned result with its row; None where no source has a tokenizer."""
     if vocabulary.ids is not None:
         return vocabulary.ids
     folder = next((source.tokenizer_folder for source in sources if source.tokenizer_folder), None)
@@ -249,7 +259,7 @@ def _content(folder: Path) -> bytes:
 
 
 def tokenizer_json(folder: Path) -> bytes:
-    """A folder's tokenizer.json, or what transformers makes of its other files.
+    """Return a folder's tokenizer.json, or what transformers makes of its other files.
 
     Raises:
         InputError: the files cannot be read; a package that transformers lacks is named.

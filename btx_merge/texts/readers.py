@@ -1,4 +1,4 @@
-"""Records of text out of files and datasets, one after the other: memory does not grow with a file.
+"""Readers for records of text in files and datasets, one after the other: memory does not grow with a file.
 
 Every record knows where it stood, so that an error can say so. (A `.json` file is the exception: it is read whole.)
 """
@@ -35,22 +35,22 @@ class Record:
     values: Mapping[str, Any]
 
     def refused(self, found: str, expected: str = "", remedy: str = "") -> InputError:
-        """The error that names this record."""
+        """Return the error that names this record."""
         return InputError([Problem(self.source, self.where, found, expected, remedy)])
 
 
 def suffix_of(file: Path) -> str:
-    """The suffix that says how a file is read."""
+    """Return the suffix that decides how a file is read."""
     return file.suffix.lower()
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package could be imported, without importing it."""
+    """Return whether a package could be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
 def read_file(source: str, file: Path) -> Iterator[Record]:
-    """The records of a file.
+    """Read the records of a file.
 
     Raises:
         InputError: the file or one of its lines cannot be read.
@@ -67,7 +67,7 @@ def read_file(source: str, file: Path) -> Iterator[Record]:
 
 
 def read_hub(source: str, reference: str) -> Iterator[Record]:
-    """The records of the split `train` of a dataset on the Hub, streamed: `org/name[/config][@revision]`.
+    """Stream the records of the split `train` of a dataset on the Hub, `org/name[/config][@revision]`.
 
     Raises:
         InputError: the dataset cannot be read.
@@ -77,10 +77,10 @@ def read_hub(source: str, reference: str) -> Iterator[Record]:
     path, _, revision = reference.partition("@")
     organisation, name, *config = path.split("/")
     try:
-        stream: Iterable[Any] = datasets.load_dataset(
+        records: Iterable[Any] = datasets.load_dataset(
             f"{organisation}/{name}", *config, split="train", streaming=True, revision=revision or None
         )
-        for number, values in enumerate(stream, 1):
+        for number, values in enumerate(records, 1):
             yield Record(source, f"{reference}, record {number}", values)
     except InputError:
         raise
@@ -96,8 +96,8 @@ def _refuse_wide(source: str, file: Path) -> None:
     Raises:
         InputError: the file is in one of them.
     """
-    with file.open("rb") as stream:
-        head = stream.read(4)
+    with file.open("rb") as handle:
+        head = handle.read(4)
     if head.startswith(_WIDE) or b"\0" in head:
         remedy = "Convert the file: `iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE`."
         raise InputError([Problem(source, str(file), "text in UTF-16 or UTF-32", "text in UTF-8", remedy)])
@@ -116,7 +116,7 @@ def _text(source: str, file: Path) -> Iterator[Record]:
 def _paragraphs(lines: IO[str]) -> Iterator[str]:
     part: list[str] = []
     chars = 0
-    while line := lines.readline(_PART):
+    while line := lines.readline(_PART):  # a line without an end comes in pieces, too
         part.append(line)
         chars += len(line)
         if chars >= _WHOLE or (chars >= _PART and not line.strip()):
@@ -182,7 +182,7 @@ def _parquet(source: str, file: Path) -> Iterator[Record]:
 
 
 def _record(source: str, where: str, values: Any) -> Record:
-    """A record out of JSON; a string stands for its text."""
+    """Make a record from JSON; a string stands for its text."""
     record = Record(source, where, {"text": values} if isinstance(values, str) else values)
     if not isinstance(record.values, Mapping):
         raise record.refused(f"a {type(values).__name__}", "a JSON object or a string")

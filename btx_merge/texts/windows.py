@@ -1,4 +1,4 @@
-"""Windows of tokens, packed from documents. A tokenizer is whatever transformers gives; nothing of it is imported."""
+"""Windows of tokens, packed from documents. Any tokenizer of transformers will do; nothing of it is imported."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 from btx_merge.errors import InputError, Problem
 
 _CHARS_AT_ONCE = 1_000_000
+"""Characters of a group that is encoded in one call: enough work for the tokenizer's threads, little memory."""
 
 
 def packed_windows(
     documents: Iterable[str], tokenizer: Any, length: int, source: str = "data"
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Windows of `length` tokens in which document follows document: (input_ids, position_ids).
+    """Pack documents, one after the other, into windows of `length` tokens: (input_ids, position_ids).
 
     Positions begin at 0 with each document, and with each window. From them transformers knows, where there is no
     attention mask and no cache, that no document may look at another. A document has the special tokens that the
@@ -30,7 +31,7 @@ def packed_windows(
     positions: list[int] = []
     is_first = True
     for tokens in _tokenized(documents, tokenizer):
-        begin = 0
+        begin = 0  # of what is left of the document; one that is longer than a window goes on in the next
         while begin < len(tokens):
             part = tokens[begin : begin + length - len(ids)]
             ids += part
@@ -47,7 +48,7 @@ def packed_windows(
 
 
 def _tokenized(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids of each document; several at a time, which is faster."""
+    """Encode each document as token ids; several at a time, which is faster."""
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     for group in _grouped(documents):
         for tokens in tokenizer(group, verbose=False)["input_ids"]:

@@ -187,12 +187,18 @@ def test_a_card_that_its_author_wrote_stays() -> None:
     ],
 )
 def test_whose_router_rows_are_untrained(values: dict[str, Any], expected: list[str]) -> None:
-    assert untrained_experts(values, ["seed", "code", "math"]) == expected
+    assert untrained_experts(values, {"expert_names": ["seed", "code", "math"]}) == expected
 
 
 def test_the_parts_of_a_split_source_are_untrained_together() -> None:
     values = {"router_init": "ridge", "edits": [{"router_rows": {"math": "random"}}]}
-    assert untrained_experts(values, ["code.0", "code.1", "math.0", "math.1"]) == ["math.0", "math.1"]
+    config = {"expert_names": ["code.0", "code.1", "math.0", "math.1"], "num_chunks": 2}
+    assert untrained_experts(values, config) == ["math.0", "math.1"]
+
+
+def test_whole_experts_are_untrained_each_by_its_own_name() -> None:
+    values = {"router_init": "ridge", "edits": [{"router_rows": {"math": "random"}}]}
+    assert untrained_experts(values, {"expert_names": ["math", "math.2"]}) == ["math"]
 
 
 @pytest.mark.parametrize("without", [None, "README.md", "btx_recipe.yaml"])

@@ -1,4 +1,4 @@
-"""Which modules of a base an adapter's config asks for, by peft's own rules.
+"""The modules of a base that an adapter's config asks for, by peft's own rules.
 
 Some of the config's values are regular expressions. Those that could run for ever are tried in a process of their
 own, which can be ended.
@@ -15,7 +15,7 @@ from typing import Any
 
 from btx_merge.architectures.llama import EMBEDDING, HEAD
 
-_TIME_LIMIT = 5  # seconds, for all patterns of an adapter together
+_TIME_LIMIT = 5  # seconds, for all patterns of an adapter together; any that is meant takes milliseconds
 _ALL_LINEAR = "all-linear"
 _DEFAULT_TARGETS = ("q_proj", "v_proj")  # what peft takes for a Llama where a config names none
 _TRY_ALL = """
@@ -60,8 +60,8 @@ def _short(pattern: str) -> str:
 
 
 def _is_simple(pattern: str) -> bool:
-    """Whether trying it takes a number of steps that is a small power of a name's length."""
-    own = pattern.replace(r"(.*\.)?", "")
+    """Return whether matching takes a number of steps that is a small power of a name's length."""
+    own = pattern.replace(r"(.*\.)?", "")  # what peft puts before every name; it is harmless
     repeats = len(re.findall(r"[*+{]", own))
     return len(pattern) < 500 and repeats <= 4 and not re.search(r"\)[*+{]|\\[1-9]|\(\?P=", own)
 
