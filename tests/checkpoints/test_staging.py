@@ -558,6 +558,7 @@ from btx_merge.checkpoints.copying import fill_copy
 from btx_merge.checkpoints.layout import Extent, Job, Layout, lay_out
 from btx_merge.checkpoints.staging import Staging
 from btx_merge.files.changes import ReadFiles
+from btx_merge.reporting import Reporter
 
 assert False, "-O is not in effect"
 
@@ -575,7 +576,7 @@ fills = {
     "of another kind": fill_copy,
 }
 layout = OneJob(*lay_out([("weight", "F32", (4, 4))], 10**9))
-with Staging(Path(sys.argv[1]), layout, fills[sys.argv[2]], ReadFiles([], {})) as staging:
+with Staging(Path(sys.argv[1]), layout, fills[sys.argv[2]], ReadFiles([], {}), reporter=Reporter()) as staging:
     try:
         staging.write()
     except (MergeError, TypeError) as error:
