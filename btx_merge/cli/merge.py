@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ import typer
 from btx_merge.cli.options import Device, Json, Overwrite, Quiet, Workers, option
 from btx_merge.cli.printing import print_json, tell_next, warn
 from btx_merge.cli.recipe import GivenRecipe, takes_recipe
-from btx_merge.cli.terminal import terminal
+from btx_merge.cli.terminal import hush, terminal
 from btx_merge.errors import InputError, Problem
 from btx_merge.options import Options
 
@@ -26,7 +25,7 @@ def check_command(
     from btx_merge.cli.display import print_check
     from btx_merge.merging.run import check
 
-    _hush(quiet)
+    hush(quiet)
     checked = check(recipe.build())
     if json_output:
         print_json(checked)
@@ -64,7 +63,7 @@ def merge_command(
 
     if output is None:
         raise InputError([Problem("command", "--output", "missing", "a folder for the merged model")])
-    _hush(quiet)
+    hush(quiet)
     options = Options(overwrite, workers, device, statistics)
     if dry_run:
         checked = check(recipe.build(), output, options)
@@ -82,8 +81,3 @@ def merge_command(
     elif not quiet:
         print_report(report)
         tell_next(output)
-
-
-def _hush(quiet: bool) -> None:
-    if quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
 
 from btx_merge.cli.options import Json, Quiet, option
 from btx_merge.cli.printing import print_json, result
-from btx_merge.cli.terminal import terminal
+from btx_merge.cli.terminal import hush, terminal
 
 
 def push_command(
@@ -30,10 +29,9 @@ def push_command(
     json_output: Json = False,
 ) -> None:
     """Check a model or an adapter and publish it on the Hub, in one commit."""
+    hush(quiet)
     from btx_merge.publishing.run import push
 
-    if quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
     with terminal(quiet) as reporter:
         report = push(
             model,

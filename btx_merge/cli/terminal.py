@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,12 @@ def terminal(quiet: bool, verb: str = "writing") -> Iterator[Reporter]:
         yield bars
     finally:
         bars.stop()
+
+
+def hush(quiet: bool) -> None:
+    """Keep huggingface_hub from drawing bars where nobody wants to see any. It must not be imported yet."""
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
 def end_like_ctrl_c() -> None:

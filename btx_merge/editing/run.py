@@ -24,7 +24,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.files.bounded_json import parse_json
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.disk_errors import continuable
-from btx_merge.files.folder import copy_file, file_problems, read_text, small_files, write_json
+from btx_merge.files.folder import file_problems, read_text, small_files, write_json
 from btx_merge.files.scratch import move_in, scratch_folder
 from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.run import device_problems, fit_folder
@@ -32,14 +32,13 @@ from btx_merge.merging.experts import expert_rows
 from btx_merge.merging.files import add_tokens
 from btx_merge.merging.plan import ExpertRows, SharedRows
 from btx_merge.merging.run import fill, read_files
-from btx_merge.model.files import copy_model_code
+from btx_merge.model.files import copy_files
 from btx_merge.model.opening import open_model
 from btx_merge.model.records import RECIPE_FILE, append_record
 from btx_merge.model.router_state import trainings
 from btx_merge.options import Options, refuse_unused
 from btx_merge.reporting import Reporter
 from btx_merge.sources.text_checks import check_texts
-from btx_merge.sources.tokenizer_files import copy_templates
 from btx_merge.sources.vocabulary import tokenizer_json
 from btx_merge.texts.references import public_record
 
@@ -183,11 +182,7 @@ def _plan(recipe: EditRecipe, target: Path, options: Options, scratch: Callable[
 def _write_files(edited: _Edit, folder: Path) -> None:
     """Everything beside the weights, without a record of the edit."""
     planned, plan = edited.planned, edited.planned.plan
-    for name, file in small_files(planned.model.located.folder).items():
-        if name != INDEX_FILE:
-            copy_file(file, folder / name)
-    copy_templates(planned.model.located.folder, folder)
-    copy_model_code(folder)
+    copy_files(planned.model.located.folder, folder, leaving_out=INDEX_FILE)
     if plan.vocabulary.new_tokens:
         add_tokens(folder, parse_json(tokenizer_json(folder)), plan.vocabulary.new_tokens)
     write_index(plan, folder)

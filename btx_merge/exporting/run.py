@@ -16,7 +16,7 @@ from btx_merge.checkpoints.layout import write_index
 from btx_merge.checkpoints.stored import StoredTensor
 from btx_merge.errors import InputError, Problem
 from btx_merge.exporting.files import check_tokenizer, origin, shared_config, untrained_routers, write_export_files
-from btx_merge.exporting.gguf import converter_problems, file_problems, find_converter, write_gguf
+from btx_merge.exporting.gguf import file_problems, find_converter, no_converter, write_gguf
 from btx_merge.exporting.mixtral import mixtral_card, mixtral_config, mixtral_tensors
 from btx_merge.files.disk_errors import continuable
 from btx_merge.model.card import CITATION, how_to_use
@@ -98,6 +98,7 @@ def export(
     refuse_unused(options, "export", *_OPTIONS)
     target = Path(output).expanduser().resolve()
     problems, is_gguf = [], format == "gguf"
+    converter = find_converter(llama_cpp) if is_gguf else []
     if format not in FORMATS:
         problems.append(Problem("command", "--format", repr(format), " or ".join(FORMATS)))
     if is_gguf:
@@ -105,8 +106,8 @@ def export(
 
     def derive(merged: MergedModel) -> _Derived:
         refusals = list(mixtral_refusals(merged))
-        if is_gguf:
-            refusals += converter_problems(llama_cpp, model, target, merged.dtype)
+        if is_gguf and not converter:
+            refusals.append(no_converter(llama_cpp, model, target, merged.dtype))
         if refusals:
             raise InputError(refusals)
         tags = ["mixtral", "mixture-of-experts", "merge"]
@@ -125,7 +126,7 @@ def export(
         target,
         name,
         checked.merged.dtype,
-        find_converter(llama_cpp),
+        converter,
     )
     seconds, nbytes = time.perf_counter() - began, target.stat().st_size
     return replace(reports[0], output=target, files=(target.name,), nbytes=nbytes, seconds=seconds)

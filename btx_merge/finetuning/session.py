@@ -26,11 +26,11 @@ from btx_merge.finetuning.metrics import Meter
 from btx_merge.finetuning.picture import draw
 from btx_merge.finetuning.ranks import check_launch, check_ranks
 from btx_merge.finetuning.recipe import LORA_TARGETS, TrainRecipe
-from btx_merge.finetuning.result import check_finite, check_stored, copy_files, result_staging, write_records
+from btx_merge.finetuning.result import check_finite, check_stored, result_staging, write_records
 from btx_merge.finetuning.trainer import BTXTrainer, trained_tensors, whole
 from btx_merge.finetuning.work_folder import last_checkpoint, tools, what_is_kept
 from btx_merge.model.adapter_card import write_adapter_card
-from btx_merge.model.files import PICTURE
+from btx_merge.model.files import PICTURE, copy_files
 from btx_merge.modeling import BTXForCausalLM
 from btx_merge.options import Options
 from btx_merge.reporting import Reporter

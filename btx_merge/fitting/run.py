@@ -13,10 +13,11 @@ from btx_merge.architectures.btx import expert_names, experts_by_domain
 from btx_merge.checkpoints.copying import copy_staging, same_layout
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.disk_errors import continuable
-from btx_merge.files.folder import copy_file, read_json, small_files
+from btx_merge.files.folder import read_json
+from btx_merge.files.scratch import move_in
 from btx_merge.fitting.recipe import FitRecipe, FitTask
 from btx_merge.model.card import ROUTERS_TITLE
-from btx_merge.model.files import copy_model_code
+from btx_merge.model.files import copy_files
 from btx_merge.model.held_out import router_results, router_table
 from btx_merge.model.opening import find_model
 from btx_merge.model.records import append_record
@@ -25,7 +26,6 @@ from btx_merge.reporting import Reporter
 from btx_merge.sources.locate import Located
 from btx_merge.sources.source import SEED
 from btx_merge.sources.text_checks import check_texts
-from btx_merge.sources.tokenizer_files import copy_templates
 from btx_merge.texts.references import public_record, public_reference
 
 if TYPE_CHECKING:
@@ -91,13 +91,10 @@ def fit(
         except InputError:
             staging.discard()  # a copy of weights is soon made again
             raise
-        for name, file in small_files(located.folder).items():
-            if name != "config.json":  # that one last: without it this is no model yet
-                copy_file(file, staging.folder / name)
-        copy_templates(located.folder, staging.folder)
-        copy_model_code(staging.folder)
-        _record(staging.folder, recipe, layers, located)
-        copy_file(located.folder / "config.json", staging.folder / "config.json")
+        files = staging.scratch()
+        copy_files(located.folder, files)
+        _record(files, recipe, layers, located)
+        move_in(files, staging.folder)
         staging.finish(options.overwrite)
     return FitReport(target, tuple(layers), time.perf_counter() - began)
 

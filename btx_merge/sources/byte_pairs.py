@@ -7,6 +7,7 @@ So texts are encoded with both orders: those in which such merges meet, and rand
 
 from __future__ import annotations
 
+import json
 import random
 from bisect import bisect_left
 from collections import defaultdict
@@ -118,8 +119,6 @@ def _moved(ordered: Sequence[Pair], other_ranks: Mapping[Pair, int]) -> list[Pai
 
 def _build(rules: Mapping[str, Any], vocabulary: Mapping[str, int], merges: Sequence[Pair]) -> Any:
     """Return a tokenizer with these rules. Reading all from one JSON text would take several times as long."""
-    import json
-
     from tokenizers import Tokenizer, models
 
     options = {name: rules["model"][name] for name in _OPTIONS if rules["model"].get(name)}
