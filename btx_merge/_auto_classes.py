@@ -1,4 +1,4 @@
-"""`import btx_merge` makes transformers' Auto classes know BTX, and yet imports neither transformers nor torch.
+"""Make transformers' Auto classes know BTX once `btx_merge` is imported, without importing transformers or torch.
 
 The command must answer in a fraction of the time that those two take. So `btx_merge.modeling`, which registers
 its classes, is imported when somebody looks up the model type "btx" for the first time. A finder on
@@ -22,7 +22,7 @@ _WATCHED = "transformers.models.auto.configuration_auto"
 
 
 def _watch_lookups(auto: ModuleType) -> None:
-    """Lets the first look-up of "btx" in CONFIG_MAPPING import the model code."""
+    """Import the model code at the first look-up of "btx" in CONFIG_MAPPING."""
     plain: type[Any] = type(auto.CONFIG_MAPPING)
 
     class WithBTX(plain):  # type: ignore[misc]
@@ -70,7 +70,7 @@ class _AfterImport:
 
 
 def register_with_transformers() -> None:
-    """Makes the Auto classes know BTX, now or when they are imported. Harmless if repeated."""
+    """Make the Auto classes know BTX, now or when they are imported. Calling it again does no harm."""
     if "btx_merge.modeling" in sys.modules:
         return
     if _WATCHED in sys.modules:

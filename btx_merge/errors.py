@@ -1,4 +1,4 @@
-"""What can go wrong, as one small tree.
+"""The tree of errors that btx-merge raises on purpose.
 
 BTXError
 ├── InputError        something the user gave is wrong; carries every problem found  (exit code 2)
@@ -47,7 +47,7 @@ class Problem:
 
 
 def capped(problems: Sequence[Problem]) -> list[Problem]:
-    """Return the first problems of one kind; those behind them become one that counts them."""
+    """Return the first problems of one kind, and one more that counts the rest."""
     if len(problems) <= _MANY:
         return list(problems)
     last = problems[-1]

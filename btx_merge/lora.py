@@ -37,7 +37,7 @@ _INITS_FOR_EXPERTS = (True, False, "gaussian")
 
 
 def lora_config(train: str, model: object, *, r: int = 16, lora_alpha: float = 32, **options: Any) -> LoraConfig:
-    """What `peft.get_peft_model` needs to train a part of a BTX model.
+    """Return what `peft.get_peft_model` needs to train a part of a BTX model.
 
     | `train` | LoRA on, in every layer | numbers trained | of Llama-3.2-1B, E = 4, r = 16 |
     |---|---|---|---|

@@ -1,4 +1,4 @@
-"""Text from outside, made fit to be shown: on one line, without control characters, of a bounded length."""
+"""Text from outside, made fit to be shown: on one line, without control characters, of a bounded length; and sizes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,10 @@ _SHORT = _Short()
 
 
 def peak_memory() -> int:
-    """Bytes. Linux's own account where there is one: getrusage counts what the parent had before the exec."""
+    """Return the most memory that this process has held, in bytes.
+
+    Linux's own account is read where there is one: getrusage counts what the parent had before the exec.
+    """
     status = Path("/proc/self/status")
     if status.exists() and (match := re.search(r"VmHWM:\s*(\d+) kB", status.read_text())):
         return int(match[1]) * 1024

@@ -1,4 +1,4 @@
-"""Finetuning a merged model on `transformers.Trainer`: what the router needs besides the loss."""
+"""Callbacks for a `transformers.Trainer` of your own: what the routers of a merged model need besides the loss."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class GumbelAnnealing(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Sets the temperature of this step."""
+        """Set the temperature of this step."""
         t = state.global_step / max(state.max_steps, 1) if self.relative else state.global_step
         _btx_model(kwargs["model"]).set_router_temperature(gumbel_temperature(t, self.rate, self.minimum))
 
@@ -51,12 +51,12 @@ class RouterBiasUpdate(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Before the step is saved or evaluated."""
+        """Update the biases before the step is saved or evaluated."""
         _btx_model(kwargs["model"]).update_router_bias(self.speed)
 
 
 def _btx_model(model: Any) -> BTXPreTrainedModel:
-    """The model itself, whatever accelerate, PEFT or a compiler wrapped it in."""
+    """Return the model itself, whatever accelerate, PEFT or a compiler wrapped it in."""
     for module in model.modules():
         if hasattr(module, "set_router_temperature"):
             return module

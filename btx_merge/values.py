@@ -1,4 +1,4 @@
-"""What single values of a recipe must be, and how it is said what is wrong with them: for the recipes of all verbs."""
+"""Rules for single values of a recipe, and the messages for values that break them; all verbs share them."""
 
 from __future__ import annotations
 

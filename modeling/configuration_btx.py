@@ -110,7 +110,7 @@ class BTXConfig(LlamaConfig):
         super().__setattr__(key, value)
 
     def check(self, key: str, value: Any) -> None:
-        """Whether a field may have this value, given the others.
+        """Check whether a field may have this value, given the others.
 
         Raises:
             ValueError: it may not.
@@ -120,7 +120,7 @@ class BTXConfig(LlamaConfig):
             raise ValueError(f"{key} is {value!r}; expected {expected}.")
 
     def expert_numbers(self, experts: Sequence[str | int] | None) -> list[int]:
-        """The numbers of experts that are given by name or number, in ascending order; of all for None.
+        """Return the numbers of experts given by name or number, in ascending order; of all for None.
 
         Raises:
             ValueError: an expert that there is not, or none.
@@ -132,7 +132,7 @@ class BTXConfig(LlamaConfig):
         return sorted({names.index(expert) if isinstance(expert, str) else expert for expert in experts})
 
     def _complaint(self, key: str, value: Any) -> str | None:
-        """What was expected of a field; None where the value is good. Unset fields are not compared with."""
+        """Return what was expected of a field; None where the value is good. Unset fields are not compared with."""
         fields = {**self.__dict__, key: value}
         experts, names = fields.get("num_local_experts"), fields.get("expert_names")
         per_token = fields.get("num_experts_per_tok", 1)

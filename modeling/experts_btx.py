@@ -32,7 +32,7 @@ class _FusedExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """[N, H], with the chosen experts and their weights, [N, K] each, to [N, H]."""
+        """Run the chosen experts [N, K] on tokens [N, H] and add up their outputs by their weights [N, K]: [N, H]."""
         out = torch.zeros_like(hidden_states)
         for expert, weights in enumerate(zip(_each(self.gate_up_proj), _each(self.down_proj), strict=True)):
             token, choice = torch.where(top_k_index == expert)
@@ -58,7 +58,7 @@ class BTXExperts(_FusedExperts):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """As the implementation that was chosen; but one token on a CPU needs no sorting by experts."""
+        """Run the implementation that was chosen; but one token on a CPU needs no sorting by experts."""
         kind, dtype = hidden_states.device.type, self.gate_up_proj.dtype
         is_mixed = torch.is_autocast_enabled(kind) and hidden_states.dtype != dtype == torch.get_autocast_dtype(kind)
         if is_mixed:  # frozen experts lie in autocast's dtype, which it does not bring to grouped_mm in every version
@@ -75,12 +75,19 @@ class BTXExperts(_FusedExperts):
 
 
 def _each(weight: torch.Tensor) -> Sequence[torch.Tensor]:
-    """The weights of each. Indexing would add up a gradient as large as all of them for each; quantised have none."""
+    """Return the weights of each expert.
+
+    Indexing would add up a gradient as large as all of them for each; quantised weights have no gradient.
+    """
     return weight.unbind() if weight.requires_grad else [weight[expert] for expert in range(len(weight))]
 
 
 def refuse_partial_quantization(method: Any, able: tuple[str, ...] = ("torchao", "fp8")) -> None:
-    """Raises a ValueError for a method of quantisation that is not able to reach fused experts."""
+    """Refuse a method of quantisation that cannot reach fused experts.
+
+    Raises:
+        ValueError: the method would pass over the experts.
+    """
     name = getattr(method, "value", method)
     if name is not None and name not in able:
         raise ValueError(

@@ -49,7 +49,7 @@ class BTXSparseMoeBlock(nn.Module):
         self.experts = BTXExperts(config)
 
     def forward(self, hidden_states: torch.Tensor, router_call: RouterCall | None = None) -> torch.Tensor:
-        """[B, T, H] to [B, T, H]."""
+        """Send tokens through their experts: [B, T, H] to [B, T, H]."""
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # [N, H]
         call = router_call or RouterCall(self.config.num_experts_per_tok)
         weights, _, experts = self.routing(self.gate(tokens), call)
@@ -93,7 +93,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """FSDP2 gives a model that it shards a class derived from its own and from one of torch's, in torch's module.
+        """Give a class that FSDP2 derives from a model's, in torch's module, the name of the model's own class.
 
         `save_pretrained` names the class in `auto_map` and copies the file that defines it, so this one goes by the
         name of ours.
@@ -109,7 +109,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """transformers would look for a decorator in this file, or take a Llama's answer for ours."""
+        """Answer for transformers, which would look for a decorator here or take a Llama's answer for ours."""
         return True
 
     @torch.no_grad()
@@ -124,7 +124,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own.
+        """Load a model as transformers does, and refuse quantisation that passes over its experts.
 
         Raises:
             ValueError: quantisation that would pass over the experts, which are most of the model. transformers
@@ -144,7 +144,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         return loaded
 
     def set_active_experts(self, experts: Sequence[str | int] | None, save: bool = False) -> None:
-        """Switches experts off: from now on tokens are only sent to these, and the weights of the rest renormalise.
+        """Switch experts off: from now on tokens are only sent to these, and the weights of the rest renormalise.
 
         Args:
             experts: names of `config.expert_names` or numbers; None for all.
@@ -160,7 +160,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
             self.config.active_experts = experts if experts is None else list(experts)
 
     def set_router_temperature(self, temperature: float) -> None:
-        """Temperature of the Gumbel-softmax in training, above 0. A state of the run: it is not saved.
+        """Set the temperature of the Gumbel-softmax in training, above 0. A state of the run: it is not saved.
 
         Raises:
             ValueError: the routing is not `sample_top_1`, or the temperature is not above 0.
@@ -175,7 +175,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
 
     @torch.no_grad()
     def update_router_bias(self, speed: float = 1e-3) -> None:
-        """Balancing without a loss (arXiv 2408.15664, algorithm 1): to be called after each optimizer step.
+        """Balance the experts without a loss (arXiv 2408.15664, algorithm 1); call it after each optimizer step.
 
         Experts that got less than the mean of the tokens since the last call, on all ranks, are ranked higher by
         `speed`, the others lower.
@@ -211,8 +211,10 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         targets: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The balancing loss as it is, and what joins the loss in training: with coefficients, and scaled by this
-        micro-batch's part of an accumulated batch, so that the parts' losses add up to one mean.
+        """Return the balancing loss as it is, and what joins the loss in training.
+
+        The second has its coefficients, and is scaled by this micro-batch's part of an accumulated batch, so that the
+        parts' losses add up to one mean.
 
         Args:
             records: of the forward pass, with statistics.
@@ -232,7 +234,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         return aux_loss, share * added
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Every way of switching checkpointing on ends here.
+        """Switch checkpointing on or off; every way of doing so ends here.
 
         Raises:
             ValueError: anything but `use_reentrant=False`; torch's default is True. Reentrant checkpointing runs
@@ -278,7 +280,7 @@ class BTXModel(BTXPreTrainedModel, LlamaModel):
         router_records: RouterRecords | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
-        """As `LlamaModel.forward`, with `router_logits` on request.
+        """Run the decoder as `LlamaModel.forward`, with `router_logits` on request.
 
         Args:
             num_experts_per_tok: K for this call; the config's where not given.
@@ -370,7 +372,8 @@ class BTXForCausalLM(BTXPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """As `LlamaForCausalLM.forward`, with `router_logits` (a tuple of L tensors [N, E]) and `aux_loss`.
+        """Run the model as `LlamaForCausalLM.forward`; `router_logits` is a tuple of L tensors [N, E], `aux_loss` a
+        scalar.
 
         In training with `labels`, `router_aux_loss_coef * aux_loss` is part of `loss`, whether or not
         `output_router_logits` is set. In evaluation `loss` is the language model's alone.

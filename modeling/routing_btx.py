@@ -1,4 +1,4 @@
-"""Who goes where: the routings of Branch-Train-MiX (arXiv 2403.07816), and the losses that keep routers in order.
+"""The routings of Branch-Train-MiX (arXiv 2403.07816), and the losses that keep routers in order.
 
 Legend: N tokens, E experts, A active experts (all, unless some are switched off), K experts per token, L layers.
 """
@@ -68,7 +68,10 @@ class BTXRouting(nn.Module):
     def forward(
         self, router_logits: torch.Tensor, call: RouterCall
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Router logits [N, E] to weights [N, K] in float32, the logits again (recorded here), experts [N, K]."""
+        """Turn router logits [N, E] into weights [N, K] in float32, the logits again, and experts [N, K].
+
+        The logits are returned because transformers records them here.
+        """
         scores = router_logits.float() if call.active is None else router_logits.float()[:, call.active]  # [N, A]
         experts = scores.shape[-1]
         per_token = {"soft": experts, "top_k": min(call.num_experts_per_tok, experts)}.get(self.router_type, 1)
@@ -105,7 +108,9 @@ class BTXRouting(nn.Module):
         return counts.index_add_(0, (chosen if call.active is None else call.active[chosen]).flatten(), real)
 
     def _mixture(self, scores: torch.Tensor, per_token: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weights if every expert ran, [N, A], and the probabilities SoftMax(W x); None where they are sampled."""
+        """Return the weights if every expert ran, [N, A], and the probabilities SoftMax(W x), or None if they are
+        sampled.
+        """
         if self.router_type == "sample_top_1" and self.training:
             noise = -torch.empty_like(scores).exponential_().log()  # Gumbel(0, 1)
             return ((scores + noise) / self.temperature).softmax(dim=-1), None
@@ -115,7 +120,7 @@ class BTXRouting(nn.Module):
         return probabilities, probabilities
 
     def _choose(self, ranks: torch.Tensor, per_token: int, call: RouterCall) -> torch.Tensor:
-        """Positions in [0, A) of the chosen experts, [N, K]."""
+        """Choose the experts: positions in [0, A), [N, K]."""
         if self.router_type == "soft":
             return _everything(ranks)
         if self.has_bias:
@@ -124,7 +129,7 @@ class BTXRouting(nn.Module):
         return ranks.topk(per_token, dim=-1).indices
 
     def _renormalised(self, mixture: torch.Tensor, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """SoftMax(TopK(W x)) of section 3.2, rounded as Mixtral does it, so that an export gives the same bits."""
+        """Compute SoftMax(TopK(W x)) of section 3.2, rounded as Mixtral does it: an export gives the same bits."""
         weights = mixture.gather(-1, chosen)
         total = weights.sum(dim=-1, keepdim=True)
         if not self.has_bias:
@@ -133,7 +138,8 @@ class BTXRouting(nn.Module):
         return torch.where(total < tiny, scores.gather(-1, chosen).softmax(dim=-1), weights / total.clamp(min=tiny))
 
     def _overflow(self, chosen: torch.Tensor, experts: int, call: RouterCall) -> torch.Tensor | None:
-        """[N, 1], the tokens for which their expert has no room left in training; None where room is not limited.
+        """Return [N, 1], the tokens for which their expert has no room left in training; None where room is not
+        limited.
 
         Capacity of the Switch Transformer (arXiv 2101.03961, equation 3), filled in the order of the tokens.
         """
@@ -149,19 +155,19 @@ class BTXRouting(nn.Module):
 
 
 def real_tokens(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """[N], which of this call's tokens are no padding, from a mask [B, past + T]. Other masks do not tell."""
+    """Return [N], which of this call's tokens are no padding, from a mask [B, past + T]. Other masks do not tell."""
     if attention_mask is None or attention_mask.ndim != 2:
         return None
     return attention_mask[:, -length:].reshape(-1) != 0
 
 
 def _everything(mixture: torch.Tensor) -> torch.Tensor:
-    """All A positions for each of the N tokens."""
+    """Return all A positions for each of the N tokens."""
     return torch.arange(mixture.shape[-1], device=mixture.device).expand(mixture.shape)
 
 
 def _counted(rows: torch.Tensor, call: RouterCall) -> torch.Tensor:
-    """[N] of the rows' dtype: 1, and 0 for padding."""
+    """Return [N] of the rows' dtype: 1, and 0 for padding."""
     return rows.new_ones(rows.shape[:1]) if call.real_tokens is None else call.real_tokens.to(rows.dtype)
 
 
@@ -173,7 +179,9 @@ def router_statistics(
     call: RouterCall,
     with_z: bool,
 ) -> torch.Tensor:
-    """[2A + 1]: mean gate weights u, mean probabilities p, mean squared log-sum-exp of the scores; without padding.
+    """Return [2A + 1]: mean gate weights u, mean probabilities p, mean squared log-sum-exp of the scores.
+
+    Padding does not count.
 
     This is all that the losses need of a layer, so no router logits are kept for them.
 
@@ -193,7 +201,7 @@ def router_statistics(
 
 
 def _straight_through(mixture: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """[N, A] with the value of the chosen weights and the gradient of the mixture (DenseMixer's idea).
+    """Return [N, A] with the value of the chosen weights and the gradient of the mixture (DenseMixer's idea).
 
     The experts then run on all tokens, those with weight 0 for the router's gradient alone.
     """
@@ -202,7 +210,7 @@ def _straight_through(mixture: torch.Tensor, weights: torch.Tensor, chosen: torc
 
 
 def gumbel_temperature(step: float, rate: float = 1e-4, minimum: float = 0.5) -> float:
-    """`max(0.5, exp(-r t))`, the temperature of Sample Top-1 at training step t (section 4.1)."""
+    """Return `max(0.5, exp(-r t))`, the temperature of Sample Top-1 at training step t (section 4.1)."""
     return max(minimum, math.exp(-rate * step))
 
 
@@ -220,10 +228,13 @@ class GlobalBatch:
         labelled: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token-weighted means [L, 2A + 1], and the factor that makes the parts' losses one loss.
+        """Return the token-weighted means [L, 2A + 1], and the factor that makes the parts' losses one loss.
 
         A micro-batch counts by its labelled tokens, a rank's part of it by its tokens. Where the ranks' losses are
         averaged, without `num_items_in_batch`, the factor is relative to a rank's equal share.
+
+        Example: two micro-batches on one rank with 30 and 10 labelled tokens, `num_items_in_batch` 40. The first call
+        returns its own statistics and 30 / 40; the second (30 first + 10 second) / 40 and 10 / 40.
 
         Args:
             statistics: of this micro-batch on this rank, [L, 2A + 1].
@@ -248,7 +259,7 @@ class GlobalBatch:
 
 
 def load_balancing_loss(statistics: torch.Tensor, global_means: torch.Tensor | None = None) -> torch.Tensor:
-    """The paper's balancing loss without its coefficient: `sum over layers of A * sum_i u_i p_i`, section 3.2.
+    """Compute the paper's balancing loss without its coefficient: `sum over layers of A * sum_i u_i p_i`, section 3.2.
 
     1 per layer at balance, up to A at collapse. Not transformers' loss for Mixtral, which pools the layers and
     counts choices instead of weighing them.
@@ -267,5 +278,8 @@ def load_balancing_loss(statistics: torch.Tensor, global_means: torch.Tensor | N
 
 
 def router_z_loss(statistics: torch.Tensor) -> torch.Tensor:
-    """`sum over layers of mean_n logsumexp(W x_n)^2` (ST-MoE, arXiv 2202.08906, equation 5), without coefficient."""
+    """Compute the z-loss without its coefficient: `sum over layers of mean_n logsumexp(W x_n)^2`.
+
+    ST-MoE, arXiv 2202.08906, equation 5.
+    """
     return statistics[:, -1].sum()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import configparser
+import doctest
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -146,3 +148,95 @@ def test_modules_and_functions_can_be_read_in_one_go():
 
 LONG_SIGNATURES = ("cli.edit", "cli.fit", "cli.merge", "cli.push", "cli.recipe", "cli.train")
 """Commands, of which every option takes a line or more."""
+
+
+# Whoever rewrites one of these takes it off the list.
+NOT_YET = ("cli.", "editing.", "merging.checks", "merging.combine", "merging.experts", "merging.plan")
+NO_VERBS = frozenset(
+    (
+        *(
+            "A",
+            "After",
+            "All",
+            "An",
+            "And",
+            "As",
+            "At",
+            "Because",
+            "Before",
+            "Both",
+            "But",
+            "By",
+            "Each",
+            "Every",
+            "For",
+        ),
+        *(
+            "From",
+            "He",
+            "Here",
+            "How",
+            "If",
+            "In",
+            "It",
+            "Many",
+            "No",
+            "None",
+            "Not",
+            "On",
+            "One",
+            "Only",
+            "Or",
+            "Our",
+        ),
+        *("She", "So", "Some", "That", "The", "There", "They", "Those", "To", "Two", "We", "What", "When", "Where"),
+        *(
+            "Whether",
+            "Which",
+            "Who",
+            "Whose",
+            "Why",
+            "With",
+            "Without",
+            "You",
+            "Until",
+            "Everything",
+            "Nothing",
+            "More",
+        ),
+    )
+)
+VERBS_IN_S = ("Pass", "Discuss", "Process", "Compress", "Express")
+
+
+def has_docstring_of_a_verb(node: ast.AST) -> bool:
+    if not isinstance(node, ast.FunctionDef) or not ast.get_docstring(node):
+        return False
+    return not any("property" in ast.unparse(decorator) for decorator in node.decorator_list)  # those are nouns
+
+
+def begins_with_a_verb(text: str) -> bool:
+    first = text.split()[0].rstrip(",.;:")
+    is_word = first.isalpha() and first[0].isupper() and first not in NO_VERBS
+    return is_word and (first in VERBS_IN_S or not first.endswith("s"))
+
+
+def test_a_function_says_what_it_does_with_a_verb():
+    wrong = []
+    files = dict(MODULES) | {f"modeling.{file.stem}": file for file in (ROOT / "modeling").glob("*.py")}
+    for name, file in files.items():
+        if name.startswith(NOT_YET) or name.endswith(".run"):
+            continue
+        for node in filter(has_docstring_of_a_verb, ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
+            if not begins_with_a_verb(ast.get_docstring(node)):
+                wrong.append(f"{name}.{node.name}: {ast.get_docstring(node).splitlines()[0]}")
+    assert not wrong, "\n".join(wrong)
+
+
+WITH_EXAMPLES = [name for name, file in MODULES.items() if ">>> " in file.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("name", WITH_EXAMPLES)
+def test_the_examples_in_docstrings_hold(name):
+    module = importlib.import_module(f"btx_merge.{name}")
+    assert doctest.testmod(module).failed == 0

@@ -29,6 +29,9 @@ def experts_by_domain(config: Mapping[str, Any]) -> dict[str, list[int]]:
 
     A domain is what one source became. Of a model whose sources are whole, each expert is one, whatever its name: a
     dot in it means nothing. Where each source was split into C chunks, its experts are `code.0` to `code.{C-1}`.
+
+    >>> experts_by_domain({"expert_names": ["code.0", "code.1", "math.0", "math.1"], "num_chunks": 2})
+    {'code': [0, 1], 'math': [2, 3]}
     """
     is_split = config.get("num_chunks", 1) > 1
     domains: dict[str, list[int]] = {}
@@ -38,19 +41,19 @@ def experts_by_domain(config: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def experts_per_token(router_type: str, num_experts_per_tok: int, experts: int) -> int:
-    """Experts that run for one token in inference."""
+    """Return how many experts run for one token in inference."""
     return {"top_k": num_experts_per_tok, "soft": experts}.get(router_type, 1)
 
 
 def active_parameters(shapes: Mapping[str, Sequence[int]], experts: int, per_token: int) -> int:
-    """Weights that one token passes through, of a model whose tensors have these names and shapes."""
+    """Return how many weights one token passes through, in a model of tensors with these names and shapes."""
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     of_experts = sum(size for name, size in sizes.items() if ".experts." in name)
     return sum(sizes.values()) - of_experts * (experts - per_token) // experts
 
 
 def merged_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a BTX model of this config.json has; the head where it is untied."""
+    """Return name and shape of every tensor that a BTX model of this config.json has; the head where it is untied."""
     dense = normalise_config(config)
     experts, width, hidden = config["num_local_experts"], config["intermediate_size"], config["hidden_size"]
     out = {name: shape for name, shape in expected_tensors(dense).items() if ".mlp." not in name}

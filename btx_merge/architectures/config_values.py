@@ -1,4 +1,4 @@
-"""Values of a Llama's config.json that no Llama can have, found before anything is computed from them."""
+"""Rules for the values of a Llama's config.json, applied before anything is computed from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a Llama checkpoint consists of: its tensors by name and shape, and the config that shapes them.
+"""The tensors of a Llama checkpoint by name and shape, and the config that shapes them.
 
 Legend: V vocabulary, H hidden, I intermediate, Q query heads times head_dim, P key/value heads times head_dim.
 """
@@ -82,7 +82,7 @@ _ROPE_FROM_LENGTH = ("llama3", "yarn", "longrope")  # original_max_position_embe
 
 
 def normalise_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json with every default filled in and the rotary parameters in transformers 5's form.
+    """Return a config.json with every default filled in and the rotary parameters in transformers 5's form.
 
     Older files have `rope_theta` and `rope_scaling`, in several spellings. The result is what `LlamaConfig`
     makes of the file (which a test checks) without importing it.
@@ -103,7 +103,7 @@ def normalise_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dimensions(config: Mapping[str, Any]) -> dict[str, int]:
-    """The legend's letters for a normalised config."""
+    """Return the size for each letter of the legend, by a normalised config."""
     head_dim = config["head_dim"]
     return {
         "V": config["vocab_size"],
@@ -115,7 +115,7 @@ def dimensions(config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a Llama of this normalised config has; the head where it is untied."""
+    """Return name and shape of every tensor of a Llama with this normalised config; the head where it is untied."""
     dims = dimensions(config)
     table = {**SHARED_TENSORS, **(ATTENTION_BIASES if config["attention_bias"] else {}), **EXPERT_TENSORS}
     if not config["tie_word_embeddings"]:
@@ -133,7 +133,11 @@ def is_computed(name: str) -> bool:
 
 
 def per_layer(pattern: str, layers: int) -> Iterator[str]:
-    """The pattern's names: one a layer where it has a `{layer}`, otherwise one."""
+    """Expand a pattern of names: one name for each layer if it holds `{layer}`, otherwise the pattern itself.
+
+    >>> list(per_layer("model.layers.{layer}.mlp", 2))
+    ['model.layers.0.mlp', 'model.layers.1.mlp']
+    """
     if "{layer}" not in pattern:
         yield pattern
         return

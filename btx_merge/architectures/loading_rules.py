@@ -1,4 +1,4 @@
-"""What transformers refuses to load, found without importing it, which would take seconds and needs torch.
+"""Rules for what transformers refuses to load, checked without importing it: that takes seconds and needs torch.
 
 A test holds these rules against transformers' own classes.
 """

@@ -1,4 +1,4 @@
-"""A checkpoint whose tensors are ranges of another's files: copied as they are, streamed like a merge."""
+"""A checkpoint whose tensors are ranges of another's files: copied as they are, streamed as a merge is."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class CopyLayout(Layout):
 
 
 def copy_layout(tensors: Mapping[str, StoredTensor], shard_bytes: int) -> CopyLayout:
-    """The given tensors, under the given names and in their order, in files of at most `shard_bytes`."""
+    """Lay out the given tensors, by their new names and in their order, in files of at most `shard_bytes`."""
     placed, shards = lay_out(((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()), shard_bytes)
     return CopyLayout(placed, shards, tensors)
 
 
 def copied_rows(job: CopiedRows) -> Iterator[Block]:
-    """A job's bytes, in blocks that fit a cache."""
+    """Read a job's bytes, in blocks that fit a cache."""
     for start, stop in portions(job.start, job.stop, job.tensor.row_bytes, BLOCK_BYTES):
         yield 0, job.source.read_rows(start, stop)
 
@@ -102,7 +102,7 @@ def write_copy(
     progress: Progress | None,
     on_note: Callable[[str], None] | None,
 ) -> int:
-    """Writes the weights, has `write_files` add the rest (config.json last), and gives the folder its name.
+    """Write the weights, let `write_files` add the rest (config.json last), and give the folder its name.
 
     What was interrupted is continued by the same call.
 

@@ -1,4 +1,4 @@
-"""Stored numbers to float32 and back, in numpy.
+"""Conversion between stored numbers and float32, in numpy.
 
 The merge needs nothing of torch for this, and an import of torch costs more memory than the whole merge.
 bfloat16 is the upper half of a float32, so both directions are integer operations.
@@ -24,7 +24,7 @@ _EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 
 
 def to_float32(raw: Raw, dtype: str) -> Float32:
-    """Flat bytes of `dtype` as a flat float32 array of its own. Exact for every stored dtype."""
+    """Convert flat bytes of `dtype` to a flat float32 array of its own. Exact for every stored dtype."""
     values = raw.view(STORED[dtype])
     if dtype == "BF16":
         shifted: NDArray[np.uint32] = np.left_shift(values, 16, dtype=np.uint32)
@@ -33,7 +33,7 @@ def to_float32(raw: Raw, dtype: str) -> Float32:
 
 
 def from_float32(values: Float32, dtype: str) -> Raw:
-    """A contiguous float32 array as flat bytes of `dtype`, rounded once, to nearest even (as torch rounds)."""
+    """Convert a contiguous float32 array to flat bytes of `dtype`, rounded once, to nearest even (as torch rounds)."""
     flat = np.ascontiguousarray(values).reshape(-1)
     if dtype == "F16":
         with np.errstate(over="ignore"):  # an overflow becomes Inf, which the writer finds and reports
@@ -54,7 +54,7 @@ def from_float32(values: Float32, dtype: str) -> Raw:
 
 
 def all_finite(raw: Raw, dtype: str) -> bool:
-    """Whether flat bytes of `dtype` hold neither NaN nor Inf. Reads memory twice, converts nothing."""
+    """Return whether flat bytes of `dtype` hold neither NaN nor Inf. Memory is read twice, nothing is converted."""
     if raw.size == 0:
         return True
     width = STORED[dtype].itemsize

@@ -1,4 +1,4 @@
-"""Where every tensor of a checkpoint that is to be written lies, and the jobs that fill it."""
+"""The layout of a checkpoint that is to be written: where every tensor lies, and the jobs that fill it."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Layout:
         return sum(shard.nbytes for shard in self.shards)
 
     def index(self) -> dict[str, Any]:
-        """model.safetensors.index.json; wanted where there are several files."""
+        """Return the content of model.safetensors.index.json, which several files need."""
         total = sum(tensor.nbytes for tensor in self.tensors)
         weight_map = {tensor.name: self.shards[tensor.shard].name for tensor in self.tensors}
         return {"metadata": {"total_parameters": self.parameters, "total_size": total}, "weight_map": weight_map}
@@ -115,7 +115,7 @@ class Layout:
 def lay_out(
     tensors: Iterable[tuple[str, str, Shape]], shard_bytes: int
 ) -> tuple[tuple[OutputTensor, ...], tuple[Shard, ...]]:
-    """Tensors, given by name, dtype and shape, in files of at most `shard_bytes` (or of one larger tensor)."""
+    """Place tensors, given by name, dtype and shape, in files of at most `shard_bytes` (or of one larger tensor)."""
     groups: list[list[tuple[str, str, Shape]]] = [[]]
     filled = 0
     for name, dtype, shape in tensors:
@@ -136,7 +136,7 @@ def lay_out(
 
 
 def _header(group: Sequence[tuple[str, str, Shape]]) -> tuple[bytes, dict[str, int], int]:
-    """A safetensors header as bytes, where each tensor starts in the file, and the file's size."""
+    """Return a safetensors header as bytes, where each tensor starts in the file, and the file's size."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, offset = {}, 0
     for name, dtype, shape in group:
@@ -150,12 +150,16 @@ def _header(group: Sequence[tuple[str, str, Shape]]) -> tuple[bytes, dict[str, i
 
 
 def portions(start: int, stop: int, row_bytes: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """Rows [start, stop) in pieces of at most `nbytes`, or of one row."""
+    """Cut rows [start, stop) into pieces of at most `nbytes`, but never less than one row.
+
+    >>> list(portions(2, 9, row_bytes=10, nbytes=30))
+    [(2, 5), (5, 8), (8, 9)]
+    """
     size = max(1, nbytes // row_bytes)
     return ((first, min(first + size, stop)) for first in range(start, stop, size))
 
 
 def write_index(layout: Layout, folder: Path) -> None:
-    """Which tensor lies in which file of weights, where there are several."""
+    """Write the index, which says which tensor lies in which file; a single file needs none."""
     if len(layout.shards) > 1:
         write_json(folder / INDEX_FILE, layout.index())

@@ -1,4 +1,4 @@
-"""Reading and writing large files without pushing everything else out of the system's page cache.
+"""Reading and writing of large files that leaves other programs' files in the system's page cache.
 
 A file that was not cached before it was read is not left there: a merge reads its sources once. That also spares
 the kernel the search for memory for pages that nobody needs again, which on many machines costs more than the
@@ -17,7 +17,7 @@ _PROBES = 16
 
 @functools.cache
 def was_cached(file: Path) -> bool:
-    """Whether most of a file was in memory when this was asked for the first time. True where nobody can tell."""
+    """Return whether most of a file was in memory when first asked. True where nobody can tell."""
     if not hasattr(os, "RWF_NOWAIT") or not hasattr(os, "posix_fadvise"):
         return True
     step = max(1, file.stat().st_size // _PROBES)
@@ -36,7 +36,7 @@ def was_cached(file: Path) -> bool:
 
 
 def forget_range(descriptor: int, start: int, nbytes: int) -> None:
-    """Lets the kernel drop a range of a file. What is not on the disk yet is not dropped, but begins to be written."""
+    """Let the kernel drop a range of a file. What is not on the disk yet is not dropped, but begins to be written."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):  # only a hint: a file system that takes none is as good
             os.posix_fadvise(descriptor, start, nbytes, os.POSIX_FADV_DONTNEED)

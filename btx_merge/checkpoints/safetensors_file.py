@@ -1,4 +1,4 @@
-"""The header of a safetensors file, held against the file's size: where its tensors lie."""
+"""The header of a safetensors file, checked against the file's size: where its tensors lie."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_safetensors(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, from its header.
+    """Read from the header of a safetensors file where its tensors lie.
 
     Raises:
         InputError: the file is truncated, or its header is no JSON, names a tensor twice, or lies about
@@ -92,7 +92,7 @@ def _values_in(shape: tuple[int, ...]) -> int | None:
 
 
 def _layout_problems(file: Path, size: int, data_start: int, tensors: list[StoredTensor]) -> list[Problem]:
-    """Offsets must follow each other without gap or overlap, fit the shapes, and end where the file ends."""
+    """Check that offsets follow each other without gap or overlap, fit the shapes, and end where the file ends."""
     problems: list[Problem] = []
     wrong_sizes: list[Problem] = []
     expected_start = data_start

@@ -1,4 +1,4 @@
-"""Carries out a plan: streams the bytes, resumes, and finishes in one step.
+"""The staged writing of a plan: stream the bytes, continue after an interruption, finish in one step.
 
 All is written into `OUTPUT.btx-partial` beside the target. A journal there names every finished job with the
 checksums of its bytes; a later run of the same plan verifies and keeps those. When nothing is missing the folder
@@ -56,13 +56,7 @@ class Staging:
         *what: Any,
         on_note: Note | None = None,
     ):
-        """
-        Args:
-            read: the files that the result is made from.
-            what: else the bytes depend on; plain values. What was left unfinished of other files, values or layout,
-                or of another version, is thrown away.
-            on_note: called with a line about what an earlier run left.
-        """
+        """Prepare to write `layout` into a folder beside `output`."""
         self.output, self.folder = output, partial_of(output)
         self.layout, self.fill, self.read = layout, fill, read
         self.note: Note = on_note or (lambda line: None)
@@ -77,11 +71,7 @@ class Staging:
         self._behind: collections.deque[Job] = collections.deque()
 
     def __enter__(self) -> Staging:
-        """
-        Raises:
-            InputError: another run is writing there, the folder is not ours, or its file system will not do.
-            OSError: the disk refused what it may do later.
-        """
+        """Lock and open the folder, and find out what an earlier run finished."""
         for folder in (self.output, self.folder):
             if has_marks(folder):
                 os.close(lock(folder))  # nobody else is at work there
@@ -110,10 +100,7 @@ class Staging:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """
-        Raises:
-            InputError: the context ended by an error, and sources have changed meanwhile.
-        """
+        """Unlock the folder, and remove it if nothing in it is worth keeping."""
         changes = self.read.changes() if isinstance(error, Exception) else []
         if changes:
             self._finished.clear()  # whatever was written may be of both
@@ -140,7 +127,7 @@ class Staging:
         return folder
 
     def path(self, job: Job) -> Path:
-        """The file that a job writes to."""
+        """Return the file that a job writes to."""
         return self.folder / self.layout.shards[job.tensor.shard].name
 
     def write(self, workers: int | None = None, progress: Progress | None = None) -> None:
@@ -160,7 +147,7 @@ class Staging:
         self._run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
 
     def _prepare(self) -> None:
-        """Finds out what an earlier run finished, and makes room for the rest."""
+        """Find out what an earlier run finished, and make room for the rest."""
         recorded = self._read_journal()
         if recorded is None:
             self._start_over()
@@ -183,7 +170,7 @@ class Staging:
                     file.write(shard.header)
 
     def _run(self, workers: int, progress: Progress) -> None:
-        """Writes everything that is not finished yet."""
+        """Write everything that is not finished yet."""
         progress(self.kept_bytes)
         with ThreadPoolExecutor(workers, "btx-writer") as pool:
             futures = [
@@ -215,7 +202,7 @@ class Staging:
         put_in_place(self.folder, self.output, overwrite, self.note, again)
 
     def _work(self, job: Job, progress: Progress) -> None:
-        """One job: its bytes into the file, then a line in the journal."""
+        """Do one job: write its bytes into the file, then a line into the journal."""
         checksums = [0] * len(job.extents)
         written = [0] * len(job.extents)
         with self.path(job).open("r+b", buffering=0) as file:
@@ -243,7 +230,7 @@ class Staging:
         self._finished.add(job.key)
 
     def _pass_on(self, descriptor: int, job: Job) -> None:
-        """Has the kernel write a job's bytes to the disk now, and forget those of a job some time ago.
+        """Have the kernel write a job's bytes to the disk now, and forget those of a job some time ago.
 
         Otherwise they wait in memory, which in the end takes as long, and push out what others have cached.
         """
@@ -258,7 +245,7 @@ class Staging:
                         forget_range(file.fileno(), extent.start, extent.nbytes)
 
     def _read_journal(self) -> dict[str, list[int]] | None:
-        """Finished jobs and their checksums; None where there is no readable journal of this plan."""
+        """Return the finished jobs with their checksums; None if there is no readable journal of this plan."""
         try:
             journal = self.folder / JOURNAL
             text = journal.read_text(encoding="utf-8") if journal.stat().st_size <= _JOURNAL_LIMIT else ""
@@ -275,7 +262,7 @@ class Staging:
         return finished
 
     def _checksums(self, job: Job) -> list[int] | None:
-        """What the file holds where the job writes; None where the file ends before."""
+        """Return the checksums of what the file holds in the job's place; None if the file ends before."""
         out = []
         try:
             with self.path(job).open("rb", buffering=0) as file:
@@ -294,7 +281,7 @@ class Staging:
         return out
 
     def _start_over(self) -> None:
-        """Empties the folder of another plan's files and begins a journal."""
+        """Remove another plan's files from the folder and begin a journal."""
         present = {path.name for path in self.folder.iterdir()} - {LOCK}
         journal = self.folder / JOURNAL
         if present:

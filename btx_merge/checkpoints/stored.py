@@ -22,6 +22,10 @@ _MAX_HEADER = 25_000_000
 """Bytes of a header, or of the pickle that is one in torch's format. A hundred thousand tensors need 15 MB."""
 
 
+Lent = Raw
+"""Bytes in a buffer of this thread that its next read overwrites: whatever must stay longer is copied."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """One tensor as it lies in a file: row-major, `nbytes` bytes from `start`."""
@@ -43,10 +47,14 @@ class StoredTensor:
         """Where its bytes lie in the file: first byte and number of each run."""
         return ((self.start, self.nbytes),)
 
-    def read_rows(self, start: int, stop: int) -> Raw:
-        """Rows [start, stop) as flat bytes, in a buffer of this thread that its next read overwrites.
+    def read_rows(self, start: int, stop: int) -> Lent:
+        """Read rows [start, stop) as flat bytes that are only lent: this thread's next read overwrites them.
 
         Fresh memory for every block would cost more than reading it.
+
+        Raises:
+            InputError: the file ends before the tensor does.
+            OSError: the disk refused.
         """
         first, nbytes = self.start + start * self.row_bytes, (stop - start) * self.row_bytes
         if nbytes > getattr(_buffers, "raw", _NOTHING).size:
@@ -55,7 +63,7 @@ class StoredTensor:
         with naming(self.file), self.file.open("rb", buffering=0) as file:
             file.seek(first)
             filled = 0
-            while filled < nbytes:
+            while filled < nbytes:  # Linux gives at most 2 GiB for one call
                 got = file.readinto(out.data[filled:])
                 if not got:
                     raise InputError([file_problem(self.file, f"ends inside tensor {self.name}", "", _FETCH_AGAIN)])
@@ -94,8 +102,8 @@ class JoinedTensor(StoredTensor):
         return tuple(place for part in self.parts for place in part.places)
 
     def read_rows(self, start: int, stop: int) -> Raw:
-        """Rows [start, stop) as flat bytes."""
-        if self.by_columns:
+        """Read rows [start, stop) as flat bytes, in memory of their own."""
+        if self.by_columns:  # each part is copied: the next one is read into the same buffer
             rows = [part.read_rows(start, stop).reshape(stop - start, -1).copy() for part in self.parts]
             return np.concatenate(rows, axis=1).reshape(-1)
         height = self.parts[0].shape[0]
@@ -108,7 +116,7 @@ class JoinedTensor(StoredTensor):
 
 
 def join(parts: Sequence[StoredTensor], by_columns: bool = False) -> StoredTensor:
-    """Tensors of one shape and dtype as one; a single one as it is."""
+    """Join tensors of one shape and dtype into one; a single one stays as it is."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -119,7 +127,7 @@ def join(parts: Sequence[StoredTensor], by_columns: bool = False) -> StoredTenso
 
 
 def part_of(tensor: StoredTensor, index: int, start: int = 0, stop: int | None = None) -> StoredTensor:
-    """Rows [start, stop) of `tensor[index]`, for a tensor [E, rows, columns]."""
+    """Return rows [start, stop) of `tensor[index]`, for a tensor [E, rows, columns], without reading them."""
     _, rows, columns = tensor.shape
     stop = rows if stop is None else stop
     row_bytes = columns * STORED[tensor.dtype].itemsize

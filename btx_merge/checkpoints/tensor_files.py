@@ -11,7 +11,7 @@ from btx_merge.errors import InputError
 
 
 def read_tensor_file(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint file of either format."""
+    """Read where the tensors of a checkpoint file of either format lie."""
     try:
         return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
     except OSError as error:
@@ -19,7 +19,7 @@ def read_tensor_file(file: Path) -> dict[str, StoredTensor]:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a checkpoint's safetensors files, by its name.
+    """Return every tensor of a checkpoint's safetensors files, by its name.
 
     Raises:
         InputError: a file that cannot be read.

@@ -1,4 +1,4 @@
-"""torch's own format, read without running its code or loading its data: where its tensors lie."""
+"""torch's own file format, read without running its code or loading its data: where its tensors lie."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_HEADER = 25_000_000
 
 
 def read_torch(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a `pytorch_model.bin` or `adapter_model.bin`, as ranges of the zip file that it is.
+    """Return the tensors of a `pytorch_model.bin` or `adapter_model.bin`, as ranges of the zip file that it is.
 
     torch's restricted unpickler (`weights_only`) reads the index under fake tensors: no code of the file
     runs, no data is loaded.

@@ -29,7 +29,7 @@ _NOT_OF_EVERY_LLAMA = ("attention_bias", "mlp_bias", "pretraining_tp")
 
 
 def shared_config(model: MergedModel) -> dict[str, Any]:
-    """What a Llama and a Mixtral both have in their config.json.
+    """Return what a Llama and a Mixtral both have in their config.json.
 
     Rotary parameters stand there as transformers 4 wrote them, `rope_theta` and `rope_scaling`, which everybody reads;
     the dtype has its old name for the same reason.
@@ -48,7 +48,7 @@ def shared_config(model: MergedModel) -> dict[str, Any]:
 
 
 def _longrope_attention(rope: Mapping[str, Any], length: int) -> float:
-    """What transformers 5 computes where it is not given (LongRoPE, arXiv 2402.13753)."""
+    """Compute what transformers 5 computes where it is not given (LongRoPE, arXiv 2402.13753)."""
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     trained = rope["original_max_position_embeddings"]
@@ -59,7 +59,7 @@ def _longrope_attention(rope: Mapping[str, Any], length: int) -> float:
 def write_export_files(
     model: MergedModel, folder: Path, config: Mapping[str, Any], tags: list[str], card: str, keeps_figures: bool
 ) -> None:
-    """Writes all files beside the weights into `folder`; config.json last, for without it this is no model yet.
+    """Write all files beside the weights into `folder`; config.json last, for without it this is no model yet.
 
     Args:
         card: the model card's text, below the metadata.
@@ -93,7 +93,7 @@ def check_tokenizer(model: MergedModel, config: Mapping[str, Any]) -> list[Probl
 
 
 def origin(model: MergedModel, command: str) -> str:
-    """The card's sentence about where the model comes from. A folder stands there without its path."""
+    """Write the card's sentence about where the model comes from, with the name of a folder in place of its path."""
     located = model.located
     name = code_in_card(located.public_name)
     if located.repo_id:
@@ -128,7 +128,7 @@ def _card_of(located: Located) -> str:
 
 
 def _metadata(located: Located, tags: list[str], keeps_figures: bool) -> dict[str, Any]:
-    """The metadata of the merged model's card as far as they hold for what is made of it."""
+    """Return the metadata of the merged model's card as far as they hold for what is made of it."""
     known = card_texts(located.folder)
     given = known.get("tags", [])
     given = [given] if isinstance(given, str) else given

@@ -1,4 +1,4 @@
-"""A merged model as GGUF: llama.cpp's own converter makes it from the Mixtral that `btx export` writes."""
+"""A merged model as GGUF, written by llama.cpp's own converter from the Mixtral that `btx export` writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A merged model as transformers' Mixtral: the names of its tensors, its config, and what a Mixtral cannot be.
+"""A merged model as transformers' Mixtral: the names of its tensors, its config and its card.
 
 Legend: E experts, I width of one, H hidden.
 """
@@ -24,7 +24,7 @@ MIXTRAL_DOWN = _BLOCK + "experts.{expert}.w2.weight"  # mlp.experts.down_proj[ex
 
 
 def mixtral_tensors(model: MergedModel) -> dict[str, StoredTensor]:
-    """Every tensor of the Mixtral as a range of the model's bytes, layer by layer."""
+    """Map every tensor of the Mixtral to a range of the model's bytes, layer by layer."""
     shared = model.shared_tensors
     out = {EMBEDDING: shared[EMBEDDING]}
     for layer in range(model.num_layers):
@@ -40,7 +40,7 @@ def mixtral_tensors(model: MergedModel) -> dict[str, StoredTensor]:
 
 
 def mixtral_config(model: MergedModel) -> dict[str, Any]:
-    """config.json of the Mixtral.
+    """Return the config.json of the Mixtral.
 
     `router_aux_loss_coef` is left to Mixtral's default: its balancing loss is another one than BTX's, for which our
     coefficient would be wrong. It is used where somebody turns `output_router_logits` on to train.
@@ -59,7 +59,7 @@ def mixtral_config(model: MergedModel) -> dict[str, Any]:
 
 
 def mixtral_card(model: MergedModel, untrained: Sequence[str] = ()) -> str:
-    """The model card's text.
+    """Write the model card.
 
     Args:
         untrained: experts whose router rows nobody has trained yet.

@@ -38,11 +38,7 @@ class ReadFiles:
     """The files that a result is made from, as they were before the first of them was opened."""
 
     def __init__(self, files: Iterable[tuple[str, Path]], before: Mapping[Path, Stamp]):
-        """
-        Args:
-            files: each with the name of its source, or of the model.
-            before: stamps that were taken before anything was read (`Located.stamps`).
-        """
+        """Take stamps of the files, or those that were taken before."""
         self._files = {file: source for source, file in files if file.name != _CARD}
         self._before = {file: before.get(file) or stamp_of(file) for file in self._files}
 

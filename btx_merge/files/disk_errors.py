@@ -96,7 +96,7 @@ def continuable(output: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Name `file` in an error of the system that names none, as those of reading and writing do not."""
+    """Add the name of `file` to an error of the system that names none, as those of reading and writing do not."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""An output's place: whether a result can go there, and the one step in which it does.
+"""The place of an output: whether a result can go there, and the one step in which it does.
 
 Beside the output OUT there are, while a command works, two folders of fixed names:
 

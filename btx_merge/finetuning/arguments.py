@@ -52,13 +52,13 @@ _DECIDED = {  # what they would ask for is asked for in another way, or cannot b
 
 
 def known_names() -> list[str]:
-    """The names of all arguments that may be given."""
+    """Return the names of all arguments that may be given."""
     names = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     return [name for name in names if name not in _DECIDED]
 
 
 def check_names(names: Iterable[str], origin: str, more: Iterable[str] = ()) -> list[Problem]:
-    """What is wrong with names: those that there are not, each with the nearest that there is.
+    """Return a problem for each unknown name, with the nearest known one.
 
     Args:
         more: names of other options that the same place may hold.
@@ -78,7 +78,7 @@ def check_names(names: Iterable[str], origin: str, more: Iterable[str] = ()) -> 
 
 
 def training_arguments(values: Mapping[str, Any], folder: str, origin: str = "command") -> TrainingArguments:
-    """The arguments with our defaults. Text is read as on transformers' own command lines.
+    """Build the arguments with our defaults. Text is read as on transformers' own command lines.
 
     Raises:
         InputError: an unknown name, or a value that is not of the argument's kind; all of them.
@@ -115,7 +115,7 @@ def training_arguments(values: Mapping[str, Any], folder: str, origin: str = "co
 
 
 def _defaults_by(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults that hang on what was given."""
+    """Return the defaults that depend on other arguments."""
     steps = typed["max_steps"]
     out: dict[str, Any] = {"warmup_steps": min(_WARMUP_STEPS, steps // 10), "eval_steps": steps}
     if "lr_scheduler_type" not in typed:
@@ -135,7 +135,7 @@ class _Parser(HfArgumentParser):
 
 
 def _words(name: str, value: Any) -> list[str]:
-    """A value as it would stand on a command line."""
+    """Write a value as it would stand on a command line."""
     if isinstance(value, (list, tuple)):
         return [f"--{name}", *map(str, value)]
     return [f"--{name}", json.dumps(value) if isinstance(value, Mapping) else str(value)]

@@ -1,4 +1,4 @@
-"""What happens around the steps of a finetuning: signals end it, and a person sees how far it is."""
+"""Callbacks around the steps of a finetuning: signals end it, and a bar shows how far it is."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class StopOnSignal(TrainerCallback):
         self.is_stopped = True
 
     def restore(self) -> None:
-        """Gives the signals back."""
+        """Give the signals back."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """All ranks stop at the same step, whichever of them got the signal."""
+        """Stop all ranks at the same step, whichever of them got the signal."""
         if dist.is_available() and dist.is_initialized():
             asked = torch.tensor(float(self.is_stopped), device=args.device)
             dist.all_reduce(asked)
@@ -52,7 +52,7 @@ class ConsoleLines(TrainerCallback):
         self._has_head = False
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Losses, perplexities and loads; all of it goes to wherever `report_to` says."""
+        """Report losses, perplexities and loads; all of it goes to wherever `report_to` says."""
         logs: dict[str, Any] = kwargs["logs"]
         for key, value in logs.items():
             if key.startswith("eval_perplexity/"):
@@ -81,9 +81,9 @@ class StepCount(TrainerCallback):
         self.on_step = on_step
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Of a run that is continued, some are."""
+        """Count the steps that a continued run has done already."""
         self.on_step(state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """One more."""
+        """Count one more step."""
         self.on_step(state.global_step, state.max_steps)

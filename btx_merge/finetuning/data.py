@@ -1,4 +1,4 @@
-"""What finetuning reads: windows of all domains by weight, without end, and a held-out part of each.
+"""The data of a finetuning: windows of all domains by weight, without end, and a held-out part of each.
 
 The order is one for all ranks, and follows from the seed: rank and step say which windows a rank takes. So a run on
 several ranks sees what one on a single rank sees, and a resumed one goes on where it was.
@@ -46,13 +46,13 @@ class DomainStream:
         return len(list(itertools.islice(documents(self.text, self.tokenizer), 2))) < 2
 
     def held_out(self, most: int) -> list[Window]:
-        """At most so many windows of the held-out part."""
+        """Return at most so many windows of the held-out part."""
         if not self.holdout:
             return []
         return list(itertools.islice(self._windows(True), most))
 
     def endless(self, shuffled: int, seed: str) -> Iterator[Window]:
-        """The rest, again and again; each window is drawn from the next `shuffled`."""
+        """Repeat the rest without end; each window is drawn from the next `shuffled`."""
 
         def passes() -> Iterator[Window]:
             while True:
@@ -102,13 +102,13 @@ class MixedWindows(IterableDataset[dict[str, Any]]):
 
 
 def row_of(window: Window, domain: int) -> dict[str, Any]:
-    """A window as a row of a data set."""
+    """Make a row of a data set from a window."""
     ids, positions = window
     return {"input_ids": ids, "position_ids": positions, "domain": domain}
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows to tensors: input_ids, position_ids and labels [B, T], domain [B].
+    """Stack rows into tensors: input_ids, position_ids and labels [B, T], domain [B].
 
     The first token of a document is no label: before it stands another document, or nothing. There is no attention
     mask, so that positions tell documents apart. A shorter row is filled up behind, where nothing can look.

@@ -1,4 +1,4 @@
-"""The ranks that a launcher has started, as its environment variables tell it. Nothing heavy is imported.
+"""The ranks that a launcher has started, as its environment variables describe them. Nothing heavy is imported.
 
 torchrun and `accelerate launch` set WORLD_SIZE, RANK and LOCAL_RANK; launchers of MPI have names of their own. The
 names, and their order, are those that accelerate reads.

@@ -1,4 +1,4 @@
-"""What a training step tells about its routing and its domains.
+"""Measurements of a training step: its routing and its domains.
 
 Legend: B rows, T tokens, N = B * T, K experts per token, E experts, L layers, D domains, V vocabulary.
 """
@@ -47,14 +47,14 @@ class Meter:
 
     @contextmanager
     def watching(self, is_watching: bool) -> Iterator[None]:
-        """Routers are only looked at inside: a layer that is computed again for its gradient is not counted twice."""
+        """Look at routers only inside: a layer that is computed again for its gradient is not counted twice."""
         self._is_watching = is_watching
         yield
         self._is_watching = False
 
     @torch.no_grad()
     def _routed(self, layer: int, weights: torch.Tensor, logits: torch.Tensor, experts: torch.Tensor) -> None:
-        """Weights [N, K] and logits [N, E] of a layer; an expert of weight 0 was not chosen."""
+        """Count the weights [N, K] and logits [N, E] of a layer; an expert of weight 0 was not chosen."""
         if not self._is_watching:
             return
         counts = torch.bincount(experts[weights > 0], minlength=len(self.experts))
@@ -66,7 +66,7 @@ class Meter:
 
     @torch.no_grad()
     def add(self, outputs: Any, labels: torch.Tensor, domains: torch.Tensor) -> None:
-        """Losses of a pass by domain: logits [B, T, V], labels [B, T], domains [B]."""
+        """Add the losses of a pass by domain: logits [B, T, V], labels [B, T], domains [B]."""
         for logits, row, domain in zip(outputs["logits"], labels, domains.tolist(), strict=True):
             loss = F.cross_entropy(logits[:-1].float(), row[1:], reduction="sum")
             self._losses[0, domain] += loss.to(self._losses)
@@ -75,7 +75,7 @@ class Meter:
             self._balance.append(outputs["aux_loss"].detach())
 
     def take(self, step: int, device: torch.device) -> tuple[dict[str, float], list[list[float]]]:
-        """What was measured since the last call, on all ranks: values to log, and the load [L, E] as shares."""
+        """Return what was measured since the last call, on all ranks: values to log, and the load [L, E] as shares."""
         balance = self._balance[-1].to(device, torch.float32) if self._balance else torch.zeros((), device=device)
         parts = [self._choices, self._entropy, torch.tensor([float(self._tokens)]), self._losses]
         flat = torch.cat([*(part.flatten().to(device) for part in parts), balance[None]])
@@ -103,7 +103,7 @@ class Meter:
         return log, load.tolist()
 
     def _warn_of_dead(self, step: int, load: torch.Tensor) -> int:
-        """How many experts of a layer get next to nothing; each is named when it dies."""
+        """Count the experts of a layer that get next to nothing, and name each when it dies."""
         ideal = 1 / len(self.experts)
         dead = {(layer, expert) for layer, expert in (load < DEAD * ideal).nonzero().tolist()}
         for layer, expert in sorted(dead - self._dead):
@@ -116,5 +116,5 @@ class Meter:
 
 
 def perplexity(loss: float) -> float:
-    """Infinite where it would be too large for a number."""
+    """Return exp(loss); infinite where that would be too large for a number."""
     return math.exp(loss) if loss < 700 else math.inf

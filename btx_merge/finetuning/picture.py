@@ -1,4 +1,4 @@
-"""The picture of a finetuning: a panel for each quantity that was logged."""
+"""The picture of a finetuning, with a panel for each quantity that was logged."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _loads_by_layer(figure: Any, ax: Any, history: Sequence[Mapping[str, Any]], 
 
 
 def _panel(ax: Any, title: str, below: str = "step") -> None:
-    """Name a panel and its axis. The legend stands below it, where no curve is."""
+    """Title a panel and its axis. The legend stands below it, where no curve is."""
     ax.set_title(title)
     ax.set_xlabel(below)
     ax.grid(alpha=0.25)

@@ -1,4 +1,4 @@
-"""Whether the ranks that were started are those that a finetuning needs."""
+"""A check that the ranks that were started are those that a finetuning needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a finetuning is determined by: the model, what is trained, on which texts, with which settings."""
+"""The recipe of a finetuning: the model, what is trained, on which texts, with which settings."""
 
 from __future__ import annotations
 

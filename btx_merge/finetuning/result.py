@@ -1,4 +1,4 @@
-"""The result of a finetuning: the checkpoint that it began with, other bytes where something was trained.
+"""The result of a finetuning: the checkpoint that it began with, with other bytes where something was trained.
 
 All is written as a merge writes (`Staging`): whatever ends it, the target is absent or as it was, and `--resume`
 writes what is missing.
@@ -32,7 +32,7 @@ from btx_merge.sources.tokenizer_files import copy_templates
 
 
 def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
-    """Refuses a checkpoint in which a trained tensor has no place.
+    """Refuse a checkpoint in which a trained tensor has no place.
 
     Raises:
         InputError: tensors that are missing, or of another shape or kind.
@@ -89,7 +89,7 @@ def copy_files(model: Path, folder: Path) -> None:
 def write_records(
     folder: Path, entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]], located: Located
 ) -> None:
-    """The recipe's and the card's part of a training, and the load of every layer at each logging step."""
+    """Write the training's part of the recipe and the card, and the load of every layer at each logging step."""
     from btx_merge.finetuning.metrics import LOAD_PER_LAYER
 
     lines = [
@@ -108,7 +108,7 @@ def write_records(
 
 
 def training_section(entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
-    """What the card says: what was trained, on what mixture, with which curve."""
+    """Write what the card says: what was trained, on what mixture, with which curve."""
     held_out = entry["held_out_perplexity"]
     total = sum(domain["weight"] for domain in entry["data"])
     rows = []

@@ -42,7 +42,7 @@ _MOST_HELD_OUT = 64
 
 
 def is_trained(mode: str, name: str) -> bool:
-    """Whether a parameter is trained in a mode, by its name."""
+    """Return whether a parameter is trained in a mode, by its name."""
     if mode == "routers":
         return name.endswith(".mlp.gate.weight")
     return mode == "all" or ".mlp.experts." not in name
@@ -75,12 +75,12 @@ class Run:
         check_ranks(recipe, self.args)
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks are here."""
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
 
     def train(self, resume: bool) -> None:
-        """Trains, or goes on training.
+        """Train, or go on training.
 
         Raises:
             InputError: a text cannot be read; the steps before are saved.
@@ -151,7 +151,7 @@ class Run:
         return entry
 
     def _load_model(self) -> Any:
-        """What is trained is in float32, the rest as it is stored where autocast brings them together."""
+        """Load what is trained in float32, the rest as it is stored if autocast can bring the two together."""
         recipe, args = self.recipe, self.args
         config = {
             name: getattr(recipe, name)
@@ -233,7 +233,7 @@ class Run:
         return trainer
 
     def _announce(self) -> None:
-        """What is trained, before anything is."""
+        """Announce what is trained, before the first step."""
         parameters = list(self.model.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         self.trained_parameters = sum(parameter.numel() for parameter in trained)
@@ -254,7 +254,7 @@ class Run:
         )
 
     def _entry(self) -> dict[str, Any]:
-        """What the recipe and the card say. A file stands there by its name alone, without its path."""
+        """Return what the recipe and the card record. A file stands there by its name alone, without its path."""
         recipe, args = self.recipe, self.args
         length, steps = self.streams[0].length, self.trainer.state.global_step
         rows = steps * args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -295,7 +295,7 @@ class Run:
 
 
 def _precision(recipe: TrainRecipe, located: Located) -> dict[str, bool]:
-    """A GPU computes in bfloat16 what is stored so, where nothing else was asked for."""
+    """Choose bfloat16 on a GPU for what is stored so, where nothing else was asked for."""
     if {"bf16", "fp16", "use_cpu"} & set(recipe.arguments) or not torch.cuda.is_available():
         return {}
     stored = read_json(located.folder / "config.json").get("dtype")

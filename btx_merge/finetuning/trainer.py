@@ -1,4 +1,4 @@
-"""`transformers.Trainer` for a BTX model: it keeps what is trained and nothing else, and says who goes where."""
+"""`transformers.Trainer` for a BTX model: it saves only what is trained, and measures the load of the experts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor in one piece, on the CPU. Where it is sharded, all ranks must ask."""
+    """Gather a tensor in one piece, on the CPU. Where it is sharded, all ranks must ask."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().cpu().contiguous()
 
@@ -74,7 +74,7 @@ class BTXTrainer(Trainer):
         return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
     def continue_from(self, checkpoint: Path) -> None:
-        """Trains on from a checkpoint; from that of the last step it only takes what was trained."""
+        """Train on from a checkpoint; from that of the last step it only takes what was trained."""
         saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if saved.global_step < self.args.max_steps:
             self.add_callback(_RunningLoss(self, checkpoint))
@@ -90,7 +90,7 @@ class BTXTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """As Trainer's, and measured where the step will be logged."""
+        """Compute the loss as Trainer does, and measure it where the step will be logged."""
         inputs = dict(inputs)
         domains = inputs.pop("domain")
         step = self.state.global_step + 1
@@ -103,14 +103,14 @@ class BTXTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *arguments: Any, **options: Any) -> None:
-        """Where the loss since the last logging is not an attribute (transformers 5.0), it is made one."""
+        """Make the loss since the last logging an attribute where it is none (transformers 5.0)."""
         tr_loss += self.carried_loss
         self.carried_loss = 0.0
         self._tr_loss = tr_loss
         super()._maybe_log_save_evaluate(tr_loss, *arguments, **options)
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Adds what was measured; to the history also the load of each layer."""
+        """Add what was measured; to the history also the load of each layer."""
         load = None
         if "loss" in logs:
             measured, load = self.meter.take(self.state.global_step, self.args.device)
@@ -122,7 +122,7 @@ class BTXTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The perplexity of what is held out of each domain, over all its tokens; each rank scores a part."""
+        """Compute the perplexity of what is held out of each domain, over all its tokens; each rank scores a part."""
         self.model.eval()
         metrics = {}
         for domain, rows in self.held_out.items():
@@ -152,7 +152,7 @@ class BTXTrainer(Trainer):
             save_file(tensors, folder / TRAINED)
 
     def save_now(self) -> None:
-        """A checkpoint of the last step that was finished."""
+        """Save a checkpoint of the last step that was finished."""
         self._save_checkpoint(self.model, None)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -216,7 +216,7 @@ class BTXTrainer(Trainer):
 
 
 def _local(state: Any) -> Any:
-    """An optimizer's state with this rank's part in the place of each sharded tensor."""
+    """Put this rank's part in the place of each sharded tensor of an optimizer's state."""
     if isinstance(state, Mapping):
         return {key: _local(value) for key, value in state.items()}
     if isinstance(state, list):

@@ -43,7 +43,7 @@ def what_is_kept(folder: Path) -> str:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep a run's folder, which is made, for this process alone.
+    """Make a run's folder and keep it for this process alone.
 
     Raises:
         InputError: another process has it.
@@ -132,5 +132,5 @@ def begin(folder: Path, recipe: Mapping[str, Any], settings: Mapping[str, Any], 
 
 
 def tools() -> dict[str, str]:
-    """What a run was made with."""
+    """Return the versions of the libraries that a run uses."""
     return {name: version(name) for name in ("btx-merge", "torch", "transformers", "accelerate", "peft")}

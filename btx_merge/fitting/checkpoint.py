@@ -18,22 +18,19 @@ class Checkpoint:
     """The tensors of a folder's safetensors files, by name. Values come and go in float32."""
 
     def __init__(self, folder: Path, device: torch.device):
-        """
-        Raises:
-            InputError: a file that cannot be read.
-        """
+        """Open all files of weights in the folder."""
         self.folder, self.device = folder, device
         self.tensors = stored_tensors(folder)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows [start, stop) of a tensor, all by default. Exact."""
+        """Return rows [start, stop) of a tensor, all by default. Exact."""
         tensor = self.tensors[name]
         stop = tensor.shape[0] if stop is None else stop
         values = to_float32(tensor.read_rows(start, stop), tensor.dtype)
         return torch.from_numpy(values.reshape(stop - start, *tensor.shape[1:])).to(self.device)
 
     def write(self, name: str, values: torch.Tensor, start: int = 0) -> None:
-        """Puts rows in their place, rounded once to the dtype that the tensor has there.
+        """Put rows in their place, rounded once to the dtype that the tensor has there.
 
         Raises:
             NonFiniteError: a value is NaN, Inf or outside of the dtype's range.
@@ -47,12 +44,12 @@ class Checkpoint:
             stream.write(raw.tobytes())
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
-        """All tensors of a layer, by their names in it."""
+        """Return all tensors of a layer, by their names in it."""
         prefix = f"model.layers.{index}."
         return {name.removeprefix(prefix): self.read(name) for name in self.tensors if name.startswith(prefix)}
 
     def digest(self) -> str:
-        """Tells checkpoints apart: names, shapes and the first rows of every tensor but the routers."""
+        """Tell checkpoints apart by names, shapes and the first rows of every tensor but the routers."""
         digest = hashlib.blake2b(digest_size=16)
         for name, tensor in sorted(self.tensors.items()):
             if not name.endswith(".mlp.gate.weight"):

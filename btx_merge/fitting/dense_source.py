@@ -16,7 +16,7 @@ _ROWS = 16_384
 
 
 def row_blocks(rows: int) -> Iterator[tuple[int, int]]:
-    """An embedding's rows in blocks."""
+    """Cut an embedding's rows into blocks."""
     return ((start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
 
 
@@ -36,12 +36,12 @@ class DenseSource:
         self.config._attn_implementation = "sdpa"
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor in float32, an adapter's delta included."""
+        """Return a whole tensor in float32, an adapter's delta included."""
         rows = self.source.tensors[self.source.stored_name(name)].shape[0]
         return torch.from_numpy(self.source.rows(name, 0, rows)).to(self.device)
 
     def layer(self, index: int, part: str) -> LlamaDecoderLayer:
-        """A layer with only the weights of one part, `attention` or `feed_forward`, and of the norm before it."""
+        """Build a layer with the weights of `part`, `attention` or `feed_forward`, and of the norm before it."""
         with torch.device("meta"):
             layer = LlamaDecoderLayer(self.config, index)
         wanted = ("self_attn.", "input_layernorm.") if part == "attention" else ("mlp.", "post_attention_layernorm.")
@@ -51,7 +51,7 @@ class DenseSource:
         return layer.eval()
 
     def rows(self, name: str, start: int, others: torch.Tensor) -> torch.Tensor:
-        """Rows of its embedding or head in the result's vocabulary; of tokens that it does not know, `others`.
+        """Return rows of its embedding or head in the result's vocabulary; of tokens that it does not know, `others`.
 
         Args:
             start: first row.

@@ -1,4 +1,4 @@
-"""The closed forms of a fit: what is minimised, and by which weights. No gradients, no steps.
+"""The closed forms of a fit: what is minimised, and the weights that do so. No gradients, no steps.
 
 Legend: N tokens, H hidden, E experts, I inputs and O outputs of a linear layer.
 """
@@ -28,7 +28,9 @@ Moments = dict[str, torch.Tensor]
 def ridge_solution(
     gram: torch.Tensor, cross: torch.Tensor, penalty: float, prior: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The W that minimises `sum_n |W x_n - y_n|^2 + lambda |W - prior|^2`, solved in float64.
+    """Solve for the W that minimises `sum_n |W x_n - y_n|^2 + lambda |W - prior|^2`, in float64.
+
+    W = (Y X^T + lambda prior)(X X^T + lambda)^-1, with the tokens x_n and y_n as columns of X and Y.
 
     Args:
         gram: `sum_n x_n x_n^T`, [I, I].
@@ -49,7 +51,7 @@ def ridge_solution(
 
 
 def scaled_off_diagonal(gram: torch.Tensor) -> torch.Tensor:
-    """A Gram matrix [I, I] with everything off its diagonal times `OFF_DIAGONAL` (RegMean)."""
+    """Multiply everything off the diagonal of a Gram matrix [I, I] by `OFF_DIAGONAL` (RegMean)."""
     return OFF_DIAGONAL * gram + (1 - OFF_DIAGONAL) * torch.diag(gram.diagonal())
 
 
@@ -58,7 +60,7 @@ def best_temperature(
     routed: Callable[[float, int], torch.Tensor],
     factors: Sequence[float] = TEMPERATURES,
 ) -> tuple[float, float]:
-    """The factor on a router with which the layer comes nearest to what it should give, and how near that is.
+    """Find the factor on a router that brings the layer nearest to what it should give, and how near that is.
 
     Args:
         targets: what the layer should add, per domain [N, H].
@@ -79,7 +81,7 @@ def best_temperature(
 
 
 def winning_temperature(wins: Callable[[float], float], part: float = 0.9) -> float:
-    """The smallest factor on a new expert's row with which it is the likeliest for that part of its own tokens.
+    """Find the smallest factor on a new expert's row that makes it the likeliest for `part` of its own tokens.
 
     For a row that is fitted on its own text alone: nothing tells there how much is too much.
 
@@ -90,7 +92,7 @@ def winning_temperature(wins: Callable[[float], float], part: float = 0.9) -> fl
 
 
 def prompt_rows(means: dict[int, torch.Tensor], inputs: torch.Tensor, experts: int) -> torch.Tensor:
-    """A router [E, H] from the mean router input [H] of each expert's prompts.
+    """Compute a router [E, H] from the mean router input [H] of each expert's prompts.
 
     What the means have in common moves all logits alike, so it is taken out; an expert without prompts gets zeros,
     the middle of the others. The scale is that of logits with a deviation of 1 over the prompts' tokens.
@@ -113,10 +115,7 @@ class Statistics:
     """
 
     def __init__(self, folder: Path | None, key: dict[str, Any]):
-        """
-        Args:
-            folder: where they are, or are to be kept; None to forget them.
-            key: what they depend on: model, texts, tokens, method.
+        """Open the statistics of an earlier fit in the folder, or prepare to keep new ones there.
 
         Raises:
             InputError: the folder holds those of something else.
@@ -139,7 +138,7 @@ class Statistics:
             folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str, collect: Callable[[], Moments]) -> Moments:
-        """The moments of that name: those that are kept, or what `collect` returns, which is kept."""
+        """Return the moments of that name: those that are kept, or what `collect` returns, which is then kept."""
         file = self.folder / f"{name}.safetensors" if self.folder else None
         if self.are_there and file:
             return {key: tensor.clone() for key, tensor in load_file(file).items()}  # aligned as they were
@@ -149,6 +148,6 @@ class Statistics:
         return moments
 
     def complete(self) -> None:
-        """Marks the folder as complete: without this it is no folder of statistics."""
+        """Mark the folder as complete: without the mark it is no folder of statistics."""
         if self.folder and not self.are_there:
             (self.folder / _KEY_FILE).write_text(json.dumps(self.key, indent=2), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a fit of a merged model's routers is determined by."""
+"""The recipe of a fit: what determines the routers and shared weights of a merged model."""
 
 from __future__ import annotations
 

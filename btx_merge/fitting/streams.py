@@ -70,7 +70,7 @@ class TokenStream:
         return self.share / self.ids[self.fitted].numel()
 
     def batches(self, part: slice) -> Iterator[slice]:
-        """Windows that are computed together."""
+        """Group windows that are computed together."""
         size = max(1, _TOKENS_AT_ONCE // self.ids.shape[1])
         return (slice(start, min(start + size, part.stop)) for start in range(part.start, part.stop, size))
 
@@ -82,7 +82,7 @@ def streams_of(
     prompts: Mapping[str, Sequence[str]],
     domain_tokens: int,
 ) -> list[TokenStream]:
-    """The tokens of every domain, in windows.
+    """Pack the tokens of every domain into windows.
 
     Raises:
         InputError: a text that cannot be read, or a tokenizer with more tokens than the model.

@@ -36,11 +36,7 @@ class Walk:
         task: FitTask,
         sources: Mapping[str, DenseSource],
     ):
-        """
-        Args:
-            statistics: those of an earlier walk are solved again, without one token passing.
-            sources: by the streams' names, where shared weights are fitted.
-        """
+        """Set up a walk over the streams; nothing is computed yet."""
         config._attn_implementation = "sdpa"
         config._experts_implementation = "eager"
         self.checkpoint, self.config, self.streams = checkpoint, config, streams

@@ -1,4 +1,4 @@
-"""The model card: what was merged, how, from which revisions. No path of the user's machine stands in it."""
+"""The model card of a merge: what was merged, how, from which revisions. It shows no path of the user's machine."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ transformers 5 is needed. With btx-merge installed, `import btx_merge` replaces 
 
 
 def planned_sizes(mixture: Mixture) -> str:
-    """Return the sizes of a planned model, as its card says them."""
+    """Write the sizes of a planned model."""
     return sizes(mixture.parameters, mixture.active_parameters, mixture.experts_per_token, mixture.num_experts)
 
 
 def card_metadata(plan: Plan) -> dict[str, Any]:
-    """The YAML block that the Hub reads. `base_model` names published models, never a folder."""
+    """Return the YAML block that the Hub reads. `base_model` names published models, never a folder."""
     metadata: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -104,21 +104,21 @@ def card_metadata(plan: Plan) -> dict[str, Any]:
 
 
 def languages(cards: Sequence[Mapping[str, Any]]) -> list[str]:
-    """All that cards name, each once."""
+    """Return all languages that cards name, each once."""
     given = [card.get("language") or [] for card in cards]
     lists = [value if isinstance(value, list) else [value] for value in given]
     return list(dict.fromkeys(code for values in lists for code in values if isinstance(code, str)))
 
 
 def published(source: Source) -> list[str]:
-    """The source's id on the Hub; of a local folder, the models that its own card says it came from."""
+    """Return the source's id on the Hub; of a local folder, the models that its own card says it came from."""
     if source.located.repo_id:
         return [source.located.repo_id]
     return hub_ids(source.card_metadata().get("base_model"))
 
 
 def source_row(mixture: Mixture, source: Source) -> str:
-    """A source's line in the card's table."""
+    """Write a source's line in the card's table."""
     located = source.located
     if located.repo_id:
         model = f"[{located.repo_id}](https://huggingface.co/{located.repo_id})"
@@ -130,7 +130,7 @@ def source_row(mixture: Mixture, source: Source) -> str:
 
 
 def expert_numbers(mixture: Mixture, source: Source) -> str:
-    """The experts that a source became, as the card's table names them."""
+    """Write the numbers of the experts that a source became, as the card's table names them."""
     if source not in mixture.experts:
         return "none"
     if mixture.expert_mode == "blend":
@@ -140,7 +140,7 @@ def expert_numbers(mixture: Mixture, source: Source) -> str:
 
 
 def combined_over(combine: str, experts: Sequence[Source]) -> str:
-    """Whose shared weights were combined."""
+    """Tell whose shared weights were combined."""
     if combine == "seed":
         return "the seed alone"
     if combine in ("mean", "dare_linear", "ties", "dare_ties", *REGMEAN_METHODS):

@@ -1,4 +1,4 @@
-"""Everything of the result that is not weights: config, model code, tokenizer, generation config, recipe, index."""
+"""All files of the result that are not weights: config, model code, tokenizer, generation config, recipe, index."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_tok
 
 
 def write_files(plan: Plan, folder: Path, layers: Sequence[LayerFit] = ()) -> None:
-    """Writes all files beside the weights into `folder`; config.json last, for without it this is no model yet.
+    """Write all files beside the weights into `folder`; config.json last, for without it this is no model yet.
 
     Args:
         layers: how the routers came out that were fitted by ridge regression.
@@ -70,7 +70,7 @@ def write_files(plan: Plan, folder: Path, layers: Sequence[LayerFit] = ()) -> No
 
 
 def output_config(plan: Plan, chat: Source) -> dict[str, Any]:
-    """config.json of the result: the seed's architecture, BTX's fields, the code that loads it.
+    """Return the config.json of the result: the seed's architecture, BTX's fields, the code that loads it.
 
     Only keys that a Llama config has are taken over: no private path and no code reference of the seed's.
     """
@@ -98,7 +98,7 @@ def output_config(plan: Plan, chat: Source) -> dict[str, Any]:
 
 
 def resolved_recipe(plan: Plan) -> dict[str, Any]:
-    """The recipe with everything that was left open filled in, and what it was carried out with.
+    """Return the recipe with everything that was left open filled in, and what it was carried out with.
 
     It can be given to `btx merge --recipe`. A folder stands there by its name alone, without its path.
     """
@@ -125,13 +125,13 @@ def resolved_recipe(plan: Plan) -> dict[str, Any]:
 
 
 def public_source(source: Source) -> str:
-    """How a published recipe names a source: its Hub id and commit, or its folder without a path."""
+    """Return how a published recipe names a source: its Hub id and commit, or its folder without a path."""
     located = source.located
     return f"{located.repo_id}@{located.revision}" if located.repo_id else located.public_name
 
 
 def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
-    """The seed's tokenizer with the union's tokens; template and special tokens from the source that is named."""
+    """Write the seed's tokenizer with the union's tokens; template and special tokens are the named source's."""
     # A seed without one has the tokenizer on which all others agree (`vocabulary`).
     origin = next((source.tokenizer_folder for source in plan.sources if source.tokenizer_folder), None)
     if origin is None:
@@ -161,13 +161,13 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
 
 
 def _default_class(folder: Path) -> str:
-    """The class that transformers takes for a Llama whose tokenizer names none."""
+    """Return the class that transformers takes for a Llama whose tokenizer names none."""
     model = _read_json(folder / "tokenizer.json").get("model", {"byte_fallback": True})  # sentencepiece's
     return "LlamaTokenizer" if model.get("byte_fallback") else "PreTrainedTokenizerFast"
 
 
 def add_tokens(folder: Path, data: dict[str, Any], new_tokens: Sequence[Mapping[str, Any]]) -> None:
-    """Writes tokenizer.json, of which `data` is the content, with more tokens."""
+    """Write tokenizer.json, of which `data` is the content, with more tokens."""
     data["added_tokens"] = [*(data.get("added_tokens") or []), *new_tokens]
     write_json(folder / "tokenizer.json", data)
     for name in ("tokenizer.model", "added_tokens.json", "vocab.json", "merges.txt"):  # they lack the new tokens
@@ -175,7 +175,7 @@ def add_tokens(folder: Path, data: dict[str, Any], new_tokens: Sequence[Mapping[
 
 
 def _with_union_ids(plan: Plan, chat: Source, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Token ids of a source's config as ids of the result: the same token, by its string."""
+    """Translate token ids of a source's config to ids of the result: the same token, by its string."""
     out = dict(values)
     if chat is plan.seed or plan.vocabulary.ids is None:
         return out
@@ -193,5 +193,5 @@ def _with_union_ids(plan: Plan, chat: Source, values: Mapping[str, Any]) -> dict
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
+    """Read a JSON object; empty where there is no such file."""
     return read_json(file) if os.path.lexists(file) else {}

@@ -1,4 +1,4 @@
-"""A file of mergekit-moe as a recipe: the same experts around the same base, as far as BTX has what it asks for.
+"""Recipes of mergekit-moe: the same experts around the same base, as far as BTX has what the file asks for.
 
 mergekit-moe takes everything but the feed-forward blocks from `base_model`, which is an expert only if it is listed.
 """

@@ -146,13 +146,13 @@ class Mixture(Layout):
         return active_parameters(shapes, self.num_experts, self.experts_per_token)
 
     def rows_of(self, name: str) -> int:
-        """Rows of a shared tensor of the result."""
+        """Count the rows of a shared tensor of the result."""
         if name in (EMBEDDING, HEAD):
             return self.vocabulary.size
         return self.seed.tensors[name].shape[0]
 
     def source_layout(self, name: str) -> Mapping[str, tuple[Segment, ...]]:
-        """Per source, which of its rows of a shared tensor belong to which of the result's."""
+        """Return, per source, which of its rows of a shared tensor belong to which of the result's."""
         if name in (EMBEDDING, HEAD):
             return self.vocabulary.segments
         return {source.name: (Segment(0, 0, self.rows_of(name)),) for source in self.sources}

@@ -153,7 +153,7 @@ class MergeRecipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], origin: str = "recipe") -> MergeRecipe:
-        """A recipe from plain values.
+        """Make a recipe from plain values.
 
         Raises:
             InputError: an unknown key, a missing seed, or a value that cannot be meant.
@@ -170,7 +170,7 @@ class MergeRecipe:
 
     @classmethod
     def from_yaml(cls, file: str | Path, **overrides: Any) -> MergeRecipe:
-        """A recipe from a YAML file; `overrides` win over the file. Relative folders are the file's."""
+        """Read a recipe from a YAML file; `overrides` win over the file. Relative folders are the file's."""
 
         def is_given(name: str) -> bool:
             return (SEED if name == SEED else "experts") in overrides
@@ -178,7 +178,7 @@ class MergeRecipe:
         return cls.from_dict({**read_recipe_file(file, is_given=is_given), **overrides}, str(file))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, which `from_dict` takes back; without `resolved`, which is no part of what is merged."""
+        """Return plain values, which `from_dict` takes back; without `resolved`, which does not say what is merged."""
         texts = {
             name: {"text": list(text.references), "weight": text.weight} for name, text in self.domain_text.items()
         }
@@ -252,7 +252,7 @@ def together_problems(recipe: MergeRecipe) -> list[Problem]:
 
 
 def _fit_problems(recipe: MergeRecipe) -> list[Problem]:
-    """Whether what is fitted has its text, and no text is given in vain."""
+    """Check that what is fitted has its text, and that no text is given in vain."""
     problems = []
     needs_text = recipe.fits_shared or recipe.router_init == "ridge"
     needs_prompts = recipe.router_init == "prompts"

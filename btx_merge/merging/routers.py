@@ -1,4 +1,4 @@
-"""The routers of a fresh merge: one [E, H] matrix per layer, stored, never left to chance at load."""
+"""The routers of a fresh merge: one [E, H] matrix per layer, stored in the checkpoint, not left to chance at load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from btx_merge.merging.recipe import MergeRecipe
 
 
 def initial_router(recipe: MergeRecipe, layer: int, num_experts: int, hidden_size: int, std: float) -> Float32:
-    """Rows of experts, columns of the norm's output.
+    """Return a router [E, H]: rows of experts, columns of the norm's output.
 
     random: normal(0, std). Behind an RMSNorm |x| is about sqrt(H), so std = 0.02 gives logits of about 1 for
     H = 2048; std = 1 would send every token to one expert with certainty. Otherwise zeros: all experts tie.

@@ -51,7 +51,7 @@ def project_link() -> str:
 
 
 def how_to_use(arguments: str = "") -> str:
-    """The card's section with code that runs. `arguments` go to every `from_pretrained`."""
+    """Write the card's section with code that runs. `arguments` go to every `from_pretrained`."""
     return f"""## Use
 
 ```python
@@ -77,25 +77,29 @@ def with_path(card: str, path: str) -> str:
 
 
 def count(number: int) -> str:
-    """A number of parameters as people write it."""
+    """Write a number of parameters as people do.
+
+    >>> count(1_235_814_400)
+    '1.24 B'
+    """
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
 
 
 def sizes(parameters: int, active: int, per_token: int, experts: int) -> str:
-    """The sizes of a model as its card gives them."""
+    """Write the sizes of a model as its card gives them."""
     routed = f"per token ({per_token} of {experts} experts)"
     return f"{count(parameters)} parameters, {count(active)} of them active\n{routed}"
 
 
 def hub_ids(given: Any) -> list[str]:
-    """What of a card's `base_model`, a name or a list of them, can be ids on the Hub."""
+    """Return what can be an id on the Hub in a card's `base_model`, which is a name or a list of names."""
     candidates = given if isinstance(given, list) else [given]
     texts = [candidate for candidate in candidates if isinstance(candidate, str)]
     return [text for text in texts if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text)]
 
 
 def link_licence(metadata: dict[str, Any], located: Located) -> None:
-    """Links a licence that is a file beside a model's card, which does not come along; or leaves the link out."""
+    """Link a licence that is a file beside the source's card, which is not copied; or leave the link out."""
     link = metadata.get("license_link")
     if not link or (isinstance(link, str) and is_web_link(link)):
         return

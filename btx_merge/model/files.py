@@ -12,7 +12,7 @@ MODEL_CODE = ("configuration_btx.py", "experts_btx.py", "modeling_btx.py", "rout
 
 
 def model_code_folder() -> Path:
-    """Where the code that travels with a checkpoint lies; found without importing it (and torch)."""
+    """Return the folder of the code that travels with a checkpoint, found without importing it (and torch)."""
     spec = importlib.util.find_spec("btx_merge.modeling")
     assert spec is not None
     assert spec.origin is not None
@@ -20,7 +20,7 @@ def model_code_folder() -> Path:
 
 
 def copy_model_code(folder: Path) -> None:
-    """Adds what is missing of the code that travels with a checkpoint: one from the Hub comes without."""
+    """Add what is missing of the code that travels with a checkpoint: a model from the Hub comes without."""
     for name in MODEL_CODE:
         if not (folder / name).exists():
             shutil.copyfile(model_code_folder() / name, folder / name)

@@ -191,7 +191,7 @@ def _routers(recipe: Mapping[str, Any]) -> str:
 
 
 def _history(recipe: Mapping[str, Any]) -> Iterator[str]:
-    """Say what was done: of each kind in its order; what came before what of another kind is not recorded."""
+    """Tell what was done, each kind in its order. The order between two kinds is not recorded."""
     if "seed" in recipe:
         combine, init = (short(recipe.get(key)).strip("'") for key in ("combine", "router_init"))
         yield f"merged: shared weights {combine}, routers {init}"

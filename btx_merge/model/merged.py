@@ -81,7 +81,7 @@ class MergedModel:
         return self.tensors[GATE_UP_EXPERTS.format(layer=0)].dtype
 
     def experts_of(self, domain: str) -> list[int]:
-        """The numbers of the experts that a source became: one, or its chunks.
+        """Return the numbers of the experts that a source became: one, or its chunks.
 
         Raises:
             InputError: there are none of that name.
@@ -93,13 +93,13 @@ class MergedModel:
         return numbers
 
     def gate_up(self, layer: int, expert: int) -> tuple[StoredTensor, StoredTensor]:
-        """An expert's gate and up projection, [I, H] each."""
+        """Return an expert's gate_proj and up_proj, [I, H] each."""
         fused = self.tensors[GATE_UP_EXPERTS.format(layer=layer)]
         width = fused.shape[1] // 2
         return part_of(fused, expert, 0, width), part_of(fused, expert, width)
 
     def down(self, layer: int, expert: int) -> StoredTensor:
-        """An expert's down projection, [H, I]."""
+        """Return an expert's down_proj, [H, I]."""
         return part_of(self.tensors[DOWN_EXPERTS.format(layer=layer)], expert)
 
     @property
@@ -108,7 +108,8 @@ class MergedModel:
         return {name: tensor for name, tensor in self.tensors.items() if ".mlp." not in name}
 
     def dense_tensors(self, domain: str) -> dict[str, StoredTensor]:
-        """The tensors of a dense Llama, in its order: one source's feed-forward blocks, the merged shared weights.
+        """Return the tensors of a dense Llama, in its order: one source's feed-forward blocks, the merged shared
+        weights.
 
         Raises:
             InputError: there is no expert of that name.
@@ -124,7 +125,7 @@ class MergedModel:
 
 
 def open_merged(located: Located) -> MergedModel:
-    """A merged model's folder.
+    """Open a merged model's folder.
 
     Raises:
         InputError: no checkpoint of `btx merge`; or tensors that are missing, unexpected or of another shape than
@@ -159,7 +160,7 @@ def open_config(located: Located) -> MergedModel:
 
 @contextmanager
 def _as_model(located: Located) -> Iterator[None]:
-    """Say of every problem inside that it is the model's."""
+    """Name the model as the source of every problem inside."""
     try:
         yield
     except InputError as error:

@@ -1,4 +1,4 @@
-"""What a Mixtral cannot be: why a merged model cannot become one, and what it loses as one."""
+"""The limits of the Mixtral format: why a merged model cannot become one, and what it loses as one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _USE_IT = "Only the BTX model itself, in transformers, computes that."
 
 
 def mixtral_refusals(model: MergedModel) -> Iterator[Problem]:
-    """All in which the model computes something that a Mixtral does not."""
+    """Find everything that the model computes and a Mixtral cannot."""
     config = model.config
     router = config.get("router_type", "top_k")
     if router != "top_k":
@@ -43,7 +43,7 @@ def mixtral_refusals(model: MergedModel) -> Iterator[Problem]:
 
 
 def mixtral_warnings(model: MergedModel, untrained: Sequence[str]) -> Iterator[Problem]:
-    """Routers that are not trained yet, and programs that compute something else of the result than the model does."""
+    """Find routers that are not trained yet, and programs that compute the result in another way than the model."""
     if untrained:
         of = "" if len(untrained) == model.num_experts else f"the rows of {', '.join(untrained)} "
         found = f"{of}have not been trained yet: they are random or zeros, as the merge began"

@@ -1,4 +1,4 @@
-"""A merged model that something is to be made of: is it one, and is there a place for the result?"""
+"""Open a merged model and check that the output can be written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from btx_merge.sources.tokenizer_files import has_tokenizer
 
 
 def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located | None, list[Problem]]:
-    """The model's folder, if it is one; and all that speaks against writing a changed copy of it to `target`."""
+    """Return the model's folder, if it is one, and all reasons not to write a changed copy of it to `target`."""
     model, problems = open_model(reference, target, overwrite)
     if model is None:
         return None, problems
@@ -49,7 +49,7 @@ def room_problems(target: Path, nbytes: int) -> list[Problem]:
 
 
 def open_model(reference: str, target: Path | None, overwrite: bool) -> tuple[MergedModel | None, list[Problem]]:
-    """The model, opened without reading weights; and all that speaks against writing something of it to `target`.
+    """Open the model without reading weights; return with it all reasons not to write a result to `target`.
 
     Args:
         target: the folder for the result; None where the result is no folder.

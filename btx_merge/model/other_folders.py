@@ -1,4 +1,4 @@
-"""Folders that are no merged model: what each is, and the command that goes on with it."""
+"""Folders that are no merged model: what each is, and the command to use with it."""
 
 from __future__ import annotations
 

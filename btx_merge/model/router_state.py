@@ -1,4 +1,4 @@
-"""Which router rows of a model nobody has trained or fitted yet, by what its recipe records."""
+"""The router rows of a model that nobody has trained or fitted yet, by what its recipe records."""
 
 from __future__ import annotations
 

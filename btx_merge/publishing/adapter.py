@@ -1,4 +1,4 @@
-"""May an adapter be published? Its base must be a model that whoever downloads it can load too."""
+"""Checks of an adapter that is to be published: its base must be a model that whoever downloads it can load too."""
 
 from __future__ import annotations
 

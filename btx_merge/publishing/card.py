@@ -1,4 +1,4 @@
-"""Is the metadata in a model card's front matter what the Hub and its users need of a merged model?"""
+"""Checks of a model card's front matter: does it hold what the Hub and its users need of a merged model?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]+)*|code|multilingual")
 
 
 def card_problems(text: str, pipeline: str, kind: Kind = BTX) -> tuple[list[Problem], list[Problem]]:
-    """What is wrong with a card, and what it lacks that nobody but its author can know.
+    """Find what is wrong with a card, and what it lacks that nobody but its author can know.
 
     Args:
         text: of README.md.
@@ -51,7 +51,7 @@ def card_problems(text: str, pipeline: str, kind: Kind = BTX) -> tuple[list[Prob
 
 
 def _origin(metadata: dict[str, Any], problems: list[Problem], kind: Kind) -> list[Problem]:
-    """`base_model` and `base_model_relation`: together, or not at all."""
+    """Check `base_model` and `base_model_relation`: together, or not at all."""
     models, relation = metadata.get("base_model"), metadata.get("base_model_relation")
     if models is None and relation is None:
         remedy = "If they are on the Hub, write base_model: [org/name, ...] and base_model_relation: merge."

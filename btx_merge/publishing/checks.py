@@ -1,4 +1,4 @@
-"""May a folder be published as it is? It is complete, it loads, and it holds nothing else."""
+"""Checks of a folder before it is published as it is: it is complete, it loads, and it holds nothing else."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Publishable:
 
 
 def examine(folder: Path, repo_id: str = "", base_model: str | None = None) -> Publishable:
-    """Everything that will be sent, if it all may be. Reads no weights, only their headers.
+    """Return everything that will be sent, if it all may be. Reads no weights, only their headers.
 
     Takes as long as importing transformers: the model is built in a process of its own, on the meta device, without
     btx-merge.
@@ -104,7 +104,7 @@ def examine(folder: Path, repo_id: str = "", base_model: str | None = None) -> P
 
 
 def _kind(folder: Path, card: str) -> tuple[Kind, dict[str, Any]]:
-    """What the folder holds, with its config; of an adapter an empty one.
+    """Return what the folder holds, with its config; of an adapter an empty one.
 
     Raises:
         InputError: nothing that btx-merge makes.
@@ -128,7 +128,7 @@ def _kind(folder: Path, card: str) -> tuple[Kind, dict[str, Any]]:
 def _model(
     folder: Path, config: Mapping[str, Any]
 ) -> tuple[set[str], Mapping[str, StoredTensor] | None, list[Problem]]:
-    """The names of the weights, the stored tensors if they can be read, and what is wrong."""
+    """Return the names of the weights, the stored tensors if they can be read, and what is wrong."""
     problems: list[Problem] = []
     if config.get("quantization_config") is not None:
         remedy = "Publish the model as it was; whoever loads it can quantise it."
@@ -142,7 +142,7 @@ def _model(
 
 
 def _missing(names: list[str], kind: Kind) -> list[Problem]:
-    """What a model cannot do without. An adapter has its base's tokenizer."""
+    """Find what a model cannot do without. An adapter has its base's tokenizer."""
     problems = []
     if kind is BTX:
         problems += [
@@ -156,7 +156,7 @@ def _missing(names: list[str], kind: Kind) -> list[Problem]:
 
 
 def _of_model(problem: Problem) -> Problem:
-    """A problem that another room found, under this one's name for the source."""
+    """Rename the source of a problem that another module found to the one that is used here."""
     return Problem("model", Path(problem.where).name, problem.found, problem.expected, problem.remedy)
 
 
@@ -175,7 +175,7 @@ def _pipeline(config: Mapping[str, Any]) -> str:
 
 
 def _files(folder: Path, weights: set[str], kind: Kind) -> tuple[list[str], list[Problem]]:
-    """What is to be sent, and what has no business there."""
+    """List what is to be sent, and what has no business there."""
     names, problems = [], []
     entries = list(folder.iterdir())
     entries += [*(folder / "additional_chat_templates").glob("*")]
@@ -206,7 +206,7 @@ def _files(folder: Path, weights: set[str], kind: Kind) -> tuple[list[str], list
 
 
 def _weight_names(folder: Path) -> set[str]:
-    """The files that hold the weights, as far as can be known."""
+    """Return the files that hold the weights, as far as can be known."""
     try:
         named = {file for file in read_json(folder / INDEX_FILE)["weight_map"].values() if isinstance(file, str)}
     except (InputError, KeyError, AttributeError):
@@ -215,7 +215,7 @@ def _weight_names(folder: Path) -> set[str]:
 
 
 def _weights(folder: Path) -> Mapping[str, StoredTensor]:
-    """The stored tensors by name.
+    """Return the stored tensors by name.
 
     Raises:
         InputError: a file is missing or damaged, or the index lies.
@@ -234,7 +234,7 @@ def _weights(folder: Path) -> Mapping[str, StoredTensor]:
 
 
 def _loading_problems(folder: Path, stored: Mapping[str, StoredTensor] | None) -> list[Problem]:
-    """What a stranger would meet who loads the folder."""
+    """Find what a stranger would meet who loads the folder."""
     answer = _load(folder.resolve())
     problems = [
         Problem("model", where, f"does not load where btx-merge is not installed ({found})")
@@ -246,7 +246,7 @@ def _loading_problems(folder: Path, stored: Mapping[str, StoredTensor] | None) -
 
 
 def _load(folder: Path) -> dict[str, Any]:
-    """What `load_alone.load` says, in a process that has no token and a cache of its own."""
+    """Run `load_alone.load` in a process that has no token and a cache of its own."""
     script = Path(__file__).with_name("load_alone.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="btx-load-") as scratch:
         kept = {key: value for key, value in os.environ.items() if "TOKEN" not in key}
@@ -268,7 +268,7 @@ def _load(folder: Path) -> dict[str, Any]:
 
 
 def _tensor_problems(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, StoredTensor]) -> list[Problem]:
-    """Holds what lies in the files against what the model wants by its config."""
+    """Compare the tensors in the files with those that the model wants by its config."""
     problems = []
     remedy = "Copy or save the model again."
     if missing := sorted(wanted.keys() - stored.keys()):

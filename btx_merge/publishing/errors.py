@@ -1,4 +1,4 @@
-"""What huggingface_hub raises while a model is pushed, as one line that says what to do."""
+"""The Hub's errors during a push, each as one line that says what to do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _CONTINUE = "What is uploaded is kept: the same command continues."
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether the same request may succeed in a moment: the line was cut, or the Hub has a bad time."""
+    """Return whether the same request may succeed in a moment: the line was cut, or the Hub has a bad time."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     if isinstance(error, HfHubHTTPError):
@@ -18,7 +18,7 @@ def is_passing(error: Exception) -> bool:
 
 
 def explained(error: Exception, endpoint: str, repo_id: str, token: str) -> BTXError:
-    """The error as ours: `InputError` where another input mends it, `MergeError` where time or the network does."""
+    """Turn the error into ours: `InputError` if another input helps, `MergeError` if time or the network does."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     while isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
@@ -49,6 +49,6 @@ def _answered(status: int, message: str, endpoint: str, repo_id: str) -> BTXErro
 
 
 def _first_line(error: Exception) -> str:
-    """What the Hub itself said, or else the first line that says something."""
+    """Return what the Hub itself said, or else the first line that says something."""
     said = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
     return " ".join(said.splitlines()[0].split()).rstrip(".")

@@ -1,4 +1,4 @@
-"""What can be published: a merged model, what `btx export` or `btx extract` made of one, or an adapter for one."""
+"""The kinds of folders to publish: a merged model, an export or an extract of one, or an adapter for one."""
 
 from __future__ import annotations
 

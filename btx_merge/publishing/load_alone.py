@@ -1,4 +1,4 @@
-"""A script, run in a process of its own: does a folder load where btx-merge is not installed?
+"""A script for a process of its own that finds out whether a folder loads where btx-merge is not installed.
 
 It loads on the meta device, so no weights are read and none are needed: a merged model with the code that lies in the
 folder, a Mixtral or a Llama with transformers alone, an adapter's config with peft.
@@ -25,7 +25,7 @@ Attempt = Callable[[str, Callable[[], Any]], Any]
 
 
 def load(folder: str) -> dict[str, Any]:
-    """All that does not load, and the tensors that the model wants of its files."""
+    """Return all that does not load, and the tensors that the model wants of its files."""
     problems: list[list[str]] = []
 
     def attempt(where: str, action: Callable[[], Any]) -> Any:

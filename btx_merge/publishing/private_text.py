@@ -1,4 +1,4 @@
-"""Looks for what nobody wants to publish in the text files of a model: paths of this machine, and tokens."""
+"""A search for what nobody wants to publish in the text files of a model: paths of this machine, and tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OF_TOKENIZERS = (
 
 
 def private_text(folder: Path, names: list[str], changed: Mapping[str, str] | None = None) -> Iterator[Problem]:
-    """Every token and path of this machine in these files, with its line.
+    """Find every token and path of this machine in these files, with its line.
 
     In a tokenizer's files and in chat templates only tokens are looked for.
 
@@ -50,7 +50,7 @@ def private_text(folder: Path, names: list[str], changed: Mapping[str, str] | No
 
 
 def _own_paths(folder: Path) -> re.Pattern[str]:
-    """The model's folder, all above it that are not common to every machine, and the home folder."""
+    """Match the model's folder, all above it that are not common to every machine, and the home folder."""
     places = {folder.absolute(), folder.resolve(), *folder.absolute().parents, *folder.resolve().parents, Path.home()}
     named = sorted((str(place) for place in places if len(place.parts) > 2), key=len, reverse=True)
     return re.compile("|".join(rf"(?<![\w.~-]){re.escape(place)}(?![\w-])" for place in named) or r"(?!)")

@@ -1,4 +1,4 @@
-"""The repository that a model is pushed to: it is looked at, created if need be, and gets one commit."""
+"""The repository that a model is pushed to: looked at, created if need be, changed in one commit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Target:
         self.create_pr, self.private = create_pr, private
 
     def send(self, checked: Publishable, message: str | None) -> tuple[Changes, str, str | None]:
-        """Uploads and commits what has changed: the changes, the commit, the pull request's URL."""
+        """Upload and commit what has changed; return the changes, the commit and the pull request's URL."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         head = self._prepared(checked.kind)
@@ -87,7 +87,7 @@ class Target:
         raise AssertionError("the last try returns or raises")
 
     def _find(self) -> tuple[ModelInfo | None, bool]:
-        """The repository as it is, and whether its branch is missing; then as main is."""
+        """Return the repository as it is, and whether its branch is missing; then as main is."""
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
         def info(revision: str | None) -> ModelInfo:
@@ -101,7 +101,7 @@ class Target:
             return None, False
 
     def _prepared(self, kind: Kind) -> ModelInfo:
-        """Creates what is missing, and refuses a repository that a model should not be pushed to."""
+        """Create what is missing, and refuse a repository that a model should not be pushed to."""
         found, needs_branch = self._find()
         if found is None and not self.create_pr:
             private = self.private or None  # None: as the organisation has it
@@ -124,7 +124,7 @@ class Target:
         return found
 
     def _check_content(self, found: ModelInfo, kind: Kind) -> None:
-        """Refuses to put a model in the place of what is no earlier one of its kind."""
+        """Refuse to put a model in the place of what is no earlier one of its kind."""
         names = {sibling.rfilename for sibling in found.siblings or ()}
         if self.create_pr or all(_NEW_REPOSITORY.fullmatch(name) for name in names):
             return
@@ -157,7 +157,7 @@ class Target:
 
 
 def _changes_of(operations: Mapping[str, CommitOperationAdd], head: ModelInfo, kind: Kind) -> Changes:
-    """What the repository as it is lacks, and what it has too much."""
+    """Return what the repository as it is lacks, and what it has too much."""
     there = {sibling.rfilename: sibling for sibling in head.siblings or ()}
     added = [operation for name, operation in operations.items() if not _is_same(operation, there.get(name))]
     deleted = [name for name in there if kind.has(name) and name not in operations]
@@ -165,7 +165,7 @@ def _changes_of(operations: Mapping[str, CommitOperationAdd], head: ModelInfo, k
 
 
 def _is_same(operation: CommitOperationAdd, there: RepoSibling | None) -> bool:
-    """Whether the Hub has the file with these bytes. Hashes only what has the right size."""
+    """Return whether the Hub has the file with these bytes. Hashes only what has the right size."""
     if there is None or there.size != operation.upload_info.size:
         return False
     if there.lfs is not None:
@@ -176,7 +176,7 @@ def _is_same(operation: CommitOperationAdd, there: RepoSibling | None) -> bool:
 
 
 def patiently(call: Callable[[], _T]) -> _T:
-    """Tries again what failed for a reason that may pass. (huggingface_hub does so itself while it uploads files.)"""
+    """Try again what failed for a reason that may pass. (huggingface_hub does so itself while it uploads files.)"""
     for pause in _PAUSES:
         try:
             return call()

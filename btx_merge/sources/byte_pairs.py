@@ -1,4 +1,4 @@
-"""Whether two byte-pair tokenizers that have the same merges in different orders read texts alike.
+"""A comparison of two byte-pair tokenizers with the same merges in different orders: do they read texts alike?
 
 Converters of one tokenizer.model write merges of equal rank in different orders, next to each other or thousands of
 places apart. The order matters only where two merges want the same token, as ("a", "b") and ("b", "c") do in "abc".

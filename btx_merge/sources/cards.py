@@ -1,4 +1,4 @@
-"""Model cards of others: what may be taken from one, and how text from outside stands in one of ours."""
+"""Model cards of others: what may be taken from one, and how text from outside is quoted in ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short text that says which model a source is: a merge writes it down, and its recipe is held to it later."""
+"""A short text that identifies a source: a merge records it, and its recipe is checked against it later."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far has each source gone from the seed? From a sample, cheap enough for every merge.
+"""The distance of each source from the seed, estimated from a sample that is cheap enough for every merge.
 
 Finetuning moves weights a little: the cosine to the seed stays near 1. Two models trained from different
 random beginnings are orthogonal, whatever their shapes. So a source that is orthogonal did not grow from the seed.
@@ -48,7 +48,7 @@ class Divergence:
 
 
 def take_sample(source: Source, vocab_size: int) -> Sample:
-    """A few values of every tensor by group, the same places for every source of one shape.
+    """Read a few values of every tensor by group, at the same places for every source of one shape.
 
     `vocab_size` is that of the smallest vocabulary: at its front all have the same tokens.
     """
@@ -65,7 +65,7 @@ def take_sample(source: Source, vocab_size: int) -> Sample:
 
 
 def measure_divergence(sources: Sequence[Source]) -> tuple[list[Divergence], list[Problem], list[Problem]]:
-    """Every source against the seed (the first), what looks unrelated, and what looks identical."""
+    """Measure every source against the seed (the first); find what looks unrelated, and what looks identical."""
     vocab_size = min(source.config["vocab_size"] for source in sources)
     seed = take_sample(sources[0], vocab_size)
     digests = {_digest(seed): sources[0].name}

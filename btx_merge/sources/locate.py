@@ -1,4 +1,4 @@
-"""From what the user wrote (`./folder` or `org/name@revision`) to a folder that holds the files a merge needs.
+"""The way from what the user wrote (`./folder` or `org/name@revision`) to a folder with the files that a merge needs.
 
 Only configs, tokenizer and weights are downloaded, never code. After a download that broke off, finished files are
 in the cache.
@@ -53,7 +53,7 @@ class Located:
 
 
 def locate(source: str, reference: str, *, weights: bool = True) -> Located:
-    """The folder for a reference, downloaded where it is a Hub id; without weights, only its small files.
+    """Return the folder for a reference, downloaded where it is a Hub id; without weights, only its small files.
 
     Raises:
         InputError: neither a folder nor a Hub id; or the Hub refuses, lacks it or cannot be reached.
@@ -140,7 +140,7 @@ def _download(source: str, repo_id: str, revision: str | None, weights: bool) ->
 
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """huggingface_hub shows its progress bars wherever stderr leads."""
+    """Hide huggingface_hub's progress bars where stderr is no terminal: it shows them wherever that leads."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hidden = not sys.stderr.isatty() and not are_progress_bars_disabled()
@@ -158,7 +158,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _weight_choices(folder: Path) -> Iterator[list[str]]:
-    """Names of the weights in the order in which they are preferred: the first of which there are any is enough."""
+    """List names of the weights, preferred ones first: the first choice of which there are any is enough."""
     if (folder / "adapter_config.json").exists():
         yield from (["adapter_model.safetensors"], ["adapter_model.bin"])
         return

@@ -1,4 +1,4 @@
-"""From a recipe's references to open sources: each a checkpoint, or an adapter over its base."""
+"""The way from a recipe's references to open sources: each a checkpoint, or an adapter over its base."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from btx_merge.sources.source import ExpertSpec, Source, open_checkpoint
 def open_each(
     specs: Mapping[str, ExpertSpec], seed: Source | None, scratch: Callable[[], Path]
 ) -> tuple[dict[str, Source], list[Problem]]:
-    """Sources by name, opened without reading weights; and why others were not."""
+    """Open sources by name, without reading weights; return with them why others could not be opened."""
     sources: dict[str, Source] = {}
     problems: list[Problem] = []
     for name, spec in specs.items():

@@ -1,4 +1,4 @@
-"""A reordering of rows as runs that can be copied."""
+"""Runs of rows that keep their order from a source to the result, so that each can be copied in one piece."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ class Segment:
 
 
 def runs(source_row: NDArray[np.integer[Any]]) -> tuple[Segment, ...]:
-    """The mapping from a result's row to a source's (-1: none), as runs in which both grow by one."""
+    """Cut the mapping from a result's row to a source's row (-1: none) into runs in which both grow by one.
+
+    Below, rows 0 and 1 of the result are rows 4 and 5 of the source, row 2 is not in it, and rows 3 and 4 are its
+    first.
+
+    >>> runs(np.array([4, 5, -1, 0, 1]))
+    (Segment(out=0, source=4, count=2), Segment(out=3, source=0, count=2))
+    """
     owned = np.flatnonzero(source_row >= 0)
     if not owned.size:
         return ()
@@ -29,7 +36,11 @@ def runs(source_row: NDArray[np.integer[Any]]) -> tuple[Segment, ...]:
 
 
 def within(segments: Sequence[Segment], start: int, stop: int) -> Iterator[Segment]:
-    """The parts of the segments that lie in the result's rows [start, stop)."""
+    """Cut out the parts of the segments that lie in the result's rows [start, stop).
+
+    >>> list(within([Segment(out=0, source=4, count=5)], 2, 4))
+    [Segment(out=2, source=6, count=2)]
+    """
     for segment in segments:
         first, last = max(start, segment.out), min(stop, segment.out + segment.count)
         if first < last:

@@ -93,16 +93,16 @@ class Source:
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     def stored_name(self, name: str) -> str:
-        """The tensor that holds `name`: for the head of a tied source, its embedding."""
+        """Return the tensor that holds `name`: for the head of a tied source, its embedding."""
         return EMBEDDING if name == HEAD and self.config["tie_word_embeddings"] else name
 
     def is_stored(self, name: str, dtype: str) -> bool:
-        """Whether the tensor's bytes are what the source means, in that dtype, so that they can be copied."""
+        """Return whether the tensor's bytes are what the source means, in that dtype, so that they can be copied."""
         name = self.stored_name(name)
         return name not in self.deltas and self.tensors[name].dtype == dtype
 
     def stored_rows(self, name: str, start: int, stop: int, finite: bool = False) -> Raw:
-        """Rows [start, stop) as they are stored, for tensors for which `is_stored` holds."""
+        """Read rows [start, stop) as they are stored, of a tensor for which `is_stored` holds."""
         tensor = self.tensors[self.stored_name(name)]
         raw = tensor.read_rows(start, stop)
         if finite and not all_finite(raw, tensor.dtype):
@@ -110,7 +110,7 @@ class Source:
         return raw
 
     def rows(self, name: str, start: int, stop: int, finite: bool = False) -> Float32:
-        """Rows [start, stop) of a tensor in float32, with an adapter's delta added; exact otherwise.
+        """Read rows [start, stop) of a tensor in float32, with an adapter's delta added; exact otherwise.
 
         Raises:
             NonFiniteError: `finite` is asked for and there is a NaN or an Inf.
@@ -194,7 +194,7 @@ def _as_text(value: Any) -> Any:
 
 
 def as_spec(name: Any, spec: Any, key: str = "experts") -> ExpertSpec:
-    """An expert of a recipe from plain values: a model, or a mapping with `model:`.
+    """Make an expert of a recipe from plain values: a model, or a mapping with `model:`.
 
     Args:
         key: the mapping that it stands in, as errors name it.

@@ -1,4 +1,4 @@
-"""What is wrong with texts, found by a look at their first records: before anything heavy begins or is written."""
+"""Checks of texts by a look at their first records, before anything heavy begins or is written."""
 
 from __future__ import annotations
 

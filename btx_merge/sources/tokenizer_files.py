@@ -1,4 +1,4 @@
-"""A tokenizer's files: which there are, how they are copied, and whether two folders read texts alike."""
+"""A tokenizer's files: how they are found and copied, and whether two folders read texts alike."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ _LINES = (
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer in any of the forms that Llama models have."""
+    """Return whether a folder holds a tokenizer in any of the forms that Llama models have."""
     names = ("tokenizer.json", "tokenizer.model")
     as_gpt2 = all((folder / name).exists() for name in ("vocab.json", "merges.txt"))
     return as_gpt2 or any((folder / name).exists() for name in names)
 
 
 def has_speech(folder: Path) -> bool:
-    """Whether a folder says anything about special tokens or chat templates."""
+    """Return whether a folder says anything about special tokens or chat templates."""
     return any((folder / name).exists() for name in (*SPEECH_FILES, TEMPLATES))
 
 

@@ -1,4 +1,4 @@
-"""Which row of which source's embedding belongs to which row of the result's.
+"""The vocabulary of a result: which row of which source's embedding becomes which of its rows.
 
 Tokens are matched by their string. Ids of the seed stay; tokens that sources added get the ids after them, and
 their rows are averaged over the sources that own them. Rows without a token (padding) are kept.
@@ -62,7 +62,7 @@ class Vocabulary:
 
 
 def plan_vocabulary(sources: Sequence[Source]) -> Vocabulary:
-    """The union of the sources' vocabularies; the first source is the seed.
+    """Plan the union of the sources' vocabularies; the first source is the seed.
 
     Raises:
         InputError: a source's base vocabulary is another, gives an id of the seed's to another token, has more
@@ -122,7 +122,7 @@ def _union(rows: Mapping[str, int], seed: Tokenizer, tokenizers: Mapping[str, To
 
 
 def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer, seed_is_nameless: bool) -> list[Problem]:
-    """`seed` is the tokenizer that the source's is held against: the seed's, or that of another source."""
+    """Compare a source's tokenizer with `seed`, the seed's or that of another source."""
     where = f"{tokenizer.folder.name}/{vocabulary_file(tokenizer.folder)}"
     rows = source.config["vocab_size"]
     problems = []
@@ -178,7 +178,7 @@ def _base_difference(tokenizer: Tokenizer, seed: Tokenizer, name: str) -> str:
 
 
 def _read_tokenizers(sources: Sequence[Source]) -> tuple[dict[str, Tokenizer | None], list[Problem]]:
-    """Every source's tokenizer, and why others cannot be read. Byte-identical files become one object."""
+    """Read every source's tokenizer, and find why others cannot be read. Byte-identical files become one object."""
     read: dict[bytes, Tokenizer] = {}
     out: dict[str, Tokenizer | None] = {}
     problems: list[Problem] = []
@@ -228,7 +228,7 @@ def _pairs(merges: Sequence[Any]) -> list[Pair]:
 
 
 def token_ids(vocabulary: Vocabulary, sources: Sequence[Source]) -> Mapping[str, int] | None:
-    """Every token of a planned result and its row; None where no source has a tokenizer."""
+    """Return every token of a planned result with its row; None where no source has a tokenizer."""
     if vocabulary.ids is not None:
         return vocabulary.ids
     folder = next((source.tokenizer_folder for source in sources if source.tokenizer_folder), None)
@@ -249,7 +249,7 @@ def _content(folder: Path) -> bytes:
 
 
 def tokenizer_json(folder: Path) -> bytes:
-    """A folder's tokenizer.json, or what transformers makes of its other files.
+    """Return a folder's tokenizer.json, or what transformers makes of its other files.
 
     Raises:
         InputError: the files cannot be read; a package that transformers lacks is named.

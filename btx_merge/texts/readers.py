@@ -1,4 +1,4 @@
-"""Records of text out of files and datasets, one after the other: memory does not grow with a file.
+"""Readers for records of text in files and datasets, one after the other: memory does not grow with a file.
 
 Every record knows where it stood, so that an error can say so. (A `.json` file is the exception: it is read whole.)
 """
@@ -35,22 +35,22 @@ class Record:
     values: Mapping[str, Any]
 
     def refused(self, found: str, expected: str = "", remedy: str = "") -> InputError:
-        """The error that names this record."""
+        """Return the error that names this record."""
         return InputError([Problem(self.source, self.where, found, expected, remedy)])
 
 
 def suffix_of(file: Path) -> str:
-    """The suffix that says how a file is read."""
+    """Return the suffix that decides how a file is read."""
     return file.suffix.lower()
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package could be imported, without importing it."""
+    """Return whether a package could be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
 
 
 def read_file(source: str, file: Path) -> Iterator[Record]:
-    """The records of a file.
+    """Read the records of a file.
 
     Raises:
         InputError: the file or one of its lines cannot be read.
@@ -67,7 +67,7 @@ def read_file(source: str, file: Path) -> Iterator[Record]:
 
 
 def read_hub(source: str, reference: str) -> Iterator[Record]:
-    """The records of the split `train` of a dataset on the Hub, streamed: `org/name[/config][@revision]`.
+    """Stream the records of the split `train` of a dataset on the Hub, `org/name[/config][@revision]`.
 
     Raises:
         InputError: the dataset cannot be read.
@@ -182,7 +182,7 @@ def _parquet(source: str, file: Path) -> Iterator[Record]:
 
 
 def _record(source: str, where: str, values: Any) -> Record:
-    """A record out of JSON; a string stands for its text."""
+    """Make a record from JSON; a string stands for its text."""
     record = Record(source, where, {"text": values} if isinstance(values, str) else values)
     if not isinstance(record.values, Mapping):
         raise record.refused(f"a {type(values).__name__}", "a JSON object or a string")

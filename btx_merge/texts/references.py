@@ -44,7 +44,7 @@ class DomainText:
 
 
 def parse_domain_texts(flag: str, items: Iterable[str]) -> tuple[DomainText, ...]:
-    """Domains from what was given to a flag: `NAME=REFERENCE[:WEIGHT]`, again for every reference.
+    """Parse the values of a flag into domains: `NAME=REFERENCE[:WEIGHT]`, again for every reference.
 
     One name collects its references. A weight may stand at any of them, and counts for the domain.
 
@@ -75,7 +75,7 @@ def parse_domain_texts(flag: str, items: Iterable[str]) -> tuple[DomainText, ...
 
 
 def domain_texts_of(origin: str, values: Any, folders: Sequence[Path], key: str = "data") -> tuple[DomainText, ...]:
-    """Domains from a mapping of a YAML file: `name: reference`, a list of them, or `text:` and `weight:`.
+    """Read domains from a mapping of a YAML file: `name: reference`, a list of them, or `text:` and `weight:`.
 
     Args:
         origin: the file, as errors name it.
@@ -167,7 +167,7 @@ def as_prompts(values: Any) -> dict[str, tuple[str, ...]]:
 
 
 def documents(text: DomainText, tokenizer: Any = None) -> Iterator[str]:
-    """Streams a domain's documents, in the order of its references; of a folder or a glob, in the files' order.
+    """Stream a domain's documents, in the order of its references; of a folder or a glob, in the files' order.
 
     A record's document is its field `text` or `content`, or its `messages` by the tokenizer's chat template. A file of
     plain text is one document; one that is larger than a few MB is cut between paragraphs. Empty ones are left out.
@@ -189,7 +189,9 @@ def documents(text: DomainText, tokenizer: Any = None) -> Iterator[str]:
 
 
 def files_of(reference: str) -> list[Path]:
-    """The files that a reference stands for, sorted: of a folder those whose suffix is known. Empty for the Hub's."""
+    """Return the files that a reference stands for, sorted; of a folder, those whose suffix is known. Empty for the
+    Hub.
+    """
     path = os.path.expanduser(reference)  # os.path's functions say no where pathlib's raise
     if os.path.isfile(path):
         return [Path(path)]
@@ -259,7 +261,7 @@ def plain_text(record: Record, has_template: bool) -> str | None:
 
 
 def _split_weight(given: str) -> tuple[str, float | None]:
-    """A reference and its weight; a file whose own name ends like a weight has none."""
+    """Split a reference from its weight; a file whose own name ends like a weight has none."""
     reference, colon, number = given.rpartition(":")
     if not colon or os.path.exists(os.path.expanduser(given)):
         return given, None
@@ -278,14 +280,14 @@ def _is_weight(value: Any) -> bool:
 
 
 def _relative_to(folders: Sequence[Path], reference: str) -> str:
-    """The reference, seen from a file's folder where it leads to something there."""
+    """Resolve a reference against the first folder in which it leads to something."""
     paths = [str(folder / os.path.expanduser(reference)) for folder in folders]
     there = next((path for path in paths if files_of(path) or os.path.isdir(path)), None)
     return there or (paths[0] if paths and reference.startswith(("./", "../")) else reference)
 
 
 def public_record(texts: Iterable[DomainText]) -> list[dict[str, Any]]:
-    """Texts as a published file may name them."""
+    """Return texts as a published file may name them."""
     return [
         {"name": text.name, "references": [*map(public_reference, text.references)], "weight": text.weight}
         for text in texts
@@ -293,6 +295,6 @@ def public_record(texts: Iterable[DomainText]) -> list[dict[str, Any]]:
 
 
 def public_reference(reference: str) -> str:
-    """How a published file may name a text: a path of this machine by its last part alone."""
+    """Return how a published file may name a text: a path of this machine by its last part alone."""
     is_path = reference.startswith((".", "/", "~")) or os.path.exists(reference)
     return os.path.basename(reference.rstrip("/")) if is_path else reference

@@ -1,4 +1,4 @@
-"""Windows of tokens, packed from documents. A tokenizer is whatever transformers gives; nothing of it is imported."""
+"""Windows of tokens, packed from documents. Any tokenizer of transformers will do; nothing of it is imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CHARS_AT_ONCE = 1_000_000
 def packed_windows(
     documents: Iterable[str], tokenizer: Any, length: int, source: str = "data"
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Windows of `length` tokens in which document follows document: (input_ids, position_ids).
+    """Pack documents, one after the other, into windows of `length` tokens: (input_ids, position_ids).
 
     Positions begin at 0 with each document, and with each window. From them transformers knows, where there is no
     attention mask and no cache, that no document may look at another. A document has the special tokens that the
@@ -47,7 +47,7 @@ def packed_windows(
 
 
 def _tokenized(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Token ids of each document; several at a time, which is faster."""
+    """Encode each document as token ids; several at a time, which is faster."""
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     for group in _grouped(documents):
         for tokens in tokenizer(group, verbose=False)["input_ids"]:

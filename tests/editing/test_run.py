@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from btx_merge import EditRecipe, InputError, MergeError, MergeRecipe, NonFiniteError, edit, merge
+from btx_merge import EditRecipe, InputError, MergeError, MergeRecipe, NonFiniteError, check, edit, merge
 from btx_merge.architectures.btx import SELECTION_BIAS
 from btx_merge.architectures.llama import EMBEDDING
 from btx_merge.cli.app import app
@@ -451,9 +451,11 @@ def test_a_recipe_of_the_result_is_that_of_the_new_set(root, two, tmp_path):
         recipe = yaml.safe_load((root / "added/btx_recipe.yaml").read_text())
         assert recipe["edits"][0]["add"] == ["bio"]
         assert recipe["experts"]["bio"] == {"model": "bio", "weight": 1.0, "base": None}
-        other = MergeRecipe.from_yaml(root / "added", experts={**recipe["experts"], "bio": str(root / "math-2")})
-        with pytest.raises(InputError, match="bio: .*math-2: not the model that this recipe was written for"):
-            merge(other, tmp_path / "other")
+        for name, folder in {"seed": "seed", "code": "code", "math": "math", "bio": "math-2"}.items():
+            shutil.copytree(root / folder, tmp_path / "moved" / name)
+        shutil.copytree(root / "added", tmp_path / "moved/added")
+        with pytest.raises(InputError, match=r"^bio: .*: not the model that this recipe was written for"):
+            check(MergeRecipe.from_yaml(tmp_path / "moved/added"))
     finally:
         shutil.rmtree(root / "added")
 

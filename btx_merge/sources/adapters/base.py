@@ -1,4 +1,4 @@
-"""Which model an adapter belongs to: what the recipe says, what its config records, or the seed."""
+"""The base model of an adapter: the one that the recipe gives, that its config records, or the seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A PEFT adapter as an overlay on its base, applied while streaming.
+"""A LoRA adapter as an overlay on its base, added row by row while a merge streams.
 
 Plain LoRA (Hu et al., arXiv 2106.09685) and rsLoRA are computed here, row by row: W + s B A, in float32.
 Everything else that peft knows is merged by peft itself (`adapter_peft`).
@@ -55,7 +55,7 @@ _SAVE_AGAIN = "Save the adapter again with peft's save_pretrained."
 
 
 def is_plain_lora(config: Mapping[str, Any]) -> bool:
-    """Whether the adapter is a LoRA whose delta is s B A and nothing more."""
+    """Return whether the adapter is a LoRA whose delta is s B A and nothing more."""
     if config.get("peft_type") != "LORA" or config.get("init_lora_weights", True) not in _PLAIN_INITS:
         return False
     return not any(value for key, value in config.items() if key not in _PLAIN_KEYS | {"init_lora_weights"})
@@ -80,7 +80,7 @@ class LoraDelta:
         return (self.up.shape[0], self.down.shape[1])
 
     def rows(self, start: int, stop: int) -> Float32:
-        """Rows [start, stop) of the delta in float32."""
+        """Compute rows [start, stop) of the delta, s B[start:stop] A, in float32."""
         with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf are found and named by who asks
             if self.embedding:
                 return self.scaling * _product(_whole(self.down)[:, start:stop].T, _whole(self.up).T)
@@ -88,13 +88,13 @@ class LoraDelta:
             return self.scaling * _product(up, _whole(self.down))
 
     def nonfinite_factor(self) -> StoredTensor | None:
-        """The factor that holds a NaN or an Inf, if one does."""
+        """Return the factor that holds a NaN or an Inf, if one does."""
         factors = (self.down, self.up)
         return next((f for f in factors if not all_finite(f.read_rows(0, f.shape[0]), f.dtype)), None)
 
 
 def _product(left: Float32, right: Float32) -> Float32:
-    """left @ right in tiles that OpenBLAS, numpy's own, leaves to the calling thread.
+    """Multiply left @ right in tiles that OpenBLAS, numpy's own, leaves to the calling thread.
 
     For larger products it starts threads, which fight with the writer's: ten times slower in all.
     """
@@ -111,14 +111,14 @@ _SINGLE_THREADED = 4 * 65536  # multiplications
 
 @functools.lru_cache(maxsize=8)
 def _whole(tensor: StoredTensor) -> Float32:
-    """A small factor in float32; kept, for it is needed again for the next rows."""
+    """Read a small factor in float32 and keep it: the next rows need it again."""
     return to_float32(tensor.read_rows(0, tensor.shape[0]), tensor.dtype).reshape(tensor.shape)
 
 
 def split_adapter(
     config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], matches: Matches
 ) -> tuple[dict[str, LoraDelta], dict[str, StoredTensor]]:
-    """The adapter's tensors as deltas on the base's, and as tensors that replace the base's.
+    """Split the adapter's tensors into deltas on the base's and tensors that replace the base's.
 
     Raises:
         InputError: half a pair is missing, or a tensor is none of plain LoRA's.
@@ -166,7 +166,9 @@ def split_adapter(
 
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int, matches: Matches) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732). peft takes the first pattern that matches."""
+    """Return alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732). As in peft, the first pattern that matches
+    counts.
+    """
     alpha = float(config.get("lora_alpha", 8))
     for key, value in (config.get("alpha_pattern") or {}).items():
         if module in matches.of(by_key(key)):

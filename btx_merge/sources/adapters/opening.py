@@ -1,4 +1,4 @@
-"""A PEFT adapter as a source: its config understood, held against its base and its files, and laid over the base."""
+"""A PEFT adapter as a source: its config is read, checked against its base and its files, and laid over the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which modules of a base an adapter's config asks for, by peft's own rules.
+"""The modules of a base that an adapter's config asks for, by peft's own rules.
 
 Some of the config's values are regular expressions. Those that could run for ever are tried in a process of their
 own, which can be ended.
@@ -60,7 +60,7 @@ def _short(pattern: str) -> str:
 
 
 def _is_simple(pattern: str) -> bool:
-    """Whether trying it takes a number of steps that is a small power of a name's length."""
+    """Return whether matching takes a number of steps that is a small power of a name's length."""
     own = pattern.replace(r"(.*\.)?", "")
     repeats = len(re.findall(r"[*+{]", own))
     return len(pattern) < 500 and repeats <= 4 and not re.search(r"\)[*+{]|\\[1-9]|\(\?P=", own)

@@ -1,4 +1,4 @@
-"""Adapters that peft merges into their base: all that it knows but plain LoRA.
+"""Adapters that peft merges into their base: all kinds that it knows, except plain LoRA.
 
 The base is loaded in float32 and the result is saved so, to be rounded once when it is written. The adapter is loaded
 twice, with other random numbers: the model that the first loading gives must compute what the second gives after its
