@@ -63,8 +63,10 @@ class _AfterImport:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self._loader  # as if it had never been otherwise
+        spec = module.__spec__
+        if spec is None:
+            raise ImportError(f"{module.__name__} is executed without the spec that its import began with")
+        spec.loader = module.__loader__ = self._loader  # as if it had never been otherwise
         self._loader.exec_module(module)
         _watch_lookups(module)
 

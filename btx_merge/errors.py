@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from btx_merge.reporting import printable
 
 _MANY = 4
-"""Problems of one kind that are shown one by one."""
+"""Problems of one kind that are shown one by one: enough to see what they have in common."""
 
 _MOST_PROBLEMS = 100
+"""Lines of an error; a checkpoint can have thousands of tensors that are all wrong."""
 
 
 class BTXError(Exception):

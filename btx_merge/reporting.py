@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_MOST_CHARACTERS = 4000
+_MOST_CHARACTERS = 4000  # some fifty lines of a terminal; the longest path that Linux takes has 4096
 _MOST_BITS = 1000  # Python refuses to write out integers of more than 4300 digits
 
 

@@ -68,7 +68,8 @@ def parse_size(text: str) -> int | None:
     if not match:
         return None
     base = 1024 if "i" in text.lower() else 1000
-    return int(float(match[1]) * base ** " KMGT".index((match[2] or " ").upper()))
+    power = " KMGT".index((match[2] or " ").upper())
+    return int(float(match[1]) * base**power)
 
 
 SHARD_SIZE: Rule = ("a size such as 5GB, 500MB or 5GiB", lambda value: bool(parse_size(value)))
@@ -86,7 +87,7 @@ def value_problems(recipe: Any, rules: Mapping[str, Rule], source: str = "recipe
         if is_kind is None or (value is None and annotation.endswith(" | None")):
             continue
         expected, is_fine = rules.get(item.name, (kind, lambda value: True))
-        if not is_kind(value):
+        if not is_kind(value):  # of another kind; the rule would fail on it
             found = "missing" if value is None and kind == "text" else short(value)
             if isinstance(value, int) and not isinstance(value, bool) and kind in ("a number", "a whole number"):
                 kind += " of a usual size"

@@ -23,7 +23,16 @@ _CACHES = (
     *("static", "offloaded_static", "dynamic", "offloaded", "quantized", "paged"),
     *("sliding_window", "hybrid", "hybrid_chunked", "offloaded_hybrid", "offloaded_hybrid_chunked"),
 )
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
+_IDS = (
+    *("bos_token_id", "eos_token_id", "decoder_start_token_id"),
+    *("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens"),
+)
+_FOR_GENERATE = {
+    *("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus"),
+    *("assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask"),
+}
+_METHODS = {"validate", "to_dict", "to_diff_dict", "to_json_string", "dict_dtype_to_str", "update"}
+_WATERMARK = ("greenlist_ratio", "bias", "hashing_key", "seeding_scheme", "context_width")
 _REMEDY = "transformers could not load the result: correct the file."
 
 
@@ -66,10 +75,13 @@ def generation_refusals(name: str, file: str, values: Mapping[str, Any]) -> Iter
 
 
 def _odd_generation_values(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key in _IDS:
-        ids = values.get(key)
-        if any(type(token) is not int for token in (ids if isinstance(ids, list) else [] if ids is None else [ids])):
-            yield key, "a token's id, or a list of them"
+    """Find keys with a value that will not do, and what is expected there."""
+    for key in values:
+        if key in _FOR_GENERATE:
+            yield key, "no such key: it is an argument of generate()"
+        elif key in _METHODS or key.startswith("__"):
+            yield key, "no such key: it names a part of the class"
+    yield from _odd_token_ids(values)
     early = values.get("early_stopping")
     if not (early is None or isinstance(early, bool) or early == "never"):
         yield "early_stopping", 'true, false or "never"'
@@ -79,9 +91,46 @@ def _odd_generation_values(values: Mapping[str, Any]) -> Iterator[tuple[str, str
     cache = values.get("cache_implementation")
     if cache is not None and cache not in _CACHES:
         yield "cache_implementation", f"one of {', '.join(_CACHES)}"
+    weight = values.get("assistant_ensemble_weight")
+    if weight is not None and not (type(weight) is float and 0 < weight < 1):
+        yield "assistant_ensemble_weight", "a number between 0 and 1"
+    if values.get("compile_config") is not None:
+        yield "compile_config", "no such key: it is an object of Python, which no file holds"
+    mark = values.get("watermarking_config")
+    if mark is not None and not (isinstance(mark, Mapping) and _is_watermark(mark)):
+        yield "watermarking_config", f"an object of {', '.join(_WATERMARK)}"
     beams, results = _count(values, "num_beams"), _count(values, "num_return_sequences")
     if results > 1 and results > beams and not (beams == 1 and values.get("do_sample")):
         yield "num_return_sequences", f"at most num_beams ({beams}), or do_sample true with one beam"
+
+
+def _odd_token_ids(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    lists = {}
+    for key in _IDS:
+        ids = values.get(key)
+        lists[key] = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if any(type(token) is not int for token in lists[key]):
+            yield key, "a token's id, or a list of them"
+            lists[key] = []
+    if values.get("pad_token_id") is not None and type(values["pad_token_id"]) is not int:
+        yield "pad_token_id", "a token's id"
+    suppressed = values.get("suppress_tokens")
+    if suppressed is not None and not isinstance(suppressed, list):
+        yield "suppress_tokens", "a list of token ids"
+    for key in ("forced_bos_token_id", "forced_eos_token_id"):
+        if lists[key] and set(lists[key]) <= set(lists["suppress_tokens"]):
+            yield key, "a token that suppress_tokens leaves"
+
+
+def _is_watermark(values: Mapping[str, Any]) -> bool:
+    share, width = values.get("greenlist_ratio", 0.25), values.get("context_width", 1)
+    return (
+        set(values) <= set(_WATERMARK)
+        and type(share) in (int, float)
+        and 0 <= share <= 1
+        and _at_least_1(width)
+        and values.get("seeding_scheme", "lefthash") in ("lefthash", "selfhash")
+    )
 
 
 def _count(values: Mapping[str, Any], key: str) -> int:

@@ -75,8 +75,8 @@ def same_layout(folder: Path) -> CopyLayout:
     for number, file in enumerate(sorted(folder.glob("*.safetensors"))):
         stored = read_tensor_file(file)
         data_starts = min((tensor.start for tensor in stored.values()), default=file.stat().st_size)
-        with file.open("rb") as stream:
-            shards.append(Shard(file.name, stream.read(data_starts), file.stat().st_size))
+        with file.open("rb") as handle:  # the header as it is, whatever it says beside the tensors
+            shards.append(Shard(file.name, handle.read(data_starts), file.stat().st_size))
         for name, tensor in stored.items():
             placed.append(OutputTensor(name, tensor.dtype, tensor.shape, number, tensor.start))
         sources |= stored

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 _PROBES = 16
+"""Bytes of a file that are asked for. A file that was read as a whole is cached as a whole, so a few are enough."""
 
 
 @functools.cache

@@ -15,8 +15,8 @@ _MAX_HEADER = 25_000_000
 """Bytes of a header, or of the pickle that is one in torch's format. A hundred thousand tensors need 15 MB."""
 
 
-_MAX_BYTES = 2**63 - 1
-_MAX_DIMENSIONS = 16
+_MAX_BYTES = 2**63 - 1  # offsets in a file are signed, of 64 bits
+_MAX_DIMENSIONS = 16  # no tensor of a Llama has more than 2; a shape of millions of ones would only cost time
 _MAX_SHOWN = 200
 """Characters of a header's entry that an error repeats."""
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -39,8 +39,8 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
             offsets or shapes. All such problems of the file in one error.
     """
     size = checked_file(file).stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(8)
+    with file.open("rb") as handle:
+        head = handle.read(8)  # the header's length
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
             found = f"{size:,} bytes, too few for the {length:,} bytes of header that it announces"
@@ -51,7 +51,7 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
                 found, expected = f"a header of {length:,} bytes", f"at most {_MAX_HEADER:,}"
             raise InputError([file_problem(file, found, expected, _FETCH_AGAIN)])
         try:
-            header = parse_json(stream.read(length), object_pairs_hook=_refuse_duplicates)
+            header = parse_json(handle.read(length), object_pairs_hook=_refuse_duplicates)
             if not isinstance(header, dict):
                 raise ValueError("it is no JSON object")
         except ValueError as error:
@@ -70,11 +70,8 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
             if len(shape) > _MAX_DIMENSIONS or _values_in(shape) is None:
                 raise ValueError
         except (KeyError, TypeError, ValueError):
-            found, expected = (
-                f"the header's entry for {name} is malformed: {repr(entry)[:_MAX_SHOWN]}",
-                "dtype, shape, data_offsets",
-            )
-            problems.append(file_problem(file, found, expected, _FETCH_AGAIN))
+            found = f"the header's entry for {name} is malformed: {repr(entry)[:_MAX_SHOWN]}"
+            problems.append(file_problem(file, found, "dtype, shape, data_offsets", _FETCH_AGAIN))
             continue
         tensors[name] = StoredTensor(name, file, dtype, shape, 8 + length + begin, end - begin)
     if problems := [*capped(problems), *_layout_problems(file, size, 8 + length, list(tensors.values()))]:
@@ -96,6 +93,7 @@ def _layout_problems(file: Path, size: int, data_start: int, tensors: list[Store
     problems: list[Problem] = []
     wrong_sizes: list[Problem] = []
     expected_start = data_start
+    # Empty tensors share their start with the next one, so size decides the order between them.
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.nbytes)):
         width = STORED[tensor.dtype].itemsize if tensor.dtype in STORED else _WIDTHS.get(tensor.dtype)
         wanted = (_values_in(tensor.shape) or 0) * (width or 0)

@@ -32,8 +32,11 @@ from btx_merge.reporting import readable
 
 _SCRATCH = "btx_files"
 _READ_BYTES = 1 << 20
+"""A block of a file whose checksum is verified."""
 _JOURNAL_LIMIT = 100_000_000  # bytes; a job takes a hundred, and writes up to 64 MB
-_LAG = 8  # jobs that are left to the disk before they are let go of
+_LAG = 8
+"""Jobs that the disk gets time for before their bytes leave the cache, since bytes that are not on the disk yet cannot
+leave it. At 64 MB a job that is half a gigabyte, or half a second of a fast disk."""
 
 Progress = Callable[[int], None]
 """Called, from several threads, with the number of bytes that became final."""
@@ -64,7 +67,7 @@ class Staging:
         self.fingerprint = hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
         self.kept_bytes = 0
         """Bytes of an earlier run that were verified and kept."""
-        self._finished: set[str] = set()
+        self._finished: set[str] = set()  # keys of jobs, of this run and of an earlier one
         self._began = False
         self._journal_lock = threading.Lock()
         self._stop = threading.Event()
@@ -74,7 +77,7 @@ class Staging:
         """Lock and open the folder, and find out what an earlier run finished."""
         for folder in (self.output, self.folder):
             if has_marks(folder):
-                os.close(lock(folder))  # nobody else is at work there
+                os.close(lock(folder))  # raises if another process is at work there
         try:
             repair(self.output, self.note)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -130,39 +133,40 @@ class Staging:
         """Return the file that a job writes to."""
         return self.folder / self.layout.shards[job.tensor.shard].name
 
-    def write(self, workers: int | None = None, progress: Progress | None = None) -> None:
+    def write(self, workers: int | None = None, progress: Progress | None = None, again: str = "") -> None:
         """Fill all files of weights, but for what an earlier run finished.
 
         Args:
             workers: threads; by default one per core, at most 4.
+            again: how the work goes on once there is room for it, where all but the writing is done.
 
         Raises:
             InputError: the disk has too little room, or the folder holds something else.
             NonFiniteError: a NaN or an Inf was met, and the recipe does not allow it.
             OSError: the disk refused.
         """
-        self._prepare()
+        self._prepare(again)
         if self.kept_bytes:
             self.note(f"Continuing: {readable(self.kept_bytes)} were written before and are verified.")
         self._run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
 
-    def _prepare(self) -> None:
+    def _prepare(self, again: str) -> None:
         """Find out what an earlier run finished, and make room for the rest."""
         recorded = self._read_journal()
         if recorded is None:
             self._start_over()
         self._began = True
         jobs = {job.key: job for job in self.layout.jobs}
-        for key, checksums in (recorded or {}).items():
+        for key, checksums in (recorded or {}).items():  # the journal may tell of bytes that a power cut has undone
             if key in jobs and self._checksums(jobs[key]) == checksums:
                 self._finished.add(key)
                 self.kept_bytes += jobs[key].nbytes
-        self._check_room()
+        self._check_room(again)
         for shard in self.layout.shards:
             path = self.folder / shard.name
             with naming(path):
                 with path.open("ab") as file:
-                    file.truncate(shard.nbytes)
+                    file.truncate(shard.nbytes)  # to its whole size, so that workers can write anywhere in it
                     if hasattr(os, "posix_fallocate"):
                         with contextlib.suppress(OSError):  # a file system that cannot reserve still can write
                             os.posix_fallocate(file.fileno(), 0, shard.nbytes)
@@ -185,8 +189,8 @@ class Staging:
             failures = [error for future in done if (error := future.exception()) is not None]
             self._stop.set()
             pool.shutdown(cancel_futures=True)
-        for failure in failures:
-            raise failure
+        if failures:
+            raise failures[0]
 
     def finish(self, overwrite: bool, again: str = "the same command") -> None:
         """Give the folder the output's name. What had it before is removed only then; `again` is for `put_in_place`.
@@ -220,6 +224,7 @@ class Staging:
                 self._stop.set()
                 raise
             self._pass_on(file.fileno(), job)
+        # A kind of job that nothing fills would leave zeros here, and a line in the journal would make them final.
         expected = [extent.nbytes for extent in job.extents]
         if written != expected:
             raise MergeError(f"{job.key}: {written} bytes, not {expected}: a fault of btx-merge, please report it.")
@@ -291,13 +296,13 @@ class Staging:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         journal.write_text(json.dumps({"plan": self.fingerprint}) + "\n", encoding="utf-8")
 
-    def _check_room(self) -> None:
+    def _check_room(self, again: str) -> None:
         present = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
         needed = self.layout.bytes_to_write - present
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             found, expected = f"{readable(free)} free", f"{readable(needed)} for the result"
-            remedy = "Make room, or write to another disk."
+            remedy = f"Make room. {again}" if again else "Make room, or write to another disk."
             raise InputError([Problem("output", str(self.output.parent), found, expected, remedy)])
 
 

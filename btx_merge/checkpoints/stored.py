@@ -73,7 +73,7 @@ class StoredTensor:
         return out
 
 
-_buffers = threading.local()
+_buffers = threading.local()  # workers read at the same time, so each has a buffer of its own
 _NOTHING = np.empty(0, np.uint8)
 _SAVE_AGAIN = "Save it as safetensors: load it in transformers and call save_pretrained."
 _FETCH_AGAIN = "Download or copy the file again."
@@ -108,7 +108,7 @@ class JoinedTensor(StoredTensor):
             return np.concatenate(rows, axis=1).reshape(-1)
         height = self.parts[0].shape[0]
         pieces = []
-        for number, part in enumerate(self.parts):
+        for number, part in enumerate(self.parts):  # part `number` holds rows [number * height, (number + 1) * height)
             first, last = max(start, number * height), min(stop, (number + 1) * height)
             if first < last:
                 pieces.append(part.read_rows(first - number * height, last - number * height).copy())
@@ -121,6 +121,7 @@ def join(parts: Sequence[StoredTensor], by_columns: bool = False) -> StoredTenso
     if len(parts) == 1:
         return first
     rows, columns = first.shape
+    # The whole has no place of its own in a file: -1 for its start, and `places` asks the parts.
     shape = (rows, columns * len(parts)) if by_columns else (rows * len(parts), columns)
     nbytes = first.nbytes * len(parts)
     return JoinedTensor(first.name, first.file, first.dtype, shape, -1, nbytes, tuple(parts), by_columns)

@@ -48,7 +48,7 @@ def read_torch(file: Path) -> dict[str, StoredTensor]:
             problems.append(file_problem(file, found, "names and tensors", _SAVE_AGAIN))
             continue
         storage = tensor.untyped_storage() if tensor.layout == torch.strided else None
-        offset = getattr(storage, "_checkpoint_offset", None)
+        offset = getattr(storage, "_checkpoint_offset", None)  # torch sets it where it loads no data
         if storage is None or offset is None or not tensor.is_contiguous():
             found = f"{name} does not lie in one piece (old format, or a transposed view)"
             problems.append(file_problem(file, found, "", _SAVE_AGAIN))
@@ -76,15 +76,15 @@ def _uncompressed_records(file: Path) -> dict[int, int]:
     if not zipfile.is_zipfile(file):
         return out
     try:
-        with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
+        with zipfile.ZipFile(file) as archive, file.open("rb") as handle:
             for member in archive.infolist():
                 if "/data/" not in member.filename and member.file_size > _MAX_HEADER:
                     found = f"{member.filename} announces {member.file_size:,} bytes"
                     raise InputError([file_problem(file, found, f"at most {_MAX_HEADER:,}", _SAVE_AGAIN)])
                 if member.filename.endswith("/byteorder") and archive.open(member).read(16) != b"little":
                     raise InputError([file_problem(file, "its numbers are big-endian", "little-endian", _SAVE_AGAIN)])
-                stream.seek(member.header_offset + 26)  # the lengths of the name and of the extra field behind it
-                name_length, extra_length = struct.unpack("<HH", stream.read(4))
+                handle.seek(member.header_offset + 26)  # the lengths of the name and of the extra field behind it
+                name_length, extra_length = struct.unpack("<HH", handle.read(4))
                 if member.compress_type == zipfile.ZIP_STORED:
                     out[member.header_offset + 30 + name_length + extra_length] = member.file_size
     except InputError:

@@ -23,6 +23,9 @@ from btx_merge.cli.printing import error as print_error
 from btx_merge.cli.push import push_command
 from btx_merge.cli.train import train_command
 from btx_merge.errors import BTXError, InputError, MergeInterrupted
+from btx_merge.reporting import printable
+
+_USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # click's; newer releases of typer have click inside them
 
 app = typer.Typer(
     name="btx",
@@ -109,4 +112,13 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # one that is ASCII alone shows `\xe9` for what it cannot hold
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    app()
+    try:
+        code = app(standalone_mode=False)
+    except _USAGE_ERROR as error:
+        error.message = printable(error.message)
+        error.show()
+        code = error.exit_code
+    except OSError as error:  # of --help and --version; a full disk behind stdout
+        print_error(f"{error.filename or 'stdout'}: {error.strerror}")
+        code = 1
+    sys.exit(code or 0)

@@ -114,7 +114,7 @@ class SharedWeights:
         is_new = np.ones(stop - start, bool)
         for part in within(self._kept_rows(tensor.name), start, stop):
             here = slice(part.out - start, part.out - start + part.count)
-            rows[here] = stored.read_rows(part.source, part.source + part.count).reshape(part.count, -1)
+            rows[here] = stored.read_rows(part.row, part.row + part.count).reshape(part.count, -1)
             is_new[here] = False
         if merges:
             out = merges.move(tensor, out, start, stop)
@@ -144,7 +144,7 @@ def _rows_at(
     values, has = np.zeros((stop - start, *tensor.shape[1:]), np.float32), np.zeros(stop - start, bool)
     for part in within(segments, start, stop):
         here = slice(part.out - start, part.out - start + part.count)
-        values[here], has[here] = rule(part.source, part.source + part.count), True
+        values[here], has[here] = rule(part.row, part.row + part.count), True
     return values, has
 
 

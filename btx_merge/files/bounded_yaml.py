@@ -11,6 +11,7 @@ from yaml.constructor import ConstructorError
 from btx_merge.errors import InputError, Problem
 from btx_merge.reporting import printable
 
+# A recipe of hundreds of experts has some thousand values at a depth of 5.
 _MOST_CHARACTERS = 2_000_000
 _MOST_NODES = 50_000
 _MOST_DEPTH = 50
@@ -94,8 +95,8 @@ def read_yaml(file: Path, source: str, expected: str) -> dict[str, Any]:
         InputError: the file is missing, is no YAML or no mapping, or is larger than any that is meant.
     """
     try:
-        with file.open(encoding="utf-8") as stream:
-            text = stream.read(_MOST_CHARACTERS + 1)
+        with file.open(encoding="utf-8") as handle:
+            text = handle.read(_MOST_CHARACTERS + 1)
         if len(text) > _MOST_CHARACTERS:
             found = f"more than {_MOST_CHARACTERS:,} characters"
             raise InputError([Problem(source, str(file), found, expected, "Is this the right file?")])

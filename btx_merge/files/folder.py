@@ -19,6 +19,7 @@ from btx_merge.files.bounded_json import parse_json
 from btx_merge.files.disk_errors import naming
 from btx_merge.files.placing import MARKS
 
+# The largest in use: a tokenizer.json of 17 MB (Llama 3), an index of a few MB, configs of some KB.
 _MB = 1_000_000
 _LIMITS = {
     "tokenizer.json": 64 * _MB,

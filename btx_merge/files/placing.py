@@ -30,7 +30,7 @@ MARKS = frozenset((JOURNAL, LOCK))
 """Files that make a folder known as ours. They leave it right after it got its name, and are no part of a model."""
 _PARTIAL, _OLD = ".btx-partial", ".btx-old"
 _PROBES = ("btx_probe", "btx_probe_renamed")
-_UNSYNCED = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+_UNSYNCED = (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # bytes are lost; other refusals mean that it cannot sync at all
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
 
 Note = Callable[[str], None]
@@ -257,7 +257,7 @@ def _replace(folder: Path, target: Path, note: Note) -> Path:
     try:
         folder.rename(target)
     except OSError:
-        old.rename(target)
+        old.rename(target)  # the target is there again, as it was
         raise
     return old
 

@@ -18,12 +18,14 @@ _LOCK = "in-use.lock"
 def scratch_folder(parent: Path | None) -> Iterator[Path]:
     """Make an empty folder in `parent`, or where temporary files lie, and remove it in the end.
 
-    While it is in use its lock is held, so that a later run knows the folders of runs that were killed.
+    While it is in use its lock is held, so that a later run knows the folders of runs that were killed. What cannot be
+    removed is left to that run, too: the result is complete, and no error should say otherwise.
     """
     parent = parent or Path(tempfile.gettempdir())
     parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(parent)
-    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name, FileLock(Path(name) / _LOCK):
+    place = tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True)
+    with place as name, FileLock(Path(name) / _LOCK):
         folder = Path(name) / "files"
         folder.mkdir()
         yield folder

@@ -20,7 +20,7 @@ from btx_merge.checkpoints.dtypes import TORCH_NAMES, Raw
 from btx_merge.checkpoints.layout import BLOCK_BYTES, Block, Job, portions
 from btx_merge.checkpoints.staging import Staging
 from btx_merge.checkpoints.tensor_files import stored_tensors
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, NonFiniteError, Problem
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.folder import copy_file, small_files
 from btx_merge.files.placing import Note
@@ -45,6 +45,28 @@ def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
             problems.append(Problem("model", str(folder), found, f"a float tensor {list(tensor.shape)}"))
     if problems:
         raise InputError(problems)
+
+
+def check_finite(folder: Path, trained: Mapping[str, torch.Tensor], work: Path) -> None:
+    """Refuse trained values that the checkpoint cannot hold.
+
+    Args:
+        folder: the model's, in whose dtypes the values are written; what has no place there keeps its own.
+        work: where the run's checkpoints are kept.
+
+    Raises:
+        NonFiniteError: a value that is NaN, Inf or outside of the dtype's range.
+    """
+    stored = stored_tensors(folder)
+    for name, tensor in trained.items():
+        dtype = getattr(torch, TORCH_NAMES[stored[name].dtype]) if name in stored else tensor.dtype
+        for start, stop in portions(0, len(tensor), tensor[:1].nbytes, BLOCK_BYTES):
+            if not tensor[start:stop].to(dtype).isfinite().all():
+                raise NonFiniteError(
+                    f"{name}: training ended with values that are not finite in {dtype}. Nothing was written. The "
+                    f"checkpoints are kept in {work}: look where the loss left, remove that folder, and train again, "
+                    f"with a smaller --learning-rate for instance."
+                )
 
 
 def result_staging(

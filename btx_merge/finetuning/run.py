@@ -60,6 +60,7 @@ def train(
 
     Raises:
         InputError: a reason not to train, or a text that cannot be read; checkpoints of the run are kept.
+        NonFiniteError: training ended with values that are not finite; checkpoints are kept.
         MergeError: the disk refused; checkpoints are kept.
         MergeInterrupted: Ctrl-C or SIGTERM. Between the first step and the last, the step in work was finished and
             saved; the error's text names what is kept.

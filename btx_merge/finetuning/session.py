@@ -26,9 +26,9 @@ from btx_merge.finetuning.metrics import Meter
 from btx_merge.finetuning.picture import draw
 from btx_merge.finetuning.ranks import check_launch, check_ranks
 from btx_merge.finetuning.recipe import LORA_TARGETS, Show, TrainRecipe
-from btx_merge.finetuning.result import check_stored, copy_files, result_staging, write_records
+from btx_merge.finetuning.result import check_finite, check_stored, copy_files, result_staging, write_records
 from btx_merge.finetuning.trainer import BTXTrainer, trained_tensors, whole
-from btx_merge.finetuning.work_folder import last_checkpoint, tools
+from btx_merge.finetuning.work_folder import last_checkpoint, tools, what_is_kept
 from btx_merge.model.adapter_card import write_adapter_card
 from btx_merge.model.files import PICTURE
 from btx_merge.modeling import BTXForCausalLM
@@ -125,7 +125,9 @@ class Run:
         """Write the result and give it its name. All ranks gather; one writes.
 
         Raises:
-            InputError: the model has changed since `read`, or something has come into the target's place.
+            InputError: the model has changed since `read`, something has come into the target's place, or the disk has
+                too little room.
+            NonFiniteError: what was trained is not finite.
             MergeError: the folder cannot get the target's name.
             OSError: the disk refused.
         """
@@ -133,9 +135,10 @@ class Run:
         trained = {name: whole(tensor) for name, tensor in trained_tensors(self.model).items()}
         if not self.is_main:
             return entry
+        check_finite(self.located.folder, trained, self.work)
         is_adapter = self.recipe.train == "lora"
         with result_staging(self.located, target, trained, read, self.warn, is_adapter) as staging:
-            staging.write()
+            staging.write(again=what_is_kept(self.work))
             files = staging.scratch()
             if is_adapter:
                 self.model.save_pretrained(files, save_embedding_layers=False)  # no target; peft would ask the Hub

@@ -20,7 +20,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
-from btx_merge.errors import MergeError
+from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.finetuning.metrics import LOAD_PER_LAYER, Meter, perplexity
 from btx_merge.finetuning.work_folder import COMPLETE, what_is_kept
 
@@ -28,6 +28,7 @@ TRAINED = "trained.safetensors"
 SELECTION_BIAS = "e_score_correction_bias"
 Row = dict[str, Any]
 _RUNNING = ("_tr_loss", "_globalstep_last_logged")
+"""Attributes of the Trainer that make up the mean loss of the next log line; its own checkpoints leave them out."""
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -206,7 +207,10 @@ class BTXTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / TRAINED)
         own = trained_tensors(self.model)
-        assert set(saved) == set(own), "the recipe of a run and that of its checkpoints are compared before"
+        if set(saved) != set(own):  # the recipes were compared, so the file itself is another one
+            found, expected = f"{len(saved):,} tensors", f"the {len(own):,} that this run trains"
+            remedy = "Remove that checkpoint: --resume then continues from the one before."
+            raise InputError([Problem("resume", f"{resume_from_checkpoint}/{TRAINED}", found, expected, remedy)])
         with torch.no_grad():
             for name, tensor in own.items():
                 value = saved[name]

@@ -59,6 +59,6 @@ class DenseSource:
         """
         out = others.clone()
         for segment in within(self.segments, start, start + len(others)):
-            rows = self.source.rows(name, segment.source, segment.source + segment.count)
+            rows = self.source.rows(name, segment.row, segment.row + segment.count)
             out[segment.out - start : segment.out - start + segment.count] = torch.from_numpy(rows).to(self.device)
         return out

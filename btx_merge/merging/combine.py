@@ -103,7 +103,7 @@ def _weighted_sum(
     for source, weight in shares:
         for segment in within(layout[source.name], start, stop):
             out = slice(segment.out - start, segment.out - start + segment.count)
-            rows = source.rows(name, segment.source, segment.source + segment.count, finite)
+            rows = source.rows(name, segment.row, segment.row + segment.count, finite)
             total[out] += rows if weight == 1 else np.float32(weight) * rows
             weights[out] += np.float32(weight)
     return total, weights

@@ -179,11 +179,10 @@ def _with_union_ids(plan: Plan, chat: Source, values: Mapping[str, Any]) -> dict
     out = dict(values)
     if chat is plan.seed or plan.vocabulary.ids is None:
         return out
-    moved = {
-        segment.source + offset: segment.out + offset
-        for segment in plan.vocabulary.segments[chat.name]
-        for offset in range(segment.count)
-    }
+    moved = {}  # a row of the source to the row of the result
+    for segment in plan.vocabulary.segments[chat.name]:
+        for offset in range(segment.count):
+            moved[segment.row + offset] = segment.out + offset
     for key in _TOKEN_IDS:
         if isinstance(out.get(key), int):
             out[key] = moved.get(out[key], out[key])

@@ -189,7 +189,7 @@ class Mixture(Layout):
         width = self.seed.config["intermediate_size"]
         row_bytes = tensor.row_bytes // tensor.shape[1]
         for run in self._gate_up_runs:
-            which, row = divmod(run.source, width + 1)
+            which, row = divmod(run.row, width + 1)
             two, source = divmod(which, len(self.experts))
             name = (GATE, UP)[two].format(layer=layer)
             for start, stop in portions(row, row + run.count, row_bytes, JOB_BYTES):

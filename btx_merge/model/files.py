@@ -12,10 +12,16 @@ MODEL_CODE = ("configuration_btx.py", "experts_btx.py", "modeling_btx.py", "rout
 
 
 def model_code_folder() -> Path:
-    """Return the folder of the code that travels with a checkpoint, found without importing it (and torch)."""
+    """Return the folder of the code that travels with a checkpoint, found without importing it (and torch).
+
+    Raises:
+        ImportError: the package is installed without it.
+    """
     spec = importlib.util.find_spec("btx_merge.modeling")
-    assert spec is not None
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            "btx_merge.modeling is missing, and with it the code of every model: install btx-merge again."
+        )
     return Path(spec.origin).parent
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.publishing.checks import Publishable
 from btx_merge.publishing.errors import is_passing
 from btx_merge.publishing.kinds import ADAPTER_CONFIG, Kind, kind_of
@@ -63,6 +63,7 @@ class Target:
                     free_memory=False,
                 )
         for pause in (*_PAUSES, None):
+            # an answer can be lost on its way though the commit was made, so each try looks at the repository again
             if not changes.added and not changes.deleted:  # nothing to do; or it is done, and the answer was lost
                 return first, str(head.sha), None
             try:
@@ -79,7 +80,9 @@ class Target:
                     raise
                 time.sleep(pause)
                 found, _ = self._find()
-                assert found is not None
+                if found is None:
+                    text = f"{self.repo_id} has disappeared during the push. The same command creates it again."
+                    raise MergeError(text) from error
                 head = found
                 changes = _changes_of(operations, head, checked.kind)
             else:

@@ -54,6 +54,19 @@ def read_differently(
     return None
 
 
+def needs_ignored_merges(rules: Mapping[str, Any], vocabulary: Mapping[str, int], merges: Sequence[Pair]) -> bool:
+    """Return whether a token is read whole where `ignore_merges` is true only: no merges of its own lead to it."""
+    try:
+        models = ({**rules["model"], "ignore_merges": value} for value in (False, True))
+        one, other = (_build({**rules, "model": model}, vocabulary, merges) for model in models)
+    except Exception:  # `tokenizers` raises nothing more exact
+        return True
+    decode = one.decoder.decode if one.decoder else "".join
+    texts = [decode([token]) for token in vocabulary]
+    pairs = zip(one.encode_batch(texts), other.encode_batch(texts), strict=True)
+    return any(before.ids != after.ids for before, after in pairs)
+
+
 def meetings(merges: Sequence[Pair], others: Sequence[Pair]) -> Iterator[tuple[str, str, str]]:
     """Find three tokens of which the first two and the last two can be merged, by one order this, by the other that.
 

@@ -17,7 +17,9 @@ import numpy as np
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.bounded_json import parse_json
 from btx_merge.files.folder import read_bytes
+from btx_merge.reporting import short
 from btx_merge.sources.byte_pairs import Pair, read_differently
+from btx_merge.sources.reading_rules import differing_rules
 from btx_merge.sources.segments import Segment, runs
 from btx_merge.sources.source import Source
 from btx_merge.sources.tokenizer_files import NO_SENTENCEPIECE, VOCABULARY_FILES, load_tokenizer, vocabulary_file
@@ -154,6 +156,12 @@ def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer, seed_
         else:
             remedy += " If the model was trained with the seed's tokenizer, copy the seed's tokenizer.json there."
         problems.append(Problem(source.name, where, difference, "the seed's", remedy))
+    else:
+        name = seed.folder.name if seed_is_nameless else "the seed"
+        for key, own, expected in differing_rules(tokenizer.rules, seed.rules, seed.base, seed.merges):
+            found = f"{key} is {short(own)}, so it reads texts otherwise than {name}"
+            remedy = "If the model was trained with the seed's tokenizer, copy the seed's tokenizer.json there."
+            problems.append(Problem(source.name, where, found, short(expected), remedy))
     return problems
 
 

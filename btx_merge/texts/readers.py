@@ -77,10 +77,10 @@ def read_hub(source: str, reference: str) -> Iterator[Record]:
     path, _, revision = reference.partition("@")
     organisation, name, *config = path.split("/")
     try:
-        stream: Iterable[Any] = datasets.load_dataset(
+        records: Iterable[Any] = datasets.load_dataset(
             f"{organisation}/{name}", *config, split="train", streaming=True, revision=revision or None
         )
-        for number, values in enumerate(stream, 1):
+        for number, values in enumerate(records, 1):
             yield Record(source, f"{reference}, record {number}", values)
     except InputError:
         raise
@@ -96,8 +96,8 @@ def _refuse_wide(source: str, file: Path) -> None:
     Raises:
         InputError: the file is in one of them.
     """
-    with file.open("rb") as stream:
-        head = stream.read(4)
+    with file.open("rb") as handle:
+        head = handle.read(4)
     if head.startswith(_WIDE) or b"\0" in head:
         remedy = "Convert the file: `iconv -f UTF-16 -t UTF-8 FILE > NEW_FILE`."
         raise InputError([Problem(source, str(file), "text in UTF-16 or UTF-32", "text in UTF-8", remedy)])
@@ -116,7 +116,7 @@ def _text(source: str, file: Path) -> Iterator[Record]:
 def _paragraphs(lines: IO[str]) -> Iterator[str]:
     part: list[str] = []
     chars = 0
-    while line := lines.readline(_PART):
+    while line := lines.readline(_PART):  # a line without an end comes in pieces, too
         part.append(line)
         chars += len(line)
         if chars >= _WHOLE or (chars >= _PART and not line.strip()):

@@ -133,10 +133,10 @@ def as_domain_texts(values: Any, key: str) -> tuple[DomainText, ...]:
         values = dict(zip(names, values, strict=True))
     if not isinstance(values, Mapping):
         raise InputError([Problem("recipe", key, short(values), "`name: reference`, or DomainTexts")])
-    plain = {
-        name: {"text": text.references, "weight": text.weight} if isinstance(text, DomainText) else text
-        for name, text in values.items()
-    }
+    plain = {}
+    for name, text in values.items():
+        is_ours = isinstance(text, DomainText)
+        plain[name] = {"text": text.references, "weight": text.weight} if is_ours else text
     return domain_texts_of("recipe", plain, [], key)
 
 
@@ -151,12 +151,8 @@ def as_prompts(values: Any) -> dict[str, tuple[str, ...]]:
     problems, prompts = [], {}
     for name, given in values.items():
         lines = (given,) if isinstance(given, str) else given
-        if (
-            is_text(name)
-            and isinstance(lines, (list, tuple))
-            and lines
-            and all(is_text(x) and x.strip() for x in lines)
-        ):
+        is_list = isinstance(lines, (list, tuple)) and len(lines) > 0
+        if is_text(name) and is_list and all(is_text(line) and line.strip() for line in lines):
             prompts[name] = tuple(lines)
         else:
             key = name if isinstance(name, str) else short(name)
@@ -180,12 +176,17 @@ def documents(text: DomainText, tokenizer: Any = None) -> Iterator[str]:
         problems = [] if files else reference_problems(text.name, reference)
         if problems:
             raise InputError(problems)
-        streams = (read_file(text.name, file) for file in files) if files else [read_hub(text.name, reference)]
-        for stream in streams:
-            for record in stream:
-                document = _document_of(record, tokenizer)
-                if document.strip():
-                    yield document
+        for record in _records_of(text.name, reference, files):
+            document = _document_of(record, tokenizer)
+            if document.strip():
+                yield document
+
+
+def _records_of(name: str, reference: str, files: Sequence[Path]) -> Iterator[Record]:
+    if not files:
+        yield from read_hub(name, reference)
+    for file in files:
+        yield from read_file(name, file)
 
 
 def files_of(reference: str) -> list[Path]:

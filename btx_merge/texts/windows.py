@@ -8,6 +8,7 @@ from typing import Any
 from btx_merge.errors import InputError, Problem
 
 _CHARS_AT_ONCE = 1_000_000
+"""Characters of a group that is encoded in one call: enough work for the tokenizer's threads, little memory."""
 
 
 def packed_windows(
@@ -30,7 +31,7 @@ def packed_windows(
     positions: list[int] = []
     is_first = True
     for tokens in _tokenized(documents, tokenizer):
-        begin = 0
+        begin = 0  # of what is left of the document; one that is longer than a window goes on in the next
         while begin < len(tokens):
             part = tokens[begin : begin + length - len(ids)]
             ids += part

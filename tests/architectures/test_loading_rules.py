@@ -70,13 +70,57 @@ def test_configs(values: dict[str, Any], refused: bool) -> None:
         ({"cache_implementation": "none"}, True),
         ({"cache_implementation": "static"}, False),
         ({"temperature": 0.5, "pad_token_id": -1}, False),
+        ({"pad_token_id": [1]}, True),
+        ({"compile_config": {}}, True),
+        ({"compile_config": None}, False),
+        ({"watermarking_config": {}}, False),
+        ({"watermarking_config": {"bias": 2.5, "seeding_scheme": "selfhash", "greenlist_ratio": 1}}, False),
+        ({"watermarking_config": {"seeding_scheme": "other"}}, True),
+        ({"watermarking_config": {"greenlist_ratio": 1.5}}, True),
+        ({"watermarking_config": {"context_width": 0}}, True),
+        ({"watermarking_config": {"keys": [1]}}, True),
+        ({"watermarking_config": True}, True),
+        ({"suppress_tokens": 1}, True),
+        ({"suppress_tokens": [[1]]}, True),
+        ({"suppress_tokens": [1, 2], "forced_eos_token_id": [2, 3]}, False),
+        ({"suppress_tokens": [], "forced_eos_token_id": []}, False),
+        ({"logits_processor": None}, True),
+        ({"streamer": 1}, True),
+        ({"to_dict": 1}, True),
+        ({"__class__": "x"}, True),
+        ({"a_key_of_somebody": {"a": 1}}, False),
     ],
 )
 def test_generation_configs(values: dict[str, Any], refused: bool, tmp_path: Path) -> None:
-    (tmp_path / "generation_config.json").write_text(json.dumps(values))
     assert bool(list(generation_refusals("seed", "generation_config.json", values))) == refused
-    with pytest.raises(ValueError) if refused else nullcontext():  # noqa: PT011  (the wording is transformers')
-        GenerationConfig.from_pretrained(tmp_path)
+    with pytest.raises(Exception) if refused else nullcontext():  # noqa: PT011  (of many kinds)
+        loaded(values, tmp_path)
+
+
+def loaded(values: dict[str, Any], folder: Path) -> GenerationConfig:
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    return GenerationConfig.from_pretrained(folder)
+
+
+_ODD = ("x", "1", "", -1, 0, 1, 0.5, 1.5, True, [], [1], ["a"], [[1]], {}, {"a": 1}, 1e400)
+_NEWER = [({"assistant_ensemble_weight": 1.5}), ({"suppress_tokens": [1, 2], "forced_bos_token_id": 2})]
+"""What only the newer releases of transformers look at."""
+
+
+@pytest.mark.parametrize("key", [*vars(GenerationConfig()), "method", "a_key_of_somebody"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_nothing_that_transformers_refuses_is_missed(key: str, tmp_path: Path) -> None:
+    for value in _ODD:
+        try:
+            loaded({key: value}, tmp_path)
+        except Exception:  # of many kinds
+            assert list(generation_refusals("seed", "generation_config.json", {key: value})), value
+
+
+@pytest.mark.parametrize("values", _NEWER)
+def test_what_newer_releases_refuse(values: dict[str, Any]) -> None:
+    (problem,) = generation_refusals("seed", "generation_config.json", values)
+    assert problem.where.endswith(list(values)[-1])
 
 
 def test_token_ids_that_are_none() -> None:

@@ -537,3 +537,50 @@ def test_the_size_of_jobs_and_blocks_does_not_matter(sources, uninterrupted, tmp
     monkeypatch.setattr("btx_merge.checkpoints.layout.BLOCK_BYTES", 7_000)
     merge(recipe_of(sources, **RECIPES[name]), tmp_path / "out", workers=3)
     assert files_of(tmp_path / "out") == expected
+
+
+# `python -O` takes out every `assert`. A job that nothing fills, or only in part, must fail all the same.
+UNFILLED = """
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from btx_merge import MergeError
+from btx_merge.checkpoints.copying import fill_copy
+from btx_merge.checkpoints.layout import Extent, Job, Layout, lay_out
+from btx_merge.checkpoints.staging import Staging
+from btx_merge.files.changes import ReadFiles
+
+assert False, "-O is not in effect"
+
+
+class OneJob(Layout):
+    @property
+    def jobs(self):
+        (tensor,) = self.tensors
+        return (Job(tensor, (Extent(tensor.start, tensor.nbytes),), 0, 4),)
+
+
+fills = {
+    "nothing": lambda job: iter(()),
+    "half": lambda job: iter([(0, np.zeros(job.nbytes // 2, np.uint8))]),
+    "of another kind": fill_copy,
+}
+layout = OneJob(*lay_out([("weight", "F32", (4, 4))], 10**9))
+with Staging(Path(sys.argv[1]), layout, fills[sys.argv[2]], ReadFiles([], {})) as staging:
+    try:
+        staging.write()
+    except (MergeError, TypeError) as error:
+        print("refused:", error, (staging.folder / "btx_journal.jsonl").read_text().count("weight@"))
+"""
+
+
+@pytest.mark.parametrize("fill", ["nothing", "half", "of another kind"])
+def test_a_job_that_is_not_filled_is_never_done(tmp_path, fill):
+    command = [sys.executable, "-O", "-c", UNFILLED, str(tmp_path / "out"), fill]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"refused: weight@\d+[: ].* 0\n", done.stdout), done.stdout
+    assert not (tmp_path / "out").exists()

@@ -544,3 +544,11 @@ def test_other_modes_need_no_torch_either(mode: str, family: Family, tmp_path: P
     arguments = ["merge", *sources(family), "-o", str(tmp_path / "out"), "-q", "--expert-mode", mode, "--fold-norms"]
     loaded = imported_by(f"from btx_merge.cli.app import app\napp({arguments!r}, standalone_mode=False)", tmp_path)
     assert not loaded & HEAVY
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["--version"]])
+def test_a_full_disk_behind_stdout(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([BTX, *arguments], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: stdout: No space left on device\n")

@@ -110,3 +110,21 @@ def test_a_stream_that_is_ascii_alone() -> None:
     done = btx("merge", "--print-recipe", "--seed", "org/n\u00f6", "--expert", "a=b", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, "")
     assert r"seed: org/n\xf6" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([f"--{HOSTILE}"], "No such option: --"),
+        ([HOSTILE], "No such command '"),
+        (["merge", f"--{HOSTILE}"], "No such option: --"),
+        (["info", "model", HOSTILE], "Got unexpected extra argument"),
+        (["merge", "--workers", HOSTILE], "Invalid value for '--workers': "),
+    ],
+)
+def test_a_wrong_command_line(arguments: list[str], said: str) -> None:
+    arguments = [argument.replace("\ud800", "") for argument in arguments]
+    done = btx(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"Error: {said}" in done.stderr
+    assert all(line.isprintable() and not line.startswith("error: a forged") for line in done.stderr.split("\n"))

@@ -353,6 +353,22 @@ def test_a_leftover_folder_whose_lock_is_a_link_is_left_alone(saved, tmp_path):
     assert (tmp_path / "precious").read_text() == "years of work"
 
 
+def test_a_scratch_folder_that_cannot_be_removed_is_no_error(tmp_path, monkeypatch):
+    """What was made in it is in its place by then; the next run removes the folder."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as broken, scratch_folder(tmp_path) as folder:
+        (folder / "made").write_text("a large file")
+        broken.setattr(os, "rmdir", refused)
+        broken.setattr(os, "unlink", refused)
+    assert list(tmp_path.iterdir())
+    with scratch_folder(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_mount_point_is_refused_before_anything_is_written(saved, tmp_path, monkeypatch):
     out = tmp_path / "disk"
     out.mkdir()

@@ -24,13 +24,15 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from btx_merge import InputError, MergeError, MergeRecipe, merge
+from btx_merge import InputError, MergeError, MergeRecipe, NonFiniteError, merge
 from btx_merge.errors import MergeInterrupted
 from btx_merge.files.placing import partial_of
 from btx_merge.finetuning import trainer
 from btx_merge.finetuning.metrics import Meter
 from btx_merge.finetuning.recipe import TrainRecipe
+from btx_merge.finetuning.result import check_finite
 from btx_merge.finetuning.run import TrainReport, train
+from btx_merge.finetuning.session import Run
 from btx_merge.finetuning.work_folder import SUFFIX, held
 from btx_merge.texts.references import DomainText
 from tests.support import warm
@@ -706,3 +708,56 @@ def test_what_the_command_refuses(merged, texts, tmp_path):
     assert (done.returncode, done.stderr.count("error: ")) == (2, 1)
     assert "command: --data: math; expected NAME=REFERENCE[:WEIGHT]" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+# Trained to the end, and not written
+
+
+def test_too_little_room_for_the_result(merged, texts, tmp_path, monkeypatch):
+    settings, out = recipe(merged, texts), tmp_path / "out"
+
+    def full(run: Any, resume: bool) -> None:
+        train_of_run(run, resume)
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+
+    train_of_run, usage = Run.train, shutil.disk_usage(tmp_path)._replace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "train", full)
+        (line,) = problems_of(train, settings, out)
+    assert re.search(
+        r"1\.00 KB free; .*Make room\. Step 6 is kept in .*the same command with --resume continues", line
+    )
+    assert not out.exists()
+    monkeypatch.undo()
+    train(settings, out, resume=True)
+    assert_complete(out)
+
+
+@pytest.mark.parametrize("train_mode", ["routers", "lora"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_values_that_are_not_finite_are_not_written(merged, texts, tmp_path, monkeypatch, train_mode, value):
+    def diverged(run: Any, resume: bool) -> None:
+        train_of_run(run, resume)
+        parameter = next(tensor for tensor in run.model.parameters() if tensor.requires_grad)
+        with torch.no_grad():
+            parameter[-1, -1] = value
+
+    train_of_run = Run.train
+    monkeypatch.setattr(Run, "train", diverged)
+    out = tmp_path / "out"
+    with pytest.raises(NonFiniteError) as caught:
+        train(recipe(merged, texts, train=train_mode), out)
+    name = r"model\.layers\.0\.mlp\.gate\.weight" if train_mode == "routers" else r"base_model\..*\.lora_A\..*weight"
+    assert re.match(rf"{name}: training ended with values that are not finite in torch\.float32\. ", str(caught.value))
+    kept = tmp_path / f"out{SUFFIX}"
+    assert f"kept in {kept}: " in str(caught.value)
+    assert (kept / "checkpoint-6" / "complete").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+
+
+def test_values_beyond_the_dtype_of_the_file(tmp_path):
+    name = "model.layers.0.mlp.gate.weight"
+    save_file({name: torch.zeros(4, 2, dtype=torch.float16)}, tmp_path / "model.safetensors")
+    check_finite(tmp_path, {name: torch.full((4, 2), 6e4)}, tmp_path)
+    with pytest.raises(NonFiniteError, match=r"gate\.weight: training ended .* not finite in torch\.float16\. "):
+        check_finite(tmp_path, {name: torch.tensor([[0.0, 1.0]] * 3 + [[0.0, 7e4]])}, tmp_path)

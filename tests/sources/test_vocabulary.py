@@ -466,6 +466,67 @@ def test_merges_in_both_spellings_are_the_same(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("abcd cd")["input_ids"] == [6, 5]
 
 
+SPACE = "\u2581"
+PREPENDED = {"type": "Prepend", "prepend": SPACE}
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+LEGACY = {"normalizer": {"type": "Sequence", "normalizers": [PREPENDED, SPACES]}, "pre_tokenizer": None}
+META = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+DIGITS = {"type": "Digits", "individual_digits": True}
+
+
+@pytest.mark.parametrize(
+    ("seed_rules", "own_rules", "key"),
+    [
+        ({}, {"normalizer": {"type": "Lowercase"}}, "normalizer"),
+        ({}, {"normalizer": {"type": "NFC"}}, "normalizer"),
+        ({}, {"pre_tokenizer": None}, "pre_tokenizer"),
+        ({}, {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}}, "pre_tokenizer"),
+        ({"pre_tokenizer": DIGITS}, {"pre_tokenizer": {**DIGITS, "individual_digits": False}}, "pre_tokenizer"),
+        ({"pre_tokenizer": BYTES}, {"pre_tokenizer": {**BYTES, "add_prefix_space": True}}, "pre_tokenizer"),
+        ({"pre_tokenizer": BYTES}, {"pre_tokenizer": {**BYTES, "use_regex": False}}, "pre_tokenizer"),
+        ({"pre_tokenizer": BYTES}, {"pre_tokenizer": {**BYTES, "trim_offsets": False}}, ""),
+        ({"pre_tokenizer": BYTES}, {"pre_tokenizer": {k: v for k, v in BYTES.items() if k != "use_regex"}}, ""),
+        (LEGACY, {"pre_tokenizer": META}, ""),
+        (LEGACY, {"pre_tokenizer": {**META, "prepend_scheme": "always"}}, ""),
+        (LEGACY, {"pre_tokenizer": {**META, "prepend_scheme": "never"}}, "pre_tokenizer"),
+        (LEGACY, {"pre_tokenizer": {**META, "split": True}}, "pre_tokenizer"),
+        ({"normalizer": SPACES, "pre_tokenizer": None}, {"pre_tokenizer": {**META, "prepend_scheme": "never"}}, ""),
+        (LEGACY, {"normalizer": SPACES, "pre_tokenizer": None}, "pre_tokenizer"),
+        ({}, {"model": {"byte_fallback": True}}, "model.byte_fallback"),
+        ({}, {"model": {"end_of_word_suffix": "</w>"}}, "model.end_of_word_suffix"),
+        ({}, {"model": {"end_of_word_suffix": "", "byte_fallback": False}}, ""),
+        ({}, {"normalizer": {"type": "a kind of the future"}}, "normalizer"),
+    ],
+)
+def test_rules_that_read_texts_differently(
+    seed_rules: dict[str, Any], own_rules: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    """The tokens and the merges are the same, and the ids of a text are not."""
+    seed = bpe(save_seed(tmp_path / "seed", tokenizer=False), OLD_MERGES)
+    edit_tokenizer(seed, lambda data: data.update(seed_rules))
+    expert = grow(seed, tmp_path / "odd")
+    model = own_rules.get("model", {})
+    bpe(expert, OLD_MERGES, **model)
+    edit_tokenizer(expert, lambda data: data.update({k: v for k, v in own_rules.items() if k != "model"}))
+    if not key:
+        assert check(MergeRecipe(str(seed), {"odd": str(expert)})).plan.vocabulary.is_shared
+        return
+    (line,) = refusal(seed, odd=expert)
+    assert line.startswith(f"odd: odd/tokenizer.json: {key} is ")
+    assert "so it reads texts otherwise than the seed; expected " in line
+    assert line.endswith("copy the seed's tokenizer.json there.")
+
+
+def test_ignored_merges_where_no_merges_lead_to_a_token(tmp_path: Path) -> None:
+    """With `ignore_merges` a word that is a token is that token; without, it is what the merges make of it."""
+    seed = bpe(save_seed(tmp_path / "seed", tokenizer=False), OLD_MERGES[:2])
+    expert = grow(seed, tmp_path / "odd")
+    bpe(expert, OLD_MERGES[:2], ignore_merges=True)
+    (line,) = refusal(seed, odd=expert)
+    assert "odd/tokenizer.json: model.ignore_merges is True, so it reads texts otherwise than the seed; " in line
+
+
 def test_merges_in_an_order_that_no_text_shows(tmp_path: Path) -> None:
     """The last merge needs the two before it, whatever its rank."""
     seed = bpe(save_seed(tmp_path / "seed", tokenizer=False), OLD_MERGES)
