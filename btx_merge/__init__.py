@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from btx_merge.merging.recipe import MergeRecipe
     from btx_merge.merging.run import Check, Report, check, merge
     from btx_merge.model.info import ModelInfo, info
+    from btx_merge.options import Options
     from btx_merge.publishing.run import PushReport, push
+    from btx_merge.reporting import Reporter
     from btx_merge.sources.source import ExpertSpec
     from btx_merge.texts.references import DomainText
 
@@ -44,9 +46,11 @@ __all__ = [
     "MergeRecipe",
     "ModelInfo",
     "NonFiniteError",
+    "Options",
     "Problem",
     "PushReport",
     "Report",
+    "Reporter",
     "TrainRecipe",
     "TrainReport",
     "check",
@@ -76,9 +80,11 @@ _MODULES = {
     "MergeRecipe": "btx_merge.merging.recipe",
     "ModelInfo": "btx_merge.model.info",
     "NonFiniteError": "btx_merge.errors",
+    "Options": "btx_merge.options",
     "Problem": "btx_merge.errors",
     "PushReport": "btx_merge.publishing.run",
     "Report": "btx_merge.merging.run",
+    "Reporter": "btx_merge.reporting",
     "TrainRecipe": "btx_merge.finetuning.recipe",
     "TrainReport": "btx_merge.finetuning.run",
     "check": "btx_merge.merging.run",

@@ -1,4 +1,7 @@
-"""Text from outside, made fit to be shown: on one line, without control characters, of a bounded length; and sizes."""
+"""What a verb tells while it works; text from outside, made fit to be shown; and sizes.
+
+Such text is shown on one line, without control characters, of a bounded length.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,31 @@ from typing import Any
 
 _MOST_CHARACTERS = 4000  # some fifty lines of a terminal; the longest path that Linux takes has 4096
 _MOST_BITS = 1000  # Python refuses to write out integers of more than 4300 digits
+
+
+class Reporter:
+    """Is told by every verb how its work goes, and keeps it to itself. A subclass overrides what it wants to hear."""
+
+    def note(self, line: str) -> None:
+        """Take a line about what else a person would want to know, such as an earlier, unfinished run."""
+
+    def warn(self, line: str) -> None:
+        """Take a line about what deserves a look. What was known before the work is in the report too."""
+
+    def started(self, nbytes: int) -> None:
+        """Take what the calls of `bytes_done` will add up to, once before the first of them."""
+
+    def bytes_done(self, nbytes: int) -> None:
+        """Take a number of bytes that became final. Called from several threads."""
+
+    def layer_done(self, done: int, of: int) -> None:
+        """Take how many layers of how many are fitted; the first call has none."""
+
+    def step_done(self, done: int, of: int) -> None:
+        """Take how many steps of how many a finetuning has done; the first call comes before a step."""
+
+    def line(self, text: str) -> None:
+        """Take a line by which a person follows a finetuning: losses, perplexities, loads."""
 
 
 def printable(text: str, most: int = _MOST_CHARACTERS) -> str:

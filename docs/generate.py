@@ -18,7 +18,7 @@ import typer
 import btx_merge
 import btx_merge.lora
 import btx_merge.training
-from btx_merge import DomainText, EditRecipe, ExpertSpec, FitRecipe, MergeRecipe, TrainRecipe
+from btx_merge import DomainText, EditRecipe, ExpertSpec, FitRecipe, MergeRecipe, Options, Reporter, TrainRecipe
 from btx_merge.cli.app import app
 from btx_merge.finetuning.arguments import known_names
 from btx_merge.merging.template import field_descriptions
@@ -106,7 +106,7 @@ def api_page() -> str:
         "[Options](options.md) has the values of the recipes.",
         REPEAT,
     ]
-    for title, members in (("Verbs", functions), ("Recipes and reports", classes), ("Errors", errors)):
+    for title, members in (("Verbs", functions), ("Recipes, options and reports", classes), ("Errors", errors)):
         parts += [f"## {title}", *(part for member in members for part in _described(member))]
     for module, members in (
         (btx_merge.lora, [btx_merge.lora.lora_config]),
@@ -212,7 +212,9 @@ def _call(function: Callable[..., Any], name: str = "") -> str:
             keyword_only = True
         stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
         text = f"{stars}{parameter.name}: {parameter.annotation}"
-        parts.append(text if parameter.default is parameter.empty else f"{text} = {parameter.default!r}")
+        default = parameter.default
+        shown = f"{type(default).__name__}()" if isinstance(default, (Options, Reporter)) else repr(default)
+        parts.append(text if default is parameter.empty else f"{text} = {shown}")
     end = ")" if name else f") -> {signature.return_annotation}"
     line = f"{name or function.__name__}({', '.join(parts)}{end}"
     if len(line) <= 100:

@@ -25,7 +25,7 @@ from demo_common import ROOT
 from demo_texts import DOMAINS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from btx_merge import ExpertSpec, MergeRecipe, merge
+from btx_merge import ExpertSpec, MergeRecipe, Options, merge
 
 PROMPTS = {
     "code": ["def main(argv=None):", "    return self._value", "import os", "for index, item in enumerate(items):"],
@@ -136,7 +136,7 @@ def measure_merges(options: argparse.Namespace, folder: Path, bits: Callable[[An
                 continue
             experts = {domain: ExpertSpec(str(options.demo / domain)) for domain in DOMAINS}
             began = time.perf_counter()
-            merge(MergeRecipe(str(options.demo / "seed"), experts, **values), folder / "btx", overwrite=True)
+            merge(MergeRecipe(str(options.demo / "seed"), experts, **values), folder / "btx", Options(overwrite=True))
             seconds = time.perf_counter() - began
             for per_token in options.experts_per_token:
                 model = AutoModelForCausalLM.from_pretrained(

@@ -4,7 +4,15 @@ make demo                     # makes demo/fitted; or name your own merged model
 python examples/finetune.py
 """
 
-from btx_merge import DomainText, TrainRecipe, train
+from btx_merge import DomainText, Options, Reporter, TrainRecipe, train
+
+
+class Console(Reporter):
+    """Prints the lines by which a person follows a finetuning."""
+
+    def line(self, text: str) -> None:
+        print(text)
+
 
 recipe = TrainRecipe(
     model="demo/fitted",
@@ -17,5 +25,5 @@ recipe = TrainRecipe(
     max_length=128,
     arguments={"max_steps": 20, "learning_rate": 3e-4, "report_to": "none"},  # of transformers.TrainingArguments
 )
-report = train(recipe, "demo/my-trained", overwrite=True, show=print)
+report = train(recipe, "demo/my-trained", Options(overwrite=True), Console())
 print(f"{report.entry['steps']} steps on {report.entry['tokens']:,} tokens; the model is in {report.output}")

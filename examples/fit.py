@@ -4,7 +4,7 @@ make demo                # makes demo/btx; or name your own merged model below
 python examples/fit.py
 """
 
-from btx_merge import DomainText, FitRecipe, fit
+from btx_merge import DomainText, FitRecipe, Options, fit
 
 recipe = FitRecipe(
     model="demo/btx",
@@ -15,7 +15,7 @@ recipe = FitRecipe(
     ),
     domain_tokens=20_000,  # of each domain, from the beginning of its text
 )
-report = fit(recipe, "demo/my-fitted", overwrite=True)
+report = fit(recipe, "demo/my-fitted", Options(overwrite=True))
 
 print(f"fitted in {report.seconds:.1f} s; held-out tokens that go to their own domain's expert first:")
 for layer in report.layers:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from btx_merge import MergeRecipe, merge
+from btx_merge import MergeRecipe, Options, merge
 
 recipe = MergeRecipe.from_dict(
     {
@@ -20,7 +20,7 @@ recipe = MergeRecipe.from_dict(
         "domain_tokens": 20_000,
     }
 )
-report = merge(recipe, "demo/my-btx", overwrite=True)
+report = merge(recipe, "demo/my-btx", Options(overwrite=True))
 print(f"merged in {report.seconds:.1f} s with {report.peak_memory / 1e6:.0f} MB of memory")
 
 model: Any = AutoModelForCausalLM.from_pretrained("demo/my-btx", dtype="auto")

@@ -133,18 +133,17 @@ class BTXConfig(LlamaConfig):
 
     def _complaint(self, key: str, value: Any) -> str | None:
         """Return what was expected of a field; None where the value is good. Unset fields are not compared with."""
-        fields = {**self.__dict__, key: value}
+        fields = {**self.__dict__, key: value}  # while `__init__` runs, only those that are set already
         experts, names = fields.get("num_local_experts"), fields.get("expert_names")
         per_token = fields.get("num_experts_per_tok", 1)
         if key in _SIMPLE and not _SIMPLE[key][1](value):
             return _SIMPLE[key][0]
         ranked = fields.get("router_type") in (None, "top_k", "switch")
-        if key in ("router_type", "router_selection_bias") and fields.get("router_selection_bias") and not ranked:
-            return (
-                "top_k or switch where router_selection_bias is on"
-                if key == "router_type"
-                else "False except with top_k or switch"
-            )
+        has_useless_bias = fields.get("router_selection_bias") and not ranked  # nothing is ranked by it
+        if key == "router_type" and has_useless_bias:
+            return "top_k or switch where router_selection_bias is on"
+        if key == "router_selection_bias" and has_useless_bias:
+            return "False except with top_k or switch"
         if key == "num_local_experts" and not (_is_int(value) and value >= per_token):
             return f"an integer of at least {per_token}"
         if key == "num_experts_per_tok" and not (_is_int(value) and 1 <= value <= (experts or value)):
@@ -179,10 +178,12 @@ def _are_experts(value: Any, experts: int | None, names: Sequence[str] | None) -
         return True
     if not isinstance(value, (list, tuple)) or not value or len(set(map(str, value))) < len(value):
         return False
-    return all(
-        item in (names or ()) if isinstance(item, str) else _is_int(item) and 0 <= item < (experts or 0)
-        for item in value
-    )
+    for item in value:
+        if isinstance(item, str) and item not in (names or ()):
+            return False
+        if not isinstance(item, str) and not (_is_int(item) and 0 <= item < (experts or 0)):
+            return False
+    return True
 
 
 def _choice(*values: str) -> tuple[str, Callable[[Any], bool]]:

@@ -137,7 +137,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if getattr(model, "is_quantized", False):
             plain = any(isinstance(module, BTXExperts) and module.is_plain for module in model.modules())
-            if plain:
+            if plain:  # whatever the method is called, it has passed over the experts
                 refuse_partial_quantization(model.quantization_method, ())
             if "experts_implementation" not in kwargs:
                 model.set_experts_implementation("eager")  # the others need operations that such tensors lack
@@ -193,7 +193,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(load)
         active = decoder.active_experts or self.config.expert_numbers(self.config.active_experts)
-        load = load[:, active]
+        load = load[:, active]  # experts that are switched off are neither behind nor ahead
         for routing, step in zip(routings, (load.mean(dim=-1, keepdim=True) - load).sign(), strict=True):
             bias = routing.e_score_correction_bias
             bias[active] += speed * step.to(bias.device)
@@ -221,6 +221,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
             targets: the labels that are predicted, -100 where none.
             num_items_in_batch: how many those are in all micro-batches together.
         """
+        # layers may lie on several devices
         stacked = torch.stack([layer.to(records.statistics[0].device) for layer in records.statistics])
         labelled = None if targets is None or num_items_in_batch is None else (targets != -100).sum()
         global_means, share = None, stacked.new_ones(())
@@ -310,7 +311,7 @@ class BTXModel(BTXPreTrainedModel, LlamaModel):
             **kwargs,
         )
         if router_records is not None:
-            router_records.is_open = False
+            router_records.is_open = False  # checkpointed layers run once more in the backward pass
             if self.training and router_records.tokens_per_expert:
                 counts = torch.stack([layer.to(self.device) for layer in router_records.tokens_per_expert])
                 before = self.tokens_per_expert

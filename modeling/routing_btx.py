@@ -76,16 +76,17 @@ class BTXRouting(nn.Module):
         experts = scores.shape[-1]
         per_token = {"soft": experts, "top_k": min(call.num_experts_per_tok, experts)}.get(self.router_type, 1)
 
+        # `mixture` [N, A] has the weight that each expert would have if all ran; `probabilities` ranks them
         mixture, probabilities = self._mixture(scores, per_token)
         chosen = self._choose(mixture if probabilities is None else probabilities, per_token, call)
         if self.router_type == "top_k" and not self.config.router_pre_softmax:
             weights = self._renormalised(mixture, scores, chosen)
-        elif self.router_type == "sample_top_1" and not self.training:
+        elif self.router_type == "sample_top_1" and not self.training:  # section 4.1: the likeliest alone
             weights = torch.ones_like(chosen, dtype=scores.dtype)
         else:
             weights = mixture.gather(-1, chosen)
 
-        records, first_chosen = call.records, chosen
+        records, first_chosen = call.records, chosen  # as chosen, before a dense gradient sends tokens to all
         overflow = self._overflow(chosen, experts, call)
         if self.config.router_grad == "dense" and self.training and torch.is_grad_enabled() and per_token < experts:
             weights, chosen = _straight_through(mixture, weights, chosen), _everything(mixture)
@@ -97,7 +98,7 @@ class BTXRouting(nn.Module):
                 records.statistics.append(statistics)
         if records is not None and records.is_open and self.has_bias:
             records.tokens_per_expert.append(self._tokens_per_expert(first_chosen, call))
-        if overflow is not None:
+        if overflow is not None:  # only the residual stream passes; the statistics have counted the choice before
             weights = weights.masked_fill(overflow, 0)
         return weights, router_logits, chosen if call.active is None else call.active[chosen]
 
@@ -116,6 +117,7 @@ class BTXRouting(nn.Module):
             return ((scores + noise) / self.temperature).softmax(dim=-1), None
         probabilities = scores.softmax(dim=-1)
         if self.router_type == "top_k" and self.config.router_pre_softmax:
+            # E C / K of arXiv 2410.07524: with alike experts and a router of zeros, the layer is the dense one
             return probabilities * (scores.shape[-1] * self.config.num_chunks / per_token), probabilities
         return probabilities, probabilities
 
@@ -125,7 +127,7 @@ class BTXRouting(nn.Module):
             return _everything(ranks)
         if self.has_bias:
             bias = self.e_score_correction_bias if call.active is None else self.e_score_correction_bias[call.active]
-            ranks = ranks.detach() + bias
+            ranks = ranks.detach() + bias  # the bias ranks only; weights stay those of the router
         return ranks.topk(per_token, dim=-1).indices
 
     def _renormalised(self, mixture: torch.Tensor, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -147,7 +149,7 @@ class BTXRouting(nn.Module):
         if self.router_type != "switch" or factor is None or not self.training:
             return None
         real = _counted(chosen, call)
-        exact = torch.float32 if chosen.device.type == "mps" else torch.float64
+        exact = torch.float32 if chosen.device.type == "mps" else torch.float64  # mps has no float64
         capacity = torch.ceil(factor * real.sum().to(exact) / experts)
         asked = F.one_hot(chosen[:, 0], experts) * real[:, None]
         place = asked.cumsum(dim=0).gather(-1, chosen)  # 1 for the first
@@ -205,6 +207,7 @@ def _straight_through(mixture: torch.Tensor, weights: torch.Tensor, chosen: torc
 
     The experts then run on all tokens, those with weight 0 for the router's gradient alone.
     """
+    # mixture - mixture.detach() is 0 in the forward pass and the mixture's gradient in the backward pass
     value = torch.zeros_like(mixture).scatter(-1, chosen, weights.detach())
     return value + (mixture - mixture.detach())
 
@@ -247,10 +250,11 @@ class GlobalBatch:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(total)
             ranks = torch.distributed.get_world_size()
-        factor = ranks * tokens / total[0]
+        factor = ranks * tokens / total[0]  # 1 where all ranks have as many tokens
         before, self._total = self._total, None
         if labelled is not None and num_items_in_batch is not None:
             factor = tokens / total[0] * total[1] / num_items_in_batch
+            # a sum that would be larger than the batch is of an earlier batch that was never completed
             if before is not None and before.shape == total.shape and before[1] + total[1] <= num_items_in_batch:
                 total = total + before
             if total[1] < num_items_in_batch:
@@ -273,6 +277,7 @@ def load_balancing_loss(statistics: torch.Tensor, global_means: torch.Tensor | N
     u, p = statistics[:, :experts], statistics[:, experts : 2 * experts]
     if global_means is None:
         return experts * (u * p).sum()
+    # the product rule: the value of the global batch, and the derivative by this part's u and p alone
     all_u, all_p = global_means[:, :experts], global_means[:, experts : 2 * experts]
     return experts * (all_u * all_p + all_p * (u - u.detach()) + all_u * (p - p.detach())).sum()
 

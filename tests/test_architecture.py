@@ -16,7 +16,7 @@ PACKAGE = ROOT / "btx_merge"
 FLOORS = [
     ("reporting",),
     ("errors",),
-    ("values",),
+    ("values", "options"),
     ("files",),
     ("architectures", "checkpoints", "texts", "lora", "training"),
     ("sources",),

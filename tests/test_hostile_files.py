@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from btx_merge import EditRecipe, MergeRecipe, edit, export, merge
+from btx_merge import EditRecipe, MergeRecipe, Options, edit, export, merge
 from btx_merge.checkpoints.tensor_files import read_tensor_file
 from btx_merge.errors import BTXError, InputError, MergeError
 from btx_merge.files.folder import checked, is_plain_name, read_json
@@ -33,7 +33,7 @@ from btx_merge.sources.opening import open_source
 from btx_merge.sources.source import ExpertSpec
 from btx_merge.sources.tensors import read_tensors
 from btx_merge.texts.readers import READERS, read_file
-from tests.support.common import files_of, grow, save_seed
+from tests.support.common import Told, files_of, grow, save_seed
 
 LIMIT_S = 10
 LIMIT_BYTES = 3_000_000_000
@@ -299,7 +299,7 @@ def run_generation(data: st.DataObject, room: Room) -> None:
     if data.draw(st.booleans()):
         content = mutated(data.draw, content)
     recipe = MergeRecipe(str(room.checkpoint), {"code": str(room.code)})
-    room.try_file(file, content, lambda: merge(recipe, room.out, workers=1))
+    room.try_file(file, content, lambda: merge(recipe, room.out, Options(workers=1)))
 
 
 def run_recipe(data: st.DataObject, room: Room) -> None:
@@ -310,7 +310,7 @@ def run_recipe(data: st.DataObject, room: Room) -> None:
     if data.draw(st.booleans()):
         content = mutated(data.draw, content)
     recipe = EditRecipe(str(room.merged), replace={"code": str(room.code)}, num_experts_per_tok=1)
-    room.try_file(file, content, lambda: edit(recipe, room.out, workers=1))
+    room.try_file(file, content, lambda: edit(recipe, room.out, Options(workers=1)))
 
 
 def run_export(data: st.DataObject, room: Room) -> None:
@@ -319,10 +319,10 @@ def run_export(data: st.DataObject, room: Room) -> None:
     values = json.loads(file.read_text())
     content = json.dumps(with_changes(data, values, [*sorted(values), "active_experts"])).encode()
     if data.draw(st.booleans()):
-        room.try_file(file, content, lambda: export(str(room.merged), room.out, workers=1))
+        room.try_file(file, content, lambda: export(str(room.merged), room.out, Options(workers=1)))
     else:
         recipe = EditRecipe(str(room.merged), rename={"code": "python"})
-        room.try_file(file, content, lambda: edit(recipe, room.out, workers=1))
+        room.try_file(file, content, lambda: edit(recipe, room.out, Options(workers=1)))
 
 
 def unfinished(room: Room, recipe: MergeRecipe) -> Path:
@@ -338,7 +338,7 @@ def unfinished(room: Room, recipe: MergeRecipe) -> Path:
                 raise OSError(28, "No space left on device")
 
         with pytest.raises(MergeError):
-            merge(recipe, room.out, workers=1, progress=fill_the_disk)
+            merge(recipe, room.out, Options(workers=1), reporter=Told(bytes_done=fill_the_disk))
         room.out.with_name("out.btx-partial").rename(folder)
         merge(recipe, room.root / "whole")
     return folder
@@ -364,7 +364,7 @@ def run_journal(data: st.DataObject, room: Room) -> None:
         (partial / name).write_bytes(content)
 
     def continued() -> None:
-        merge(recipe, room.out, workers=1)
+        merge(recipe, room.out, Options(workers=1))
         assert files_of(room.out) == files_of(room.root / "whole")
 
     room.try_file(room.root / "unused", b"", continued)

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from btx_merge import EditRecipe, FitRecipe, MergeRecipe, edit, export, extract, fit, merge
-from tests.support.common import files_of, grow, save_seed
+from btx_merge import EditRecipe, FitRecipe, MergeRecipe, Options, edit, export, extract, fit, merge
+from tests.support.common import Told, files_of, grow, save_seed
 
 KILLS = 40
 """For each verb."""
@@ -26,25 +26,25 @@ Note = Callable[[str], None]
 
 def run_merge(root: Path, out: Path, note: Note) -> None:
     recipe = MergeRecipe(str(root / "seed"), {name: str(root / name) for name in ("code", "math")})
-    merge(recipe, out, overwrite=True, on_note=note)
+    merge(recipe, out, Options(overwrite=True), reporter=Told(note=note))
 
 
 def run_edit(root: Path, out: Path, note: Note) -> None:
     recipe = EditRecipe(str(root / "btx"), add={"bio": str(root / "bio")}, drop=("code",))
-    edit(recipe, out, overwrite=True, on_note=note)
+    edit(recipe, out, Options(overwrite=True), reporter=Told(note=note))
 
 
 def run_export(root: Path, out: Path, note: Note) -> None:
-    export(str(root / "btx"), out, overwrite=True, on_note=note)
+    export(str(root / "btx"), out, Options(overwrite=True), reporter=Told(note=note))
 
 
 def run_extract(root: Path, out: Path, note: Note) -> None:
-    extract(str(root / "btx"), "math", out, overwrite=True, on_note=note)
+    extract(str(root / "btx"), "math", out, Options(overwrite=True), reporter=Told(note=note))
 
 
 def run_fit(root: Path, out: Path, note: Note) -> None:
     recipe = FitRecipe(str(root / "btx"), method="prompts", prompts={"code": ["w1 w2 w3"], "math": ["w4 w5"]})
-    fit(recipe, out, overwrite=True, on_note=note)
+    fit(recipe, out, Options(overwrite=True), reporter=Told(note=note))
 
 
 VERBS = {"merge": run_merge, "edit": run_edit, "export": run_export, "extract": run_extract, "fit": run_fit}

@@ -48,7 +48,7 @@ def experts_per_token(router_type: str, num_experts_per_tok: int, experts: int) 
 def active_parameters(shapes: Mapping[str, Sequence[int]], experts: int, per_token: int) -> int:
     """Return how many weights one token passes through, in a model of tensors with these names and shapes."""
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    of_experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    of_experts = sum(size for name, size in sizes.items() if ".experts." in name)  # of all of them together
     return sum(sizes.values()) - of_experts * (experts - per_token) // experts
 
 
@@ -56,6 +56,7 @@ def merged_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor that a BTX model of this config.json has; the head where it is untied."""
     dense = normalise_config(config)
     experts, width, hidden = config["num_local_experts"], config["intermediate_size"], config["hidden_size"]
+    # a Llama's tensors, with the feed-forward blocks replaced
     out = {name: shape for name, shape in expected_tensors(dense).items() if ".mlp." not in name}
     moe = {
         ROUTER: (experts, hidden),

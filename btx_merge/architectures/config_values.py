@@ -11,7 +11,7 @@ from btx_merge.architectures.llama import ACTIVATIONS, DEFAULTS
 from btx_merge.errors import InputError, Problem
 
 _SAVE_AGAIN = "Save it again with save_pretrained, or download it again."
-_MANY_CHARACTERS = 80
+_MANY_CHARACTERS = 80  # of a value that an error repeats
 
 
 def _is_size(value: Any) -> bool:

@@ -92,6 +92,7 @@ def normalise_config(config: Mapping[str, Any]) -> dict[str, Any]:
         out["num_key_value_heads"] = out["num_attention_heads"]
     if out["head_dim"] is None and out["num_attention_heads"]:
         out["head_dim"] = out["hidden_size"] // out["num_attention_heads"]
+    # transformers 4 wrote rope_theta and rope_scaling (with `type` before 4.43), transformers 5 writes rope_parameters
     rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     rope.setdefault("rope_type", rope.pop("type", "default"))
@@ -120,11 +121,11 @@ def expected_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     table = {**SHARED_TENSORS, **(ATTENTION_BIASES if config["attention_bias"] else {}), **EXPERT_TENSORS}
     if not config["tie_word_embeddings"]:
         table[HEAD] = "V H"
-    return {
-        name: tuple(dims[letter] for letter in letters.split())
-        for pattern, letters in table.items()
-        for name in per_layer(pattern, config["num_hidden_layers"])
-    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for pattern, letters in table.items():
+        shape = tuple(dims[letter] for letter in letters.split())
+        shapes |= dict.fromkeys(per_layer(pattern, config["num_hidden_layers"]), shape)
+    return shapes
 
 
 def is_computed(name: str) -> bool:

@@ -55,6 +55,7 @@ def config_refusals(name: str, config: Mapping[str, Any]) -> Iterator[Problem]:
         where = "config.json: hidden_size"
         yield Problem(name, where, str(hidden), f"a multiple of the {heads} attention heads", _REMEDY)
     head_dim = config["head_dim"]
+    # transformers turns a head in two halves, so an odd one fails, unless only a part of it is turned
     share = rope.get("partial_rotary_factor", 1.0)
     whole = type(share) in (int, float) and int(head_dim * share) == head_dim
     if head_dim > 4 and head_dim % 2 and whole:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,13 +18,12 @@ from btx_merge.checkpoints.layout import (
     Shard,
     lay_out,
     portions,
-    write_index,
 )
-from btx_merge.checkpoints.staging import Progress, Staging
+from btx_merge.checkpoints.staging import Staging
 from btx_merge.checkpoints.stored import StoredTensor
 from btx_merge.checkpoints.tensor_files import read_tensor_file
 from btx_merge.files.changes import ReadFiles, Stamp
-from btx_merge.files.disk_errors import continuable
+from btx_merge.reporting import Reporter
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,50 +89,19 @@ def fill_copy(job: Job) -> Iterator[Block]:
     return copied_rows(job)
 
 
-def write_copy(
-    layout: CopyLayout,
-    folder: Path,
-    stamps: Mapping[Path, Stamp],
-    output: Path,
-    write_files: Callable[[Path], None],
-    *,
-    overwrite: bool,
-    workers: int | None,
-    progress: Progress | None,
-    on_note: Callable[[str], None] | None,
-) -> int:
-    """Write the weights, let `write_files` add the rest (config.json last), and give the folder its name.
-
-    What was interrupted is continued by the same call.
-
-    Args:
-        folder: where the copied tensors lie.
-        stamps: of its files, before any of them was read.
-
-    Returns:
-        Bytes of an earlier, interrupted run that were kept.
-
-    Raises:
-        InputError: no room, a file of the model has changed meanwhile, or something that may not be replaced has come
-            into the output's place.
-        MergeError: the disk refused; `MergeInterrupted` for Ctrl-C.
-    """
-    with continuable(output), copy_staging(layout, folder, stamps, output, on_note) as staging:
-        staging.write(workers, progress)
-        write_index(layout, staging.folder)
-        write_files(staging.folder)
-        staging.finish(overwrite)
-    return staging.kept_bytes
-
-
 def copy_staging(
     layout: CopyLayout,
     folder: Path,
     stamps: Mapping[Path, Stamp],
     output: Path,
-    on_note: Callable[[str], None] | None,
+    reporter: Reporter,
 ) -> Staging:
-    """Return the folder in which a copy of a model's tensors is written."""
+    """Return the folder in which a copy of a model's tensors is written.
+
+    Args:
+        folder: where the copied tensors lie.
+        stamps: of its files, before any of them was read.
+    """
     tensors = [[name, tensor.file.name, tensor.places] for name, tensor in layout.sources.items()]
     read = ReadFiles.of_folder("model", stamps)
-    return Staging(output, layout, fill_copy, read, str(folder), tensors, on_note=on_note)
+    return Staging(output, layout, fill_copy, read, str(folder), tensors, reporter=reporter)

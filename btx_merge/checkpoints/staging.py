@@ -27,8 +27,8 @@ from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.files.bounded_json import parse_json
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.disk_errors import is_curable, naming, remedy_of
-from btx_merge.files.placing import JOURNAL, LOCK, Note, has_marks, lock, partial_of, put_in_place, repair, try_rename
-from btx_merge.reporting import readable
+from btx_merge.files.placing import JOURNAL, LOCK, has_marks, lock, partial_of, put_in_place, repair, try_rename
+from btx_merge.reporting import Reporter, readable
 
 _SCRATCH = "btx_files"
 _READ_BYTES = 1 << 20
@@ -38,8 +38,6 @@ _LAG = 8
 """Jobs that the disk gets time for before their bytes leave the cache, since bytes that are not on the disk yet cannot
 leave it. At 64 MB a job that is half a gigabyte, or half a second of a fast disk."""
 
-Progress = Callable[[int], None]
-"""Called, from several threads, with the number of bytes that became final."""
 Fill = Callable[[Job], Iterator[Block]]
 """The bytes of a job in order, each for one of its extents."""
 
@@ -57,12 +55,19 @@ class Staging:
         fill: Fill,
         read: ReadFiles,
         *what: Any,
-        on_note: Note | None = None,
+        reporter: Reporter,
     ):
-        """Prepare to write `layout` into a folder beside `output`."""
+        """Prepare to write `layout` into a folder beside `output`.
+
+        Args:
+            read: the files that the result is made from.
+            what: else the bytes depend on; plain values. What was left unfinished of other files, values or layout,
+                or of another version, is thrown away.
+            reporter: is told what an earlier run left, and the bytes that are written.
+        """
         self.output, self.folder = output, partial_of(output)
         self.layout, self.fill, self.read = layout, fill, read
-        self.note: Note = on_note or (lambda line: None)
+        self.reporter = reporter
         values = [version("btx-merge"), what, read.identity(), [shard.nbytes for shard in layout.shards]]
         self.fingerprint = hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
         self.kept_bytes = 0
@@ -79,7 +84,7 @@ class Staging:
             if has_marks(folder):
                 os.close(lock(folder))  # raises if another process is at work there
         try:
-            repair(self.output, self.note)
+            repair(self.output, self.reporter.note)
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             if is_curable(error):
@@ -133,7 +138,7 @@ class Staging:
         """Return the file that a job writes to."""
         return self.folder / self.layout.shards[job.tensor.shard].name
 
-    def write(self, workers: int | None = None, progress: Progress | None = None, again: str = "") -> None:
+    def write(self, workers: int | None = None, again: str = "") -> None:
         """Fill all files of weights, but for what an earlier run finished.
 
         Args:
@@ -147,8 +152,10 @@ class Staging:
         """
         self._prepare(again)
         if self.kept_bytes:
-            self.note(f"Continuing: {readable(self.kept_bytes)} were written before and are verified.")
-        self._run(workers or min(4, os.cpu_count() or 1), progress or (lambda nbytes: None))
+            self.reporter.note(f"Continuing: {readable(self.kept_bytes)} were written before and are verified.")
+        self.reporter.started(sum(job.nbytes for job in self.layout.jobs))
+        self.reporter.bytes_done(self.kept_bytes)
+        self._run(workers or min(4, os.cpu_count() or 1))
 
     def _prepare(self, again: str) -> None:
         """Find out what an earlier run finished, and make room for the rest."""
@@ -173,13 +180,10 @@ class Staging:
                 with path.open("r+b") as file:
                     file.write(shard.header)
 
-    def _run(self, workers: int, progress: Progress) -> None:
+    def _run(self, workers: int) -> None:
         """Write everything that is not finished yet."""
-        progress(self.kept_bytes)
         with ThreadPoolExecutor(workers, "btx-writer") as pool:
-            futures = [
-                pool.submit(self._work, job, progress) for job in self.layout.jobs if job.key not in self._finished
-            ]
+            futures = [pool.submit(self._work, job) for job in self.layout.jobs if job.key not in self._finished]
             try:
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             except KeyboardInterrupt:
@@ -203,9 +207,9 @@ class Staging:
         if changes := self.read.changes():
             raise InputError(changes)
         shutil.rmtree(self.folder / _SCRATCH, ignore_errors=True)
-        put_in_place(self.folder, self.output, overwrite, self.note, again)
+        put_in_place(self.folder, self.output, overwrite, self.reporter.note, again)
 
-    def _work(self, job: Job, progress: Progress) -> None:
+    def _work(self, job: Job) -> None:
         """Do one job: write its bytes into the file, then a line into the journal."""
         checksums = [0] * len(job.extents)
         written = [0] * len(job.extents)
@@ -219,7 +223,7 @@ class Staging:
                         _write_all(file.fileno(), raw.data)
                     checksums[number] = zlib.crc32(raw.data, checksums[number])
                     written[number] += raw.nbytes
-                    progress(raw.nbytes)
+                    self.reporter.bytes_done(raw.nbytes)
             except BaseException:
                 self._stop.set()
                 raise
@@ -290,7 +294,9 @@ class Staging:
         present = {path.name for path in self.folder.iterdir()} - {LOCK}
         journal = self.folder / JOURNAL
         if present:
-            self.note("Something unfinished of another recipe or of changed sources was there: starting over.")
+            self.reporter.note(
+                "Something unfinished of another recipe or of changed sources was there: starting over."
+            )
         for name in present - {JOURNAL}:  # the journal last: it marks the folder as ours
             path = self.folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink()

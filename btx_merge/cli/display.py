@@ -1,4 +1,4 @@
-"""What a person sees of a check and of a merge: tables and the progress bar, drawn by rich."""
+"""What a person sees of a verb: tables of its report, and bars while it works, drawn by rich."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
+    ProgressColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 from rich.table import Table
 
 from btx_merge.checkpoints.dtypes import TORCH_NAMES
+from btx_merge.cli.printing import Lines
 from btx_merge.exporting.run import ExportReport
 from btx_merge.merging.plan import Fate
 from btx_merge.merging.run import Check, Report
@@ -35,60 +36,46 @@ def _console(stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
-class ProgressBar:
-    """Bytes, rate and time left, on stderr; nothing at all where it is not shown."""
+class Bars(Lines):
+    """Draws how far a verb's work is, one bar at a time: the bytes that are written, or layers, or steps."""
 
-    def __init__(self, shown: bool, verb: str = "merging"):
-        self._progress = Progress(
-            verb,
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=_console(stderr=True),
-            disable=not shown,
-        )
+    def __init__(self, verb: str) -> None:
+        super().__init__()
+        self._of_bytes = verb
+        self._begin("", 0)
 
-    def __enter__(self) -> ProgressBar:
-        return self
+    def _begin(self, verb: str, total: int, *columns: ProgressColumn) -> None:
+        """Put the next bar in the place of the one before."""
+        self._progress = Progress(verb, BarColumn(), *columns, TimeRemainingColumn(), console=_console(stderr=True))
+        self._task = self._progress.add_task("", total=total)
+        self._verb = verb
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Leave the last bar as it is."""
         self._progress.stop()
 
-    def start(self, total: int) -> None:
-        """Shows the bar for `total` bytes."""
-        self._task = self._progress.add_task("bytes", total=total)
+    def started(self, nbytes: int) -> None:
+        """Show a bar for bytes."""
+        self.stop()
+        self._begin(self._of_bytes, nbytes, DownloadColumn(), TransferSpeedColumn())
         self._progress.start()
 
-    def advance(self, nbytes: int) -> None:
-        """Adds bytes that are done. Called from several threads."""
+    def bytes_done(self, nbytes: int) -> None:
+        """Add bytes that are done."""
         self._progress.advance(self._task, nbytes)
 
+    def layer_done(self, done: int, of: int) -> None:
+        """Show how many layers of how many are fitted."""
+        self._count("fitting", done, of)
 
-class CountBar:
-    """Layers or steps that are done, and time left, on stderr; nothing at all where it is not shown."""
+    def step_done(self, done: int, of: int) -> None:
+        """Show how many steps of how many a finetuning has done."""
+        self._count("training", done, of)
 
-    def __init__(self, verb: str, shown: bool):
-        self._progress = Progress(
-            verb,
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=_console(stderr=True),
-            disable=not shown,
-        )
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> CountBar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def advance(self, done: int, total: int) -> None:
-        """Show how many of how many are done."""
-        if self._task is None:
-            self._task = self._progress.add_task("", total=total, completed=done)
+    def _count(self, verb: str, done: int, of: int) -> None:
+        if self._verb != verb:
+            self.stop()
+            self._begin(verb, of, MofNCompleteColumn())
             self._progress.start()
         self._progress.update(self._task, completed=done)
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import sys
 from typing import Annotated, Any
 
 import typer
 
 from btx_merge.cli.options import Device, Json, Model, Output, Overwrite, Quiet, Workers, option, pairs
-from btx_merge.cli.printing import note, result, tell_next, warn
+from btx_merge.cli.printing import print_json, result, tell_next
+from btx_merge.cli.terminal import terminal
 from btx_merge.editing.recipe import ROW_INITS, SHARED_UPDATES, EditRecipe
 from btx_merge.errors import InputError, Problem
+from btx_merge.options import Options
 from btx_merge.texts.references import parse_domain_texts
 
 
@@ -75,7 +74,7 @@ def edit_command(
     json_output: Json = False,
 ) -> None:
     """Add, drop, replace or rename experts of a merged model, without a new merge."""
-    from btx_merge.cli.display import CountBar, ProgressBar, fit_line
+    from btx_merge.cli.display import fit_line
     from btx_merge.editing.run import edit
 
     new = {"add": pairs("--add", add or []), "replace": pairs("--replace", replace or [])}
@@ -107,23 +106,10 @@ def edit_command(
         allow_unrelated=allow_unrelated,
         **{name: value for name, value in given.items() if value is not None},
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
-    shown = not quiet and sys.stderr.isatty()
-    with ProgressBar(shown) as bar, CountBar("fitting", shown) as layers:
-        report = edit(
-            recipe,
-            output,
-            overwrite=overwrite,
-            workers=workers,
-            progress=bar.advance,
-            on_start=bar.start,
-            on_note=note,
-            device=device,
-            on_layer=layers.advance,
-        )
-    warn(report.warnings)
+    with terminal(quiet, "editing") as reporter:
+        report = edit(recipe, output, Options(overwrite, workers, device), reporter)
     if json_output:
-        print(json.dumps(report.to_dict(), indent=2))
+        print_json(report)
     elif not quiet:
         result(f"written  {report.output}")
         result(f"experts  {', '.join(report.experts)}")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from btx_merge.cli.options import Json, Model, Output, Overwrite, Quiet, Workers, option
-from btx_merge.cli.printing import note, tell_next, warn
+from btx_merge.cli.printing import print_json, tell_next
+from btx_merge.cli.terminal import terminal
 from btx_merge.errors import InputError, Problem
+from btx_merge.options import Options
 
 if TYPE_CHECKING:
     from btx_merge.exporting.run import ExportReport
@@ -46,22 +44,10 @@ def export_command(
     folder = out or output
     if folder is None or (out and output):
         raise InputError([Problem("command", "OUT", "given twice" if folder else "missing", "one folder")])
-    _run(
-        "exporting",
-        folder,
-        lambda **shown: export(
-            model,
-            folder,
-            format=format,
-            max_shard_size=max_shard_size,
-            llama_cpp=llama_cpp,
-            overwrite=overwrite,
-            workers=workers,
-            **shown,
-        ),
-        quiet,
-        json_output,
-    )
+    options = Options(overwrite, workers, max_shard_size=max_shard_size)
+    with terminal(quiet, "exporting") as reporter:
+        report = export(model, folder, options, reporter, format=format, llama_cpp=llama_cpp)
+    _tell(report, folder, quiet, json_output)
 
 
 def extract_command(
@@ -77,27 +63,17 @@ def extract_command(
     """Take one expert out, as a dense Llama with the merged shared weights."""
     from btx_merge.exporting.run import extract
 
-    _run(
-        "extracting",
-        output,
-        lambda **shown: extract(
-            model, expert, output, overwrite=overwrite, workers=workers, max_shard_size=max_shard_size, **shown
-        ),
-        quiet,
-        json_output,
-    )
+    options = Options(overwrite, workers, max_shard_size=max_shard_size)
+    with terminal(quiet, "extracting") as reporter:
+        report = extract(model, expert, output, options, reporter)
+    _tell(report, output, quiet, json_output)
 
 
-def _run(verb: str, written: Path, work: Callable[..., ExportReport], quiet: bool, json_output: bool) -> None:
-    """Does the work under a bar, and prints what it did."""
-    from btx_merge.cli.display import ProgressBar, print_export
-
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
-    with ProgressBar(not quiet and sys.stderr.isatty(), verb) as bar:
-        report = work(progress=bar.advance, on_start=bar.start, on_note=note)
-    warn(report.warnings)
+def _tell(report: ExportReport, written: Path, quiet: bool, json_output: bool) -> None:
     if json_output:
-        print(json.dumps(report.to_dict(), indent=2))
+        print_json(report)
     elif not quiet:
+        from btx_merge.cli.display import print_export
+
         print_export(report)
         tell_next(written)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import signal
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 from btx_merge.cli.options import Device, Json, Model, Output, Overwrite, Quiet, lists, option
-from btx_merge.cli.printing import note, result, tell_next
+from btx_merge.cli.printing import print_json, result, tell_next
+from btx_merge.cli.terminal import terminal
 from btx_merge.fitting.recipe import FIT_THROUGH, ROUTER_FITS
+from btx_merge.options import Options
 from btx_merge.texts.references import parse_domain_texts
 
 
@@ -41,7 +39,7 @@ def fit_command(
     json_output: Json = False,
 ) -> None:
     """Fit the routers of a merged model in closed form, without training."""
-    from btx_merge.cli.display import CountBar, fit_line
+    from btx_merge.cli.display import fit_line
     from btx_merge.fitting.recipe import FitRecipe
     from btx_merge.fitting.run import fit
 
@@ -53,21 +51,11 @@ def fit_command(
         "router_ridge": router_ridge,
         "fit_through": fit_through,
     }
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: in one line, nothing left behind
     recipe = FitRecipe(model, **{name: value for name, value in given.items() if value is not None})
-    with CountBar("fitting", shown=not quiet and sys.stderr.isatty()) as bar:
-        report = fit(
-            recipe,
-            output,
-            statistics=statistics,
-            overwrite=overwrite,
-            device=device,
-            on_layer=bar.advance,
-            on_note=note,
-        )
+    with terminal(quiet) as reporter:
+        report = fit(recipe, output, Options(overwrite, device=device, statistics=statistics), reporter)
     if json_output:
-        layers = [asdict(layer) for layer in report.layers]
-        print(json.dumps({"output": str(report.output), "seconds": report.seconds, "layers": layers}, indent=2))
+        print_json(report)
     elif not quiet:
         result(f"written  {report.output}")
         if report.layers:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 from btx_merge.cli.options import Json, Model
+from btx_merge.cli.printing import print_json
 
 
 def info_command(model: Model, json_output: Json = False) -> None:
@@ -14,6 +13,6 @@ def info_command(model: Model, json_output: Json = False) -> None:
 
     found = info(model)
     if json_output:
-        print(json.dumps(found.to_dict(), indent=2))
+        print_json(found)
     else:
         print_info(found)

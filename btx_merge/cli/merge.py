@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from btx_merge.cli.options import Device, Json, Overwrite, Quiet, Workers, option
-from btx_merge.cli.printing import note, tell_next, warn
+from btx_merge.cli.printing import print_json, tell_next, warn
 from btx_merge.cli.recipe import GivenRecipe, takes_recipe
+from btx_merge.cli.terminal import hush, terminal
 from btx_merge.errors import InputError, Problem
+from btx_merge.options import Options
 
 
 @takes_recipe
@@ -27,10 +25,10 @@ def check_command(
     from btx_merge.cli.display import print_check
     from btx_merge.merging.run import check
 
-    _hush(quiet)
+    hush(quiet)
     checked = check(recipe.build())
     if json_output:
-        print(json.dumps(checked.to_dict(), indent=2))
+        print_json(checked)
     elif not quiet:
         print_check(checked)
     warn(checked.warnings)
@@ -60,48 +58,26 @@ def merge_command(
         print(recipe.template(), end="")
         return
 
-    from btx_merge.cli.display import CountBar, ProgressBar, print_check, print_files, print_report
-    from btx_merge.merging.run import Check, check, merge
+    from btx_merge.cli.display import print_check, print_files, print_report
+    from btx_merge.merging.run import check, merge
 
     if output is None:
         raise InputError([Problem("command", "--output", "missing", "a folder for the merged model")])
-    _hush(quiet)
+    hush(quiet)
+    options = Options(overwrite, workers, device, statistics)
     if dry_run:
-        checked = check(recipe.build(), output, overwrite=overwrite, device=device)
+        checked = check(recipe.build(), output, options)
         if json_output:
-            print(json.dumps(checked.to_dict(), indent=2))
+            print_json(checked)
         elif not quiet:
             print_check(checked)
             print_files(checked)
         warn(checked.warnings)
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
-    shown = not quiet and sys.stderr.isatty()
-    with ProgressBar(shown) as bar, CountBar("fitting", shown) as layers:
-
-        def on_checked(checked: Check) -> None:
-            warn(checked.warnings)
-            bar.start(sum(job.nbytes for job in checked.plan.jobs))
-
-        report = merge(
-            recipe.build(),
-            output,
-            overwrite=overwrite,
-            workers=workers,
-            progress=bar.advance,
-            on_checked=on_checked,
-            on_note=note,
-            statistics=statistics,
-            device=device,
-            on_layer=layers.advance,
-        )
+    with terminal(quiet, "merging") as reporter:
+        report = merge(recipe.build(), output, options, reporter)
     if json_output:
-        print(json.dumps(report.to_dict(), indent=2))
+        print_json(report)
     elif not quiet:
         print_report(report)
         tell_next(output)
-
-
-def _hush(quiet: bool) -> None:
-    if quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported

@@ -1,13 +1,23 @@
-"""What the command prints, line by line. Nothing from outside reaches a terminal but through here and `tables`."""
+"""What the command prints, line by line. Nothing from outside reaches a terminal but through here and `display`."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Protocol
 
 from btx_merge.errors import Problem
-from btx_merge.reporting import printable
+from btx_merge.reporting import Reporter, printable
+
+
+class Reported(Protocol):
+    """What a verb returns."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+
 
 _STYLES = {"error": "red", "warning": "yellow", "note": "", "next": ""}
 
@@ -22,15 +32,30 @@ def warning(line: str) -> None:
     _tell("warning", line)
 
 
-def note(line: str) -> None:
-    """Print something that a person wants to know, where nothing else is printed."""
-    _tell("note", line)
-
-
 def warn(warnings: Iterable[Problem]) -> None:
     """Print warnings, one a line."""
     for problem in warnings:
         warning(str(problem))
+
+
+class Lines(Reporter):
+    """Prints to stderr what a verb tells in words. It has no bars: for `--quiet`, and where nobody looks."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+
+    def note(self, line: str) -> None:
+        """Print something that a person wants to know."""
+        _tell("note", line)
+
+    def warn(self, line: str) -> None:
+        """Print what deserves a look."""
+        warning(line)
+
+    def line(self, text: str) -> None:
+        """Print how a finetuning goes, unless nobody wants to know."""
+        if not self.quiet:
+            print(printable(text), file=sys.stderr, flush=True)
 
 
 def tell_next(result: Path) -> None:
@@ -39,6 +64,11 @@ def tell_next(result: Path) -> None:
 
     for command in next_commands(result):
         _tell("next", command)
+
+
+def print_json(report: Reported) -> None:
+    """Print a report to stdout for a program."""
+    print(json.dumps(report.to_dict(), indent=2))
 
 
 def result(line: str) -> None:

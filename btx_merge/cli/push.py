@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 from typing import Annotated
 
 import typer
 
 from btx_merge.cli.options import Json, Quiet, option
-from btx_merge.cli.printing import result, warn
+from btx_merge.cli.printing import print_json, result
+from btx_merge.cli.terminal import hush, terminal
 
 
 def push_command(
@@ -31,23 +29,22 @@ def push_command(
     json_output: Json = False,
 ) -> None:
     """Check a model or an adapter and publish it on the Hub, in one commit."""
+    hush(quiet)
     from btx_merge.publishing.run import push
 
-    if quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: resumable, one line
-    report = push(
-        model,
-        repo_id,
-        private=private,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message,
-        base_model=base_model,
-        on_checked=warn,
-    )
+    with terminal(quiet) as reporter:
+        report = push(
+            model,
+            repo_id,
+            reporter,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            base_model=base_model,
+        )
     if json_output:
-        print(json.dumps(report.to_dict(), indent=2))
+        print_json(report)
     elif not quiet:
         if not report.files and not report.deleted:
             result(f"unchanged {report.url} holds this very model; nothing was committed")

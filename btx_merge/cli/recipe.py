@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES
 from btx_merge.cli.options import lists, option, pairs
-from btx_merge.cli.printing import note
+from btx_merge.cli.printing import Lines
 from btx_merge.errors import InputError, Problem
 from btx_merge.fitting.recipe import FIT_THROUGH
 from btx_merge.merging.recipe import COMBINE_METHODS, EXPERT_MODES, ROUTER_INITS, ROUTER_TYPES, MergeRecipe
@@ -179,7 +179,7 @@ def _given(options: dict[str, Any]) -> GivenRecipe:
     prompts = lists("--prompt", options.pop("prompt", []))
     file = options.pop("recipe", None)
     given = {*specs["expert"], *specs["base"], *({"seed"} & options.keys())}
-    values = read_recipe_file(file, note, given.__contains__) if file else {}
+    values = read_recipe_file(file, Lines(), given.__contains__) if file else {}
     values |= options
     for key, named in (("domain_text", {text.name: text for text in texts}), ("prompts", prompts)):
         if named:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import signal
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,12 +13,13 @@ from typing import Annotated, Any
 import typer
 
 from btx_merge.cli.options import Json, Overwrite, Quiet, option
-from btx_merge.cli.printing import result, tell_next, warning
+from btx_merge.cli.printing import print_json, result, tell_next
+from btx_merge.cli.terminal import end_like_ctrl_c, terminal
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.finetuning.launched import own_local_rank, own_rank
 from btx_merge.finetuning.recipe import LORA_TARGETS, OPTION_NAMES, TRAIN_MODES, TrainRecipe
-from btx_merge.reporting import printable
+from btx_merge.options import Options
 from btx_merge.texts.references import domain_texts_of, parse_domain_texts
 
 _BETWEEN_RANKS, _WAIT_FOR_THE_FIRST = 1, 10
@@ -82,7 +81,7 @@ def train_command(
 ) -> None:
     """Finetune a merged model. All of transformers.TrainingArguments are options too, as --adam-beta2 0.98."""
     given = {key: value for key, value in locals().items() if value is not None}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends like Ctrl-C: in one line that says what is kept
+    end_like_ctrl_c()  # a terminated run says in one line what is kept
     with _the_first_speaks():
         values = read_train_file(config) if config else {}
         flags = {name: given[name] for name in (*OPTION_NAMES, *_SHOWN_ARGUMENTS) if name in given}
@@ -96,31 +95,18 @@ def train_command(
             values["data"] = parse_domain_texts("--data", data)
         recipe = recipe_of(values, str(config or "command"))
 
-        from btx_merge.cli.display import CountBar
         from btx_merge.finetuning.run import train as finetune
 
-        with CountBar("training", shown=not quiet and own_rank() == 0 and sys.stderr.isatty()) as bar:
-            report = finetune(
-                recipe,
-                output,
-                resume=resume,
-                overwrite=overwrite,
-                show=(lambda line: None) if quiet else _show,
-                warn=warning,
-                on_step=bar.advance,
-            )
-    if own_rank():  # the first speaks for all
+        with terminal(quiet or own_rank() > 0) as reporter:  # the first speaks for all
+            report = finetune(recipe, output, Options(overwrite), reporter, resume=resume)
+    if own_rank():
         return
     if json_output:
-        print(json.dumps({"output": str(report.output), "seconds": report.seconds, **report.entry}, indent=2))
+        print_json(report)
     elif not quiet:
         result(f"written  {report.output}")
         result(f"took     {report.seconds:.1f} s")
         tell_next(output)
-
-
-def _show(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from btx_merge.checkpoints.layout import INDEX_FILE, Block, Job, write_index
-from btx_merge.checkpoints.staging import Progress, Staging
+from btx_merge.checkpoints.staging import Staging
 from btx_merge.editing.plan import EditPlan, plan_edit
 from btx_merge.editing.recipe import EditRecipe
 from btx_merge.editing.record import write_records
@@ -21,7 +21,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.files.bounded_json import parse_json
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.disk_errors import continuable
-from btx_merge.files.folder import copy_file, file_problems, small_files, write_json
+from btx_merge.files.folder import file_problems, small_files, write_json
 from btx_merge.files.scratch import move_in, scratch_folder
 from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.run import device_problems, fit_folder
@@ -29,11 +29,12 @@ from btx_merge.merging.experts import expert_columns, expert_rows
 from btx_merge.merging.files import add_tokens
 from btx_merge.merging.mixture import ExpertColumns, ExpertRows, SharedRows
 from btx_merge.merging.run import read_files
-from btx_merge.model.files import copy_model_code
+from btx_merge.model.files import copy_files
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.opening import open_model
+from btx_merge.options import Options, refuse_unused
+from btx_merge.reporting import Reporter
 from btx_merge.sources.text_checks import check_texts
-from btx_merge.sources.tokenizer_files import copy_templates
 from btx_merge.sources.vocabulary import tokenizer_json
 
 if TYPE_CHECKING:
@@ -69,80 +70,70 @@ class EditReport:
 def edit(
     recipe: EditRecipe,
     output: str | Path,
-    *,
-    overwrite: bool = False,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    on_start: Callable[[int], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
-    device: str | None = None,
-    on_layer: Callable[[int, int], None] | None = None,
+    options: Options = Options(),
+    reporter: Reporter = Reporter(),
 ) -> EditReport:
     """Write a merged model with other experts into the folder `output`; the model itself stays as it is.
 
     Experts that stay and their router rows are copied bit for bit. What was interrupted is continued by the same call.
 
     Args:
-        overwrite: whether `output` may be replaced; that happens when the new model is complete.
-        workers: threads that read and write; by default one per core, at most 4.
-        progress: called from several threads with numbers of bytes.
-        on_start: called once with what those will add up to, before anything is written.
-        on_note: called with a line about an earlier, unfinished run.
-        device: where router rows are fitted: `cpu`, `cuda`, ...; a GPU where there is one.
-        on_layer: called with how many layers of how many are fitted.
+        options: `overwrite` and `workers`; `device`, on which router rows are fitted.
 
     Raises:
         InputError: every reason to refuse; nothing has been written.
         MergeError: the edit could not be carried out; `output` is as it was.
     """
     began = time.perf_counter()
+    refuse_unused(options, "edit", "overwrite", "workers", "device")
     target = Path(output).expanduser().resolve()
     with ExitStack() as stack:
 
         def scratch() -> Path:
             return stack.enter_context(scratch_folder(target.parent))
 
-        model = _open(recipe, target, overwrite, device)
+        model = _open(recipe, target, options)
         planned = plan_edit(recipe, model, scratch)
         shared = plan_shared(planned, scratch)
+        warnings = (*shared.warnings, *planned.warnings)
+        for warning in warnings:
+            reporter.warn(str(warning))
         layout = planned.mixture
-        if on_start:
-            on_start(sum(job.nbytes for job in layout.jobs))
         content = partial(_fill, planned, SharedWeights(planned, shared.update))
         what = repr(recipe), shared.outcome
         with (
             continuable(target),
-            Staging(target, layout, content, _read_files(planned, shared), *what, on_note=on_note) as staging,
+            Staging(target, layout, content, _read_files(planned, shared), *what, reporter=reporter) as staging,
         ):
-            staging.write(workers, progress)
+            staging.write(options.workers)
             files = staging.scratch()
             _write_files(planned, files)
-            layers = _fit(planned, staging.folder, files, device, on_layer) if planned.fitted_rows else []
+            layers = _fit(planned, staging.folder, files, options, reporter) if planned.fitted_rows else []
             write_records(planned, shared.outcome, files, layers)
             move_in(files, staging.folder)
-            staging.finish(overwrite)
+            staging.finish(options.overwrite)
     return EditReport(
         target,
         tuple(layout.expert_names),
         shared.outcome,
         shared.reason,
         planned.router_inits,
-        (*shared.warnings, *planned.warnings),
+        warnings,
         staging.kept_bytes,
         time.perf_counter() - began,
         tuple(layers),
     )
 
 
-def _open(recipe: EditRecipe, target: Path, overwrite: bool, device: str | None) -> MergedModel:
+def _open(recipe: EditRecipe, target: Path, options: Options) -> MergedModel:
     """Open the model and see that its small files, the texts and the device can be used.
 
     Raises:
         InputError: every reason to refuse so far.
     """
-    model, problems = open_model(recipe.model, target, overwrite)
+    model, problems = open_model(recipe.model, target, options.overwrite)
     problems += check_texts(recipe.domain_text, model.located.folder if model else None)
-    problems += device_problems(device)
+    problems += device_problems(options.device)
     if model:
         problems += file_problems(model.located.folder, [*small_files(model.located.folder)])
     if problems or model is None:
@@ -175,12 +166,8 @@ def _read_files(edit: EditPlan, shared: SharedPlan) -> ReadFiles:
 
 def _write_files(edit: EditPlan, folder: Path) -> None:
     """Write everything beside the weights, without a record of the edit."""
-    mixture, source = edit.mixture, edit.model.located.folder
-    for name, file in small_files(source).items():
-        if name != INDEX_FILE:
-            copy_file(file, folder / name)
-    copy_templates(source, folder)
-    copy_model_code(folder)
+    mixture = edit.mixture
+    copy_files(edit.model.located.folder, folder, leaving_out=INDEX_FILE)
     if mixture.vocabulary.new_tokens:
         add_tokens(folder, parse_json(tokenizer_json(folder)), mixture.vocabulary.new_tokens)
     write_index(mixture, folder)
@@ -204,12 +191,10 @@ def _config(edit: EditPlan) -> dict[str, Any]:
     return config
 
 
-def _fit(
-    edit: EditPlan, folder: Path, files: Path, device: str | None, on_layer: Callable[[int, int], None] | None
-) -> list[LayerFit]:
+def _fit(edit: EditPlan, folder: Path, files: Path, options: Options, reporter: Reporter) -> list[LayerFit]:
     """Fit the rows of new experts in the folder where the weights were just written."""
     recipe = edit.recipe
     texts = {text.name: text for text in recipe.domain_text}
     rows = tuple(edit.fitted_rows)
     task = FitTask(texts, {}, recipe.domain_tokens, router="ridge", router_ridge=recipe.router_ridge, rows=rows)
-    return fit_folder(folder, files, task, statistics=None, device=device, on_layer=on_layer)
+    return fit_folder(folder, files, task, options, reporter)

@@ -40,22 +40,20 @@ def find_converter(folder: str | Path | None) -> list[str]:
     return [found] if found else []
 
 
-def converter_problems(folder: str | Path | None, model: str, output: Path, dtype: str) -> list[Problem]:
-    """Return what to do where the converter is not found: the exact commands.
+def no_converter(folder: str | Path | None, model: str, output: Path, dtype: str) -> Problem:
+    """Return what to do where the converter was not found: the exact commands.
 
     Args:
         dtype: of the model.
     """
-    if find_converter(folder):
-        return []
     named = folder or os.environ.get(FOLDER_VARIABLE)
     mixtral = str(output.with_name(f"{output.stem}-mixtral"))
     export = ["btx", "export", model, mixtral]
     convert = ["python", f"LLAMA_CPP_FOLDER/{_SCRIPT}", *_arguments(mixtral, str(output), dtype)]
     remedy = f"Give llama.cpp's folder by --llama-cpp, or run: {shlex.join(export)} && {shlex.join(convert)}"
     if named:
-        return [Problem("command", "--llama-cpp", f"no {_SCRIPT} in {named}", "llama.cpp's folder", remedy)]
-    return [Problem("command", "--format gguf", f"no {_SCRIPT} on PATH", "llama.cpp's converter", remedy)]
+        return Problem("command", "--llama-cpp", f"no {_SCRIPT} in {named}", "llama.cpp's folder", remedy)
+    return Problem("command", "--format gguf", f"no {_SCRIPT} on PATH", "llama.cpp's converter", remedy)
 
 
 def file_problems(target: Path, overwrite: bool) -> list[Problem]:

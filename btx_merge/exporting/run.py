@@ -8,26 +8,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from btx_merge.checkpoints.copying import copy_layout, write_copy
-from btx_merge.checkpoints.staging import Progress
+from btx_merge.checkpoints.copying import copy_layout, copy_staging
+from btx_merge.checkpoints.layout import write_index
 from btx_merge.checkpoints.stored import StoredTensor
 from btx_merge.errors import InputError, Problem
 from btx_merge.exporting.files import check_tokenizer, origin, shared_config, untrained_routers, write_export_files
-from btx_merge.exporting.gguf import converter_problems, file_problems, find_converter, write_gguf
+from btx_merge.exporting.gguf import file_problems, find_converter, no_converter, write_gguf
 from btx_merge.exporting.mixtral import mixtral_card, mixtral_config, mixtral_tensors
+from btx_merge.files.disk_errors import continuable
 from btx_merge.model.card import CITATION, how_to_use
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.mixtral_limits import mixtral_refusals, mixtral_warnings
 from btx_merge.model.opening import open_model
-from btx_merge.reporting import peak_memory
+from btx_merge.options import Options, refuse_unused
+from btx_merge.reporting import Reporter, peak_memory
 from btx_merge.sources.cards import in_card
 from btx_merge.values import parse_size, size_problem
 
 FORMATS = ("mixtral", "gguf")
+_OPTIONS = ("overwrite", "workers", "max_shard_size")
 
 
 @dataclass(frozen=True)
@@ -70,51 +72,42 @@ class _Derived:
 def export(
     model: str,
     output: str | Path,
+    options: Options = Options(),
+    reporter: Reporter = Reporter(),
     *,
     format: str = "mixtral",
-    max_shard_size: str = "5GB",
     llama_cpp: str | Path | None = None,
-    overwrite: bool = False,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    on_start: Callable[[int], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
 ) -> ExportReport:
-    """Writes a merged model as a Mixtral of transformers into the folder `output`. Its logits are the same bits.
+    """Write a merged model as a Mixtral of transformers into the folder `output`. Its logits are the same bits.
 
     An interrupted export leaves `OUTPUT.btx-partial`; the same call continues it. One to GGUF begins anew.
 
     Args:
         model: a folder, `org/name` or `org/name@revision`.
+        options: `overwrite`, `workers` and `max_shard_size`; a GGUF is one file.
         format: `mixtral`, the layout that transformers, vLLM, SGLang and llama.cpp's converter read; or `gguf`, for
             which that converter is run. `output` is a file then.
-        max_shard_size: of a weights file, such as 5GB or 500MB; a GGUF is one file.
         llama_cpp: the folder of llama.cpp with its converter; by default the one that the environment variable
             LLAMA_CPP names, or else the converter that is on PATH.
-        overwrite: whether `output` may be replaced if it is there and not empty; that happens when the new
-            model is complete.
-        workers: threads that read and write; by default one per core, at most 4.
-        progress: called from several threads with numbers of bytes.
-        on_start: called once with what those will add up to, before anything is written.
-        on_note: called with a line about an earlier, unfinished run.
 
     Raises:
         InputError: a reason to refuse, such as a routing that a Mixtral does not have; nothing has been written.
         MergeError: the disk refused; `MergeInterrupted` for Ctrl-C; `output` is as it was.
     """
-
     began = time.perf_counter()
+    refuse_unused(options, "export", *_OPTIONS)
     target = Path(output).expanduser().resolve()
     problems, is_gguf = [], format == "gguf"
+    converter = find_converter(llama_cpp) if is_gguf else []
     if format not in FORMATS:
         problems.append(Problem("command", "--format", repr(format), " or ".join(FORMATS)))
     if is_gguf:
-        problems += file_problems(target, overwrite)
+        problems += file_problems(target, options.overwrite)
 
     def derive(merged: MergedModel) -> _Derived:
         refusals = list(mixtral_refusals(merged))
-        if is_gguf:
-            refusals += converter_problems(llama_cpp, model, target, merged.dtype)
+        if is_gguf and not converter:
+            refusals.append(no_converter(llama_cpp, model, target, merged.dtype))
         if refusals:
             raise InputError(refusals)
         tags = ["mixtral", "mixture-of-experts", "merge"]
@@ -122,19 +115,18 @@ def export(
         warnings, card = tuple(mixtral_warnings(merged, untrained)), mixtral_card(merged, untrained)
         return _Derived(mixtral_tensors(merged), mixtral_config(merged), tags, card, True, warnings)
 
-    checked = _check(model, None if is_gguf else target, derive, problems, max_shard_size, overwrite)
-    options: dict[str, Any] = {"workers": workers, "progress": progress, "on_start": on_start, "on_note": on_note}
+    checked = _check(model, None if is_gguf else target, derive, problems, options)
     if not is_gguf:
-        return _write(checked, target, began, overwrite=overwrite, **options)
+        return _write(checked, target, began, options, reporter)
 
     reports: list[ExportReport] = []
     name = checked.merged.located.public_name.rpartition("/")[2]
     write_gguf(
-        lambda folder: reports.append(_write(checked, folder, began, overwrite=False, **options)),
+        lambda folder: reports.append(_write(checked, folder, began, replace(options, overwrite=False), reporter)),
         target,
         name,
         checked.merged.dtype,
-        find_converter(llama_cpp),
+        converter,
     )
     seconds, nbytes = time.perf_counter() - began, target.stat().st_size
     return replace(reports[0], output=target, files=(target.name,), nbytes=nbytes, seconds=seconds)
@@ -144,15 +136,10 @@ def extract(
     model: str,
     expert: str,
     output: str | Path,
-    *,
-    max_shard_size: str = "5GB",
-    overwrite: bool = False,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    on_start: Callable[[int], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
+    options: Options = Options(),
+    reporter: Reporter = Reporter(),
 ) -> ExportReport:
-    """Writes one expert with the merged shared weights as a dense Llama into the folder `output`.
+    """Write one expert with the merged shared weights as a dense Llama into the folder `output`.
 
     It computes what the model computes when every token goes to that expert. A split source is put together again.
 
@@ -167,10 +154,10 @@ def extract(
         return _Derived(tensors, _dense_config(merged), ["llama", "merge"], _dense_card(merged, expert), False)
 
     began = time.perf_counter()
+    refuse_unused(options, "extract", *_OPTIONS)
     target = Path(output).expanduser().resolve()
-    checked = _check(model, target, derive, [], max_shard_size, overwrite)
-    options: dict[str, Any] = {"workers": workers, "progress": progress, "on_start": on_start, "on_note": on_note}
-    return _write(checked, target, began, overwrite=overwrite, **options)
+    checked = _check(model, target, derive, [], options)
+    return _write(checked, target, began, options, reporter)
 
 
 @dataclass(frozen=True)
@@ -187,8 +174,7 @@ def _check(
     target: Path | None,
     derive: Callable[[MergedModel], _Derived],
     problems: list[Problem],
-    max_shard_size: str,
-    overwrite: bool,
+    options: Options,
 ) -> _Checked:
     """Check all before anything is written.
 
@@ -199,10 +185,11 @@ def _check(
     Raises:
         InputError: with these and all others.
     """
-    shard_bytes = parse_size(max_shard_size) if isinstance(max_shard_size, str) else None
+    size = options.max_shard_size
+    shard_bytes = parse_size(size) if isinstance(size, str) else None
     if not shard_bytes:
-        problems.append(size_problem("--max-shard-size", max_shard_size))
-    merged, of_model = open_model(model, target, overwrite)
+        problems.append(size_problem("--max-shard-size", size))
+    merged, of_model = open_model(model, target, options.overwrite)
     problems += of_model
     derived = None
     if merged:
@@ -217,46 +204,33 @@ def _check(
     return _Checked(merged, derived, shard_bytes)
 
 
-def _write(
-    checked: _Checked,
-    target: Path,
-    began: float,
-    *,
-    overwrite: bool,
-    workers: int | None,
-    progress: Progress | None,
-    on_start: Callable[[int], None] | None,
-    on_note: Callable[[str], None] | None,
-) -> ExportReport:
-    """Write a checked model into the folder `target`."""
-    derived = checked.derived
+def _write(checked: _Checked, target: Path, began: float, options: Options, reporter: Reporter) -> ExportReport:
+    """Write a checked model into the folder `target`, its config.json last."""
+    merged, derived = checked.merged, checked.derived
+    for warning in derived.warnings:
+        reporter.warn(str(warning))
     layout = copy_layout(derived.tensors, checked.shard_bytes)
-    if on_start:
-        on_start(sum(tensor.nbytes for tensor in layout.tensors))
-    kept = write_copy(
-        layout,
-        checked.merged.located.folder,
-        checked.merged.located.stamps,
-        target,
-        partial(
-            write_export_files,
-            checked.merged,
+    with (
+        continuable(target),
+        copy_staging(layout, merged.located.folder, merged.located.stamps, target, reporter) as staging,
+    ):
+        staging.write(options.workers)
+        write_index(layout, staging.folder)
+        write_export_files(
+            merged,
+            staging.folder,
             config=derived.config,
             tags=derived.tags,
             card=derived.card,
             keeps_figures=derived.keeps_figures,
-        ),
-        overwrite=overwrite,
-        workers=workers,
-        progress=progress,
-        on_note=on_note,
-    )
+        )
+        staging.finish(options.overwrite)
     return ExportReport(
         target,
         layout.parameters,
         tuple(shard.name for shard in layout.shards),
         layout.bytes_to_write,
-        kept,
+        staging.kept_bytes,
         time.perf_counter() - began,
         peak_memory(),
         derived.warnings,

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {  # the paper's, where it names them: section 4.1
     "dataloader_pin_memory": False,  # windows are small, and without a GPU torch warns of it
 }
 _MIN_LEARNING_RATE = {"min_lr_rate": 0.1}
-_WARMUP_STEPS = 100
+_WARMUP_STEPS = 100  # or a tenth of the steps, if that is less
 
 _DECIDED = {  # what they would ask for is asked for in another way, or cannot be had here
     "output_dir": "Give --output.",

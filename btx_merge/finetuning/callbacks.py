@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from btx_merge.reporting import Reporter
 
 
 class StopOnSignal(TrainerCallback):
@@ -43,8 +45,8 @@ class StopOnSignal(TrainerCallback):
 class ConsoleLines(TrainerCallback):
     """One short line for each logging step, under a head that names the columns."""
 
-    def __init__(self, show: Callable[[str], None], domains: Sequence[str], experts: Sequence[str]):
-        self.show = show
+    def __init__(self, reporter: Reporter, domains: Sequence[str], experts: Sequence[str]):
+        self.reporter = reporter
         self._columns = {"loss": "loss", "aux_loss": "balancing"}
         self._columns |= {f"perplexity/{name}": f"ppl {name}" for name in domains}
         self._columns |= {f"load/{name}": f"to {name}" for name in experts}
@@ -57,7 +59,7 @@ class ConsoleLines(TrainerCallback):
         for key, value in logs.items():
             if key.startswith("eval_perplexity/"):
                 name = key.partition("/")[2]
-                self.show(f"step {state.global_step}: perplexity of what is held out of {name}: {value:.4g}")
+                self.reporter.line(f"step {state.global_step}: perplexity of what is held out of {name}: {value:.4g}")
         if "loss" not in logs:
             return
         if not self._has_head:
@@ -71,19 +73,19 @@ class ConsoleLines(TrainerCallback):
         self._line(f"{state.global_step}/{state.max_steps}", *cells)
 
     def _line(self, *cells: str) -> None:
-        self.show("  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)))
+        self.reporter.line("  ".join(cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True)))
 
 
 class StepCount(TrainerCallback):
     """Tells how many steps of how many are done: when training begins, and after each step."""
 
-    def __init__(self, on_step: Callable[[int, int], None]):
-        self.on_step = on_step
+    def __init__(self, reporter: Reporter):
+        self.reporter = reporter
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Count the steps that a continued run has done already."""
-        self.on_step(state.global_step, state.max_steps)
+        self.reporter.step_done(state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Count one more step."""
-        self.on_step(state.global_step, state.max_steps)
+        self.reporter.step_done(state.global_step, state.max_steps)

@@ -56,10 +56,11 @@ class DomainStream:
 
         def passes() -> Iterator[Window]:
             while True:
-                count = 0
-                for count, window in enumerate(self._windows(False), 1):  # noqa: B007
+                is_empty = True
+                for window in self._windows(False):
+                    is_empty = False
                     yield window
-                if not count:
+                if is_empty:  # otherwise this would go round for ever
                     raise self._nothing_left()
 
         return _shuffled(passes(), shuffled, random.Random(seed))
@@ -76,7 +77,7 @@ class DomainStream:
             yield from packed_windows(part, self.tokenizer, self.length, self.text.name)
 
     def _part(self, items: Iterable[_T], held_out: bool) -> Iterator[_T]:
-        period = round(1 / self.holdout)
+        period = round(1 / self.holdout)  # the second of each: a first one alone is then trained on
         return (item for number, item in enumerate(items) if (number % period == 1) == held_out)
 
     def _nothing_left(self) -> InputError:
@@ -95,10 +96,10 @@ class MixedWindows(IterableDataset[dict[str, Any]]):
         rng = random.Random(self.seed)
         numbers = range(len(self.streams))
         weights = [stream.text.weight for stream in self.streams]
-        sources = [stream.endless(self.shuffled, f"{self.seed} {stream.text.name}") for stream in self.streams]
+        windows = [stream.endless(self.shuffled, f"{self.seed} {stream.text.name}") for stream in self.streams]
         while True:
             (domain,) = rng.choices(numbers, weights)
-            yield row_of(next(sources[domain]), domain)
+            yield row_of(next(windows[domain]), domain)
 
 
 def row_of(window: Window, domain: int) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def _shuffled(items: Iterator[_T], size: int, rng: random.Random) -> Iterator[_T]:
-    held = list(itertools.islice(items, size))
+    held = list(itertools.islice(items, size))  # a window waits here until chance picks it
     for item in items:
         place = rng.randrange(len(held))
         held[place], item = item, held[place]

@@ -6,7 +6,7 @@ Legend: B rows, T tokens, N = B * T, K experts per token, E experts, L layers, D
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,20 +16,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from btx_merge.modeling.routing_btx import BTXRouting
+from btx_merge.reporting import Reporter
 
 DEAD = 0.01
-"""Part of its ideal share of the choices below which an expert of a layer counts as dead."""
+"""Part of its ideal share of the choices, 1 / E, below which an expert of a layer counts as dead. It then gets next to
+no gradient."""
 LOAD_PER_LAYER = "load_per_layer"
 
 
 class Meter:
     """Measures training steps: routing by hooks on the routers, losses by domain from the logits."""
 
-    def __init__(self, model: nn.Module, domains: Sequence[str], on_note: Callable[[str], None]):
+    def __init__(self, model: nn.Module, domains: Sequence[str], reporter: Reporter):
         config: Any = model.config
         self.domains = domains
         self.experts = [str(name) for name in config.expert_names or range(config.num_local_experts)]
-        self.on_note = on_note
+        self.reporter = reporter
         self._layers = [module for module in model.modules() if isinstance(module, BTXRouting)]
         for layer, routing in enumerate(self._layers):
             routing.register_forward_hook(lambda _, __, out, layer=layer: self._routed(layer, *out))
@@ -68,6 +70,7 @@ class Meter:
     def add(self, outputs: Any, labels: torch.Tensor, domains: torch.Tensor) -> None:
         """Add the losses of a pass by domain: logits [B, T, V], labels [B, T], domains [B]."""
         for logits, row, domain in zip(outputs["logits"], labels, domains.tolist(), strict=True):
+            # by row, since each has a domain of its own; -100 is passed over
             loss = F.cross_entropy(logits[:-1].float(), row[1:], reduction="sum")
             self._losses[0, domain] += loss.to(self._losses)
             self._losses[1, domain] += int((row[1:] != -100).sum())
@@ -77,6 +80,7 @@ class Meter:
     def take(self, step: int, device: torch.device) -> tuple[dict[str, float], list[list[float]]]:
         """Return what was measured since the last call, on all ranks: values to log, and the load [L, E] as shares."""
         balance = self._balance[-1].to(device, torch.float32) if self._balance else torch.zeros((), device=device)
+        # One reduction for everything: each costs a round trip between the ranks.
         parts = [self._choices, self._entropy, torch.tensor([float(self._tokens)]), self._losses]
         flat = torch.cat([*(part.flatten().to(device) for part in parts), balance[None]])
         ranks = 1
@@ -110,11 +114,11 @@ class Meter:
             share = float(load[layer, expert])
             name = self.experts[expert]
             found = f"{share:.2%} of the choices, ideal {ideal:.0%}"
-            self.on_note(f"step {step}, layer {layer}: the expert {name} is dead: {found}")
+            self.reporter.warn(f"step {step}, layer {layer}: the expert {name} is dead: {found}")
         self._dead = dead
         return len(dead)
 
 
 def perplexity(loss: float) -> float:
     """Return exp(loss); infinite where that would be too large for a number."""
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.exp(loss) if loss < 700 else math.inf  # exp(710) is no float any more

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -13,7 +13,6 @@ from btx_merge.values import ABOVE_ZERO, Rule, at_least, one_of, value_problems
 
 TRAIN_MODES = ("routers", "shared", "all", "lora")
 LORA_TARGETS = {"routers": "routers", "shared": "routers + shared", "experts": "experts"}
-Show = Callable[[str], None]
 
 
 _VALUES: dict[str, Rule] = {

@@ -22,13 +22,11 @@ from btx_merge.checkpoints.staging import Staging
 from btx_merge.checkpoints.tensor_files import stored_tensors
 from btx_merge.errors import InputError, NonFiniteError, Problem
 from btx_merge.files.changes import ReadFiles
-from btx_merge.files.folder import copy_file, small_files
-from btx_merge.files.placing import Note
-from btx_merge.model.files import PICTURE, ROUTING, copy_model_code
+from btx_merge.model.files import PICTURE, ROUTING
 from btx_merge.model.held_out import OF_THIS_MODEL, training_results
 from btx_merge.model.records import append_record
+from btx_merge.reporting import Reporter
 from btx_merge.sources.locate import Located
-from btx_merge.sources.tokenizer_files import copy_templates
 
 
 def check_stored(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
@@ -70,7 +68,12 @@ def check_finite(folder: Path, trained: Mapping[str, torch.Tensor], work: Path) 
 
 
 def result_staging(
-    model: Located, target: Path, trained: Mapping[str, torch.Tensor], read: ReadFiles, note: Note, is_adapter: bool
+    model: Located,
+    target: Path,
+    trained: Mapping[str, torch.Tensor],
+    read: ReadFiles,
+    reporter: Reporter,
+    is_adapter: bool,
 ) -> Staging:
     """Return the folder in which the result is written: the model's weights with the trained tensors in their places.
 
@@ -81,7 +84,7 @@ def result_staging(
     layout = CopyLayout((), (), {}) if is_adapter else same_layout(model.folder)
     checksums = [[name, zlib.crc32(_raw(tensor).data)] for name, tensor in trained.items()]
     fill = partial(_fill, trained)
-    return Staging(target, layout, fill, read, "train", is_adapter, str(model.folder), checksums, on_note=note)
+    return Staging(target, layout, fill, read, "train", is_adapter, str(model.folder), checksums, reporter=reporter)
 
 
 def _fill(trained: Mapping[str, torch.Tensor], job: Job) -> Iterator[Block]:
@@ -98,14 +101,6 @@ def _raw(tensor: torch.Tensor) -> Raw:
     """Return a tensor's bytes."""
     raw: Raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
     return raw
-
-
-def copy_files(model: Path, folder: Path) -> None:
-    """Copy what a model has beside its weights."""
-    for name, file in small_files(model).items():
-        copy_file(file, folder / name)
-    copy_templates(model, folder)
-    copy_model_code(folder)
 
 
 def write_records(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +15,11 @@ from btx_merge.files.disk_errors import disk_error
 from btx_merge.files.folder import read_json
 from btx_merge.files.placing import remove, repair
 from btx_merge.finetuning.launched import own_rank
-from btx_merge.finetuning.recipe import Show, TrainRecipe
+from btx_merge.finetuning.recipe import TrainRecipe
 from btx_merge.finetuning.work_folder import SUFFIX, begin, folder_problems, held, what_is_kept
 from btx_merge.model.opening import find_model
+from btx_merge.options import Options, refuse_unused
+from btx_merge.reporting import Reporter
 from btx_merge.sources.digest import model_digest
 from btx_merge.sources.locate import Located
 from btx_merge.sources.text_checks import check_texts
@@ -36,27 +38,26 @@ class TrainReport:
     """What was logged, step by step."""
     seconds: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them."""
+        return {"output": str(self.output), "seconds": self.seconds, **self.entry}
+
 
 def train(
     recipe: TrainRecipe,
     output: str | Path,
+    options: Options = Options(),
+    reporter: Reporter = Reporter(),
     *,
     resume: bool = False,
-    overwrite: bool = False,
-    show: Show | None = None,
-    warn: Show | None = None,
-    on_step: Callable[[int, int], None] | None = None,
 ) -> TrainReport:
-    """Finetunes a merged model and writes the result, a complete model or a LoRA adapter, into the folder `output`.
+    """Finetune a merged model and write the result, a complete model or a LoRA adapter, into the folder `output`.
 
     Meanwhile checkpoints lie in `OUTPUT.btx-training`, which goes when the result is complete.
 
     Args:
+        options: `overwrite`, and `workers` that write the result.
         resume: whether to go on where an interrupted run of the same recipe stopped.
-        overwrite: whether `output` may be replaced; that happens when the result is complete.
-        show: called with the lines that a person follows the run by.
-        warn: called with what deserves a look.
-        on_step: called with the steps that are done and all steps, first before a step was done.
 
     Raises:
         InputError: a reason not to train, or a text that cannot be read; checkpoints of the run are kept.
@@ -66,24 +67,24 @@ def train(
             saved; the error's text names what is kept.
     """
     began = time.perf_counter()
+    refuse_unused(options, "train", "overwrite", "workers")
     target = Path(output).expanduser().resolve()
     work = target.with_name(target.name + SUFFIX)
-    located = _check(recipe, target, work, resume, overwrite)
-    show, warn = show or (lambda line: None), warn or (lambda line: None)
+    located = _check(recipe, target, work, resume, options.overwrite)
     read = ReadFiles.of_folder("model", located.stamps)
     try:
         from btx_merge.finetuning.session import Run
 
-        run = Run(recipe, located, work, show, warn, on_step)
+        run = Run(recipe, located, work, reporter)
         with held(work) if run.is_main else nullcontext():
             if run.is_main:
-                repair(target, warn)
+                repair(target, reporter.note)
                 begin(work, asdict(recipe), run.settings, resume, model_digest(located.folder))
             run.wait()
             run.train(resume)
-            entry = run.finish(target, overwrite, read)
+            entry = run.finish(target, options, read)
             if run.is_main:
-                remove(work, warn)
+                remove(work, reporter.note)
             run.wait()
     except (MergeInterrupted, KeyboardInterrupt):
         raise MergeInterrupted(f"Interrupted. {what_is_kept(work)}") from None

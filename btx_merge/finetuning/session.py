@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,21 @@ from btx_merge.finetuning.data import DomainStream, MixedWindows, collate, row_o
 from btx_merge.finetuning.metrics import Meter
 from btx_merge.finetuning.picture import draw
 from btx_merge.finetuning.ranks import check_launch, check_ranks
-from btx_merge.finetuning.recipe import LORA_TARGETS, Show, TrainRecipe
-from btx_merge.finetuning.result import check_finite, check_stored, copy_files, result_staging, write_records
+from btx_merge.finetuning.recipe import LORA_TARGETS, TrainRecipe
+from btx_merge.finetuning.result import check_finite, check_stored, result_staging, write_records
 from btx_merge.finetuning.trainer import BTXTrainer, trained_tensors, whole
 from btx_merge.finetuning.work_folder import last_checkpoint, tools, what_is_kept
 from btx_merge.model.adapter_card import write_adapter_card
-from btx_merge.model.files import PICTURE
+from btx_merge.model.files import PICTURE, copy_files
 from btx_merge.modeling import BTXForCausalLM
+from btx_merge.options import Options
+from btx_merge.reporting import Reporter
 from btx_merge.sources.locate import Located
 from btx_merge.texts.references import public_reference
 from btx_merge.training import GumbelAnnealing, RouterBiasUpdate
 
 _MAX_LENGTH = 1024
+"""Tokens of a window where the recipe does not say and the model takes so many."""
 _MOST_HELD_OUT = 64
 """Windows of each domain's held-out part that are scored."""
 
@@ -51,15 +54,7 @@ def is_trained(mode: str, name: str) -> bool:
 class Run:
     """From a recipe to a result. Everything that all ranks must do together is done here, by each of them."""
 
-    def __init__(
-        self,
-        recipe: TrainRecipe,
-        located: Located,
-        work: Path,
-        show: Show,
-        warn: Show,
-        on_step: Callable[[int, int], None] | None = None,
-    ):
+    def __init__(self, recipe: TrainRecipe, located: Located, work: Path, reporter: Reporter):
         check_launch()
         self.recipe = recipe
         self.located = located
@@ -67,9 +62,7 @@ class Run:
         arguments = {**_precision(recipe, located), **recipe.arguments}
         self.args: Any = training_arguments(arguments, str(work))  # it meets the other ranks
         self.is_main = self.args.process_index == 0
-        silent: Show = lambda line: None  # noqa: E731
-        self.show, self.warn = (show, warn) if self.is_main else (silent, silent)
-        self.on_step = on_step if self.is_main else None
+        self.reporter = reporter if self.is_main else Reporter()
         chosen: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]
         self.settings = {name: chosen[name] for name in (*DEFAULTS, "warmup_steps", "eval_steps", *arguments)}
         check_ranks(recipe, self.args)
@@ -121,7 +114,7 @@ class Run:
     def history(self) -> list[dict[str, Any]]:
         return self.trainer.state.log_history
 
-    def finish(self, target: Path, overwrite: bool, read: ReadFiles) -> Mapping[str, Any]:
+    def finish(self, target: Path, options: Options, read: ReadFiles) -> Mapping[str, Any]:
         """Write the result and give it its name. All ranks gather; one writes.
 
         Raises:
@@ -137,8 +130,8 @@ class Run:
             return entry
         check_finite(self.located.folder, trained, self.work)
         is_adapter = self.recipe.train == "lora"
-        with result_staging(self.located, target, trained, read, self.warn, is_adapter) as staging:
-            staging.write(again=what_is_kept(self.work))
+        with result_staging(self.located, target, trained, read, self.reporter, is_adapter) as staging:
+            staging.write(options.workers, what_is_kept(self.work))
             files = staging.scratch()
             if is_adapter:
                 self.model.save_pretrained(files, save_embedding_layers=False)  # no target; peft would ask the Hub
@@ -150,7 +143,7 @@ class Run:
             if (self.work / "runs").is_dir():  # TensorBoard's
                 shutil.copytree(self.work / "runs", files / "runs", dirs_exist_ok=True)
             move_in(files, staging.folder)
-            staging.finish(overwrite, "the same command with --resume")
+            staging.finish(options.overwrite, "the same command with --resume")
         return entry
 
     def _load_model(self) -> Any:
@@ -167,7 +160,7 @@ class Run:
             config["distributed_config"] = DistributedConfig(**sizes)
         if not sys.stderr.isatty():  # transformers' bars do not ask
             logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        mixed = (args.bf16 or args.fp16) and not sharded
+        mixed = (args.bf16 or args.fp16) and not sharded  # FSDP2 wants all of a layer in one dtype
         model = BTXForCausalLM.from_pretrained(
             self.located.folder, dtype="auto" if mixed else torch.float32, use_cache=False, **config
         )
@@ -209,15 +202,14 @@ class Run:
             if windows:
                 out[stream.text.name] = [row_of(window, domain) for window in windows]
             elif self.recipe.holdout:
-                self.warn(f"{stream.text.name}: too little text to hold a part of it out")
+                self.reporter.warn(f"{stream.text.name}: too little text to hold a part of it out")
         return out
 
     def _trainer(self, held_out: dict[str, list[dict[str, Any]]]) -> BTXTrainer:
         config, domains = self.model.config, [stream.text.name for stream in self.streams]
-        meter = Meter(self.model, domains, self.warn)
-        callbacks: list[TrainerCallback] = [ConsoleLines(self.show, domains, meter.experts)]
-        if self.on_step:
-            callbacks.append(StepCount(self.on_step))
+        meter = Meter(self.model, domains, self.reporter)
+        callbacks: list[TrainerCallback] = [ConsoleLines(self.reporter, domains, meter.experts)]
+        callbacks.append(StepCount(self.reporter))
         if config.router_type == "sample_top_1":
             callbacks.append(GumbelAnnealing(relative=True))
         if config.router_selection_bias:
@@ -241,7 +233,7 @@ class Run:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         self.trained_parameters = sum(parameter.numel() for parameter in trained)
         total = sum(parameter.numel() for parameter in parameters)
-        self.show(
+        self.reporter.line(
             f"trains {self.recipe.train}: {self.trained_parameters:,} of {total:,} parameters "
             f"({self.trained_parameters / total:.2%}), {len(trained)} of {len(parameters)} tensors"
         )
@@ -251,7 +243,7 @@ class Run:
         if self.recipe.ep_size > 1:
             shares += f", experts over {self.recipe.ep_size}"
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.show(
+        self.reporter.line(
             f"on {ranks}, {args.device.type}{shares}: {rows:,} windows of {length:,} tokens a step, "
             f"{rows * length:,} tokens"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from btx_merge.errors import InputError, MergeError, Problem
+from btx_merge.files.placing import remove
 from btx_merge.finetuning.metrics import LOAD_PER_LAYER, Meter, perplexity
 from btx_merge.finetuning.work_folder import COMPLETE, what_is_kept
 
@@ -77,7 +77,7 @@ class BTXTrainer(Trainer):
     def continue_from(self, checkpoint: Path) -> None:
         """Train on from a checkpoint; from that of the last step it only takes what was trained."""
         saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        if saved.global_step < self.args.max_steps:
+        if saved.global_step < self.args.max_steps:  # otherwise no step is left, and only the result is to be written
             self.add_callback(_RunningLoss(self, checkpoint))
             self.train(resume_from_checkpoint=str(checkpoint))
         else:
@@ -173,7 +173,7 @@ class BTXTrainer(Trainer):
             (checkpoint / COMPLETE).touch()
             steps = sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
             for step in steps[: -self.checkpoints_kept] if self.checkpoints_kept else ():
-                shutil.rmtree(folder / f"checkpoint-{step}")
+                remove(folder / f"checkpoint-{step}", self.meter.reporter.note)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_sharded:

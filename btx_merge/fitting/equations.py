@@ -19,7 +19,8 @@ from btx_merge.files.folder import read_json
 OFF_DIAGONAL = 0.9
 """RegMean's factor on what inputs have in common (arXiv 2212.09849, section 4.2: alpha)."""
 TEMPERATURES = tuple(2 ** (half / 2) for half in range(17))
-"""Factors on a fitted router that are tried: 1 to 256."""
+"""Factors on a fitted router that are tried: 1 to 256, in steps of sqrt(2). The regression's targets are 0 and 1, so
+that its solution is softer than any router should be."""
 _KEY_FILE = "statistics.json"
 
 Moments = dict[str, torch.Tensor]
@@ -72,10 +73,10 @@ def best_temperature(
     """
     best = (float("inf"), 1.0)
     for factor in factors:
-        errors = [
-            ((routed(factor, domain) - y).square().sum() / y.square().sum().clamp(min=1e-30)).item()
-            for domain, y in enumerate(targets)
-        ]
+        errors = []
+        for domain, target in enumerate(targets):
+            distance = (routed(factor, domain) - target).square().sum()
+            errors.append((distance / target.square().sum().clamp(min=1e-30)).item())  # a target may be all zeros
         best = min(best, (round(sum(errors) / len(errors), 6), factor))  # a tie goes to the softer router
     return best[1], best[0]
 
@@ -101,6 +102,7 @@ def prompt_rows(means: dict[int, torch.Tensor], inputs: torch.Tensor, experts: i
         means: by the expert's number.
         inputs: of all prompts' tokens, [N, H].
     """
+    # float64: differences of means that are nearly alike
     rows = torch.zeros(experts, inputs.shape[1], dtype=torch.float64, device=inputs.device)
     middle = torch.stack([mean.double() for mean in means.values()]).mean(dim=0)
     for expert, mean in means.items():

@@ -55,6 +55,7 @@ class Passage:
             batch: which of the stream's windows they are.
         """
         positions = stream.positions[batch].to(self.device)
+        # [B, T]; causal attention within a document: [B, T, T]
         document = (positions == 0).cumsum(dim=-1)  # 1, 1, 1, 2, 2, ...: positions begin again at 0 in each document
         order = torch.arange(positions.shape[1], device=self.device)
         mask = (document[:, :, None] == document[:, None]) & (order[:, None] >= order)

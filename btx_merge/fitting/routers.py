@@ -32,7 +32,7 @@ from btx_merge.modeling.modeling_btx import BTXDecoderLayer
 from btx_merge.modeling.routing_btx import RouterCall
 
 _HELD_OUT_TOKENS = 512
-"""Tokens of each domain's held-out windows that the temperature is chosen on, per layer."""
+"""Tokens of each domain's held-out windows that the temperature is chosen on, per layer. Every expert runs on each."""
 
 
 class RouterFit:
@@ -105,8 +105,10 @@ class RouterFit:
             for batch in stream.batches(stream.fitted):
                 read = layer.post_attention_layernorm(stream.merged[batch].to(self.device)).flatten(0, 1)
                 gram += (read.T @ read).double() * stream.per_token
+                # a token's label is 1 at its own experts and 0 at the others, so X^T Y is a sum of inputs
                 labels[:, stream.experts] += read.sum(dim=0).double()[:, None] * stream.per_token
             held = stream.merged[stream.held_out].flatten(0, 1)
+            # evenly over the held-out windows, so that no document stands for all
             chosen = torch.linspace(0, len(held) - 1, min(_HELD_OUT_TOKENS, len(held))).long()
             before = held[chosen].to(self.device)
             read = layer.post_attention_layernorm(before)

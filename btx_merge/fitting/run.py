@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,27 +13,25 @@ from btx_merge.architectures.btx import expert_names, experts_by_domain
 from btx_merge.checkpoints.copying import copy_staging, same_layout
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.disk_errors import continuable
-from btx_merge.files.folder import copy_file, read_json, small_files
+from btx_merge.files.folder import read_json
+from btx_merge.files.scratch import move_in
 from btx_merge.fitting.recipe import FitRecipe, FitTask
 from btx_merge.model.card import ROUTERS_TITLE
-from btx_merge.model.files import copy_model_code
+from btx_merge.model.files import copy_files
 from btx_merge.model.held_out import router_results, router_table
 from btx_merge.model.opening import find_model
 from btx_merge.model.records import append_record
+from btx_merge.options import Options, refuse_unused
+from btx_merge.reporting import Reporter
 from btx_merge.sources.locate import Located
 from btx_merge.sources.source import SEED
 from btx_merge.sources.text_checks import check_texts
-from btx_merge.sources.tokenizer_files import copy_templates
 from btx_merge.texts.references import public_record, public_reference
 
 if TYPE_CHECKING:
     from btx_merge.model.held_out import LayerFit
     from btx_merge.sources.segments import Segment
     from btx_merge.sources.source import Source
-
-
-OnLayer = Callable[[int, int], None]
-"""Called with how many layers of how many are fitted."""
 
 
 @dataclass(frozen=True)
@@ -45,44 +43,41 @@ class FitReport:
     """For ridge: how each layer's router came out."""
     seconds: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as `--json` prints them."""
+        layers = [asdict(layer) for layer in self.layers]
+        return {"output": str(self.output), "seconds": self.seconds, "layers": layers}
+
 
 def fit(
     recipe: FitRecipe,
     output: str | Path,
-    *,
-    statistics: str | Path | None = None,
-    overwrite: bool = False,
-    device: str | None = None,
-    on_layer: OnLayer | None = None,
-    on_note: Callable[[str], None] | None = None,
+    options: Options = Options(),
+    reporter: Reporter = Reporter(),
 ) -> FitReport:
-    """Fits the routers of a merged model without gradients, and writes the model with them into `output`.
+    """Fit the routers of a merged model without gradients, and write the model with them into `output`.
 
     Args:
-        statistics: a folder for what the pass over the texts collects. Where they are there, nothing is passed
-            through the model again: for another `router_ridge`.
-        overwrite: whether `output` may be replaced; that happens when the new model is complete.
-        device: `cpu`, `cuda`, ...; a GPU where there is one.
-        on_layer: called with how many layers of how many are fitted.
-        on_note: called with a line about an earlier, unfinished run.
+        options: `overwrite`, `workers`, `device` and `statistics`.
 
     Raises:
         InputError: a reason not to fit, a text that cannot be read, or a model that changed while it was read.
         MergeError: the disk refused, or a value is not finite; `MergeInterrupted` for Ctrl-C. The same call continues.
     """
     began = time.perf_counter()
+    refuse_unused(options, "fit", "overwrite", "workers", "device", "statistics")
     target = Path(output).expanduser().resolve()
-    located, problems = find_model(recipe.model, target, overwrite)
+    located, problems = find_model(recipe.model, target, options.overwrite)
     problems += check_texts(recipe.domain_text, located.folder if located else None)
-    problems += device_problems(device)
+    problems += device_problems(options.device)
     if located and not problems:
         problems = _name_problems(recipe, located.folder)
     if problems or located is None:
         raise InputError(problems)
 
     layout = same_layout(located.folder)
-    with continuable(target), copy_staging(layout, located.folder, located.stamps, target, on_note) as staging:
-        staging.write()
+    with continuable(target), copy_staging(layout, located.folder, located.stamps, target, reporter) as staging:
+        staging.write(options.workers)
         try:
             task = FitTask(
                 {text.name: text for text in recipe.domain_text},
@@ -92,25 +87,15 @@ def fit(
                 through=recipe.fit_through,
                 router_ridge=recipe.router_ridge,
             )
-            layers = fit_folder(
-                staging.folder,
-                located.folder,
-                task,
-                statistics=statistics,
-                device=device,
-                on_layer=on_layer,
-            )
+            layers = fit_folder(staging.folder, located.folder, task, options, reporter)
         except InputError:
             staging.discard()  # a copy of weights is soon made again
             raise
-        for name, file in small_files(located.folder).items():
-            if name != "config.json":  # that one last: without it this is no model yet
-                copy_file(file, staging.folder / name)
-        copy_templates(located.folder, staging.folder)
-        copy_model_code(staging.folder)
-        _record(staging.folder, recipe, layers, located)
-        copy_file(located.folder / "config.json", staging.folder / "config.json")
-        staging.finish(overwrite)
+        files = staging.scratch()
+        copy_files(located.folder, files)
+        _record(files, recipe, layers, located)
+        move_in(files, staging.folder)
+        staging.finish(options.overwrite)
     return FitReport(target, tuple(layers), time.perf_counter() - began)
 
 
@@ -150,10 +135,8 @@ def fit_folder(
     folder: Path,
     files: Path,
     task: FitTask,
-    *,
-    statistics: str | Path | None,
-    device: str | None,
-    on_layer: OnLayer | None,
+    options: Options,
+    reporter: Reporter,
     sources: Mapping[str, tuple[Source, Sequence[Segment]]] | None = None,
 ) -> list[LayerFit]:
     """Fit a checkpoint in `folder` in place; config and tokenizer lie in `files`.
@@ -171,7 +154,7 @@ def fit_folder(
     from btx_merge.fitting.walk import Walk
     from btx_merge.modeling.configuration_btx import BTXConfig
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = Checkpoint(folder, place)
     config = BTXConfig.from_pretrained(files)
     read = {name: [*map(public_reference, text.references), text.weight] for name, text in task.texts.items()}
@@ -185,11 +168,11 @@ def fit_folder(
         "combine": task.combine,
         "fit_through": task.through,
     }
-    kept = Statistics(Path(statistics).expanduser() if statistics else None, key)
+    kept = Statistics(Path(options.statistics).expanduser() if options.statistics else None, key)
     streams = streams_of(files, config, task.texts, task.prompts, task.domain_tokens)
     dense = {name: DenseSource(source, segments, place) for name, (source, segments) in (sources or {}).items()}
     walk = Walk(checkpoint, config, streams, kept, task, dense)
-    layers = walk.run(on_layer or (lambda done, all: None))
+    layers = walk.run(reporter)
     kept.complete()
     return layers
 

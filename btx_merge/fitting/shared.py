@@ -56,6 +56,7 @@ class SharedFit:
         averaged = float(self.task.averaged)
         for start, stop in row_blocks(vocab):
             mean = self.checkpoint.read(EMBEDDING, start, stop)
+            # the mean row stands for one token of each source: total / weight is it where no text has the token
             total, weight = averaged * mean, torch.full((stop - start, 1), averaged, device=self.device)
             for stream in self.texts:
                 count = counts[stream.name].to(self.device)[start:stop, None]

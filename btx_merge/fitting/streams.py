@@ -22,6 +22,7 @@ from btx_merge.texts.windows import packed_windows
 _WINDOW = 512
 """Tokens of a window, at most."""
 _TOKENS_AT_ONCE = 8192
+"""Of one stream, on the device at a time; it bounds the memory for activations."""
 _HELD_OUT = 0.1
 """Part of each domain's windows, its last, on which the temperature is chosen."""
 

@@ -6,7 +6,7 @@ that back, move on. Memory is one layer and the tokens' hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -22,6 +22,7 @@ from btx_merge.fitting.streams import TokenStream
 from btx_merge.model.held_out import LayerFit
 from btx_merge.modeling.configuration_btx import BTXConfig
 from btx_merge.modeling.modeling_btx import BTXDecoderLayer
+from btx_merge.reporting import Reporter
 
 
 class Walk:
@@ -48,14 +49,14 @@ class Walk:
             self.shared = SharedFit(checkpoint, config, texts, sources, statistics, task, self.passage)
         if task.router:
             self.routers = RouterFit(checkpoint, config, streams, statistics, task)
-        self.passes = not statistics.are_there
+        self.passes = not statistics.are_there  # otherwise no token passes: all moments are kept
 
     @torch.no_grad()
-    def run(self, on_layer: Callable[[int, int], None]) -> list[LayerFit]:
+    def run(self, reporter: Reporter) -> list[LayerFit]:
         """Fit everything, from the embedding to the head.
 
         Args:
-            on_layer: called with how many layers of how many are done.
+            reporter: is told how many layers of how many are done.
 
         Raises:
             NonFiniteError: a solution that the checkpoint's dtype cannot hold.
@@ -67,8 +68,9 @@ class Walk:
         fits: list[LayerFit] = []
         layers = self.config.num_hidden_layers
         for index in range(layers):
-            on_layer(index, layers)
+            reporter.layer_done(index, layers)
             layer = self._layer(index)
+            # in this order: the attention's solution changes what the router reads
             if self.shared:
                 self.shared.fit_attention(index, layer)
             if self.passes:
@@ -78,7 +80,7 @@ class Walk:
             if self.passes:
                 for stream in self.streams:
                     self.passage.feed_forward(stream, stream.merged, layer, self._block(layer, stream))
-        on_layer(layers, layers)
+        reporter.layer_done(layers, layers)
         if self.shared:
             self.shared.fit_head()
         return fits

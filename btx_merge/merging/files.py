@@ -151,13 +151,16 @@ def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:
     config.setdefault("tokenizer_class", _default_class(folder))
     if plan.vocabulary.new_tokens:
         add_tokens(folder, parse_json(tokenizer_json(origin)), plan.vocabulary.new_tokens)
-    if "added_tokens_decoder" in config:  # as older versions saved it, perhaps by another source's ids
-        added = _read_json(folder / "tokenizer.json").get("added_tokens") or []
-        keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-        config["added_tokens_decoder"] = {
-            str(entry["id"]): {key: entry[key] for key in keys if key in entry} for entry in added
-        } or config["added_tokens_decoder"]
+    added = _read_json(folder / "tokenizer.json").get("added_tokens")
+    if "added_tokens_decoder" in config and added:  # as older versions saved it, perhaps by another source's ids
+        config["added_tokens_decoder"] = {str(entry["id"]): _decoder_entry(entry) for entry in added}
     write_json(folder / "tokenizer_config.json", config)
+
+
+def _decoder_entry(added: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry of tokenizer.json's `added_tokens` as tokenizer_config.json repeats it, without the id."""
+    keys = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    return {key: added[key] for key in keys if key in added}
 
 
 def _default_class(folder: Path) -> str:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from btx_merge.errors import InputError, Problem
-from btx_merge.reporting import short
+from btx_merge.reporting import Reporter, short
 from btx_merge.sources.source import SEED
 from btx_merge.values import is_text, unknown_problems
 
@@ -28,14 +28,12 @@ def is_mergekit(values: Mapping[str, Any]) -> bool:
     return "seed" not in values and ("base_model" in values or "merge_method" in values)
 
 
-def from_mergekit(
-    values: Mapping[str, Any], origin: str, on_note: Callable[[str], None] | None = None
-) -> dict[str, Any]:
+def from_mergekit(values: Mapping[str, Any], origin: str, reporter: Reporter = Reporter()) -> dict[str, Any]:
     """Return the values of a recipe that says what a file of mergekit-moe says.
 
     Args:
         origin: the file, as errors and notes name it.
-        on_note: called with how it was translated, and what was left out.
+        reporter: is told how it was translated, and what was left out.
 
     Raises:
         InputError: what BTX does not have, or what mergekit-moe would not take either; all of it.
@@ -48,8 +46,7 @@ def from_mergekit(
     recipe = file.translated()
     if file.problems:
         raise InputError(file.problems)
-    if on_note:
-        on_note(f"{origin} is a file of mergekit-moe, read as: {'; '.join(file.notes)}.")
+    reporter.note(f"{origin} is a file of mergekit-moe, read as: {'; '.join(file.notes)}.")
     return recipe
 
 
@@ -67,7 +64,7 @@ class _File:
         if not is_text(base) or not base:
             self._refuse("base_model", short(base), "a folder or org/name", "")
             base = ""
-        if _parts(base)[1]:
+        if _parts(base)[1]:  # mergekit's `model+adapter`
             remedy = "Merge the adapter into the base first (merge_and_unload, save_pretrained)."
             self._refuse("base_model", f"{base}, an adapter", "a whole model", remedy)
         if mode == "cheap_embed":

@@ -16,7 +16,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.fitting.recipe import FIT_THROUGH, ROUTER_FITS
 from btx_merge.merging.recipe_file import read_recipe_file
 from btx_merge.reporting import short
-from btx_merge.sources.source import SEED, ExpertSpec, _as_text, as_spec
+from btx_merge.sources.source import SEED, ExpertSpec, as_spec, path_as_text
 from btx_merge.texts.references import DomainText, as_domain_texts, as_prompts
 from btx_merge.values import (
     ABOVE_ZERO,
@@ -116,7 +116,7 @@ class MergeRecipe:
     def __post_init__(self) -> None:
         problems: list[Problem] = []
         specs = {}
-        object.__setattr__(self, "seed", _as_text(self.seed))
+        object.__setattr__(self, "seed", path_as_text(self.seed))
         if not isinstance(self.experts, Mapping):
             found = f"a {type(self.experts).__name__}"
             problems.append(Problem("recipe", "experts", found, "`name: model`, one line per expert"))

@@ -12,13 +12,14 @@ from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.files.folder import checked
 from btx_merge.merging.mergekit_moe import from_mergekit, is_mergekit
 from btx_merge.model.records import _HUB_ID, RECIPE_FILE, RECORDS, anchor_sources
+from btx_merge.reporting import Reporter
 from btx_merge.sources.locate import locate
 from btx_merge.texts.references import domain_texts_of
 
 
 def read_recipe_file(
     file: str | Path,
-    on_note: Callable[[str], None] | None = None,
+    reporter: Reporter = Reporter(),
     is_given: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Any]:
     """Return the values of a recipe file, with the folders that it names relative to itself made absolute.
@@ -29,8 +30,8 @@ def read_recipe_file(
     A file of mergekit-moe is translated (`mergekit_moe`).
 
     Args:
-        on_note: called with how it was translated; or with what has become of the model since it was merged, which
-            its recipe does not repeat, and with local folders that are not where the recipe is.
+        reporter: is told how it was translated; or what has become of the model since it was merged, which its
+            recipe does not repeat, and which local folders are not where the recipe is.
         is_given: whether another model is given for a source, so that it does not matter what the file says of it.
 
     Raises:
@@ -46,12 +47,14 @@ def read_recipe_file(
         checked(path)
     values = read_yaml(path, "recipe", "at least `seed:` and `experts:`")
     if is_mergekit(values):
-        values = from_mergekit(values, str(file), on_note)
+        values = from_mergekit(values, str(file), reporter)
         roots.append(Path())  # mergekit sees folders from where it is called
     recorded = {key: values.pop(key, None) for key in RECORDS}
     since = [done for key, done in RECORDS.items() if done and recorded[key]]
-    if since and on_note:
-        on_note(f"{path}: the model was {' and '.join(since)} since it was merged; its recipe gives the merge alone.")
+    if since:
+        reporter.note(
+            f"{path}: the model was {' and '.join(since)} since it was merged; its recipe gives the merge alone."
+        )
 
     is_record = recorded["resolved"] is not None or path.name == RECIPE_FILE
     bare = _bare_names(values) if is_record else {}
@@ -65,8 +68,8 @@ def read_recipe_file(
     if problems := list(_namesake_problems(path, bare, values)):
         raise InputError(problems)
     lost = [name for name, folder in bare.items() if not os.path.isdir(_references(values)[name])]
-    if lost and on_note:
-        on_note(f"{path}: it leaves out paths of local folders. Give {_flags(lost)} where they lie now.")
+    if lost:
+        reporter.note(f"{path}: it leaves out paths of local folders. Give {_flags(lost)} where they lie now.")
     if "domain_text" in values:
         texts = domain_texts_of(str(file), values["domain_text"], roots, "domain_text")
         values["domain_text"] = {text.name: text for text in texts}

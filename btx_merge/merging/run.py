@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from btx_merge.checkpoints.dtypes import TORCH_NAMES
 from btx_merge.checkpoints.layout import Block, Job
-from btx_merge.checkpoints.staging import Progress, Staging
+from btx_merge.checkpoints.staging import Staging
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.changes import ReadFiles, Stamp
 from btx_merge.files.disk_errors import continuable
 from btx_merge.files.placing import check_target
 from btx_merge.files.scratch import scratch_folder
 from btx_merge.fitting.recipe import ROUTER_FITS, FitTask
-from btx_merge.fitting.run import OnLayer, device_problems, fit_folder
+from btx_merge.fitting.run import device_problems, fit_folder
 from btx_merge.merging.checks import examine
 from btx_merge.merging.combine import cast, shared_rows
 from btx_merge.merging.experts import expert_columns, expert_rows, merged_norm
@@ -30,13 +30,17 @@ from btx_merge.merging.plan import Fate, Plan, make_plan
 from btx_merge.merging.recipe import MergeRecipe
 from btx_merge.merging.routers import initial_router
 from btx_merge.model.opening import room_problems
-from btx_merge.reporting import peak_memory
+from btx_merge.options import Options, refuse_unused
+from btx_merge.reporting import Reporter, peak_memory
 from btx_merge.sources.divergence import Divergence
 from btx_merge.sources.locate import Located
 from btx_merge.sources.source import Source
 
 if TYPE_CHECKING:
     from btx_merge.model.held_out import LayerFit
+
+
+_OPTIONS = ("overwrite", "workers", "device", "statistics")
 
 
 @dataclass(frozen=True)
@@ -101,24 +105,23 @@ class Report:
         return {"output": str(self.output), **figures, "layers": layers, **self.checked.to_dict()}
 
 
-def check(
-    recipe: MergeRecipe, output: str | Path | None = None, *, overwrite: bool = False, device: str | None = None
-) -> Check:
+def check(recipe: MergeRecipe, output: str | Path | None = None, options: Options = Options()) -> Check:
     """Read and check all sources and lay out the merge. Writes nothing.
 
     Args:
         output: where the result would be written; checked too, and the report then has its files.
-        overwrite, device: as for `merge`.
+        options: those that `merge` would be given.
 
     Raises:
         InputError: every reason to refuse this merge.
     """
+    refuse_unused(options, "merge", *_OPTIONS)
     if output is None:
         with _checked(recipe) as checked:
             return checked
     target = Path(output).expanduser().resolve()
-    check_target(target, overwrite)
-    if recipe.is_fitted and (problems := device_problems(device)):
+    check_target(target, options.overwrite)
+    if recipe.is_fitted and (problems := device_problems(options.device)):
         raise InputError(problems)
     with _checked(recipe) as checked, tempfile.TemporaryDirectory(prefix="btx-files-") as small:
         plan = checked.plan
@@ -134,31 +137,15 @@ def check(
 def merge(
     recipe: MergeRecipe,
     output: str | Path,
-    *,
-    overwrite: bool = False,
-    workers: int | None = None,
-    progress: Progress | None = None,
-    on_checked: Callable[[Check], None] | None = None,
-    on_note: Callable[[str], None] | None = None,
-    statistics: str | Path | None = None,
-    device: str | None = None,
-    on_layer: Callable[[int, int], None] | None = None,
+    options: Options = Options(),
+    reporter: Reporter = Reporter(),
 ) -> Report:
-    """Merges the recipe's sources into one BTX model (arXiv 2403.07816) in the folder `output`.
+    """Merge the recipe's sources into one BTX model (arXiv 2403.07816) in the folder `output`.
 
     An interrupted merge leaves `OUTPUT.btx-partial`; the same call continues it, and ends with the same bytes.
 
     Args:
-        overwrite: whether `output` may be replaced if it is there and not empty; that happens when the new
-            model is complete.
-        workers: threads that read and write; by default one per core, at most 4.
-        progress: called from several threads with numbers of bytes; they add up to `plan.bytes_to_write` less
-            the headers.
-        on_checked: called once when all is checked and before anything is written.
-        on_note: called with a line about what else a person would want to know.
-        statistics: for what is fitted: a folder for what the pass over the texts collects, or one that has it.
-        device: where to fit: `cpu`, `cuda`, ...; a GPU where there is one.
-        on_layer: called with how many layers of how many are fitted.
+        options: `overwrite` and `workers`; for what is fitted, `device` and `statistics`.
 
     Raises:
         InputError: a reason to refuse; nothing has been written.
@@ -166,36 +153,30 @@ def merge(
             `output` is as it was.
     """
     began = time.perf_counter()
+    refuse_unused(options, "merge", *_OPTIONS)
     target = Path(output).expanduser().resolve()
-    check_target(target, overwrite)
-    if recipe.is_fitted and (problems := device_problems(device)):
+    check_target(target, options.overwrite)
+    if recipe.is_fitted and (problems := device_problems(options.device)):
         raise InputError(problems)
     with continuable(target), _checked(recipe, target) as checked:
-        if on_checked:
-            on_checked(checked)
+        for warning in checked.warnings:
+            reporter.warn(str(warning))
         plan = checked.plan
         read = read_files(plan.sources)
-        with Staging(target, plan, partial(fill, plan), read, recipe.to_dict(), on_note=on_note) as staging:
-            staging.write(workers, progress)
+        with Staging(target, plan, partial(fill, plan), read, recipe.to_dict(), reporter=reporter) as staging:
+            staging.write(options.workers)
             layers: list[LayerFit] = []
             if recipe.is_fitted:
                 files = staging.scratch()  # half fitted it is no model yet
                 write_files(plan, files)
-                layers = _fit(plan, staging.folder, files, statistics, device, on_layer)
+                layers = _fit(plan, staging.folder, files, options, reporter)
             write_files(plan, staging.folder, layers)
-            staging.finish(overwrite)
+            staging.finish(options.overwrite)
     seconds = time.perf_counter() - began
     return Report(target, checked, seconds, peak_memory(), staging.kept_bytes, tuple(layers))
 
 
-def _fit(
-    plan: Plan,
-    folder: Path,
-    files: Path,
-    statistics: str | Path | None,
-    device: str | None,
-    on_layer: OnLayer | None,
-) -> list[LayerFit]:
+def _fit(plan: Plan, folder: Path, files: Path, options: Options, reporter: Reporter) -> list[LayerFit]:
     """Fit what the recipe says, in the folder where the weights were just written with means and any routers.
 
     Args:
@@ -218,7 +199,7 @@ def _fit(
         regmean_ridge=recipe.regmean_ridge,
         averaged=len(plan.experts),
     )
-    return fit_folder(folder, files, task, sources=sources, statistics=statistics, device=device, on_layer=on_layer)
+    return fit_folder(folder, files, task, options, reporter, sources)
 
 
 def fill(plan: Plan, job: Job) -> Iterator[Block]:

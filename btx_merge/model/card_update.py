@@ -86,7 +86,7 @@ def _with_section(body: str, section: str) -> str:
 
 
 def _without_section(body: str, title: str) -> str:
-    """Take out a section with all up to the next heading of its level."""
+    """Take out a section with all up to the next heading of its level, or of a higher one."""
     return re.sub(rf"^{re.escape(title)}\n.*?(?=^#{{1,2}} |\Z)", "", body, flags=re.MULTILINE | re.DOTALL)
 
 

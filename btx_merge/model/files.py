@@ -1,10 +1,13 @@
-"""Files beside a model's weights that every verb writes: the model code, and the names of pictures and tables."""
+"""Files beside a model's weights: copied from the model that a result is made of, and those that every verb writes."""
 
 from __future__ import annotations
 
 import importlib.util
 import shutil
 from pathlib import Path
+
+from btx_merge.files.folder import copy_file, small_files
+from btx_merge.sources.tokenizer_files import copy_templates
 
 PICTURE = "training.png"
 ROUTING = "routing.jsonl"
@@ -30,3 +33,19 @@ def copy_model_code(folder: Path) -> None:
     for name in MODEL_CODE:
         if not (folder / name).exists():
             shutil.copyfile(model_code_folder() / name, folder / name)
+
+
+def copy_files(model: Path, folder: Path, leaving_out: str = "") -> None:
+    """Copy what a model has beside its weights, and add what is missing of the code that travels with it.
+
+    Args:
+        leaving_out: a file that the caller writes itself.
+
+    Raises:
+        InputError: a file that may not be copied.
+    """
+    for name, file in small_files(model).items():
+        if name != leaving_out:
+            copy_file(file, folder / name)
+    copy_templates(model, folder)
+    copy_model_code(folder)

@@ -8,10 +8,8 @@ from typing import Any
 from btx_merge.errors import Problem
 from btx_merge.model.merged import MergedModel
 
-# All other tensors have one name in both.
-
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-_YARN = {"truncate": True}
+_YARN = {"truncate": True}  # the value at which a program that ignores the key computes the same
 _USE_IT = "Only the BTX model itself, in transformers, computes that."
 
 

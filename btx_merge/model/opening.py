@@ -62,6 +62,7 @@ def open_model(reference: str, target: Path | None, overwrite: bool) -> tuple[Me
         problems += error.problems
     try:
         located = locate("model", reference)
+        # a result gets its name by taking the place of what had it: that must not be the model, or hold it
         if target in (located.folder.resolve(), *located.folder.resolve().parents):
             problems.append(Problem("output", str(target), "is where the model lies", "", "Give another --output."))
         return open_merged(located), problems

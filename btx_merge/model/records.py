@@ -109,12 +109,13 @@ def anchor_sources(values: Mapping[str, Any], roots: Sequence[Path]) -> dict[str
 
     out = {**values, "seed": anchored(values.get("seed"))}
     if isinstance(experts := values.get("experts"), dict):
-        out["experts"] = {
-            name: {key: anchored(value) if key in ("model", "base") else value for key, value in spec.items()}
-            if isinstance(spec, dict)
-            else anchored(spec)
-            for name, spec in experts.items()
-        }
+        out["experts"] = {}
+        for name, spec in experts.items():
+            if isinstance(spec, dict):
+                folders = {key: anchored(spec[key]) for key in ("model", "base") if key in spec}
+                out["experts"][name] = {**spec, **folders}
+            else:
+                out["experts"][name] = anchored(spec)
     return out
 
 

@@ -29,14 +29,14 @@ def untrained_experts(values: Mapping[str, Any], config: Mapping[str, Any]) -> l
     for entry in _entries(values, "edits"):
         before = entry.get("trainings_before")
         before = before if isinstance(before, int) else 0
-        if before > done:
+        if before > done:  # a training between two edits reached every row that was there
             is_random, own, done = False, {}, before
         renamed = _mapping(entry, "rename")
         own = {str(renamed.get(name, name)): is_new_random for name, is_new_random in own.items()}
         for name, init in _mapping(entry, "router_rows").items():
             if init != "kept":
                 own[name] = init in _UNTRAINED
-    if trainings(values) > done:
+    if trainings(values) > done:  # one came after the last edit
         return []
     names = expert_names(config)
     domains = experts_by_domain(config).items()

@@ -69,6 +69,7 @@ def examine(folder: Path, repo_id: str = "", base_model: str | None = None) -> P
     if not folder.is_dir():
         expected = "a folder that btx merge, fit, train, edit, export or extract wrote"
         raise InputError([Problem("model", str(folder), "no such folder", expected, "Check the path.")])
+    # All checks run before anything is raised: whoever mends a folder wants one list.
     card, of_card = _card_text(folder)
     kind, config = _kind(folder, card)
     wrong: list[Problem] = []

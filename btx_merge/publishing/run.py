@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
 from btx_merge.publishing.checks import Publishable, examine
 from btx_merge.publishing.errors import explained
 from btx_merge.publishing.repository import Target, patiently
+from btx_merge.reporting import Reporter
 from btx_merge.sources.locate import bars_on_terminals_only
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class PushReport:
 def push(
     model: str | Path,
     repo_id: str,
+    reporter: Reporter = Reporter(),
     *,
     private: bool = False,
     revision: str | None = None,
@@ -66,7 +68,6 @@ def push(
     commit_message: str | None = None,
     token: str | None = None,
     base_model: str | None = None,
-    on_checked: Callable[[tuple[Problem, ...]], None] | None = None,
 ) -> PushReport:
     """Publish a model's folder on the Hub, as one commit to `repo_id`, which is created if need be.
 
@@ -80,7 +81,6 @@ def push(
         token: by default that of HF_TOKEN or `hf auth login`.
         base_model: of an adapter, `org/name` or `org/name@revision`: its base on the Hub, where it was trained on a
             folder.
-        on_checked: called once with the warnings before anything is sent.
 
     Raises:
         InputError: every reason not to publish this folder, or why the Hub refuses.
@@ -88,8 +88,8 @@ def push(
     """
     began = time.perf_counter()
     checked, token = _check(Path(model).expanduser(), repo_id, revision, token, base_model)
-    if on_checked:
-        on_checked(checked.warnings)
+    for warning in checked.warnings:
+        reporter.warn(str(warning))
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)

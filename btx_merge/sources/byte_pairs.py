@@ -7,6 +7,7 @@ So texts are encoded with both orders: those in which such merges meet, and rand
 
 from __future__ import annotations
 
+import json
 import random
 from bisect import bisect_left
 from collections import defaultdict
@@ -21,6 +22,7 @@ _MEETINGS = 1_000
 _EACH = 3
 """Meetings that are tried of one merge where many have moved."""
 _RANDOM_TEXTS = 1_000
+"""Texts of random tokens, for what the meetings leave out."""
 _OPTIONS = (
     "unk_token",
     "continuing_subword_prefix",
@@ -82,14 +84,15 @@ def meetings(merges: Sequence[Pair], others: Sequence[Pair]) -> Iterator[tuple[s
         by_left[left].append(right)
         by_right[right].append(left)
     for pair in moved:
-        before, after = by_right[pair[0]], by_left[pair[1]]
-        met = [((left, pair[0]), pair) for left in before] + [(pair, (pair[1], right)) for right in after]
-        changed = (
-            (*first, second[1])
-            for first, second in met
-            if (ranks[first] < ranks[second]) != (other_ranks[first] < other_ranks[second])
-        )
-        yield from islice(changed, max(_EACH, _MEETINGS // len(moved)))
+        first, last = pair
+        met = [((left, first), pair) for left in by_right[first]] + [(pair, (last, right)) for right in by_left[last]]
+        found = 0
+        for one, other in met:
+            if (ranks[one] < ranks[other]) != (other_ranks[one] < other_ranks[other]):
+                yield (*one, other[1])
+                found += 1
+                if found == max(_EACH, _MEETINGS // len(moved)):
+                    break
 
 
 def _moved(ordered: Sequence[Pair], other_ranks: Mapping[Pair, int]) -> list[Pair]:
@@ -116,8 +119,6 @@ def _moved(ordered: Sequence[Pair], other_ranks: Mapping[Pair, int]) -> list[Pai
 
 def _build(rules: Mapping[str, Any], vocabulary: Mapping[str, int], merges: Sequence[Pair]) -> Any:
     """Return a tokenizer with these rules. Reading all from one JSON text would take several times as long."""
-    import json
-
     from tokenizers import Tokenizer, models
 
     options = {name: rules["model"][name] for name in _OPTIONS if rules["model"].get(name)}

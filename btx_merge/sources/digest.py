@@ -12,7 +12,7 @@ from btx_merge.checkpoints.tensor_files import read_tensor_file, stored_tensors
 from btx_merge.errors import InputError, Problem
 from btx_merge.sources.source import SEED, Source
 
-_DIGEST_BYTES = 16
+_DIGEST_BYTES = 16  # it finds mistakes, no forgery: 32 characters in a recipe are enough
 
 
 def source_digest(source: Source) -> str:

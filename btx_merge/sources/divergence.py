@@ -31,7 +31,8 @@ _GROUPS = {  # a part of the tensor's name to its group; the first that fits
 _DECIDING = ("attention", "feed-forward")
 # Norms are near 1 and embeddings share a mean, so those two look alike in any two models.
 _PLACES = 3  # per tensor: its beginning, its middle, its end
-_VALUES = 1024  # at each place, at most
+_VALUES = 1024
+"""At each place, at most. A cosine over the thousands of values of a group is then known to about 0.01."""
 
 Sample = Mapping[str, NDArray[np.float32]]
 
@@ -56,7 +57,7 @@ def take_sample(source: Source, vocab_size: int) -> Sample:
     for name, shape in expected_tensors({**source.config, "vocab_size": vocab_size}).items():
         group = next(group for key, group in _GROUPS.items() if key in name)
         rows, width = shape[0], shape[1] if len(shape) > 1 else 1
-        count = min(rows, max(1, _VALUES // width))
+        count = min(rows, max(1, _VALUES // width))  # whole rows, one at least: they are read in one piece
         for place in range(_PLACES):
             start = (rows - count) * place // (_PLACES - 1)
             values = source.rows(name, start, start + count).reshape(-1)[:_VALUES]
@@ -75,7 +76,7 @@ def measure_divergence(sources: Sequence[Source]) -> tuple[list[Divergence], lis
         for group, values in sample.items():
             if group in seed:
                 measured.append(Divergence(source.name, group, *_compare(values, seed[group])))
-        twin = digests.setdefault(_digest(sample), source.name)
+        twin = digests.setdefault(_digest(sample), source.name)  # whoever had this sample first
         if twin != source.name:
             count = sum(values.size for values in sample.values())
             found = f"identical to {twin} in all {count:,} sampled values"
@@ -96,7 +97,7 @@ def _compare(values: NDArray[np.float32], seed: NDArray[np.float32]) -> tuple[fl
     a, b = (array[finite].astype(np.float64) for array in (values, seed))
     norm_a, norm_b = np.sqrt(a @ a), np.sqrt(b @ b)
     if norm_a == 0 or norm_b == 0:
-        return (0.0, 1.0) if norm_a == norm_b else (1.0, 0.0)
+        return (0.0, 1.0) if norm_a == norm_b else (1.0, 0.0)  # zeros have no direction: alike only if both are
     return float(np.linalg.norm(a - b) / norm_b), float(a @ b / (norm_a * norm_b))
 
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from btx_merge.architectures.config_values import layer_problems, refuse_odd_values
 from btx_merge.architectures.llama import EMBEDDING, HEAD, normalise_config
-from btx_merge.checkpoints.dtypes import STORED, Float32, Raw, all_finite, to_float32
-from btx_merge.checkpoints.stored import StoredTensor
+from btx_merge.checkpoints.dtypes import STORED, Float32, all_finite, to_float32
+from btx_merge.checkpoints.stored import Lent, StoredTensor
 from btx_merge.errors import InputError, NonFiniteError, Problem
 from btx_merge.files.folder import read_json
 from btx_merge.reporting import short
@@ -101,8 +101,12 @@ class Source:
         name = self.stored_name(name)
         return name not in self.deltas and self.tensors[name].dtype == dtype
 
-    def stored_rows(self, name: str, start: int, stop: int, finite: bool = False) -> Raw:
-        """Read rows [start, stop) as they are stored, of a tensor for which `is_stored` holds."""
+    def stored_rows(self, name: str, start: int, stop: int, finite: bool = False) -> Lent:
+        """Read rows [start, stop) as they are stored, of a tensor for which `is_stored` holds.
+
+        Raises:
+            NonFiniteError: `finite` is asked for and there is a NaN or an Inf.
+        """
         tensor = self.tensors[self.stored_name(name)]
         raw = tensor.read_rows(start, stop)
         if finite and not all_finite(raw, tensor.dtype):
@@ -118,7 +122,7 @@ class Source:
         stored = self.stored_name(name)
         tensor = self.tensors[stored]
         raw = self.stored_rows(name, start, stop, finite)
-        values = to_float32(raw, tensor.dtype).reshape(stop - start, *tensor.shape[1:])
+        values = to_float32(raw, tensor.dtype).reshape(stop - start, *tensor.shape[1:])  # a copy: `raw` is only lent
         if stored in self.deltas:
             delta = self.deltas[stored]
             values += delta.rows(start, stop)
@@ -129,7 +133,7 @@ class Source:
     def _report_nonfinite(self, tensor: StoredTensor, values: Float32, start: int) -> None:
         flat = int(np.flatnonzero(~np.isfinite(values))[0])
         found = f"holds {values.reshape(-1)[flat]}"
-        if tensor in self.tensors.values():
+        if tensor in self.tensors.values():  # otherwise it is a factor of an adapter, whose rows are others
             width = tensor.row_bytes // STORED[tensor.dtype].itemsize
             found += f" at row {start + flat // width}" + (f", column {flat % width}" if width > 1 else "")
         else:
@@ -189,7 +193,7 @@ class ExpertSpec:
     """For an adapter: the model it was trained on, where that is not the seed."""
 
 
-def _as_text(value: Any) -> Any:
+def path_as_text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
@@ -211,7 +215,7 @@ def as_spec(name: Any, spec: Any, key: str = "experts") -> ExpertSpec:
         raise InputError([Problem("recipe", where, short(spec), "a model, or `model:` and `weight:`")])
     known = [item.name for item in fields(ExpertSpec)]
     problems = unknown_problems("recipe", spec, known, f"{where}.")
-    values = {"weight": 1.0, "base": None, **{key: _as_text(spec[key]) for key in known if key in spec}}
+    values = {"weight": 1.0, "base": None, **{key: path_as_text(spec[key]) for key in known if key in spec}}
     if not values.get("model"):
         problems.append(Problem("recipe", where, "no model", "`model: folder or org/name`"))
     elif not is_text(values["model"]):

@@ -34,14 +34,10 @@ def read_tensors(name: str, folder: Path, tied: bool = False) -> dict[str, Store
         except InputError as error:
             if index is None:
                 raise
-            found, remedy = (
-                f"lies beside {single.name}, which cannot be read",
-                f"If the shards that {index.name} names",
-            )
-            remedy += f" are the model, remove {single.name}."
-            raise InputError(
-                [*error.problems, Problem(name, index.name, found, "only one of them", remedy)]
-            ) from error
+            found = f"lies beside {single.name}, which cannot be read"
+            remedy = f"If the shards that {index.name} names are the model, remove {single.name}."
+            both = Problem(name, index.name, found, "only one of them", remedy)
+            raise InputError([*error.problems, both]) from error
     if index is None:
         expected = f"{' or '.join(_SINGLE_FILES)}, or shards with their index"
         raise InputError([Problem(name, str(folder), "no weights", expected, _COPY_THE_REST)])
@@ -78,15 +74,13 @@ def _read_shards(
         except InputError as error:
             problems += error.problems
             continue
-        twice = [
-            Problem(name, shard, f"{key} stands there and in {tensors[key].file.name}", "once", _SAVE_AGAIN)
-            for key in sorted(found_here.keys() & tensors.keys())
-        ]
-        lacking = [
-            Problem(name, shard, f"lacks {key}", f"it there, by {index.name}", _SAVE_AGAIN)
-            for key in wanted
-            if key not in found_here
-        ]
+        twice, lacking = [], []
+        for key in sorted(found_here.keys() & tensors.keys()):
+            found = f"{key} stands there and in {tensors[key].file.name}"
+            twice.append(Problem(name, shard, found, "once", _SAVE_AGAIN))
+        for key in wanted:
+            if key not in found_here:
+                lacking.append(Problem(name, shard, f"lacks {key}", f"it there, by {index.name}", _SAVE_AGAIN))
         problems += [*capped(twice), *capped(lacking)]
         tensors |= found_here
     if problems:

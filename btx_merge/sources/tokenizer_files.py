@@ -103,9 +103,7 @@ def _check_sentencepiece(file: Path, where: str) -> None:
 
 def vocabulary_file(folder: Path) -> str:
     """Return the name of the file that a folder's tokens come from."""
-    return next(
-        name for name in (*VOCABULARY_FILES, "tokenizer.json") if (folder / name).exists() or name == "merges.txt"
-    )
+    return next((name for name in VOCABULARY_FILES if (folder / name).exists()), "merges.txt")
 
 
 def check_alike(ours: Any, folder: Path) -> None:

@@ -107,11 +107,13 @@ def _union(rows: Mapping[str, int], seed: Tokenizer, tokenizers: Mapping[str, To
                 ids[token] = first_new + len(new_tokens)
                 new_tokens.append({**entry, "id": ids[token]})
     size = max(*rows.values(), first_new + len(new_tokens))
+    # Three passes decide who owns a row of the result: padding that a source has there itself, then its tokens, which
+    # come first, then rows that nobody owns because a source has moved the token that was there.
     source_rows = np.full((len(rows), size), -1)  # of every row of the result; -1 where the source owns nothing
     taken = np.fromiter(ids.values(), int, len(ids))
     for source_row, (name, count) in zip(source_rows, rows.items(), strict=True):
         own = (tokenizers[name] or seed).ids
-        padding = np.setdiff1d(np.arange(count), np.fromiter(own.values(), int, len(own)))
+        padding = np.setdiff1d(np.arange(count), np.fromiter(own.values(), int, len(own)))  # rows without a token
         source_row[padding] = padding
         source_row[taken] = -1  # a token's row is never taken from another source's padding
         for token, row in own.items():
@@ -139,11 +141,10 @@ def _token_problems(source: Source, tokenizer: Tokenizer, seed: Tokenizer, seed_
         remedy = "Copy the files of the seed's tokenizer into its folder."
         return [*problems, Problem(source.name, where, found, "the seed's tokens and added ones", remedy)]
     tokens = {row: token for token, row in tokenizer.ids.items()}
-    conflicts = [
-        f"{row} is {tokens[row]!r} here and {token!r} in the seed"
-        for token, row in seed.ids.items()
-        if row in tokens and tokens[row] != token
-    ]
+    conflicts = []
+    for token, row in seed.ids.items():
+        if row in tokens and tokens[row] != token:
+            conflicts.append(f"{row} is {tokens[row]!r} here and {token!r} in the seed")
     if conflicts:
         found = f"{len(conflicts)} ids name other tokens than in the seed: {'; '.join(conflicts[:_SHOWN])}"
         remedy = "Only added tokens may differ; use experts that kept the seed's vocabulary."
@@ -171,6 +172,7 @@ def _base_difference(tokenizer: Tokenizer, seed: Tokenizer, name: str) -> str:
     Args:
         name: of the seed.
     """
+    # sets of a hundred thousand merges take a while, and most merges are equal as they stand
     if tokenizer.base != seed.base or (tokenizer.merges != seed.merges and set(tokenizer.merges) != set(seed.merges)):
         return f"its base vocabulary or its merges differ from those of {name}"
     if tokenizer.merges == seed.merges:
@@ -201,7 +203,7 @@ def _read_tokenizers(sources: Sequence[Source]) -> tuple[dict[str, Tokenizer | N
                 read[key] = _parse(folder, tokenizer_json(folder))
             out[source.name] = read[key]
         except InputError as error:
-            for problem in error.problems:
+            for problem in error.problems:  # a package that is not installed is named once, not for each source
                 if problem.found != NO_SENTENCEPIECE or all(known.found != NO_SENTENCEPIECE for known in problems):
                     problems.append(replace(problem, source=source.name))
         except Exception as error:  # of any kind: transformers reads the old format, with code for every family

@@ -22,8 +22,8 @@ import transformers
 from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
-from btx_merge import InputError, MergeError, MergeInterrupted, MergeRecipe, NonFiniteError, merge
-from tests.support.common import assert_complete, files_of, grow, save_seed
+from btx_merge import InputError, MergeError, MergeInterrupted, MergeRecipe, NonFiniteError, Options, merge
+from tests.support.common import Told, assert_complete, files_of, grow, save_seed
 
 RECIPES = {
     "one file": {},
@@ -96,7 +96,7 @@ def ctrl_c_after(nbytes: int) -> Callable[[int], None]:
 def interrupted(recipe: MergeRecipe, out: Path, nbytes: int = 8_000_000) -> Path:
     """A merge that was stopped in the middle."""
     with pytest.raises(MergeInterrupted, match="continues"):
-        merge(recipe, out, workers=1, progress=ctrl_c_after(nbytes))
+        merge(recipe, out, Options(workers=1), reporter=Told(bytes_done=ctrl_c_after(nbytes)))
     assert not out.exists()
     return partial(out)
 
@@ -105,17 +105,18 @@ def interrupted(recipe: MergeRecipe, out: Path, nbytes: int = 8_000_000) -> Path
 # the n-th event of a kind (of those that Python reports to audit hooks) behind the last byte.
 KILLED = """
 import json, os, signal, sys, threading
-from btx_merge import MergeRecipe, merge
+from btx_merge import MergeRecipe, Options, Reporter, merge
 
 recipe, out, nbytes, delay, event, number = json.loads(sys.argv[1])
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
 total = seen = 0
 
-def progress(count):
-    global total
-    total += count
-    if event is None and total >= nbytes:
-        threading.Timer(delay, die).start() if delay else die()
+class Watch(Reporter):
+    def bytes_done(self, count):
+        global total
+        total += count
+        if event is None and total >= nbytes:
+            threading.Timer(delay, die).start() if delay else die()
 
 def on_event(name, args):
     global seen
@@ -125,7 +126,7 @@ def on_event(name, args):
             die()
 
 sys.addaudithook(on_event)
-merge(MergeRecipe.from_dict(recipe), out, workers=2, overwrite=True, progress=progress)
+merge(MergeRecipe.from_dict(recipe), out, Options(workers=2, overwrite=True), Watch())
 """
 
 
@@ -173,7 +174,7 @@ def test_killed_while_finishing(sources, uninterrupted, tmp_path, event, number)
     total = len(expected["model.safetensors"]) - 100_000  # less its header: when the last block is written
     assert run_and_die(recipe, out, total, event=event, number=number)
     assert files_of(out) == {"old-model": b"precious"} or expected.items() <= files_of(out).items()
-    merge(recipe, out, overwrite=True)
+    merge(recipe, out, Options(overwrite=True))
     assert files_of(out) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -181,8 +182,8 @@ def test_killed_while_finishing(sources, uninterrupted, tmp_path, event, number)
 # The command itself, which gets a signal when so many bytes are written or when a file is opened.
 SIGNALLED = """
 import os, sys, time
-from btx_merge.cli import display as tables
 from btx_merge.cli.app import main
+from btx_merge.cli.printing import Lines
 
 number, nbytes, name = int(sys.argv.pop(1)), int(sys.argv.pop(1)), sys.argv.pop(1)
 total, sent = 0, False
@@ -204,7 +205,7 @@ def on_event(event, args):
     if event == "open" and name and str(args[0]).endswith(name):
         send()
 
-tables.ProgressBar.advance = advance
+Lines.bytes_done = advance
 sys.addaudithook(on_event)
 main()
 """
@@ -225,7 +226,7 @@ def test_a_signal_leaves_one_line_and_what_is_finished(sources, uninterrupted, t
     assert done.stderr == ("error: Interrupted. Nothing is lost: the same command continues where this one stopped.\n")
     assert not (tmp_path / "out").exists()
     notes = []
-    report = merge(recipe_of(sources), tmp_path / "out", on_note=notes.append)
+    report = merge(recipe_of(sources), tmp_path / "out", reporter=Told(note=notes.append))
     assert files_of(tmp_path / "out") == uninterrupted()
     assert 4_000_000 < report.kept_bytes < 20_000_000
     assert len(notes) == 1
@@ -297,14 +298,14 @@ def test_a_journal_with_a_torn_last_line(sources, uninterrupted, tmp_path, torn)
 def test_progress_of_a_continued_merge_adds_up_too(sources, tmp_path):
     interrupted(recipe_of(sources), tmp_path / "out")
     moved = []
-    plan = merge(recipe_of(sources), tmp_path / "out", progress=moved.append).checked.plan
+    plan = merge(recipe_of(sources), tmp_path / "out", reporter=Told(bytes_done=moved.append)).checked.plan
     assert sum(moved) == sum(tensor.nbytes for tensor in plan.tensors)
 
 
 def test_a_changed_recipe_starts_over_and_says_so(sources, uninterrupted, tmp_path):
     interrupted(recipe_of(sources, max_shard_size="3MB"), tmp_path / "out")
     notes = []
-    report = merge(recipe_of(sources, random_seed=1), tmp_path / "out", on_note=notes.append)
+    report = merge(recipe_of(sources, random_seed=1), tmp_path / "out", reporter=Told(note=notes.append))
     assert notes == ["Something unfinished of another recipe or of changed sources was there: starting over."]
     assert report.kept_bytes == 0
     assert files_of(tmp_path / "out") == uninterrupted(random_seed=1)
@@ -321,7 +322,7 @@ def test_a_changed_source_starts_over_and_says_so(sources, tmp_path, changed):
         content += b"\n"
     (copies[0] / changed).write_bytes(content)
     notes = []
-    merge(recipe_of(copies), tmp_path / "out", on_note=notes.append)
+    merge(recipe_of(copies), tmp_path / "out", reporter=Told(note=notes.append))
     assert notes == ["Something unfinished of another recipe or of changed sources was there: starting over."]
     merge(recipe_of(copies), tmp_path / "fresh")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
@@ -347,7 +348,7 @@ def test_everything_is_on_the_disk_before_it_gets_the_name(sources, tmp_path, mo
 def test_an_untouched_merge_says_nothing(sources, uninterrupted, tmp_path):
     notes = []
     (tmp_path / "out").mkdir()  # an empty folder is as good as none
-    merge(recipe_of(sources), tmp_path / "out", on_note=notes.append)
+    merge(recipe_of(sources), tmp_path / "out", reporter=Told(note=notes.append))
     assert notes == []
     assert files_of(tmp_path / "out") == uninterrupted()
 
@@ -363,7 +364,7 @@ def test_a_folder_that_holds_something_is_not_touched_without_overwrite(sources,
 def test_overwrite_replaces_all_that_was_there(sources, uninterrupted, tmp_path):
     merge(recipe_of(sources, max_shard_size="3MB"), tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*"))) > 5
-    merge(recipe_of(sources), tmp_path / "out", overwrite=True)
+    merge(recipe_of(sources), tmp_path / "out", Options(overwrite=True))
     assert files_of(tmp_path / "out") == uninterrupted()  # no shard of the old one
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
@@ -378,11 +379,16 @@ def test_overwrite_that_fails_leaves_the_old_model(sources, tmp_path):
     recipe = MergeRecipe(str(sources[0]), {"bad": str(bad)})
     expected = r"bad: model.safetensors: model.layers.1.mlp.down_proj.weight holds inf at row 7, column 3"
     with pytest.raises(NonFiniteError, match=expected):
-        merge(recipe, tmp_path / "out", overwrite=True)
+        merge(recipe, tmp_path / "out", Options(overwrite=True))
     assert files_of(tmp_path / "out") == before
     assert_not_a_model(partial(tmp_path / "out"))
     with pytest.raises(MergeInterrupted):
-        merge(recipe_of(sources, random_seed=1), tmp_path / "out", overwrite=True, progress=ctrl_c_after(5_000_000))
+        merge(
+            recipe_of(sources, random_seed=1),
+            tmp_path / "out",
+            Options(overwrite=True),
+            reporter=Told(bytes_done=ctrl_c_after(5_000_000)),
+        )
     assert files_of(tmp_path / "out") == before
 
 
@@ -438,7 +444,7 @@ def test_a_disk_that_fills_up_meanwhile(sources, uninterrupted, tmp_path, monkey
         for name in ("write", "pwrite", "writev", "pwritev", "copy_file_range", "sendfile"):
             full.setattr(os, name, failing(getattr(os, name)))
         with pytest.raises(MergeError, match="No space left on device"):
-            merge(recipe_of(sources), tmp_path / "out", workers=1)
+            merge(recipe_of(sources), tmp_path / "out", Options(workers=1))
     assert calls == 21  # the first failure stops the merge
     assert not (tmp_path / "out").exists()
     report = merge(recipe_of(sources), tmp_path / "out")
@@ -473,7 +479,7 @@ def test_an_output_that_somebody_fills_meanwhile(sources, uninterrupted, tmp_pat
         (tmp_path / "out" / "thesis.txt").write_text("years of work")
 
     with pytest.raises((InputError, MergeError), match=r"out"):
-        merge(recipe_of(sources), tmp_path / "out", progress=fill)
+        merge(recipe_of(sources), tmp_path / "out", reporter=Told(bytes_done=fill))
     assert files_of(tmp_path / "out") == {"thesis.txt": b"years of work"}
     shutil.rmtree(tmp_path / "out")
     report = merge(recipe_of(sources), tmp_path / "out")
@@ -489,7 +495,7 @@ def test_two_merges_into_one_output_at_once(sources, uninterrupted, tmp_path):
         go_on.wait(30)
 
     recipe = recipe_of(sources)
-    first = threading.Thread(target=lambda: merge(recipe, tmp_path / "out", progress=wait))
+    first = threading.Thread(target=lambda: merge(recipe, tmp_path / "out", reporter=Told(bytes_done=wait)))
     first.start()
     try:
         assert begun.wait(30)
@@ -515,7 +521,7 @@ def test_a_folder_of_somebody_else_with_the_name_is_not_deleted(sources, tmp_pat
 def test_an_output_that_cannot_be_one(sources, tmp_path):
     (tmp_path / "file").write_text("text")
     with pytest.raises(InputError, match="a file"):
-        merge(recipe_of(sources), tmp_path / "file", overwrite=True)
+        merge(recipe_of(sources), tmp_path / "file", Options(overwrite=True))
     with pytest.raises((InputError, MergeError)):
         merge(recipe_of(sources), tmp_path / "file" / "out")
     assert files_of(tmp_path) == {"file": b"text"}
@@ -526,7 +532,7 @@ def test_a_source_is_never_overwritten(sources, tmp_path):
     before = files_of(tmp_path)
     for output in (copies[0], tmp_path / "sources", copies[1] / "merged"):
         with pytest.raises(InputError, match="overlaps with the source"):
-            merge(recipe_of(copies), output, overwrite=True)
+            merge(recipe_of(copies), output, Options(overwrite=True))
         assert files_of(tmp_path) == before
 
 
@@ -535,7 +541,7 @@ def test_the_size_of_jobs_and_blocks_does_not_matter(sources, uninterrupted, tmp
     expected = uninterrupted(**RECIPES[name])
     monkeypatch.setattr("btx_merge.merging.plan.JOB_BYTES", 100_000)
     monkeypatch.setattr("btx_merge.checkpoints.layout.BLOCK_BYTES", 7_000)
-    merge(recipe_of(sources, **RECIPES[name]), tmp_path / "out", workers=3)
+    merge(recipe_of(sources, **RECIPES[name]), tmp_path / "out", Options(workers=3))
     assert files_of(tmp_path / "out") == expected
 
 
@@ -552,6 +558,7 @@ from btx_merge.checkpoints.copying import fill_copy
 from btx_merge.checkpoints.layout import Extent, Job, Layout, lay_out
 from btx_merge.checkpoints.staging import Staging
 from btx_merge.files.changes import ReadFiles
+from btx_merge.reporting import Reporter
 
 assert False, "-O is not in effect"
 
@@ -569,7 +576,7 @@ fills = {
     "of another kind": fill_copy,
 }
 layout = OneJob(*lay_out([("weight", "F32", (4, 4))], 10**9))
-with Staging(Path(sys.argv[1]), layout, fills[sys.argv[2]], ReadFiles([], {})) as staging:
+with Staging(Path(sys.argv[1]), layout, fills[sys.argv[2]], ReadFiles([], {}), reporter=Reporter()) as staging:
     try:
         staging.write()
     except (MergeError, TypeError) as error:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from btx_merge import EditRecipe, InputError, MergeError, MergeRecipe, NonFiniteError, check, edit, merge
+from btx_merge import EditRecipe, InputError, MergeError, MergeRecipe, NonFiniteError, Options, check, edit, merge
 from btx_merge.architectures.btx import SELECTION_BIAS
 from btx_merge.architectures.llama import EMBEDDING
 from btx_merge.cli.app import app
@@ -22,6 +22,7 @@ from btx_merge.sources.source import ExpertSpec
 from tests.fitting.test_run import GATE, assert_same_direction, fitted_documents, inputs_of, write_texts
 from tests.support.common import (
     LAYERS,
+    Told,
     assert_complete,
     edit_json,
     files_of,
@@ -618,7 +619,7 @@ def test_an_output_that_is_there(root, two, tmp_path):
     with pytest.raises(InputError, match="not empty"):
         edited(two, tmp_path / "out", drop=("code",))
     assert (tmp_path / "out/mine").exists()
-    edit(EditRecipe(str(two), ("code",)), tmp_path / "out", overwrite=True)
+    edit(EditRecipe(str(two), ("code",)), tmp_path / "out", Options(overwrite=True))
     assert not (tmp_path / "out/mine").exists()
 
 
@@ -641,7 +642,7 @@ def test_interrupted_and_continued(root, two, tmp_path, monkeypatch):
     monkeypatch.setattr(SharedWeights, "rows", plain)
     notes: list[str] = []
     recipe = EditRecipe(str(two), add={"bio": str(root / "bio")})
-    assert edit(recipe, tmp_path / "out", on_note=notes.append).kept_bytes > 0
+    assert edit(recipe, tmp_path / "out", reporter=Told(note=notes.append)).kept_bytes > 0
     assert notes[0].startswith("Continuing: ")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 

@@ -12,9 +12,19 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import btx_merge
-from btx_merge import InputError, MergeInterrupted, MergeRecipe, extract, merge
+from btx_merge import InputError, MergeInterrupted, MergeRecipe, Options, extract, merge
 from tests.checkpoints.test_staging import ctrl_c_after
-from tests.support.common import edit_json, files_of, force_expert, grow, logits_of, raw_bytes, save_seed, tensors_of
+from tests.support.common import (
+    Told,
+    edit_json,
+    files_of,
+    force_expert,
+    grow,
+    logits_of,
+    raw_bytes,
+    save_seed,
+    tensors_of,
+)
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
@@ -73,7 +83,7 @@ def test_copies_of_one_seed_give_back_the_seed(tmp_path, mode):
 def test_a_split_source_is_put_together_again(family, tmp_path):
     recipe = MergeRecipe(str(family.seed), family.experts, expert_mode="split", num_chunks=3, num_experts_per_tok=6)
     merge(recipe, tmp_path / "merged")
-    report = extract(str(tmp_path / "merged"), "code", tmp_path / "out", max_shard_size="50KB")
+    report = extract(str(tmp_path / "merged"), "code", tmp_path / "out", Options(max_shard_size="50KB"))
     assert feed_forward(tmp_path / "out") == feed_forward(family.code)
     assert json.loads((tmp_path / "out/config.json").read_text())["intermediate_size"] == 96
     assert len(report.files) > 3
@@ -96,7 +106,13 @@ def test_what_another_expert_left_unfinished_is_not_kept(family, tmp_path, monke
     merge(recipe, tmp_path / "merged")
     monkeypatch.setattr("btx_merge.checkpoints.copying.JOB_BYTES", 10_000)
     with pytest.raises(MergeInterrupted):
-        extract(str(tmp_path / "merged"), "code", tmp_path / "out", workers=1, progress=ctrl_c_after(200_000))
+        extract(
+            str(tmp_path / "merged"),
+            "code",
+            tmp_path / "out",
+            Options(workers=1),
+            reporter=Told(bytes_done=ctrl_c_after(200_000)),
+        )
     report = extract(str(tmp_path / "merged"), "math", tmp_path / "out")
     assert report.kept_bytes == 0
     assert feed_forward(tmp_path / "out") == feed_forward(family.math)
@@ -164,7 +180,7 @@ def test_an_expert_that_there_is_not(merged, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError) as error:
-        extract(str(merged), "Code", tmp_path / "out", max_shard_size="-1")
+        extract(str(merged), "Code", tmp_path / "out", Options(max_shard_size="-1"))
     assert [str(problem) for problem in error.value.problems] == [
         "command: --max-shard-size: '-1'; expected a size such as 5GB, 500MB or 5GiB",
         f"output: {tmp_path / 'out'}: not empty; expected an empty or a new folder. "

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from btx_merge import InputError, MergeError, MergeInterrupted, MergeRecipe, export, merge
+from btx_merge import InputError, MergeError, MergeInterrupted, MergeRecipe, Options, Reporter, export, merge
 from btx_merge.exporting.gguf import find_converter
 from tests.checkpoints.test_staging import ctrl_c_after
 from tests.cli.test_app import btx
-from tests.support.common import files_of, grow, save_seed
+from tests.support.common import Told, files_of, grow, save_seed
 
 WORKS = """
 model, outfile, path, outtype, kind = sys.argv[1:]
@@ -86,9 +86,9 @@ def test_a_file_that_is_there(merged: Path, room: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"my\.gguf: there already; expected a new file\. Give another --output, or "):
         export(str(merged), room / "my.gguf", format="gguf", llama_cpp=works)
     with pytest.raises(MergeError):
-        export(str(merged), room / "my.gguf", format="gguf", llama_cpp=fails, overwrite=True)
+        export(str(merged), room / "my.gguf", Options(overwrite=True), format="gguf", llama_cpp=fails)
     assert files_of(room) == {"my.gguf": b"years of work"}
-    export(str(merged), room / "my.gguf", format="gguf", llama_cpp=works, overwrite=True)
+    export(str(merged), room / "my.gguf", Options(overwrite=True), format="gguf", llama_cpp=works)
     assert b"mixtral" in files_of(room)["my.gguf"]
 
 
@@ -129,9 +129,9 @@ def test_a_converter_that_fails(merged: Path, room: Path, tmp_path: Path, code: 
 def test_interrupted(merged: Path, room: Path, tmp_path: Path) -> None:
     """While the Mixtral is written, and while the converter runs."""
     calls = converter(tmp_path / "llama.cpp", "os.kill(os.getppid(), signal.SIGINT); __import__('time').sleep(30)")
-    for progress in (ctrl_c_after(100_000), None):
+    for reporter in (Told(bytes_done=ctrl_c_after(100_000)), Reporter()):
         with pytest.raises(MergeInterrupted, match=r"Nothing of it is kept: the same command begins anew\."):
-            export(str(merged), room / "my.gguf", format="gguf", llama_cpp=calls, workers=1, progress=progress)
+            export(str(merged), room / "my.gguf", Options(workers=1), reporter, format="gguf", llama_cpp=calls)
         assert list(room.iterdir()) == []
 
 
@@ -143,7 +143,7 @@ def test_places_where_no_file_can_be(merged: Path, room: Path, tmp_path: Path) -
         (room / "file" / "my.gguf", "a file; expected a folder"),
     ):
         with pytest.raises(InputError, match=found):
-            export(str(merged), output, format="gguf", llama_cpp=llama_cpp, overwrite=True)
+            export(str(merged), output, Options(overwrite=True), format="gguf", llama_cpp=llama_cpp)
     if os.getuid():
         room.chmod(0o500)
         with pytest.raises(MergeError, match="Permission denied"):

@@ -14,7 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
 import btx_merge
-from btx_merge import InputError, MergeInterrupted, MergeRecipe, export, merge
+from btx_merge import InputError, MergeInterrupted, MergeRecipe, Options, export, merge
 from btx_merge.exporting.mixtral import mixtral_card
 from btx_merge.model.merged import open_merged
 from btx_merge.sources.locate import Located
@@ -22,6 +22,7 @@ from tests.checkpoints.test_staging import ctrl_c_after, partial
 from tests.support import warm
 from tests.support.common import (
     WITHOUT_BTX_MERGE,
+    Told,
     edit_json,
     files_of,
     grow,
@@ -123,7 +124,7 @@ def test_every_kind_of_merge(tmp_path, tied, options):
 
 def test_every_tensor_is_a_range_of_the_models_bytes(merged, tmp_path):
     """The names are a contract: transformers 4, vLLM and llama.cpp's converter know no others."""
-    export(str(merged), tmp_path / "out", max_shard_size="100KB")
+    export(str(merged), tmp_path / "out", Options(max_shard_size="100KB"))
     expected = {}
     for name, tensor in tensors_of(merged).items():
         block = name.rpartition(".mlp.")[0] + ".block_sparse_moe."
@@ -294,7 +295,7 @@ def test_what_a_mixtral_does_not_compute_is_refused_all_at_once(merged, tmp_path
         active_experts=["code"],
         rope_parameters={"rope_type": "new", "rope_theta": 1e4},
     )
-    assert refused(tmp_path / "merged", tmp_path / "out", format="onnx", max_shard_size="much") == [
+    assert refused(tmp_path / "merged", tmp_path / "out", format="onnx", options=Options(max_shard_size="much")) == [
         "command: --format: 'onnx'; expected mixtral or gguf",
         "command: --max-shard-size: 'much'; expected a size such as 5GB, 500MB or 5GiB",
         "model: config.json: router_type: 'soft'; expected 'top_k', the only routing of a Mixtral. With top_k and "
@@ -403,7 +404,7 @@ def test_the_model_itself_is_never_the_output(merged, tmp_path):
     before = files_of(tmp_path)
     for output in (model, tmp_path / "room"):
         with pytest.raises(InputError, match=r"is where the model lies\. Give another --output\."):
-            export(str(model), output, overwrite=True)
+            export(str(model), output, Options(overwrite=True))
         assert files_of(tmp_path) == before
 
 
@@ -411,16 +412,21 @@ def test_the_model_itself_is_never_the_output(merged, tmp_path):
 
 
 def test_an_interrupted_export_continues(merged, tmp_path, monkeypatch):
-    export(str(merged), tmp_path / "whole", max_shard_size="200KB")
+    export(str(merged), tmp_path / "whole", Options(max_shard_size="200KB"))
     monkeypatch.setattr("btx_merge.checkpoints.copying.JOB_BYTES", 10_000)
     monkeypatch.setattr("btx_merge.checkpoints.copying.BLOCK_BYTES", 4_000)
     with pytest.raises(MergeInterrupted, match="the same command continues"):
-        export(str(merged), tmp_path / "out", max_shard_size="200KB", workers=1, progress=ctrl_c_after(200_000))
+        export(
+            str(merged),
+            tmp_path / "out",
+            Options(max_shard_size="200KB", workers=1),
+            reporter=Told(bytes_done=ctrl_c_after(200_000)),
+        )
     assert not (tmp_path / "out").exists()
     assert not (partial(tmp_path / "out") / "config.json").exists()
     moved, announced = [], []
-    options = {"max_shard_size": "200KB", "progress": moved.append, "on_start": announced.append}
-    report = export(str(merged), tmp_path / "out", **options)
+    reporter = Told(bytes_done=moved.append, started=announced.append)
+    report = export(str(merged), tmp_path / "out", Options(max_shard_size="200KB"), reporter)
     assert report.kept_bytes >= 200_000
     assert announced == [sum(moved)]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
@@ -433,6 +439,6 @@ def test_overwrite_replaces_all_that_was_there(merged, tmp_path):
     with pytest.raises(InputError, match="not empty"):
         export(str(merged), tmp_path / "out")
     assert files_of(tmp_path) == {"out/thesis.txt": b"years of work"}
-    export(str(merged), tmp_path / "out", overwrite=True)
+    export(str(merged), tmp_path / "out", Options(overwrite=True))
     export(str(merged), tmp_path / "fresh")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")

@@ -19,6 +19,7 @@ from btx_merge import (
     InputError,
     MergeError,
     MergeRecipe,
+    Options,
     TrainRecipe,
     export,
     extract,
@@ -31,7 +32,7 @@ from btx_merge.editing.run import edit
 from btx_merge.files import placing
 from btx_merge.files.disk_errors import disk_error, remedy_of
 from btx_merge.files.scratch import scratch_folder
-from tests.support.common import files_of, grow, save_seed
+from tests.support.common import Told, files_of, grow, save_seed
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def old_model(folder: Path) -> Path:
 WATCHED = """
 import os, signal, sys
 from btx_merge.files import placing
-from btx_merge import MergeRecipe, merge
+from btx_merge import MergeRecipe, Options, merge
 
 root, out, moment = sys.argv[1:]
 exchange = placing._exchange
@@ -86,7 +87,7 @@ def look(event, args):
 
 placing._exchange = dying
 sys.addaudithook(look)
-merge(MergeRecipe(f"{root}/seed", {"code": f"{root}/code", "math": f"{root}/math"}), out, overwrite=True)
+merge(MergeRecipe(f"{root}/seed", {"code": f"{root}/code", "math": f"{root}/math"}), out, Options(overwrite=True))
 """
 
 
@@ -101,7 +102,7 @@ def test_the_output_is_never_absent_while_it_is_replaced(saved, tmp_path, moment
         assert files_of(out) == {"old-model": b"precious"}
     else:
         assert files_of(saved / "btx").items() <= files_of(out).items()
-    merge(recipe_of(saved), out, overwrite=True)
+    merge(recipe_of(saved), out, Options(overwrite=True))
     assert files_of(out) == files_of(saved / "btx")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -109,7 +110,7 @@ def test_the_output_is_never_absent_while_it_is_replaced(saved, tmp_path, moment
 def test_where_nothing_can_be_exchanged_the_next_run_brings_the_old_model_back(saved, tmp_path, monkeypatch):
     out = old_model(tmp_path / "out")
     monkeypatch.setattr(placing, "_exchange", lambda one, other: False)
-    merge(recipe_of(saved), out, overwrite=True)
+    merge(recipe_of(saved), out, Options(overwrite=True))
     assert files_of(out) == files_of(saved / "btx")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -117,7 +118,7 @@ def test_where_nothing_can_be_exchanged_the_next_run_brings_the_old_model_back(s
     with pytest.raises(InputError, match=r"was there until a run was ended.*out\.btx-old.*--overwrite"):
         merge(recipe_of(saved), out)
     notes: list[str] = []
-    merge(recipe_of(saved), out, overwrite=True, on_note=notes.append)
+    merge(recipe_of(saved), out, Options(overwrite=True), reporter=Told(note=notes.append))
     assert len(notes) == 1
     assert "is back" in notes[0]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -127,7 +128,7 @@ def test_the_next_run_names_and_clears_what_was_replaced(saved, tmp_path):
     out = shutil.copytree(saved / "btx", tmp_path / "out")
     old_model(placing.old_of(out))
     notes: list[str] = []
-    merge(recipe_of(saved), out, overwrite=True, on_note=notes.append)
+    merge(recipe_of(saved), out, Options(overwrite=True), reporter=Told(note=notes.append))
     assert notes == [f"Removed {out}.btx-old, which an earlier run replaced before it was ended."]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -143,7 +144,7 @@ def test_what_cannot_be_cleared_is_a_note_and_no_failure(saved, tmp_path, monkey
 
     monkeypatch.setattr(shutil, "rmtree", refusing)
     notes: list[str] = []
-    merge(recipe_of(saved), out, overwrite=True, on_note=notes.append)
+    merge(recipe_of(saved), out, Options(overwrite=True), reporter=Told(note=notes.append))
     assert len(notes) == 1
     assert "out.btx-old could not be removed" in notes[0]
     assert files_of(out) == files_of(saved / "btx")
@@ -157,9 +158,9 @@ def test_a_source_that_changes_while_it_is_merged_is_refused(sources, tmp_path, 
         os.utime(sources / changed, ns=(1, 1))
 
     with pytest.raises(InputError, match=rf"{changed}: changed while it was read"):
-        merge(recipe_of(sources), out, overwrite=True, progress=change)
+        merge(recipe_of(sources), out, Options(overwrite=True), reporter=Told(bytes_done=change))
     assert files_of(out) == {"old-model": b"precious"}
-    merge(recipe_of(sources), out, overwrite=True)
+    merge(recipe_of(sources), out, Options(overwrite=True))
     assert files_of(out) == files_of(sources / "btx")
 
 
@@ -170,23 +171,23 @@ def test_a_model_that_changes_while_it_is_edited_is_refused(sources, tmp_path, c
 
     recipe = EditRecipe(str(sources / "btx"), drop=("math",))
     with pytest.raises(InputError, match=rf"{changed}: changed while it was read"):
-        edit(recipe, tmp_path / "out", progress=change)
+        edit(recipe, tmp_path / "out", reporter=Told(bytes_done=change))
     assert not (tmp_path / "out").exists()
     edit(recipe, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"sources", "out"}
 
 
 def exported(model: Path, out: Path, change: Callable[[], None]) -> None:
-    export(str(model), out, progress=lambda nbytes: change())
+    export(str(model), out, reporter=Told(bytes_done=lambda nbytes: change()))
 
 
 def extracted(model: Path, out: Path, change: Callable[[], None]) -> None:
-    extract(str(model), "code", out, progress=lambda nbytes: change())
+    extract(str(model), "code", out, reporter=Told(bytes_done=lambda nbytes: change()))
 
 
 def fitted(model: Path, out: Path, change: Callable[[], None]) -> None:
     recipe = FitRecipe(str(model), method="prompts", prompts={"code": ["w1 w2"], "math": ["w3 w4"]})
-    fit(recipe, out, on_layer=lambda done, layers: change())
+    fit(recipe, out, reporter=Told(layer_done=lambda done, layers: change()))
 
 
 def trained(model: Path, out: Path, change: Callable[[], None]) -> None:
@@ -194,7 +195,7 @@ def trained(model: Path, out: Path, change: Callable[[], None]) -> None:
     arguments = {"max_steps": 1, "logging_steps": 1, "use_cpu": True, "report_to": "none"}
     data = (DomainText("text", (str(out.parent / "text.txt"),)),)
     recipe = TrainRecipe(str(model), data, train="routers", max_length=16, holdout=0, arguments=arguments)
-    train(recipe, out, show=lambda line: change())
+    train(recipe, out, reporter=Told(line=lambda line: change()))
 
 
 @pytest.mark.parametrize("how", ["touched", "rewritten", "removed"])
@@ -238,7 +239,7 @@ def unfinished(saved, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(MergeError, match="No space left"):
-        merge(recipe_of(saved), tmp_path / "out", workers=1, progress=fill_the_disk)
+        merge(recipe_of(saved), tmp_path / "out", Options(workers=1), reporter=Told(bytes_done=fill_the_disk))
     return placing.partial_of(tmp_path / "out")
 
 
@@ -311,10 +312,10 @@ def test_an_unfinished_training_that_leads_elsewhere_is_not_written(saved, tmp_p
 def test_what_was_replaced_may_hold_links_but_be_none(saved, tmp_path):
     out = old_model(tmp_path / "out")
     (out / "link").symlink_to(tmp_path / "sources")
-    merge(recipe_of(saved), out, overwrite=True)
+    merge(recipe_of(saved), out, Options(overwrite=True))
     placing.old_of(out).symlink_to(saved)
     with pytest.raises(InputError, match=r"out\.btx-old: a link to"):
-        merge(recipe_of(saved), out, overwrite=True)
+        merge(recipe_of(saved), out, Options(overwrite=True))
     assert (saved / "seed" / "config.json").exists()
 
 
@@ -324,7 +325,7 @@ def test_what_was_replaced_may_hold_links_but_be_none(saved, tmp_path):
 def test_a_journal_that_cannot_be_read_is_begun_anew(saved, unfinished, tmp_path, content):
     (unfinished / placing.JOURNAL).write_bytes(content)
     notes: list[str] = []
-    report = merge(recipe_of(saved), tmp_path / "out", on_note=notes.append)
+    report = merge(recipe_of(saved), tmp_path / "out", reporter=Told(note=notes.append))
     assert report.kept_bytes == 0
     assert len(notes) == 1
     assert "starting over" in notes[0]
@@ -374,7 +375,7 @@ def test_a_mount_point_is_refused_before_anything_is_written(saved, tmp_path, mo
     out.mkdir()
     monkeypatch.setattr(os.path, "ismount", lambda path: str(path) == str(out))
     with pytest.raises(InputError, match=r"a mount point.*Give a folder in it"):
-        merge(recipe_of(saved), out, overwrite=True)
+        merge(recipe_of(saved), out, Options(overwrite=True))
     assert [path.name for path in tmp_path.rglob("*")] == ["disk"]
 
 

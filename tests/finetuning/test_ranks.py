@@ -17,7 +17,7 @@ from btx_merge.cli.app import app
 from btx_merge.finetuning.run import train
 from tests.finetuning.test_run import recipe
 from tests.support import warm
-from tests.support.common import assert_complete, grow, raw_bytes, save_seed, tensors_of
+from tests.support.common import Told, assert_complete, grow, raw_bytes, save_seed, tensors_of
 
 FLAGS = [
     *("--max-steps=6", "--logging-steps=1", "--max-length=32", "--learning-rate=1e-2", "--report-to=none"),
@@ -48,7 +48,7 @@ def on_one_rank(merged: Path, texts: dict[str, str], out: Path, **changes: Any) 
     """Four rows at once on one process."""
     lines: list[str] = []
     settings = {"per_device_train_batch_size": 4, "save_steps": 2}
-    report = train(recipe(merged, texts, arguments=settings, **changes), out, show=lines.append)
+    report = train(recipe(merged, texts, arguments=settings, **changes), out, reporter=Told(line=lines.append))
     return {**report.entry, "lines": steps_of(lines)}, out
 
 

@@ -36,7 +36,7 @@ from btx_merge.finetuning.session import Run
 from btx_merge.finetuning.work_folder import SUFFIX, held
 from btx_merge.texts.references import DomainText
 from tests.support import warm
-from tests.support.common import assert_complete, edit_json, files_of, grow, raw_bytes, save_seed, tensors_of
+from tests.support.common import Told, assert_complete, edit_json, files_of, grow, raw_bytes, save_seed, tensors_of
 from tests.support.warm import BTX
 
 ARGUMENTS = {
@@ -78,7 +78,7 @@ def changed(before: Path, after: Path) -> set[str]:
 @pytest.mark.parametrize("mode", ["routers", "shared", "all"])
 def test_each_mode_trains_what_it_says_and_nothing_else(merged, texts, tmp_path, mode):
     lines: list[str] = []
-    report = train(recipe(merged, texts, train=mode), tmp_path / "out", show=lines.append)
+    report = train(recipe(merged, texts, train=mode), tmp_path / "out", reporter=Told(line=lines.append))
     names = set(tensors_of(merged))
     gates = {name for name in names if name.endswith("mlp.gate.weight")}
     experts = {name for name in names if ".experts." in name}
@@ -624,7 +624,9 @@ def test_a_dead_expert_is_named(merged, texts, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     assert config["num_experts_per_tok"] == 2
     edit_json(copy / "config.json", num_experts_per_tok=1)
-    report = train(recipe(copy, texts, train="routers", **changes), tmp_path / "out", warn=warnings.append)
+    report = train(
+        recipe(copy, texts, train="routers", **changes), tmp_path / "out", reporter=Told(warn=warnings.append)
+    )
     assert warnings == ["step 1, layer 1: the expert math is dead: 0.00% of the choices, ideal 33%"]
     assert [entry["dead_experts"] for entry in report.history if "loss" in entry] == [1] * 6
     assert "aux_loss" not in report.history[1]

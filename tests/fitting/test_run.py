@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from btx_merge import InputError, MergeRecipe, merge
+from btx_merge import InputError, MergeRecipe, Options, merge
 from btx_merge.cli.app import app
 from btx_merge.fitting.equations import OFF_DIAGONAL, TEMPERATURES, Statistics, prompt_rows, ridge_solution
 from btx_merge.fitting.recipe import FitRecipe
@@ -19,6 +19,7 @@ from tests.support.common import (
     LAYERS,
     VOCAB,
     WORDS,
+    Told,
     files_of,
     grow,
     load_float32,
@@ -138,7 +139,7 @@ def test_the_temperature_is_the_best_of_those_tried(grown, tmp_path):
     report = fit(
         FitRecipe(str(tmp_path / "btx"), domain_text=tuple(texts.values())),
         tmp_path / "fitted",
-        statistics=tmp_path / "statistics",
+        Options(statistics=tmp_path / "statistics"),
     )
     layer = load_float32(tmp_path / "fitted").model.layers[0].mlp.requires_grad_(False)
     moments = Statistics(tmp_path / "statistics", {}).get("layer-000.router", dict)
@@ -179,7 +180,7 @@ def test_a_fitted_merge_is_the_same_every_time(grown, tmp_path, through):
     recipe = recipe_of(folder, texts, router_init="ridge", combine="regmean_merged", fit_through=through)
     merge(recipe, tmp_path / "one")
     with pytest.raises(RuntimeError, match="pulled"):
-        merge(recipe, tmp_path / "two", on_layer=_pull_the_plug)
+        merge(recipe, tmp_path / "two", reporter=Told(layer_done=_pull_the_plug))
     assert not (tmp_path / "two").exists()
     assert (tmp_path / "two.btx-partial/model.safetensors").exists()
     assert not (tmp_path / "two.btx-partial/config.json").exists()  # half fitted it does not look like a model
@@ -207,7 +208,7 @@ def test_an_interrupted_fit_is_continued_by_the_same_command(grown, tmp_path, mo
     given = [word for name, text in texts.items() for word in ("--domain-text", f"{name}={text.references[0]}")]
     command = ["fit", str(tmp_path / "btx"), "-o", str(tmp_path / "out"), *given]
     with monkeypatch.context() as pressed:
-        pressed.setattr("btx_merge.cli.display.CountBar.advance", interrupt)
+        pressed.setattr("btx_merge.cli.printing.Lines.layer_done", interrupt)
         result = CliRunner().invoke(app, command)
     assert result.exit_code == 130
     assert "the same command continues" in result.output
@@ -407,19 +408,19 @@ def test_statistics_are_reused(grown, tmp_path):
     folder, texts = grown
     merge(recipe_of(folder), tmp_path / "btx")
     recipe = FitRecipe(str(tmp_path / "btx"), domain_text=tuple(texts.values()))
-    fit(recipe, tmp_path / "first", statistics=tmp_path / "statistics")
-    fit(recipe, tmp_path / "again", statistics=tmp_path / "statistics")
+    fit(recipe, tmp_path / "first", Options(statistics=tmp_path / "statistics"))
+    fit(recipe, tmp_path / "again", Options(statistics=tmp_path / "statistics"))
     assert files_of(tmp_path / "first") == files_of(tmp_path / "again")
     other = FitRecipe(str(tmp_path / "btx"), domain_text=tuple(texts.values()), router_ridge=0.1)
-    fit(other, tmp_path / "quick", statistics=tmp_path / "statistics")
+    fit(other, tmp_path / "quick", Options(statistics=tmp_path / "statistics"))
     fit(other, tmp_path / "slow")
     assert files_of(tmp_path / "quick") == files_of(tmp_path / "slow")
     assert files_of(tmp_path / "quick") != files_of(tmp_path / "first")
     shorter = FitRecipe(str(tmp_path / "btx"), domain_text=tuple(texts.values()), domain_tokens=640)
     with pytest.raises(InputError, match="collected with another domain_tokens"):
-        fit(shorter, tmp_path / "refused", statistics=tmp_path / "statistics")
+        fit(shorter, tmp_path / "refused", Options(statistics=tmp_path / "statistics"))
     with pytest.raises(InputError, match="something else"):
-        fit(shorter, tmp_path / "refused", statistics=tmp_path / "btx")
+        fit(shorter, tmp_path / "refused", Options(statistics=tmp_path / "btx"))
     assert not (tmp_path / "refused").exists()
     assert not list(tmp_path.glob("*.btx-partial"))
 
@@ -427,8 +428,8 @@ def test_statistics_are_reused(grown, tmp_path):
 def test_statistics_of_both_fits_come_from_one_pass(grown, tmp_path):
     folder, texts = grown
     recipe = recipe_of(folder, texts, router_init="ridge", combine="regmean_merged")
-    merge(recipe, tmp_path / "first", statistics=tmp_path / "statistics")
-    merge(recipe, tmp_path / "again", statistics=tmp_path / "statistics")
+    merge(recipe, tmp_path / "first", Options(statistics=tmp_path / "statistics"))
+    merge(recipe, tmp_path / "again", Options(statistics=tmp_path / "statistics"))
     assert files_of(tmp_path / "first") == files_of(tmp_path / "again")
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralForCausalLM
 
-from btx_merge import Check, InputError, MergeRecipe, NonFiniteError, Problem, Report, check, merge
+from btx_merge import Check, InputError, MergeRecipe, NonFiniteError, Options, Problem, Report, check, merge
 from btx_merge.architectures.llama import ACTIVATIONS, DEFAULTS, normalise_config
 from tests.conftest import Family
 from tests.support.common import assert_complete, edit_json, grow, save_seed, tensors_of
@@ -492,7 +492,7 @@ def test_nonfinite_numbers_stop_a_merge_that_was_done_before(family: Family, tmp
     before = (tmp_path / "out" / WEIGHTS).read_bytes()
     odd = edit_tensors(copied(family.code, tmp_path / "odd"), lambda tensors: tensors[DOWN].fill_(float("nan")))
     with pytest.raises(NonFiniteError):
-        merge(MergeRecipe(str(family.seed), {"odd": str(odd)}), tmp_path / "out", overwrite=True)
+        merge(MergeRecipe(str(family.seed), {"odd": str(odd)}), tmp_path / "out", Options(overwrite=True))
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from btx_merge import ExpertSpec, MergeRecipe, merge
+from btx_merge import ExpertSpec, MergeRecipe, Options, merge
 from tests.support.common import (
     LAYERS,
     WIDTH,
@@ -236,7 +236,7 @@ def test_dare_does_not_depend_on_the_workers_and_does_on_the_random_seed(family,
     recipe = MergeRecipe(str(family.seed), family.experts, combine=rule, density=0.5)
     state = torch.get_rng_state()
     for workers in (1, 2, 7):
-        merge(recipe, tmp_path / f"{workers}" / "out", workers=workers)
+        merge(recipe, tmp_path / f"{workers}" / "out", Options(workers=workers))
     assert torch.equal(torch.get_rng_state(), state)  # the caller's randomness is the caller's
     torch.manual_seed(99)
     merge(recipe, tmp_path / "later" / "out")
@@ -350,7 +350,9 @@ def test_dare_in_blocks_drops_by_name_and_first_row(family, tmp_path, monkeypatc
     monkeypatch.setattr("btx_merge.merging.combine.DIFFERENCE_BLOCK_BYTES", 40 * 64 * 4)
     options = {"combine": rule, "density": 0.5, "random_seed": 3}
     for workers in (1, 7):
-        merge(MergeRecipe(str(family.seed), family.experts, **options), tmp_path / f"{workers}", workers=workers)
+        merge(
+            MergeRecipe(str(family.seed), family.experts, **options), tmp_path / f"{workers}", Options(workers=workers)
+        )
     assert files_of(tmp_path / "1") == files_of(tmp_path / "7")
     base, *others = (tensors_of(folder)[EMBEDDING] for folder in (family.seed, family.code, family.math))
     weights = torch.full((2,), 1 / 3 if rule == "dare_linear" else 1.0)

@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from btx_merge import ExpertSpec, MergeRecipe, merge
+from btx_merge import ExpertSpec, MergeRecipe, Options, merge
 from tests.support.common import (
     HIDDEN,
     LAYERS,
     WIDTH,
+    Told,
     assert_complete,
     assert_rounded_once,
     files_of,
@@ -368,8 +369,8 @@ def test_one_checkpoint_alone_is_sparse_upcycling(family, tmp_path):
 
 def test_the_same_recipe_gives_the_same_bytes_and_another_random_seed_other_routers(family, tmp_path):
     recipe = MergeRecipe(str(family.seed), family.experts)
-    merge(recipe, tmp_path / "one" / "llama-btx", workers=1)
-    merge(recipe, tmp_path / "two" / "llama-btx", workers=4)
+    merge(recipe, tmp_path / "one" / "llama-btx", Options(workers=1))
+    merge(recipe, tmp_path / "two" / "llama-btx", Options(workers=4))
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     merge(MergeRecipe(str(family.seed), family.experts, random_seed=1), tmp_path / "other")
     one, other = files_of(tmp_path / "one" / "llama-btx"), files_of(tmp_path / "other")
@@ -437,7 +438,7 @@ def test_tied_and_untied_sources_untied(tmp_path):
 def test_progress_adds_up(family, tmp_path):
     moved = []
     recipe = MergeRecipe(str(family.seed), {"code": ExpertSpec(str(family.code))})
-    report = merge(recipe, tmp_path / "out", progress=moved.append)
+    report = merge(recipe, tmp_path / "out", reporter=Told(bytes_done=moved.append))
     assert sum(moved) == sum(tensor.nbytes for tensor in tensors_of(tmp_path / "out").values())
     assert report.seconds > 0
     assert report.peak_memory > 10_000_000

@@ -224,6 +224,7 @@ def told_next(*arguments: str | Path) -> list[str]:
     return [line.removeprefix("next: ") for line in done.stderr.splitlines() if line.startswith("next: ")]
 
 
+@pytest.mark.slow
 def test_each_verb_says_which_comes_next(merged: Path, texts: dict[str, str], tmp_path: Path) -> None:
     """As `btx info` says of the result; a command with --quiet or --json says nothing."""
     given = [word for name, text in texts.items() for word in ("--domain-text", f"{name}={text}")]

@@ -235,7 +235,7 @@ def test_no_isinstance_of_the_config():
 
 def test_an_older_transformers_is_told_in_one_line(monkeypatch):
     source = Path(model_code_folder() / "configuration_btx.py").read_text()
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    monkeypatch.setattr("transformers.__version__", "4.57.1")  # it replaces its own module while it is imported
     with pytest.raises(ImportError) as error:
         exec(compile(source, "configuration_btx.py", "exec"), {"__name__": "configuration_btx"})
     assert str(error.value) == (

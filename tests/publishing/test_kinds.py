@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from btx_merge import InputError, MergeRecipe, export, extract, merge
+from btx_merge import InputError, MergeRecipe, Options, export, extract, merge
 from btx_merge.finetuning.recipe import TrainRecipe
 from btx_merge.finetuning.run import train
 from btx_merge.model.adapter_card import with_base
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("loaded_here")
 @pytest.fixture(scope="module")
 def exported(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "mixtral"
-    export(str(merged), folder, max_shard_size="300KB")
+    export(str(merged), folder, Options(max_shard_size="300KB"))
     return folder
 
 

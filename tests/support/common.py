@@ -12,6 +12,8 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from btx_merge.reporting import Reporter
+
 VOCAB, HIDDEN, WIDTH, LAYERS = 128, 64, 96, 2
 WORDS = [f"w{number}" for number in range(VOCAB - 2)]
 
@@ -24,6 +26,14 @@ class Hide:
 sys.meta_path.insert(0, Hide())
 """
 """The beginning of a script for a machine on which this package is not installed."""
+
+
+class Told(Reporter):
+    """Passes on what it is told to the callables that are given by its methods' names."""
+
+    def __init__(self, **heard: Callable[..., object]):
+        assert heard.keys() <= vars(Reporter).keys()
+        vars(self).update(heard)
 
 
 def tiny_config(**changes: Any) -> LlamaConfig:

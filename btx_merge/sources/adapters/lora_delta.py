@@ -82,7 +82,7 @@ class LoraDelta:
     def rows(self, start: int, stop: int) -> Float32:
         """Compute rows [start, stop) of the delta, s B[start:stop] A, in float32."""
         with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf are found and named by who asks
-            if self.embedding:
+            if self.embedding:  # its factors stand the other way round: the delta is s (B A)^T
                 return self.scaling * _product(_whole(self.down)[:, start:stop].T, _whole(self.up).T)
             up = to_float32(self.up.read_rows(start, stop), self.up.dtype).reshape(stop - start, -1)
             return self.scaling * _product(up, _whole(self.down))
@@ -106,7 +106,8 @@ def _product(left: Float32, right: Float32) -> Float32:
     return out
 
 
-_SINGLE_THREADED = 4 * 65536  # multiplications
+_SINGLE_THREADED = 4 * 65536
+"""Multiplications up to which OpenBLAS starts no thread: its GEMM_MULTITHREAD_THRESHOLD of 4, times 65,536."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -131,6 +132,7 @@ def split_adapter(
         name = key.removeprefix(_PREFIX)
         if ".original_module." in name:
             continue  # of a resized embedding, before it was trained under modules_to_save
+        # "layers.0.self_attn.q_proj.lora_A.weight", "embed_tokens.lora_embedding_B"
         match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(\.weight)?", name)
         if match:
             factors.setdefault(match[1], {})[(match[2] or "") + match[3]] = tensor
@@ -166,9 +168,7 @@ def split_adapter(
 
 
 def _scaling(config: Mapping[str, Any], module: str, rank: int, matches: Matches) -> float:
-    """Return alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732). As in peft, the first pattern that matches
-    counts.
-    """
+    """Return s: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732). The first pattern that matches counts."""
     alpha = float(config.get("lora_alpha", 8))
     for key, value in (config.get("alpha_pattern") or {}).items():
         if module in matches.of(by_key(key)):

@@ -15,7 +15,7 @@ from typing import Any
 
 from btx_merge.architectures.llama import EMBEDDING, HEAD
 
-_TIME_LIMIT = 5  # seconds, for all patterns of an adapter together
+_TIME_LIMIT = 5  # seconds, for all patterns of an adapter together; any that is meant takes milliseconds
 _ALL_LINEAR = "all-linear"
 _DEFAULT_TARGETS = ("q_proj", "v_proj")  # what peft takes for a Llama where a config names none
 _TRY_ALL = """
@@ -61,7 +61,7 @@ def _short(pattern: str) -> str:
 
 def _is_simple(pattern: str) -> bool:
     """Return whether matching takes a number of steps that is a small power of a name's length."""
-    own = pattern.replace(r"(.*\.)?", "")
+    own = pattern.replace(r"(.*\.)?", "")  # what peft puts before every name; it is harmless
     repeats = len(re.findall(r"[*+{]", own))
     return len(pattern) < 500 and repeats <= 4 and not re.search(r"\)[*+{]|\\[1-9]|\(\?P=", own)
 
