@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from btx_merge.checkpoints.dtypes import Float32, Raw, all_finite, from_float32
 from btx_merge.checkpoints.layout import BLOCK_BYTES, Block, Job, portions
 from btx_merge.errors import NonFiniteError
-from btx_merge.merging.plan import Plan, SharedRows
+from btx_merge.merging.mixture import Mixture, SharedRows
+from btx_merge.merging.plan import Plan
 from btx_merge.merging.recipe import DIFFERENCE_METHODS
 from btx_merge.sources.segments import within
 from btx_merge.sources.source import Source
@@ -31,15 +32,15 @@ Rule = Callable[[int, int], Float32]
 """Rows [start, stop) of a combined tensor in float32, before the cast."""
 
 
-def cast(values: Float32, job: Job, plan: Plan) -> Raw:
+def cast(values: Float32, job: Job, mixture: Mixture) -> Raw:
     """Values as the bytes of the output's dtype: the one rounding of a merge.
 
     Raises:
-        NonFiniteError: a value is outside of the dtype's range, and the recipe does not allow it.
+        NonFiniteError: a value is outside of the dtype's range, and that is not allowed.
     """
     dtype = job.tensor.dtype
     raw = from_float32(values, dtype)
-    if not plan.recipe.allow_nonfinite and not all_finite(raw, dtype):
+    if not mixture.allow_nonfinite and not all_finite(raw, dtype):
         raise NonFiniteError(
             f"{job.tensor.name}: a value leaves the range of {dtype}. "
             "Choose a wider --dtype; --allow-nonfinite goes on all the same."
@@ -76,28 +77,28 @@ def _base_rows(plan: Plan, name: str, start: int, stop: int) -> tuple[Float32, N
 
 
 def owners_mean(
-    plan: Plan, name: str, shares: list[tuple[Source, float]], start: int, stop: int
+    mixture: Mixture, name: str, shares: list[tuple[Source, float]], start: int, stop: int
 ) -> tuple[Float32, NDArray[np.bool_]]:
     """The weighted mean of the rows over their owners, and which rows have one among the shares.
 
     Rows of tokens that only others own are the plain mean of those.
     """
-    total, weight = _weighted_sum(plan, name, shares, start, stop)
+    total, weight = _weighted_sum(mixture, name, shares, start, stop)
     owned = weight > 0
     if not owned.all():
-        others, count = _weighted_sum(plan, name, [(source, 1.0) for source in plan.sources], start, stop)
+        others, count = _weighted_sum(mixture, name, [(source, 1.0) for source in mixture.sources], start, stop)
         total[~owned], weight[~owned] = others[~owned], count[~owned]
     total /= weight.reshape(-1, *[1] * (total.ndim - 1))
     return total, owned
 
 
 def _weighted_sum(
-    plan: Plan, name: str, shares: list[tuple[Source, float]], start: int, stop: int
+    mixture: Mixture, name: str, shares: list[tuple[Source, float]], start: int, stop: int
 ) -> tuple[Float32, Float32]:
     """Sum of weight times row over the sources that own the row, and the sum of their weights per row."""
-    layout = plan.source_layout(name)
-    finite = not plan.recipe.allow_nonfinite
-    total = np.zeros((stop - start, *plan.seed.tensors[plan.seed.stored_name(name)].shape[1:]), np.float32)
+    layout, seed = mixture.source_layout(name), mixture.seed
+    finite = not mixture.allow_nonfinite
+    total = np.zeros((stop - start, *seed.tensors[seed.stored_name(name)].shape[1:]), np.float32)
     weights = np.zeros(stop - start, np.float32)
     for source, weight in shares:
         for segment in within(layout[source.name], start, stop):
