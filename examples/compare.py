@@ -1,31 +1,28 @@
 """What can be had without training: routers and shared weights fitted in closed form, beside what they must beat.
 
     make demo && python examples/compare.py                # the demo's checkpoints
-    make demo-smollm2 && python examples/compare.py --demo demo/smollm2 --domain-tokens 25000
+    make demo-smollm2 && python examples/compare.py --demo demo/smollm2 --domain-tokens 12000 --tokens 6000
 
-Merges the seed and the experts that a demo left behind in many ways, and scores each result, the seed, the experts
-and a dense soup (the plain mean of all weights) on held-out text of every domain: bits per byte, and the part of the
-distance from the seed to the oracle (the best single model per domain) that is closed.
+Merges the seed and the experts that a demo left behind in many ways, and measures each result on held-out text of
+every domain as `btx eval` does: bits per byte, and the fraction of the gap between the seed and the best single model
+that is closed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import demo_common as common
-import torch
-from demo_common import ROOT
+from demo_common import held_out, one_at_a_time, training
 from demo_texts import DOMAINS
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from btx_merge import ExpertSpec, MergeRecipe, Options, merge
+from btx_merge import EvalRecipe, EvalReport, ExpertSpec, MergeRecipe, evaluate, merge
 
 PROMPTS = {
     "code": ["def main(argv=None):", "    return self._value", "import os", "for index, item in enumerate(items):"],
@@ -48,102 +45,72 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "ridge": {"router_init": "ridge"},
     "ridge, through router": {"router_init": "ridge", "fit_through": "router"},
 }
-Bits = dict[str, float]
 
 
-def soup(folders: list[Path], output: Path) -> Path:
-    """The dense Llama whose every weight is the mean of all models'."""
-    models = [dense(folder) for folder in folders]
-    state = models[0].state_dict()
-    for name in state:
-        state[name] = sum(model.state_dict()[name] for model in models) / len(models)
-    models[0].load_state_dict(state)
-    models[0].save_pretrained(output)
-    return output
+@dataclass(frozen=True)
+class Comparison:
+    """Merges of one set of sources, measured on the same texts."""
+
+    demo: Path
+    domain_tokens: int
+    window: int
+    tokens: int | None
+
+    def merge(self, shared: str, router: str, output: Path) -> None:
+        """Merge the demo's models in one of the ways."""
+        values: dict[str, Any] = {**SHARED[shared], **ROUTERS[router]}
+        if values.get("router_init") == "ridge" or "regmean" in shared:
+            texts = {domain: str(training(domain)) for domain in DOMAINS}
+            values |= {"domain_text": texts, "domain_tokens": self.domain_tokens}
+        experts = {domain: ExpertSpec(str(self.demo / domain)) for domain in DOMAINS}
+        merge(MergeRecipe(str(self.demo / "seed"), experts, **values), output)
+
+    def measure(self, model: Path, **beside: Any) -> EvalReport:
+        """Measure a merge on all held-out texts."""
+        texts = {domain: str(held_out(domain)) for domain in DOMAINS}
+        return evaluate(EvalRecipe(str(model), texts, window=self.window, tokens=self.tokens, **beside))
 
 
-def dense(folder: Path) -> Any:
-    """A checkpoint in float32, an adapter merged into its base."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if (folder / "adapter_config.json").exists():
-        from peft import PeftModel
-
-        base = AutoModelForCausalLM.from_pretrained(folder.parent / "seed", dtype=torch.float32)
-        model = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
-    return model
+def print_row(name: str, bits: Mapping[str, float], closed: Mapping[str, float | None]) -> None:
+    """Print a line of the table."""
+    parts = [part for part in closed.values() if part is not None]
+    cells = [f"{bits[domain]:.3f}" for domain in DOMAINS]
+    shares = " / ".join("no gap" if part is None else f"{part:.0%}" for part in closed.values())
+    print(f"| {name} | {' | '.join(cells)} | {shares} | {sum(parts) / max(1, len(parts)):.1%} |", flush=True)
 
 
-class Table:
-    """Rows of bits per byte, printed as they come."""
-
-    def __init__(self, seed: Bits, singles: list[Bits]):
-        self.seed = seed
-        self.oracle = {domain: min(bits[domain] for bits in singles) for domain in DOMAINS}
-        print(f"| model | {' | '.join(DOMAINS)} | distance closed: {' / '.join(DOMAINS)} | mean |")
-        print("|---|" + "---|" * (len(DOMAINS) + 2))
-
-    def add(self, name: str, bits: Bits) -> None:
-        closed = [(self.seed[d] - bits[d]) / (self.seed[d] - self.oracle[d]) for d in DOMAINS]
-        cells = [f"{bits[d]:.3f}" for d in DOMAINS]
-        share = " / ".join(f"{part:.0%}" for part in closed)
-        print(f"| {name} | {' | '.join(cells)} | {share} | {sum(closed) / len(closed):.1%} |", flush=True)
-
-
+@one_at_a_time()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="what a demo left behind")
-    parser.add_argument("--domain-tokens", type=int, default=100_000)
-    parser.add_argument("--window", type=int, help="tokens of a window that is scored [128; for SmolLM2 256]")
-    parser.add_argument("--heldout-chars", type=int, help="of each domain [all; for SmolLM2 24000]")
+    parser.add_argument("--demo", type=Path, default=Path("demo"), help="what a demo left behind")
+    parser.add_argument("--domain-tokens", type=int, default=100_000, help="of each domain that a fit reads")
+    parser.add_argument("--window", type=int, help="tokens of a window that is scored [127; for SmolLM2 255]")
+    parser.add_argument("--tokens", type=int, help="of each domain that are scored [all]")
     parser.add_argument("--shared", nargs="*", default=list(SHARED), choices=list(SHARED))
     parser.add_argument("--routers", nargs="*", default=list(ROUTERS), choices=list(ROUTERS))
-    parser.add_argument("--experts-per-token", nargs="*", type=int, default=[2])
     options = parser.parse_args()
-    is_small = options.demo.name != "smollm2"
-    window = options.window or (128 if is_small else 256)
-    corpora = json.loads((ROOT / "demo" / "texts" / "corpora.json").read_text("utf-8"))
-    limit = options.heldout_chars or (None if is_small else 24_000)
-    texts = {domain: "\n\n\n".join(corpora[domain]["heldout"])[:limit] for domain in DOMAINS}
-    tokenizer = AutoTokenizer.from_pretrained(options.demo / "seed")
+    window = options.window or (255 if options.demo.name == "smollm2" else 127)
+    comparison = Comparison(options.demo, options.domain_tokens, window, options.tokens)
 
-    def bits(model: Any) -> Bits:
-        return {d: common.score(model.eval(), tokenizer, text, window).bits_per_byte for d, text in texts.items()}
-
-    with TemporaryDirectory(dir=options.demo) as scratch:
-        folder = Path(scratch)
-        for domain in DOMAINS:
-            lines = (json.dumps({"text": text}) for text in corpora[domain]["train"])
-            (folder / f"{domain}.jsonl").write_text("\n".join(lines), "utf-8")
-        names = ("seed", *DOMAINS)
-        singles = {name: bits(dense(options.demo / name)) for name in names}
-        table = Table(singles["seed"], list(singles.values()))
-        for name, found in singles.items():
-            table.add(name, found)
-        table.add("oracle", table.oracle)
-        table.add("soup", bits(dense(soup([options.demo / name for name in names], folder / "soup"))))
-        measure_merges(options, folder, bits, table)
-
-
-def measure_merges(options: argparse.Namespace, folder: Path, bits: Callable[[Any], Bits], table: Table) -> None:
-    """One row for each way to merge."""
-    texts = {domain: [str(folder / f"{domain}.jsonl")] for domain in DOMAINS}
-    for shared in options.shared:
-        for router in options.routers:
-            values: dict[str, Any] = {**SHARED[shared], **ROUTERS[router]}
-            if values.get("router_init") == "ridge" or "regmean" in shared:
-                values |= {"domain_text": texts, "domain_tokens": options.domain_tokens}
-            elif "fit_through" in values:
-                continue
-            experts = {domain: ExpertSpec(str(options.demo / domain)) for domain in DOMAINS}
+    print(f"| model | {' | '.join(DOMAINS)} | gap closed: {' / '.join(DOMAINS)} | mean |")
+    print("|---|" + "---|" * (len(DOMAINS) + 2))
+    report = comparison.measure(options.demo / "btx", soup=True)
+    for row in report.rows[1:]:  # the first is a merge, and comes again
+        print_row(row.name, {domain: score.bits_per_byte for domain, score in row.scores.items()}, row.closed)
+    first = next(row for row in report.rows if row.name == "seed")
+    seed = {domain: score.bits_per_byte for domain, score in first.scores.items()}
+    oracle = {domain: best.bits_per_byte for domain, best in report.oracle.items()}
+    for shared, router in itertools.product(options.shared, options.routers):
+        if "fit_through" in ROUTERS[router] and "regmean" not in shared and shared != "mean":
+            continue  # nothing is known of it that the plain mean does not show
+        with TemporaryDirectory(dir=options.demo) as scratch:
             began = time.perf_counter()
-            merge(MergeRecipe(str(options.demo / "seed"), experts, **values), folder / "btx", Options(overwrite=True))
+            comparison.merge(shared, router, Path(scratch) / "btx")
             seconds = time.perf_counter() - began
-            for per_token in options.experts_per_token:
-                model = AutoModelForCausalLM.from_pretrained(
-                    folder / "btx", dtype=torch.float32, num_experts_per_tok=per_token
-                )
-                table.add(f"{shared} + {router}, top-{per_token} ({seconds:.0f} s)", bits(model))
-            shutil.rmtree(folder / "btx")
+            (row,) = comparison.measure(Path(scratch) / "btx", no_sources=True).rows
+        bits = {domain: score.bits_per_byte for domain, score in row.scores.items()}
+        closed = {d: (seed[d] - bits[d]) / (seed[d] - oracle[d]) if seed[d] > oracle[d] else None for d in DOMAINS}
+        print_row(f"{shared} + {router} ({seconds:.0f} s)", bits, closed)
 
 
 if __name__ == "__main__":
