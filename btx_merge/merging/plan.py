@@ -42,6 +42,7 @@ class ExpertLayout:
     gate_up: str
     """Rows of gate (two = 0) and up (two = 1) of all sources -> rows of every expert."""
     down: str
+    """Columns of all sources' down -> columns of every expert."""
 
 
 EXPERT_LAYOUTS = {
@@ -49,6 +50,23 @@ EXPERT_LAYOUTS = {
     "split": ExpertLayout("two s (c i) -> (s c) (two i)", "s h (c i) -> (s c) h i"),
     "blend": ExpertLayout("two s (c i) -> c (two s i)", "s h (c i) -> c h (s i)"),
 }
+"""By `expert_mode`. Two sources of width 4 in two chunks, whose neurons are a0 to a3 and b0 to b3:
+
+split   a.0 has a0 a1    a.1 has a2 a3    b.0 has b0 b1    b.1 has b2 b3
+blend   blend.0 has a0 a1 b0 b1           blend.1 has a2 a3 b2 b3
+"""
+
+_MEMORY = 64_000_000
+"""Bytes that a plain merge takes at its peak, whatever the models' size: a few blocks for each worker. 64 MB for 2
+experts of 0.2 B parameters, 75 MB for 2 of 1.5 B (docs/performance.md: `benchmarks/merge.py --memory`)."""
+_MEMORY_OF_TORCH = 500_000_000
+"""For TIES and DARE: torch and peft, 350 MB once they are imported, and what torch holds beside its tensors."""
+_MEMORY_OF_DIFFERENCES = 30_000_000
+"""An expert's part of that: some fifteen arrays of `combine.DIFFERENCE_BLOCK_BYTES`, its difference, mask and signs in
+each of four workers."""
+_MEMORY_OF_FIT = 850_000_000
+"""For a fit: torch and transformers, 350 MB once they are imported, and the activations of a batch of windows
+(`streams._TOKENS_AT_ONCE`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +74,11 @@ class ExpertRows(Job):
     """Rows of one source's gate, up or down, as they are (or with its norm folded in)."""
 
     source: int
+    """The source's place among the plan's experts."""
     name: str
+    """The source's tensor."""
     fold_layer: int | None = None
+    """The layer whose norm is folded in; None where nothing is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +86,9 @@ class ExpertColumns(Job):
     """Rows of every source's down, their columns dealt out to the experts; one extent per expert."""
 
     sources: tuple[int, ...]
+    """The sources' places among the plan's experts: one of them in `split`, all in `blend`."""
     name: str
+    """The tensor, by one name in all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +101,7 @@ class RouterRows(Job):
     """A layer's whole router."""
 
     layer: int
+    """The layer's number, from 0."""
 
 
 @dataclass(frozen=True)
@@ -85,11 +109,14 @@ class Fate:
     """What became of some input tensors of a source."""
 
     source: str
+    """The source's name."""
     fate: str
     """expert, averaged, copied (the seed alone), applied (an adapter's), passed over (a buffer, a tied head once
     more) or not used (by this recipe)."""
     tensors: int
+    """How many tensors of the source that became."""
     nbytes: int
+    """Their size in its files, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +124,19 @@ class Plan(Layout):
     """Everything that the writer needs; can be shown before anything is written."""
 
     recipe: MergeRecipe
+    """What is merged and how."""
     seed: Source
+    """The model that all experts grew from, an expert itself or not."""
     experts: tuple[Source, ...]
     """The sources that become experts and whose shared tensors are combined."""
     vocabulary: Vocabulary
+    """The result's tokens, and which row of which source is whose."""
     dtype: str
+    """safetensors' name of the dtype that the result is stored in."""
 
     @cached_property
     def jobs(self) -> tuple[Job, ...]:
+        """Everything that fills the tensors, in the order of the files."""
         return tuple(job for tensor in self.tensors for job in self._jobs_of(tensor))
 
     @property
@@ -119,6 +151,7 @@ class Plan(Layout):
 
     @property
     def num_experts(self) -> int:
+        """E, the experts of each layer."""
         return len(self.expert_names)
 
     @property
@@ -155,18 +188,21 @@ class Plan(Layout):
 
     @property
     def bytes_to_read(self) -> int:
+        """Bytes of the sources' files that the merge needs, each counted once."""
         return sum(fate.nbytes for fate in self.fates if fate.fate not in ("not used", "passed over"))
 
     @property
     def working_memory(self) -> int:
-        """Bytes that a merge holds beside the interpreter itself, about."""
-        if self.recipe.is_fitted:  # a layer and, in float32, the tokens' hidden states, twice for what sources do
+        """Bytes that a merge holds at its peak, about."""
+        if self.recipe.is_fitted:
+            # in float32: a layer, and the hidden states of all tokens, once more where the sources' own are needed
             tokens = self.recipe.domain_tokens * len(self.recipe.domain_text)
             states = tokens * (1 + self.recipe.fits_shared) * int(self.seed.config["hidden_size"])
             layer = self.parameters // int(self.seed.config["num_hidden_layers"])
-            return 850_000_000 + 4 * (layer + states)
-        needs_torch = self.recipe.combine in DIFFERENCE_METHODS
-        return 64_000_000 + needs_torch * (500_000_000 + 30_000_000 * len(self.experts))
+            return _MEMORY_OF_FIT + 4 * (layer + states)
+        if self.recipe.combine in DIFFERENCE_METHODS:
+            return _MEMORY + _MEMORY_OF_TORCH + _MEMORY_OF_DIFFERENCES * len(self.experts)
+        return _MEMORY
 
     @cached_property
     def fates(self) -> tuple[Fate, ...]:
@@ -181,6 +217,7 @@ class Plan(Layout):
         return tuple(Fate(source, fate, len(found), sum(found)) for (source, fate), found in sizes.items())
 
     def _fate(self, source: Source, name: str) -> str:
+        """Return what becomes of a source's tensor, as `Fate.fate` has it."""
         if name.endswith(BUFFERS) or (name == HEAD and source.config["tie_word_embeddings"]):
             return "passed over"
         if name.endswith(tuple(pattern.split("}")[1] for pattern in EXPERT_TENSORS)):
@@ -191,18 +228,22 @@ class Plan(Layout):
         return "averaged" if source in self.experts or needs_seed else "not used"
 
     def rows_of(self, name: str) -> int:
-        """Rows of a shared tensor of the result."""
+        """Count the rows of a shared tensor of the result."""
         if name in (EMBEDDING, HEAD):
             return self.vocabulary.size
         return self.seed.tensors[name].shape[0]
 
     def source_layout(self, name: str) -> Mapping[str, tuple[Segment, ...]]:
-        """Per source, which of its rows of a shared tensor belong to which of the result's."""
+        """Return, by source, which of its rows of a shared tensor belong to which of the result's.
+
+        All rows in their order, but for the embedding and the head, where each source has the rows of its own tokens.
+        """
         if name in (EMBEDDING, HEAD):
             return self.vocabulary.segments
         return {source.name: (Segment(0, 0, self.rows_of(name)),) for source in self.sources}
 
     def _jobs_of(self, tensor: OutputTensor) -> Iterator[Job]:
+        """Cut the writing of one tensor into jobs of about `JOB_BYTES`."""
         for pattern in _MOE_TENSORS:
             front, _, back = pattern.partition("{layer}")
             if tensor.name.startswith(front) and tensor.name.endswith(back):
@@ -223,20 +264,24 @@ class Plan(Layout):
 
     @cached_property
     def _gate_up_runs(self) -> tuple[Segment, ...]:
-        """Runs of rows from the sources' gates, then ups, to the experts' rows. The same in every layer."""
+        """Runs of rows from the sources' gates, then ups, to the experts' rows. The same in every layer.
+
+        All these tensors are numbered as if they lay one behind the other, with a gap of one row after each, so that
+        no run leads from one into the next: row r of tensor number n is n (I + 1) + r.
+        """
         sources, width = len(self.experts), self.seed.config["intermediate_size"]
-        # A gap after each tensor, so that no run leads from one into the next.
         index = np.arange(2 * sources)[:, None] * (width + 1) + np.arange(width)
         index = index.reshape(2, sources, width)
         pattern = EXPERT_LAYOUTS[self.recipe.expert_mode].gate_up
         return runs(einops.rearrange(index, pattern, c=self.chunks).reshape(-1))
 
     def _gate_up_jobs(self, tensor: OutputTensor, layer: int) -> Iterator[Job]:
+        """Cut the writing of gate and up of all experts, [E, 2I, H], into jobs that each copy rows of one source."""
         width = self.seed.config["intermediate_size"]
-        row_bytes = tensor.row_bytes // tensor.shape[1]
+        row_bytes = tensor.row_bytes // tensor.shape[1]  # a "row" of the tensor is a whole expert, [2I, H]
         for run in self._gate_up_runs:
-            which, row = divmod(run.row, width + 1)
-            two, source = divmod(which, len(self.experts))
+            number, row = divmod(run.row, width + 1)
+            two, source = divmod(number, len(self.experts))  # the gates of all sources come first, then the ups
             name = (GATE, UP)[two].format(layer=layer)
             for start, stop in portions(row, row + run.count, row_bytes, JOB_BYTES):
                 offset = tensor.start + (run.out + start - row) * row_bytes
@@ -245,13 +290,18 @@ class Plan(Layout):
                 yield ExpertRows(tensor, extents, start, stop, source, name, fold)
 
     def _down_jobs(self, tensor: OutputTensor, layer: int) -> Iterator[Job]:
+        """Cut the writing of down of all experts, [E, H, I], into jobs.
+
+        A chunk is a range of columns there, so a job reads whole rows of one source, or of all that are blended, and
+        writes a part of each row to each expert that these become. One that stays whole is copied by rows.
+        """
         name, hidden = DOWN.format(layer=layer), tensor.shape[1]
         row_bytes = tensor.row_bytes // hidden  # of one expert
-        sources: Sequence[tuple[int, ...]] = [(index,) for index in range(len(self.experts))]
+        groups: Sequence[tuple[int, ...]] = [(index,) for index in range(len(self.experts))]
         if self.recipe.expert_mode == "blend":
-            sources = [tuple(range(len(self.experts)))]
-        per_group = self.num_experts // len(sources)
-        for group, members in enumerate(sources):
+            groups = [tuple(range(len(self.experts)))]
+        per_group = self.num_experts // len(groups)
+        for group, members in enumerate(groups):
             experts = range(group * per_group, (group + 1) * per_group)
             for start, stop in portions(0, hidden, row_bytes * per_group, JOB_BYTES):
                 size = (stop - start) * row_bytes
@@ -264,7 +314,10 @@ class Plan(Layout):
 
 
 def make_plan(recipe: MergeRecipe, sources: Sequence[Source], vocabulary: Vocabulary) -> Plan:
-    """Lays out the result of merging checked sources (seed first)."""
+    """Lay out the result of merging checked sources (seed first).
+
+    The plan is made twice: sizes and names of experts, which the tensors' shapes depend on, are the sketch's.
+    """
     seed = sources[0]
     experts = tuple(sources if recipe.seed_expert else sources[1:])
     dtype = SAFETENSORS_NAMES[recipe.dtype] if recipe.dtype else seed.dtype
@@ -275,7 +328,7 @@ def make_plan(recipe: MergeRecipe, sources: Sequence[Source], vocabulary: Vocabu
 
 
 def _output_shapes(plan: Plan) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of the result, in the order in which a token meets them."""
+    """Yield name and shape of every tensor of the result, in the order in which a token meets them."""
     config = {**plan.seed.config, "vocab_size": plan.vocabulary.size, "tie_word_embeddings": plan.tied}
     shared = {name: shape for name, shape in expected_tensors(config).items() if ".mlp." not in name}
     sizes = {**dimensions(config), "E": plan.num_experts, "I": plan.expert_width, "2I": 2 * plan.expert_width}
