@@ -64,17 +64,27 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
     """
     sources, problems = open_sources(recipe, scratch)
     problems += changed_problems(sources, recipe.resolved.get("sources", {}))
-    return examine_sources(recipe, sources, problems)
+    if sources and sources[0].name == SEED:
+        problems += _recipe_problems(recipe, sources[0])
+        for source in sources:
+            if source.name == recipe.tokenizer_source:
+                problems += side_file_problems(source)
+        problems += _fit_problems(recipe, sources)
+    return examine_sources(sources, problems, untie=recipe.untie, allow_unrelated=recipe.allow_unrelated)
 
 
-def examine_sources(recipe: MergeRecipe, sources: Sequence[Source], problems: list[Problem]) -> Examined:
+def examine_sources(
+    sources: Sequence[Source], problems: list[Problem], *, untie: bool, allow_unrelated: bool
+) -> Examined:
     """Compare sources that are open with the seed among them.
 
     Args:
-        problems: why others could not be opened.
+        problems: why others could not be opened, and what else is wrong so far.
+        untie: whether tied and untied sources may be mixed.
+        allow_unrelated: whether a source that does not seem to have grown from the seed is a warning only.
 
     Raises:
-        InputError: those, and every problem of every source.
+        InputError: those problems, and every problem of every source.
     """
     problems = list(problems)
     seed = next((source for source in sources if source.name == SEED), None)
@@ -82,13 +92,10 @@ def examine_sources(recipe: MergeRecipe, sources: Sequence[Source], problems: li
         raise InputError(problems)  # there is nothing to compare the others with
     sound = []  # sources whose shapes are right: only those can be compared number by number
     for source in sources:
-        own = [*config_problems(source, seed), *tensor_problems(source), *_tying_problems(recipe, source, seed)]
+        own = [*config_problems(source, seed), *tensor_problems(source), *_tying_problems(source, seed, untie)]
         problems += own
         if not own:
             sound.append(source)
-    problems += _recipe_problems(recipe, seed)
-    problems += _side_file_problems(recipe, sources)
-    problems += _fit_problems(recipe, sources)
     vocabulary: Vocabulary | None = None
     divergence: list[Divergence] = []
     unrelated: list[Problem] = []
@@ -99,7 +106,7 @@ def examine_sources(recipe: MergeRecipe, sources: Sequence[Source], problems: li
         except InputError as error:
             problems += error.problems
         divergence, unrelated, identical = measure_divergence(sound)
-    if not recipe.allow_unrelated:
+    if not allow_unrelated:
         problems += unrelated
     if problems or vocabulary is None:
         raise InputError(problems)
@@ -236,10 +243,10 @@ def _head_of_tied_problems(source: Source) -> Iterator[Problem]:
         yield Problem(source.name, head.file.name, found, "the same numbers, or no such tensor", remedy)
 
 
-def _tying_problems(recipe: MergeRecipe, source: Source, seed: Source) -> Iterator[Problem]:
+def _tying_problems(source: Source, seed: Source, untie: bool) -> Iterator[Problem]:
     """Check that embedding and head are one tensor in this source if and only if they are in the seed."""
     tied, seed_tied = source.config["tie_word_embeddings"], seed.config["tie_word_embeddings"]
-    if tied != seed_tied and not recipe.untie:
+    if tied != seed_tied and not untie:
         remedy = "Give --untie (`untie: true`) to untie them all: a tied source's head is its embedding."
         where = "config.json: tie_word_embeddings"
         found = repr(tied)
@@ -262,22 +269,19 @@ def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:
         yield Problem("recipe", key, found, expected, "Choose another number of chunks, or expert_mode: whole.")
 
 
-def _side_file_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> Iterator[Problem]:
+def side_file_problems(source: Source) -> Iterator[Problem]:
     """Check the small files that the result takes over, for they are only read when all else is written."""
-    for source in sources:
-        if source.name != recipe.tokenizer_source:
-            continue
-        for folder in source.folders:
-            for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
-                if not (folder / name).exists():
-                    continue
-                try:
-                    values = read_json(folder / name)
-                except InputError as error:
-                    yield from (replace(problem, source=source.name) for problem in error.problems)
-                    continue
-                if name == "generation_config.json":
-                    yield from generation_refusals(source.name, name, values)
+    for folder in source.folders:
+        for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+            if not (folder / name).exists():
+                continue
+            try:
+                values = read_json(folder / name)
+            except InputError as error:
+                yield from (replace(problem, source=source.name) for problem in error.problems)
+                continue
+            if name == "generation_config.json":
+                yield from generation_refusals(source.name, name, values)
 
 
 def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:

@@ -21,29 +21,30 @@ from numpy.typing import NDArray
 from btx_merge.checkpoints.dtypes import Float32, Raw, all_finite, from_float32
 from btx_merge.checkpoints.layout import BLOCK_BYTES, Block, Job, portions
 from btx_merge.errors import NonFiniteError
-from btx_merge.merging.plan import Plan, SharedRows
+from btx_merge.merging.mixture import Mixture, SharedRows
+from btx_merge.merging.plan import Plan
 from btx_merge.merging.recipe import DIFFERENCE_METHODS
 from btx_merge.sources.segments import within
 from btx_merge.sources.source import Source
 
 DIFFERENCE_BLOCK_BYTES = 1 << 21
-"""2 MB, eight times `BLOCK_BYTES`: each block is a few calls of torch, whose own cost shows in smaller ones. DARE draws
-its random numbers block by block, so another value gives other weights for the same `random_seed`."""
+"""2 MB, eight times `BLOCK_BYTES`: each block is a few calls of torch, whose own cost shows in smaller ones. DARE
+draws its random numbers block by block, so another value gives other weights for the same `random_seed`."""
 _torch_lock = threading.Lock()  # peft's functions draw from torch's one generator and may warn
 
 Rule = Callable[[int, int], Float32]
 """Rows [start, stop) of a combined tensor, [R, *W] in float32, before the cast."""
 
 
-def cast(values: Float32, job: Job, plan: Plan) -> Raw:
+def cast(values: Float32, job: Job, mixture: Mixture) -> Raw:
     """Return values as the bytes of the output's dtype. This is the one rounding of a merge.
 
     Raises:
-        NonFiniteError: a value is outside of the dtype's range, and the recipe does not allow it.
+        NonFiniteError: a value is outside of the dtype's range, and that is not allowed.
     """
     dtype = job.tensor.dtype
     raw = from_float32(values, dtype)
-    if not plan.recipe.allow_nonfinite and not all_finite(raw, dtype):
+    if not mixture.allow_nonfinite and not all_finite(raw, dtype):
         raise NonFiniteError(
             f"{job.tensor.name}: a value leaves the range of {dtype}. "
             "Choose a wider --dtype; --allow-nonfinite goes on all the same."
@@ -84,7 +85,7 @@ def _base_rows(plan: Plan, name: str, start: int, stop: int) -> tuple[Float32, N
 
 
 def owners_mean(
-    plan: Plan, name: str, shares: list[tuple[Source, float]], start: int, stop: int
+    mixture: Mixture, name: str, shares: list[tuple[Source, float]], start: int, stop: int
 ) -> tuple[Float32, NDArray[np.bool_]]:
     """Compute the weighted mean of rows [start, stop), each over the sources that own it.
 
@@ -96,26 +97,26 @@ def owners_mean(
     Returns:
         The rows, [R, *W], and which of them have an owner among the shares, [R].
     """
-    total, weight = _weighted_sum(plan, name, shares, start, stop)
+    total, weight = _weighted_sum(mixture, name, shares, start, stop)
     owned = weight > 0
     if not owned.all():
-        others, count = _weighted_sum(plan, name, [(source, 1.0) for source in plan.sources], start, stop)
+        others, count = _weighted_sum(mixture, name, [(source, 1.0) for source in mixture.sources], start, stop)
         total[~owned], weight[~owned] = others[~owned], count[~owned]
     total /= weight.reshape(-1, *[1] * (total.ndim - 1))  # [R] beside [R, *W]
     return total, owned
 
 
 def _weighted_sum(
-    plan: Plan, name: str, shares: list[tuple[Source, float]], start: int, stop: int
+    mixture: Mixture, name: str, shares: list[tuple[Source, float]], start: int, stop: int
 ) -> tuple[Float32, Float32]:
     """Sum weight times row over the sources that own the row, [R, *W], and their weights, [R].
 
     A source reads only the rows that it owns: of a matrix all of them, of the embedding those of its own tokens, which
     may lie elsewhere than in the result.
     """
-    layout = plan.source_layout(name)
-    finite = not plan.recipe.allow_nonfinite
-    row_shape = plan.seed.tensors[plan.seed.stored_name(name)].shape[1:]
+    layout, seed = mixture.source_layout(name), mixture.seed
+    finite = not mixture.allow_nonfinite
+    row_shape = seed.tensors[seed.stored_name(name)].shape[1:]
     total = np.zeros((stop - start, *row_shape), np.float32)
     weights = np.zeros(stop - start, np.float32)
     for source, weight in shares:
@@ -200,10 +201,9 @@ def _smallest_kept(plan: Plan, name: str, others: list[Source]) -> list[int]:
         for start, stop in portions(0, rows, seed_tensor.row_bytes, DIFFERENCE_BLOCK_BYTES):
             for index, difference in enumerate(_differences(plan, name, others, start, stop)[1]):
                 bits = _magnitude_bits(difference)
-                if half == "upper":
-                    counted = bits >> 16
-                else:
-                    counted = bits[bits >> 16 == found[index]] & 0xFFFF
+                counted = bits >> 16
+                if half == "lower":
+                    counted = bits[counted == found[index]] & 0xFFFF
                 counts[index] += np.bincount(counted.reshape(-1), minlength=1 << 16)
         for index, count in enumerate(counts):
             from_top = count[::-1].cumsum()

@@ -23,9 +23,10 @@ from btx_merge.fitting.recipe import ROUTER_FITS, FitTask
 from btx_merge.fitting.run import device_problems, fit_folder
 from btx_merge.merging.checks import examine
 from btx_merge.merging.combine import cast, shared_rows
-from btx_merge.merging.experts import expert_columns, expert_rows
+from btx_merge.merging.experts import expert_columns, expert_rows, merged_norm
 from btx_merge.merging.files import write_files
-from btx_merge.merging.plan import ExpertColumns, ExpertRows, Fate, Plan, RouterRows, SharedRows, make_plan
+from btx_merge.merging.mixture import ExpertColumns, ExpertRows, RouterRows, SharedRows
+from btx_merge.merging.plan import Fate, Plan, make_plan
 from btx_merge.merging.recipe import MergeRecipe
 from btx_merge.merging.routers import initial_router
 from btx_merge.model.opening import room_problems
@@ -215,7 +216,7 @@ def fill(plan: Plan, job: Job) -> Iterator[Block]:
         TypeError: nothing fills this kind of job, which is a fault of btx-merge.
     """
     if isinstance(job, ExpertRows):
-        yield from expert_rows(job, plan)
+        yield from expert_rows(job, plan, partial(merged_norm, plan))
     elif isinstance(job, ExpertColumns):
         yield from expert_columns(job, plan)
     elif isinstance(job, SharedRows):
