@@ -23,6 +23,7 @@ FLOORS = [
     ("model",),
     ("fitting",),
     ("merging",),
+    ("measuring",),
     ("editing", "exporting", "finetuning", "publishing"),
     ("cli",),
 ]

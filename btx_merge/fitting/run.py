@@ -72,8 +72,8 @@ def fit(
     located, problems = find_model(recipe.model, target, options.overwrite)
     problems += check_texts(recipe.domain_text, located.folder if located else None)
     problems += device_problems(options.device)
-    if located and not problems:
-        problems = _name_problems(recipe, located.folder)
+    if located:
+        problems += _name_problems(recipe, located.folder)
     if problems or located is None:
         raise InputError(problems)
 
