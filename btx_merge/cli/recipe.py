@@ -14,7 +14,7 @@ from btx_merge.cli.options import lists, option, pairs
 from btx_merge.cli.printing import Lines
 from btx_merge.errors import InputError, Problem
 from btx_merge.fitting.recipe import FIT_THROUGH
-from btx_merge.merging.recipe import COMBINE_METHODS, EXPERT_MODES, ROUTER_INITS, ROUTER_TYPES, MergeRecipe
+from btx_merge.merging.recipe import COMBINE_METHODS, EXPERT_MODES, HEADS, ROUTER_INITS, ROUTER_TYPES, MergeRecipe
 from btx_merge.merging.recipe_file import read_recipe_file
 from btx_merge.merging.template import recipe_template
 from btx_merge.texts.references import parse_domain_texts
@@ -107,6 +107,10 @@ def _recipe_options(
     combine: Annotated[
         str | None,
         option(f"{', '.join(COMBINE_METHODS)}: rule for shared weights [default: mean].", choices=COMBINE_METHODS),
+    ] = None,
+    head: Annotated[
+        str | None,
+        option("fitted: a head of its own, rows weighed by frequency [default: combined].", choices=HEADS),
     ] = None,
     density: Annotated[float | None, option("ties, dare_*: kept part of a difference [default: 0.8].")] = None,
     scale: Annotated[float | None, option("ties, dare_*: factor on the difference [default: 1].")] = None,

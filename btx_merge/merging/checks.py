@@ -56,7 +56,9 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
             if source.name == recipe.tokenizer_source:
                 problems += side_file_problems(source)
         problems += _fit_problems(recipe, sources)
-    return examine_sources(sources, problems, untie=recipe.untie, allow_unrelated=recipe.allow_unrelated)
+    untie = recipe.untie or recipe.has_own_head
+    examined = examine_sources(sources, problems, untie=untie, allow_unrelated=recipe.allow_unrelated)
+    return replace(examined, warnings=(*_untie_warnings(recipe, sources), *examined.warnings))
 
 
 def examine_sources(
@@ -225,6 +227,13 @@ def _tying_problems(source: Source, seed: Source, untie: bool) -> Iterator[Probl
         if source.base and not tied:
             found = "False: the adapter changes embedding and head apart, or one of them alone"
         yield Problem(source.name, where, found, f"{seed_tied!r} as in the seed", remedy)
+
+
+def _untie_warnings(recipe: MergeRecipe, sources: Sequence[Source]) -> Iterator[Problem]:
+    if recipe.untie and not recipe.has_own_head and all(source.config["tie_word_embeddings"] for source in sources):
+        remedy = "For a head of its own give --head fitted (`head: fitted`) and what it is fitted on, or leave it out."
+        found = "changes nothing: all sources are tied, and so is the result"
+        yield Problem("recipe", "untie", found, "", remedy)
 
 
 def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:
