@@ -33,6 +33,7 @@ from tests.support.common import (
     assert_complete,
     edit_json,
     files_of,
+    force_expert,
     load_float32,
     logits_of,
     raw_bytes,
@@ -187,20 +188,28 @@ def test_what_the_result_says_about_itself(family, texts, tmp_path):
 # The merge
 
 
-def test_branches_of_feed_forward_blocks_merge_without_loss(family, texts, tmp_path):
-    """All that is averaged is the seed's to the byte, before and after; and an expert answers as its branch did."""
-    experts = {}
+def test_branches_of_feed_forward_blocks_merge_without_loss(texts, tmp_path):
+    """All that is averaged is the seed's to the byte, before and after, and an expert answers as its branch did.
+
+    In bfloat16: of equal numbers in float32, a mean may differ in the last bit.
+    """
+    seed, experts = save_seed(tmp_path / "seed", dtype=torch.bfloat16), {}
     for name in ("code", "math"):
-        data = {name: texts[name]}
-        branch(recipe(family.seed, texts, data=data, train="ff"), tmp_path / name)
+        settings = recipe(seed, texts, data={name: texts[name]}, train="ff", arguments={"learning_rate": 1e-2})
+        branch(settings, tmp_path / name)
         experts[name] = str(tmp_path / name)
-    checked = check(MergeRecipe(str(family.seed), experts))
-    assert not checked.warnings
-    merge(MergeRecipe(str(family.seed), experts), tmp_path / "merged")
-    seed, merged = tensors_of(family.seed), tensors_of(tmp_path / "merged")
-    for name, tensor in seed.items():
+    shared = ("embeddings", "norms", "attention", "head")
+    checked = check(MergeRecipe(str(seed), experts))
+    assert {name: set(groups) for name, groups in checked.unchanged.items()} == {key: set(shared) for key in experts}
+    assert checked.is_lossless
+    merge(MergeRecipe(str(seed), experts), tmp_path / "merged")
+    before, merged = tensors_of(seed), tensors_of(tmp_path / "merged")
+    for name, tensor in before.items():
         if not is_feed_forward(name):
             assert raw_bytes(merged[name]) == raw_bytes(tensor), name
+    model = load_float32(tmp_path / "merged")
+    force_expert(model, 2)
+    assert (logits_of(model) - logits_of(load_float32(tmp_path / "math"))).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("target", ["ff", "all"])
