@@ -99,7 +99,7 @@ def print_check(checked: Check) -> None:
     for group in groups:
         table.add_column(group, justify="right", overflow="fold")
     distance = {(item.source, item.group): f"{item.distance:.3f}" for item in checked.divergence}
-    distance |= {(source, group): "=" for source, groups in checked.unchanged.items() for group in groups}
+    distance |= {(source, group): "=" for source, groups in (checked.unchanged or {}).items() for group in groups}
     for source in plan.sources:
         model = source.located.public_name + (f"@{source.located.revision[:8]}" if source.located.revision else "")
         if source.base:

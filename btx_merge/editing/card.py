@@ -9,7 +9,7 @@ from typing import Any
 
 from btx_merge.architectures.btx import active_parameters, experts_per_token
 from btx_merge.editing.plan import EditPlan
-from btx_merge.merging.card import combined_over, expert_numbers, languages, plan_sizes, published, source_row
+from btx_merge.merging.card import combined_over, expert_numbers, languages, planned_sizes, published, source_row
 from btx_merge.model.card import LICENCE_KEYS, UNTRAINED, sizes, with_metadata
 from btx_merge.sources.cards import front_matter
 from btx_merge.sources.source import SEED
@@ -25,11 +25,11 @@ def edited_card(text: str, edit: EditPlan, is_updated: bool) -> str:
         is_updated: whether the shared weights are of the new set too.
     """
     metadata, body = front_matter(text)
-    models = f"{len(edit.plan.sources)} Llama models"
+    models = f"{len(edit.mixture.sources)} Llama models"
     body = re.sub(r"^(# (?:.+: )?)\d+ Llama models", rf"\g<1>{models}", body, count=1, flags=re.MULTILINE)
-    body = body.replace(_old_sizes(edit), plan_sizes(edit.plan))
+    body = body.replace(_old_sizes(edit), planned_sizes(edit.mixture))
     if is_updated:
-        combined = combined_over(edit.values.get("combine", "mean"), edit.plan.experts)
+        combined = combined_over(edit.values.get("combine", "mean"), edit.mixture.experts)
         body = _COMBINED.sub(lambda match: f"{match[1]}{combined}.", body, count=1)
     body = _edited_table(body, edit)
     if not metadata:
@@ -62,8 +62,8 @@ def _old_sizes(edit: EditPlan) -> str:
 
 def _edited_table(body: str, edit: EditPlan) -> str:
     """The table of sources: lines of what goes are gone, the others have their new names and numbers."""
-    plan, now = edit.plan, {origin: name for name, origin in edit.origins.items()}
-    by_name = {source.name: source for source in plan.sources}
+    mixture, now = edit.mixture, {origin: name for name, origin in edit.origins.items()}
+    by_name = {source.name: source for source in mixture.sources}
     known = {SEED, *edit.model.domains}
     end = 0
 
@@ -72,15 +72,15 @@ def _edited_table(body: str, edit: EditPlan) -> str:
             return match[0]
         name = now.get(match[1], match[1])
         if name in edit.new:
-            return source_row(plan, by_name[name]) + "\n"
+            return source_row(mixture, by_name[name]) + "\n"
         if name not in by_name:
             return ""
-        return f"| {name} | {match[2]} | {match[3]} | {expert_numbers(plan, by_name[name])} |\n"
+        return f"| {name} | {match[2]} | {match[3]} | {expert_numbers(mixture, by_name[name])} |\n"
 
     body = _ROW.sub(line, body)
     for match in _ROW.finditer(body):
         end = match.end() if match[1] in by_name else end
-    added = "".join(source_row(plan, by_name[name]) + "\n" for name in edit.recipe.add)
+    added = "".join(source_row(mixture, by_name[name]) + "\n" for name in edit.recipe.add)
     return body[:end] + added + body[end:] if end else body
 
 
@@ -91,7 +91,7 @@ def _edited_metadata(metadata: Mapping[str, Any], edit: EditPlan) -> dict[str, A
     stays = {origin for origin in edit.origins.values() if origin}
     used = {str(edit.values.get("seed")), *(str(references[name]) for name in stays if name in references)}
     gone = {str(reference) for name, reference in references.items() if name not in stays} - used
-    new = [source for source in edit.plan.sources if source.name in edit.new]
+    new = [source for source in edit.mixture.sources if source.name in edit.new]
     given = out.get("base_model") or []
     before = given if isinstance(given, list) else [given]
     bases = [base for base in before if base not in {reference.partition("@")[0] for reference in gone}]

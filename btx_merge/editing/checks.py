@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from btx_merge.editing.recipe import EditRecipe
-from btx_merge.errors import Problem
+from btx_merge.errors import InputError, Problem
+from btx_merge.merging.recipe import ROUTER_TYPES
 from btx_merge.model.merged import MergedModel
-from btx_merge.sources.source import SEED
+from btx_merge.reporting import short
+from btx_merge.sources.source import SEED, as_spec
 
 
 def set_problems(recipe: EditRecipe, model: MergedModel, values: Mapping[str, Any]) -> list[Problem]:
@@ -29,6 +32,12 @@ def _name_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]:
     if SEED in recipe.rename:
         yield Problem("model", "--rename", "the seed", "another expert; the seed is known by its name")
     taken = [*(recipe.rename.get(name, name) for name in model.domains if name not in recipe.drop), *recipe.add]
+    for name in taken:
+        try:
+            if name != SEED:
+                as_spec(name, "a model")  # a name that the model's config gives may be any text
+        except InputError as error:
+            yield from (replace(problem, source="model") for problem in error.problems)
     for name in sorted({name for name in taken if taken.count(name) > 1}):
         remedy = "Choose another name; --replace puts another model in an expert's place."
         yield Problem("model", "--add" if name in recipe.add else "--rename", f"two experts {name}", "one", remedy)
@@ -36,7 +45,7 @@ def _name_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]:
 
 def _count_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]:
     left = len({*model.domains} - {*recipe.drop}) + len(recipe.add)
-    experts = left * model.config.get("num_chunks", 1)
+    experts = left * model.num_chunks
     chosen = recipe.num_experts_per_tok or model.experts_per_token
     if not left:
         yield Problem("model", "--drop", "all experts", "at least one that stays", "Leave one out, or --add another.")
@@ -49,6 +58,9 @@ def _kind_problems(model: MergedModel, values: Mapping[str, Any]) -> Iterator[Pr
     if values.get("expert_mode") == "blend":
         remedy = "Merge anew with other sources."
         yield Problem("model", "expert_mode", "blend: every expert is a part of all sources", "whole or split", remedy)
+    if (router_type := model.config.get("router_type", "top_k")) not in ROUTER_TYPES:
+        expected = f"one of {', '.join(ROUTER_TYPES)}"
+        yield Problem("model", "config.json: router_type", short(router_type), expected)
 
 
 def text_problems(recipe: EditRecipe, model: MergedModel, origins: Mapping[str, str | None]) -> Iterator[Problem]:

@@ -20,6 +20,7 @@ from btx_merge.checkpoints.layout import BLOCK_BYTES, Block, Job, OutputTensor, 
 from btx_merge.editing.plan import EditPlan
 from btx_merge.errors import NonFiniteError
 from btx_merge.merging.combine import DIFFERENCE_BLOCK_BYTES, Rule, cast, combining_rule, owners_mean
+from btx_merge.merging.mixture import Mixture
 from btx_merge.merging.plan import Plan
 from btx_merge.merging.recipe import DIFFERENCE_METHODS
 from btx_merge.sources.segments import Segment, runs, within
@@ -46,7 +47,7 @@ class SharedUpdate:
     rows_after: tuple[Segment, ...]
 
     @classmethod
-    def of(cls, result: Plan, before: Plan, after: Plan) -> SharedUpdate:
+    def of(cls, result: Mixture, before: Plan, after: Plan) -> SharedUpdate:
         """The update of a result between two merges."""
         return cls(before, after, runs(_same_rows(result, before)), runs(_same_rows(result, after)))
 
@@ -90,10 +91,9 @@ class SharedWeights:
         for start, stop in self._blocks(job.tensor, job.start, job.stop):
             yield 0, self._block(job, merges, start, stop)
 
-    def gamma(self, name: str) -> Float32:
-        """A norm as it will be stored, [H]; for experts that absorb their own."""
+    def stored_norm(self, name: str) -> Float32:
+        """Return a norm of the model, [H], for experts that absorb their own. Such a model's norms are kept."""
         stored = self.edit.model.tensors[name]
-        assert self.update is None
         return to_float32(stored.read_rows(0, stored.shape[0]), stored.dtype)
 
     def _merges(self, name: str) -> _Merges | None:
@@ -120,9 +120,9 @@ class SharedWeights:
             out = merges.move(tensor, out, start, stop)
             rows = out.reshape(stop - start, -1)
         if is_new.any():  # tokens that a new expert brings: the mean over those who have them
-            values = owners_mean(self.edit.plan, tensor.name, [], start, stop)[0]
-            rows[is_new] = cast(values, job, self.edit.plan).reshape(stop - start, -1)[is_new]
-        if merges and not self.edit.plan.recipe.allow_nonfinite and not all_finite(out, tensor.dtype):
+            values = owners_mean(self.edit.mixture, tensor.name, [], start, stop)[0]
+            rows[is_new] = cast(values, job, self.edit.mixture).reshape(stop - start, -1)[is_new]
+        if merges and not self.edit.mixture.allow_nonfinite and not all_finite(out, tensor.dtype):
             raise NonFiniteError(
                 f"{tensor.name}: a value leaves the range of {tensor.dtype}, or the model holds NaN or Inf. "
                 "Give --shared keep; --allow-nonfinite goes on all the same."
@@ -131,8 +131,8 @@ class SharedWeights:
 
     def _kept_rows(self, name: str) -> tuple[Segment, ...]:
         """Which rows of the result the model has."""
-        kept = next(source for source in self.edit.plan.sources if self.edit.is_kept(source))
-        return self.edit.plan.source_layout(name)[kept.name]
+        kept = next(source for source in self.edit.mixture.sources if self.edit.is_kept(source))
+        return self.edit.mixture.source_layout(name)[kept.name]
 
 
 def _rows_at(
@@ -148,7 +148,7 @@ def _rows_at(
     return values, has
 
 
-def _same_rows(result: Plan, other: Plan) -> NDArray[Any]:
+def _same_rows(result: Mixture, other: Mixture) -> NDArray[Any]:
     """For every row of the result, the other plan's row of the same token, or of the same padding; -1 for none."""
     size = other.vocabulary.size
     rows = np.full(result.vocabulary.size, -1)

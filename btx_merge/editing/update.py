@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from btx_merge.architectures.llama import GATE
 from btx_merge.checkpoints.dtypes import TORCH_NAMES, from_float32
 from btx_merge.editing.plan import EditPlan
+from btx_merge.editing.record import recipe_of_new_set, shared_over
 from btx_merge.editing.shared import SharedUpdate
 from btx_merge.errors import InputError, Problem
 from btx_merge.merging.checks import examine
@@ -23,44 +24,72 @@ _SAMPLE_ROWS = 8
 _KEEP = "Give --source NAME=MODEL where it lies now, or --shared keep."
 
 
-def shared_update(edit: EditPlan, scratch: Callable[[], Path]) -> tuple[SharedUpdate | None, str, list[Problem]]:
-    """The merges of the old and of the new set, opened and checked; None to keep the shared weights. And why,
-    and a warning where that was not asked for.
+@dataclass(frozen=True, eq=False)
+class SharedPlan:
+    """What becomes of the shared weights."""
+
+    update: SharedUpdate | None
+    """None: they are kept."""
+    reason: str
+    """Why they are kept, or what their update goes by."""
+    warnings: tuple[Problem, ...] = ()
+
+    @property
+    def outcome(self) -> str:
+        """What an edit's report and record say of them."""
+        return "updated" if self.update else "kept"
+
+
+def plan_shared(edit: EditPlan, scratch: Callable[[], Path]) -> SharedPlan:
+    """Open and check the merges of the old and of the new set; keep the shared weights where that cannot be done.
 
     Raises:
         InputError: an update was asked for, and the sources do not allow it.
     """
     recipe = edit.recipe
     if recipe.is_rename_only:
-        return None, "no expert comes or goes", []
+        return SharedPlan(None, "no expert comes or goes")
     if recipe.shared == "keep":
-        return None, "as asked", []
+        return SharedPlan(None, "as asked")
     try:
-        problems = list(_kind_problems(edit))
-        if not problems:
-            allowed = {key: True for key in ("allow_nonfinite", "allow_unrelated") if getattr(recipe, key)}
-            old = {**edit.values, **edit.shared_over, **allowed}
-            new = {**edit.new_values(public=False), **allowed}
-            stays = {SEED: SEED, **{name: origin for name, origin in edit.origins.items() if origin}}
-            moved = {name: recipe.sources[origin] for name, origin in stays.items() if origin in recipe.sources}
-            before = _merge_of(old, edit.model, recipe.sources, scratch)
-            after = _merge_of(new, edit.model, moved, scratch)
-            problems += [*_changed_problems(edit, before), *_drop_problems(edit, before, after)]
+        if problems := list(_kind_problems(edit)):
+            raise InputError(problems)
+        update = _update(edit, scratch)
     except InputError as error:
-        problems = [replace(problem, remedy=_KEEP) for problem in error.problems]
-    if problems and recipe.shared == "update":
-        raise InputError(problems)
-    if problems:
-        return None, str(problems[0]), [_kept_warning(edit, problems)]
+        if recipe.shared == "update":
+            raise
+        return SharedPlan(None, str(error.problems[0]), (_kept_warning(edit, error.problems),))
     reason, combine = "as if merged with the new set", edit.values.get("combine")
     if combine in REGMEAN_METHODS:
         reason = f"by the difference of the plain means, for {combine} fitted them"
-    return SharedUpdate.of(edit.plan, before, after), reason, []
+    return SharedPlan(update, reason)
 
 
-def _kept_warning(edit: EditPlan, problems: list[Problem]) -> Problem:
+def _update(edit: EditPlan, scratch: Callable[[], Path]) -> SharedUpdate:
+    """Return the merges of the old and of the new set.
+
+    Raises:
+        InputError: sources that are not there, or not those that the model was merged from.
+    """
+    sources = edit.recipe.sources
+    allowed = {key: True for key in ("allow_nonfinite", "allow_unrelated") if getattr(edit.recipe, key)}
+    old = {**edit.values, **shared_over(edit), **allowed}
+    new = {**recipe_of_new_set(edit, public=False), **allowed}
+    stays = {SEED: SEED, **{name: origin for name, origin in edit.origins.items() if origin}}
+    moved = {name: sources[origin] for name, origin in stays.items() if origin in sources}
+    try:
+        before = _merge_of(old, edit.model, sources, scratch)
+        after = _merge_of(new, edit.model, moved, scratch)
+    except InputError as error:
+        raise InputError(replace(problem, remedy=_KEEP) for problem in error.problems) from error
+    if problems := [*_changed_problems(edit, before), *_drop_problems(edit, before, after)]:
+        raise InputError(problems)
+    return SharedUpdate.of(edit.mixture, before, after)
+
+
+def _kept_warning(edit: EditPlan, problems: Sequence[Problem]) -> Problem:
     """Return one warning for all that keeps the shared weights from being updated."""
-    known = (SEED, *(edit.shared_over.get("experts") or {}), *(edit.values.get("experts") or {}))
+    known = (SEED, *(shared_over(edit).get("experts") or {}), *(edit.values.get("experts") or {}))
     names = [name for name in dict.fromkeys(known) if name in {problem.source for problem in problems}]
     if not names:
         return replace(problems[0], found=f"shared weights are kept: {problems[0].found}")
@@ -115,10 +144,10 @@ def _kind_problems(edit: EditPlan) -> Iterator[Problem]:
 def _changed_problems(edit: EditPlan, before: Plan) -> Iterator[Problem]:
     """Sources that are not what the model was merged from, as far as its experts tell."""
     trained = {entry.get("train") for entry in edit.values.get("training") or []}
-    if edit.plan.chunks > 1 or trained - {"routers", "shared"}:
+    if edit.mixture.chunks > 1 or trained - {"routers", "shared"}:
         return
     now = edit.values.get("experts") or {}
-    then = edit.shared_over.get("experts") or {}
+    then = shared_over(edit).get("experts") or {}
     for source in before.experts:
         name = source.name
         is_here = name in edit.model.domains and (name == SEED or now.get(name) == then.get(name))
@@ -137,6 +166,6 @@ def _is_expert(model: MergedModel, name: str, source: Source) -> bool:
 def _drop_problems(edit: EditPlan, before: Plan, after: Plan) -> Iterator[Problem]:
     """DARE drops other values where rows are others."""
     is_random = before.recipe.combine in DIFFERENCE_METHODS and before.recipe.combine != "ties"
-    if is_random and not before.vocabulary.size == after.vocabulary.size == edit.plan.vocabulary.size:
+    if is_random and not before.vocabulary.size == after.vocabulary.size == edit.mixture.vocabulary.size:
         found = f"{before.recipe.combine}, which cannot be repeated where the vocabulary grows or shrinks"
         yield Problem("model", "combine", found, "", "Give --shared keep, or merge anew.")

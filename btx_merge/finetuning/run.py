@@ -34,14 +34,17 @@ class TrainReport:
     """What a training did, of a merged model or of a branch."""
 
     output: Path
+    """The folder of the finetuned model, or of the adapter."""
     entry: Mapping[str, Any]
-    """What the result's own record says about it: btx_recipe.yaml, or btx_branch.yaml of a branch."""
+    """What the result's own record says about it: data, settings, steps, tokens, versions. That is btx_recipe.yaml,
+    or of a branch btx_branch.yaml."""
     history: tuple[Mapping[str, Any], ...]
     """What was logged, step by step."""
     seconds: float
+    """Wall time in seconds, checks and evaluations included."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Return plain values, as `--json` prints them."""
         return {"output": str(self.output), "seconds": self.seconds, **self.entry}
 
 

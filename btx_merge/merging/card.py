@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from btx_merge.merging.mixture import Mixture
 from btx_merge.merging.plan import Plan
 from btx_merge.merging.recipe import REGMEAN_METHODS
 from btx_merge.model.card import (
@@ -57,7 +58,7 @@ def model_card(plan: Plan, layers: Sequence[LayerFit] = ()) -> str:
     body = f"""
 # {title}
 
-A Mixture of Experts of {plan_sizes(plan)}, made by
+A Mixture of Experts of {planned_sizes(plan)}, made by
 [Branch-Train-MiX]({PAPER}) with {project_link()}.
 
 | source | model | revision | expert |
@@ -76,9 +77,9 @@ transformers 5 is needed. With btx-merge installed, `import btx_merge` replaces 
     return with_metadata(metadata, body)
 
 
-def plan_sizes(plan: Plan) -> str:
+def planned_sizes(mixture: Mixture) -> str:
     """Write the sizes of a planned model."""
-    return sizes(plan.parameters, plan.active_parameters, plan.experts_per_token, plan.num_experts)
+    return sizes(mixture.parameters, mixture.active_parameters, mixture.experts_per_token, mixture.num_experts)
 
 
 def card_metadata(plan: Plan) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def published(source: Source) -> list[str]:
     return hub_ids(source.card_metadata().get("base_model"))
 
 
-def source_row(plan: Plan, source: Source) -> str:
+def source_row(mixture: Mixture, source: Source) -> str:
     """Write a source's line in the card's table."""
     located = source.located
     if located.repo_id:
@@ -125,17 +126,17 @@ def source_row(plan: Plan, source: Source) -> str:
         model = f"{code_in_card(located.public_name)} (a local folder)"
     if source.base:
         model += f", an adapter on {code_in_card(source.base.public_name)}"
-    return f"| {source.name} | {model} | {located.revision or ''} | {expert_numbers(plan, source)} |"
+    return f"| {source.name} | {model} | {located.revision or ''} | {expert_numbers(mixture, source)} |"
 
 
-def expert_numbers(plan: Plan, source: Source) -> str:
+def expert_numbers(mixture: Mixture, source: Source) -> str:
     """Write the numbers of the experts that a source became, as the card's table names them."""
-    if source not in plan.experts:
+    if source not in mixture.experts:
         return "none"
-    if plan.recipe.expert_mode == "blend":
+    if mixture.expert_mode == "blend":
         return "in every one"
-    first = plan.experts.index(source) * plan.chunks
-    return ", ".join(map(str, range(first, first + plan.chunks)))
+    first = mixture.experts.index(source) * mixture.chunks
+    return ", ".join(map(str, range(first, first + mixture.chunks)))
 
 
 def combined_over(combine: str, experts: Sequence[Source]) -> str:

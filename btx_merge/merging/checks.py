@@ -1,4 +1,8 @@
-"""Do these sources belong together? Every reason against it, in one report, before anything is planned."""
+"""Do these sources belong together? Every reason against it, in one report, before anything is planned.
+
+A check yields problems and raises nothing, so that the next one runs as well; only what all others need (the seed, a
+vocabulary) ends the examination early.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +25,9 @@ from btx_merge.sources.text_checks import check_texts
 from btx_merge.sources.tokenizer_files import has_speech
 from btx_merge.sources.vocabulary import Vocabulary, plan_vocabulary
 
+_NAMED_DIVISORS = range(2, 65)
+"""Numbers of chunks that an error suggests: a list that is short enough to read."""
+
 
 @dataclass(frozen=True)
 class Examined:
@@ -29,54 +36,70 @@ class Examined:
     sources: tuple[Source, ...]
     """The seed first."""
     vocabulary: Vocabulary
+    """All their tokens, and which row of which source is whose."""
     divergence: tuple[Divergence, ...]
+    """How far each expert is from the seed."""
     warnings: tuple[Problem, ...]
+    """What deserves a look, though it stops no merge."""
 
 
 def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
-    """Opens all sources and holds them against the seed, the first of them.
+    """Open all sources and compare them with the seed, the first of them.
 
     A source that cannot be opened keeps none of the others from being looked at, nor does one check keep the
-    next: only what a check needs must be right. `scratch` makes a folder for what peft has to merge itself.
+    next: only what a check needs must be right.
+
+    Args:
+        scratch: makes a folder for what peft has to merge itself.
 
     Raises:
         InputError: every problem of every source.
     """
     sources, problems = open_sources(recipe, scratch)
     problems += changed_problems(sources, recipe.resolved.get("sources", {}))
-    return examine_sources(recipe, sources, problems)
+    if sources and sources[0].name == SEED:
+        problems += _recipe_problems(recipe, sources[0])
+        for source in sources:
+            if source.name == recipe.tokenizer_source:
+                problems += side_file_problems(source)
+        problems += _fit_problems(recipe, sources)
+    return examine_sources(sources, problems, untie=recipe.untie, allow_unrelated=recipe.allow_unrelated)
 
 
-def examine_sources(recipe: MergeRecipe, sources: Sequence[Source], problems: list[Problem]) -> Examined:
-    """Holds sources that are open against the seed among them. `problems`: why others could not be opened.
+def examine_sources(
+    sources: Sequence[Source], problems: list[Problem], *, untie: bool, allow_unrelated: bool
+) -> Examined:
+    """Compare sources that are open with the seed among them.
+
+    Args:
+        problems: why others could not be opened, and what else is wrong so far.
+        untie: whether tied and untied sources may be mixed.
+        allow_unrelated: whether a source that does not seem to have grown from the seed is a warning only.
 
     Raises:
-        InputError: those, and every problem of every source.
+        InputError: those problems, and every problem of every source.
     """
     problems = list(problems)
     seed = next((source for source in sources if source.name == SEED), None)
     if seed is None:
-        raise InputError(problems)
-    fitting = []
+        raise InputError(problems)  # there is nothing to compare the others with
+    sound = []  # sources whose shapes are right: only those can be compared number by number
     for source in sources:
-        own = [*config_problems(source, seed), *tensor_problems(source), *_tying_problems(recipe, source, seed)]
+        own = [*config_problems(source, seed), *tensor_problems(source), *_tying_problems(source, seed, untie)]
         problems += own
         if not own:
-            fitting.append(source)
-    problems += _recipe_problems(recipe, seed)
-    problems += _side_file_problems(recipe, sources)
-    problems += _fit_problems(recipe, sources)
+            sound.append(source)
     vocabulary: Vocabulary | None = None
     divergence: list[Divergence] = []
     unrelated: list[Problem] = []
     identical: list[Problem] = []
-    if seed in fitting:
+    if seed in sound:
         try:
-            vocabulary = plan_vocabulary(fitting)
+            vocabulary = plan_vocabulary(sound)
         except InputError as error:
             problems += error.problems
-        divergence, unrelated, identical = measure_divergence(fitting)
-    if not recipe.allow_unrelated:
+        divergence, unrelated, identical = measure_divergence(sound)
+    if not allow_unrelated:
         problems += unrelated
     if problems or vocabulary is None:
         raise InputError(problems)
@@ -85,11 +108,12 @@ def examine_sources(recipe: MergeRecipe, sources: Sequence[Source], problems: li
 
 
 def _fit_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> list[Problem]:
-    """What is fitted needs texts that can be read, and a tokenizer."""
+    """Check what a fit needs: texts that can be read, and a tokenizer."""
     folders = [source.tokenizer_folder for source in sources if source.tokenizer_folder]
     chat = next((source for source in sources if source.name == recipe.tokenizer_source), None)
     speech = None  # the folder that the result has its chat template from, where the source could be opened
     if chat:
+        # its own chat template, then that of its tokenizer, then any other source's
         places = [*filter(has_speech, chat.folders), chat.tokenizer_folder, *folders]
         speech = next((folder for folder in places if folder), None)
     problems = check_texts(recipe.domain_text.values(), speech)
@@ -100,7 +124,7 @@ def _fit_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> list[Proble
 
 
 def config_problems(source: Source, seed: Source) -> Iterator[Problem]:
-    """Keys of config.json in which a source differs from the seed, or which nobody can merge."""
+    """Find keys of config.json in which a source differs from the seed, or which nobody can merge."""
     keys = list(MUST_AGREE)
     if source.config["rope_parameters"]["rope_type"] not in ("default", "linear", "llama3"):
         keys.append("max_position_embeddings")  # this kind of rotary embedding is computed from it
@@ -111,7 +135,7 @@ def config_problems(source: Source, seed: Source) -> Iterator[Problem]:
 
 
 def _differing(name: str, where: str, found: Any, wanted: Any) -> Iterator[Problem]:
-    """One problem, or one per key of the rotary parameters."""
+    """Report a key that differs: one problem, or one for each differing key inside it (`rope_parameters`)."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
@@ -121,9 +145,10 @@ def _differing(name: str, where: str, found: Any, wanted: Any) -> Iterator[Probl
     yield Problem(name, where, repr(found), f"{wanted!r} as in the seed", remedy)
 
 
-def _tying_problems(recipe: MergeRecipe, source: Source, seed: Source) -> Iterator[Problem]:
-    tied, seed_tied = (item.config["tie_word_embeddings"] for item in (source, seed))
-    if tied != seed_tied and not recipe.untie:
+def _tying_problems(source: Source, seed: Source, untie: bool) -> Iterator[Problem]:
+    """Check that embedding and head are one tensor in this source if and only if they are in the seed."""
+    tied, seed_tied = source.config["tie_word_embeddings"], seed.config["tie_word_embeddings"]
+    if tied != seed_tied and not untie:
         remedy = "Give --untie (`untie: true`) to untie them all: a tied source's head is its embedding."
         where = "config.json: tie_word_embeddings"
         found = repr(tied)
@@ -133,7 +158,7 @@ def _tying_problems(recipe: MergeRecipe, source: Source, seed: Source) -> Iterat
 
 
 def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:
-    """Values of the recipe that only make sense for some seeds."""
+    """Check the values of the recipe that only make sense for some seeds."""
     width = seed.config["intermediate_size"]
     chunks = recipe.num_chunks if recipe.expert_mode == "split" else 1
     if recipe.expert_mode == "blend":
@@ -141,28 +166,28 @@ def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:
     if width % chunks:
         found = f"intermediate_size {width} cannot be cut into {chunks} equal chunks"
         key = "num_chunks" if recipe.expert_mode == "split" else "expert_mode: blend"
-        divisors = [number for number in range(2, 65) if width % number == 0]
+        divisors = [number for number in _NAMED_DIVISORS if width % number == 0]
         expected = f"a divisor of it, such as {', '.join(map(str, divisors))}"
         yield Problem("recipe", key, found, expected, "Choose another number of chunks, or expert_mode: whole.")
 
 
-def _side_file_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> Iterator[Problem]:
-    """Small files that the result takes over, which are read when all else is written."""
-    for source in sources:
-        folders = (source.located.folder, source.base.folder) if source.base else (source.located.folder,)
-        for folder in folders if source.name == recipe.tokenizer_source else ():
-            for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
-                if (folder / name).exists():
-                    try:
-                        values = read_json(folder / name)
-                    except InputError as error:
-                        yield from (replace(problem, source=source.name) for problem in error.problems)
-                        continue
-                    if name == "generation_config.json":
-                        yield from generation_refusals(source.name, name, values)
+def side_file_problems(source: Source) -> Iterator[Problem]:
+    """Check the small files that the result takes over, for they are only read when all else is written."""
+    for folder in source.folders:
+        for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+            if not (folder / name).exists():
+                continue
+            try:
+                values = read_json(folder / name)
+            except InputError as error:
+                yield from (replace(problem, source=source.name) for problem in error.problems)
+                continue
+            if name == "generation_config.json":
+                yield from generation_refusals(source.name, name, values)
 
 
 def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
+    """Return what deserves a look, though it stops no merge. The seed is the first of the sources."""
     seed = sources[0]
     if not any(source.tokenizer_folder for source in sources):
         remedy = "The result has none either: copy a tokenizer's files into the seed's folder."
@@ -170,7 +195,7 @@ def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
     for source in sources:
         yield from source.warnings
     for source in sources[1:]:
-        length, wanted = (s.config["max_position_embeddings"] for s in (source, seed))
+        length, wanted = source.config["max_position_embeddings"], seed.config["max_position_embeddings"]
         if length != wanted:
             where = "config.json: max_position_embeddings"
             remedy = f"The result keeps {wanted}."
@@ -178,9 +203,13 @@ def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
 
 
 def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list[Source], list[Problem]]:
-    """The seed, then the experts in the recipe's order, opened without reading weights; and why others were not.
+    """Open the seed, then the experts in the recipe's order, without reading weights.
 
-    `scratch` makes a folder for what peft has to merge itself (adapters that are not plain LoRA).
+    Args:
+        scratch: makes a folder for what peft has to merge itself (adapters that are not plain LoRA).
+
+    Returns:
+        Those that could be opened, and why the others could not.
     """
     seed, problems = open_each({SEED: ExpertSpec(recipe.seed, recipe.seed_weight)}, None, scratch)
     experts, more = open_each(recipe.experts, seed.get(SEED), scratch)

@@ -23,9 +23,10 @@ from btx_merge.fitting.recipe import ROUTER_FITS, FitTask
 from btx_merge.fitting.run import device_problems, fit_folder
 from btx_merge.merging.checks import examine
 from btx_merge.merging.combine import cast, shared_rows
-from btx_merge.merging.experts import expert_columns, expert_rows
+from btx_merge.merging.experts import expert_columns, expert_rows, merged_norm
 from btx_merge.merging.files import write_files
-from btx_merge.merging.plan import ExpertColumns, ExpertRows, Fate, Plan, RouterRows, SharedRows, make_plan
+from btx_merge.merging.mixture import ExpertColumns, ExpertRows, RouterRows, SharedRows
+from btx_merge.merging.plan import Fate, Plan, make_plan
 from btx_merge.merging.recipe import MergeRecipe
 from btx_merge.merging.routers import initial_router
 from btx_merge.model.opening import room_problems
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 
 _OPTIONS = ("overwrite", "workers", "device", "statistics")
+"""Those of `Options` that a merge takes."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +50,25 @@ class Check:
     """What `check` found: the plan, and all that deserves a look."""
 
     plan: Plan
+    """The merge laid out: its experts, tensors, files and sizes."""
     divergence: tuple[Divergence, ...]
+    """How far each expert is from the seed, by group of tensors."""
     warnings: tuple[Problem, ...]
-    unchanged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Source to the groups of weights in which it is the seed, to the byte. A merge does not look for them."""
+    """What deserves a look, though it stops no merge."""
+    unchanged: Mapping[str, tuple[str, ...]] | None = None
+    """Source to the groups of weights in which it is the seed, to the byte; None in a merge, which reads once only."""
     output: Path | None = None
     """Where the result would be written, if that was asked."""
     files: Mapping[str, int] = field(default_factory=dict)
-    """Then: the files of the result, by name, with their sizes in bytes."""
+    """The files of the result, if that was asked: by name, with their sizes in bytes."""
 
     @property
     def is_lossless(self) -> bool:
         """Whether every source has the seed's own bytes in all shared weights, so that averaging loses nothing."""
-        return bool(self.unchanged) and is_lossless(self.plan.sources[1:], self.unchanged)
+        return self.unchanged is not None and is_lossless(self.plan.sources[1:], self.unchanged)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Return plain values, as `--json` prints them."""
         plan = self.plan
         return {
             "sources": [
@@ -80,10 +85,9 @@ class Check:
             "working_memory": plan.working_memory,
             "shards": [shard.name for shard in plan.shards],
             "divergence": [asdict(item) for item in self.divergence],
-            "unchanged": {name: list(groups) for name, groups in self.unchanged.items()},
-            "lossless": self.is_lossless,
             "fates": [asdict(fate) for fate in plan.fates],
             "warnings": [str(warning) for warning in self.warnings],
+            **({} if self.unchanged is None else {"unchanged": dict(self.unchanged), "lossless": self.is_lossless}),
             **({"output": str(self.output), "files": dict(self.files)} if self.output else {}),
         }
 
@@ -93,22 +97,25 @@ class Report:
     """What a merge did."""
 
     output: Path
+    """The folder of the merged model."""
     checked: Check
+    """What was found out before anything was written."""
     seconds: float
-    """Wall time, checks included."""
+    """Wall time in seconds, checks included."""
     peak_memory: int
     """Largest resident size of the process so far, in bytes."""
     kept_bytes: int
     """Bytes that an earlier, interrupted run had written."""
     layers: tuple[LayerFit, ...] = ()
-    """How the routers came out that were fitted by ridge regression."""
+    """How the routers came out that were fitted by ridge regression, by layer; empty for others."""
 
     @property
     def fates(self) -> tuple[Fate, ...]:
+        """What became of every input tensor, by source."""
         return self.checked.plan.fates
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Return plain values, as `--json` prints them."""
         figures = {key: getattr(self, key) for key in ("seconds", "peak_memory", "kept_bytes")}
         layers = [asdict(layer) for layer in self.layers]
         return {"output": str(self.output), **figures, "layers": layers, **self.checked.to_dict()}
@@ -217,25 +224,33 @@ def _fit(plan: Plan, folder: Path, files: Path, options: Options, reporter: Repo
 
 
 def fill(plan: Plan, job: Job) -> Iterator[Block]:
-    """The bytes of a job in order, each for one of its extents."""
+    """Compute the bytes of a job in order, each for one of its extents.
+
+    Raises:
+        TypeError: nothing fills this kind of job, which is a fault of btx-merge.
+    """
     if isinstance(job, ExpertRows):
-        yield from expert_rows(job, plan)
+        yield from expert_rows(job, plan, partial(merged_norm, plan))
     elif isinstance(job, ExpertColumns):
         yield from expert_columns(job, plan)
     elif isinstance(job, SharedRows):
         yield from shared_rows(job, plan)
     elif isinstance(job, RouterRows):
-        hidden, std = job.tensor.shape[1], plan.recipe.router_std or plan.seed.config["initializer_range"]
+        hidden = job.tensor.shape[1]
+        std = plan.recipe.router_std or plan.seed.config["initializer_range"]
         router = initial_router(plan.recipe, job.layer, plan.num_experts, hidden, std)
         yield 0, cast(router, job, plan)
+    else:
+        raise TypeError(f"nothing fills a {type(job).__name__}")
 
 
 @contextmanager
 def _checked(recipe: MergeRecipe, target: Path | None = None) -> Iterator[Check]:
-    """A check whose plan can be carried out inside the context: there, what peft merged itself still exists."""
+    """Check a merge and lay it out. Carry the plan out inside the context: there, what peft merged itself exists."""
     with ExitStack() as stack:
 
         def scratch() -> Path:
+            """Make a folder, beside the target if there is one, that goes when the context ends."""
             return stack.enter_context(scratch_folder(target.parent if target else None))
 
         examined = examine(recipe, scratch)
@@ -246,7 +261,11 @@ def _checked(recipe: MergeRecipe, target: Path | None = None) -> Iterator[Check]
 
 
 def _check_apart(target: Path, sources: Sequence[Source]) -> None:
-    """The output may not be, hold or lie in a source's folder: replacing it would destroy what is read."""
+    """Refuse an output that is, holds or lies in a source's folder: replacing it would destroy what is read.
+
+    Raises:
+        InputError: it does.
+    """
     problems = []
     for source in sources:
         for located in filter(None, (source.located, source.base)):

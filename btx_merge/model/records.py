@@ -16,7 +16,7 @@ from btx_merge.files.folder import checked, read_text
 from btx_merge.model.card_update import updated_card
 from btx_merge.reporting import short
 from btx_merge.sources.locate import Located
-from btx_merge.values import is_number, is_text
+from btx_merge.values import SHARD_SIZE, is_number, is_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -58,13 +58,17 @@ def _are_records(value: Any) -> bool:
     return isinstance(value, list) and all(_is_object(item) for item in value)
 
 
+def _is_weight(value: Any) -> bool:
+    return is_number(value) and 0 <= value < float("inf")
+
+
 def _are_experts(value: Any) -> bool:
     if not _is_object(value):
         return False
     for spec in value.values():
         values = spec if isinstance(spec, dict) else {"model": spec}
         has_base = values.get("base") is None or is_text(values["base"])
-        if not (is_text(values.get("model")) and has_base and is_number(values.get("weight", 1.0))):
+        if not (is_text(values.get("model")) and has_base and _is_weight(values.get("weight", 1.0))):
             return False
     return True
 
@@ -72,7 +76,8 @@ def _are_experts(value: Any) -> bool:
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("seed", "combine", "expert_mode", "router_init", "tokenizer_source"), (is_text, "text")),
     **dict.fromkeys(("fold_norms", "seed_expert"), (lambda value: isinstance(value, bool), "true or false")),
-    "seed_weight": (is_number, "a number"),
+    "seed_weight": (_is_weight, "a number of at least 0"),
+    "max_shard_size": (lambda value: is_text(value) and SHARD_SIZE[1](value), SHARD_SIZE[0]),
     "experts": (_are_experts, "`name: model`, or `model:`, `weight:` and `base:` below each name"),
     **dict.fromkeys(("domain_text", "prompts", "resolved", "shared_over"), (_is_object, "keys with values")),
     **dict.fromkeys(("fits", "training", "edits"), (_are_records, "a list of records")),

@@ -14,7 +14,9 @@ from btx_merge.errors import Problem, capped
 from btx_merge.sources.source import Source
 
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.")
-_MANY = 4  # tensors named one by one; more of one kind become one line
+"""What torch.compile, DataParallel and DDP, peft and FSDP put before the names of a state dict that they wrap."""
+_MANY = 4
+"""Tensors of one kind that are named one by one, as `errors.capped` does; more become one line."""
 
 
 def expert_problems(source: Source) -> Iterator[Problem]:
@@ -26,7 +28,7 @@ def expert_problems(source: Source) -> Iterator[Problem]:
 
 
 def tensor_problems(source: Source) -> Iterator[Problem]:
-    """Find tensors that are missing, unexpected, of another shape than config.json says, or of an unknown dtype."""
+    """Find tensors that are missing, unexpected, of another shape than config.json says, or of a dtype not merged."""
     expected = expected_tensors(source.config)
     found = {name for name in source.tensors if not is_computed(name)}
     if source.config["tie_word_embeddings"] and HEAD in found:
@@ -34,6 +36,7 @@ def tensor_problems(source: Source) -> Iterator[Problem]:
         yield from _head_of_tied_problems(source)
     missing = [name for name in expected if name not in found]
     remedy = "Save the whole LlamaForCausalLM with save_pretrained."
+    # most of what is missing is there without its first word
     if missing and len({"model." + name for name in found} & set(missing)) > len(missing) // 2:
         remedy = "This is a bare LlamaModel; save the LlamaForCausalLM."
     if prefix := _common_prefix(found, expected):
@@ -48,7 +51,13 @@ def tensor_problems(source: Source) -> Iterator[Problem]:
 
 
 def _common_prefix(found: Collection[str], expected: Collection[str]) -> str:
-    """Return what a wrapper such as torch.compile or DataParallel has put before every name; "" for nothing."""
+    """Return what a wrapper such as torch.compile or DataParallel has put before every name; "" for nothing.
+
+    >>> _common_prefix({"module.model.norm.weight", "module.lm_head.weight"}, {"model.norm.weight", "lm_head.weight"})
+    'module.'
+    >>> _common_prefix({"module.model.norm.weight", "lm_head.weight"}, {"model.norm.weight", "lm_head.weight"})
+    ''
+    """
     for prefix in _WRAPPERS:
         bare = {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
         if len(bare) == len(found) and bare & set(expected):
@@ -59,6 +68,7 @@ def _common_prefix(found: Collection[str], expected: Collection[str]) -> str:
 def _shape_problems(
     source: Source, expected: Mapping[str, tuple[int, ...]], names: Sequence[str]
 ) -> Iterator[Problem]:
+    """Compare the shapes and dtypes of the tensors `names`, which a source has, with what is expected."""
     shapes, dtypes = [], []
     for name in names:
         tensor = source.tensors[name]
@@ -79,6 +89,7 @@ def _shape_problems(
 
 
 def _listed(source: Source, kind: str, names: Sequence[str], expected: str, remedy: str) -> Iterator[Problem]:
+    """Report tensors that are all wrong in one way: the first `_MANY` by name, the others by their number."""
     for name in names[:_MANY]:
         yield Problem(source.name, f"tensor {name}", kind, expected, remedy)
     if len(names) > _MANY:
@@ -86,7 +97,10 @@ def _listed(source: Source, kind: str, names: Sequence[str], expected: str, reme
 
 
 def _head_of_tied_problems(source: Source) -> Iterator[Problem]:
-    """Refuse the head that a tied checkpoint holds, unless it is the embedding once more."""
+    """Check the head that a tied checkpoint holds all the same: it must be the embedding once more.
+
+    transformers ignores it at load, so other numbers there would silently be lost. Reads both tensors.
+    """
     head, embedding = source.tensors[HEAD], source.tensors.get(EMBEDDING)
     same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     if same and embedding is not None and head.shape:

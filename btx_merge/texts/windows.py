@@ -50,7 +50,7 @@ def packed_windows(
 def _tokenized(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
     """Encode each document as token ids; several at a time, which is faster."""
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    for group in _grouped(documents):
+    for group in grouped(documents):
         for tokens in tokenizer(group, verbose=False)["input_ids"]:
             # A chat template writes the special tokens itself.
             doubled = bos is not None and tokens[:2] == [bos, bos]
@@ -58,7 +58,8 @@ def _tokenized(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:
             yield [*tokens[doubled:], *([] if ended else [eos])]
 
 
-def _grouped(documents: Iterable[str]) -> Iterator[list[str]]:
+def grouped(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Group documents for a tokenizer, which is faster with several at a time."""
     group: list[str] = []
     chars = 0
     for document in documents:

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
-from btx_merge import EditRecipe, InputError, MergeError, MergeRecipe, NonFiniteError, Options, edit, merge
+from btx_merge import EditRecipe, InputError, MergeError, MergeRecipe, NonFiniteError, Options, check, edit, merge
 from btx_merge.architectures.btx import SELECTION_BIAS
 from btx_merge.architectures.llama import EMBEDDING
 from btx_merge.cli.app import app
@@ -273,6 +273,9 @@ def test_all_at_once(root, two, tmp_path):
     merge(MergeRecipe(str(root / "seed"), experts, seed_expert=False), tmp_path / "fresh")
     same_but_for_routers(tmp_path / "out", tmp_path / "fresh")
     assert_rows(tmp_path / "out", two, [1, 2, None])
+    recipes = [yaml.safe_load((tmp_path / name / "btx_recipe.yaml").read_text()) for name in ("out", "fresh")]
+    assert recipes[0]["resolved"] == recipes[1]["resolved"]
+    assert recipes[0]["resolved"]["sources"].keys() == {"seed", "python", "math", "bio"}
 
 
 def test_shared_weights_can_be_kept_and_move_later(root, two, tmp_path):
@@ -449,6 +452,11 @@ def test_a_recipe_of_the_result_is_that_of_the_new_set(root, two, tmp_path):
         recipe = yaml.safe_load((root / "added/btx_recipe.yaml").read_text())
         assert recipe["edits"][0]["add"] == ["bio"]
         assert recipe["experts"]["bio"] == {"model": "bio", "weight": 1.0, "base": None}
+        for name, folder in {"seed": "seed", "code": "code", "math": "math", "bio": "math-2"}.items():
+            shutil.copytree(root / folder, tmp_path / "moved" / name)
+        shutil.copytree(root / "added", tmp_path / "moved/added")
+        with pytest.raises(InputError, match=r"^bio: .*: not the model that this recipe was written for"):
+            check(MergeRecipe.from_yaml(tmp_path / "moved/added"))
     finally:
         shutil.rmtree(root / "added")
 
@@ -534,8 +542,10 @@ DAMAGED = {
     "training": [5, [5], "routers", {"train": 1}],
     "edits": [5, "x"],
     "seed": [5, ["x"]],
-    "seed_weight": ["much", [1]],
     "shared_over": [5, {"experts": 5}, {"seed": {}}],
+    "seed_weight": ["much", [1], -1, float("inf")],
+    "max_shard_size": ["much", 5],
+    "resolved": [5],
     "fold_norms": ["yes", 2],
     "prompts": [5, ["a"]],
     "domain_text": [5, ["a"]],
@@ -596,6 +606,11 @@ def test_models_that_cannot_be_edited(root, two, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(InputError, match="truncated"):
         edited(tmp_path / "cut", tmp_path / "out", drop=("code",))
+    shutil.copytree(two, tmp_path / "odd")
+    edit_json(tmp_path / "odd/config.json", router_type="lottery", expert_names=["seed", "a b", "math"])
+    with pytest.raises(InputError) as caught:
+        edited(tmp_path / "odd", tmp_path / "out", drop=("math",))
+    assert [problem.where for problem in caught.value.problems] == ["experts", "config.json: router_type"]
 
 
 def test_an_output_that_is_there(root, two, tmp_path):

@@ -202,7 +202,7 @@ def slow_experts(
 @pytest.mark.parametrize(
     ("mode", "chunks", "names"),
     [
-        ("split", 1, ["seed", "code", "math"]),
+        ("split", 1, ["seed", "code", "math"]),  # one chunk is the whole source
         ("split", 2, ["seed.0", "seed.1", "code.0", "code.1", "math.0", "math.1"]),
         ("split", 4, [f"{name}.{chunk}" for name in ("seed", "code", "math") for chunk in range(4)]),
         ("blend", 3, ["blend.0", "blend.1", "blend.2"]),

@@ -42,7 +42,7 @@ def changed_at(seed: Path, folder: Path, name: str, row: int) -> Path:
 
 def unchanged(seed: Path, **experts: Path) -> dict[str, set[str]]:
     checked = check(MergeRecipe(str(seed), {name: str(folder) for name, folder in experts.items()}))
-    return {name: set(groups) for name, groups in checked.unchanged.items()}
+    return {name: set(groups) for name, groups in (checked.unchanged or {}).items()}
 
 
 @pytest.mark.parametrize(
