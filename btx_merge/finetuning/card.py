@@ -32,7 +32,7 @@ def training_section(verb: str, entry: Mapping[str, Any], history: Sequence[Mapp
     for domain in entry["data"]:
         before, after = held_out["before"].get(domain["name"]), held_out["after"].get(domain["name"])
         figures = [f"{value:.4g}" if value is not None else "" for value in (before, after)]
-        texts = ", ".join(f"`{reference}`" for reference in domain["references"])
+        texts = ", ".join(map(code_in_card, domain["references"]))
         rows.append([domain["name"], texts, f"{domain['weight'] / total:.0%}", *figures])
     table = _table(["domain", "texts", "share", "held-out perplexity before", "after"], rows)
     logged = [item for item in history if "loss" in item]

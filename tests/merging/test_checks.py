@@ -736,5 +736,5 @@ def test_what_check_returns_is_what_merge_did(family: Family, tmp_path: Path) ->
     checked, report = check(recipe), merge(recipe, tmp_path / "out")
     assert isinstance(checked, Check)
     assert isinstance(report, Report)
-    compared = {"unchanged": {"code": (), "math": ()}, "lossless": False}  # of a check alone: it takes reading
+    compared = {"unchanged": {"code": [], "math": []}, "lossless": False}  # of a check alone: it takes reading
     assert {**report.checked.to_dict(), **compared} == checked.to_dict()
