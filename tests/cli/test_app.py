@@ -274,7 +274,7 @@ def test_an_export_and_an_extraction(command: str, merged: tuple[Path, Done], tm
     assert [line.startswith(untrained) for line in without_next(done.stderr).splitlines()] == [True] * (
         command == "export"
     )
-    assert re.search(rf"written +{tmp_path / 'out'}: \d\d\d\.\d\d KB in 1 weights file, 0\.\d\d M parameters", done.stdout)
+    assert re.search(rf"written +{tmp_path / 'out'}: \d{3}\.\d\d KB in 1 weights file, 0\.\d\d M param", done.stdout)
     assert re.search(r"took +\d+\.\d s, peak memory \d", done.stdout)
     expected = files_of(tmp_path / "out")
     done = btx(
