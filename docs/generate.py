@@ -18,7 +18,17 @@ import typer
 import btx_merge
 import btx_merge.lora
 import btx_merge.training
-from btx_merge import DomainText, EditRecipe, ExpertSpec, FitRecipe, MergeRecipe, Options, Reporter, TrainRecipe
+from btx_merge import (
+    DomainText,
+    EditRecipe,
+    EvalRecipe,
+    ExpertSpec,
+    FitRecipe,
+    MergeRecipe,
+    Options,
+    Reporter,
+    TrainRecipe,
+)
 from btx_merge.cli.app import app
 from btx_merge.finetuning.arguments import known_names
 from btx_merge.merging.template import field_descriptions
@@ -59,6 +69,16 @@ RECIPES: dict[type, tuple[str, dict[str, str]]] = {
             "rename": "--rename OLD=NEW",
             "sources": "--source NAME=MODEL",
             "domain_text": "--domain-text NAME=TEXT[:WEIGHT]",
+        },
+    ),
+    EvalRecipe: (
+        "eval",
+        {
+            "model": "MODEL",
+            "data": "--data NAME=TEXT",
+            "with_sources": "--no-sources",
+            "sources": "--source NAME=MODEL",
+            "against": "--against NAME=MODEL",
         },
     ),
     DomainText: (
@@ -147,7 +167,8 @@ def _command_rows() -> Iterator[list[str]]:
     """Return the options of the command that no recipe has, each once, with the verbs that have it."""
     verbs: dict[tuple[str, str], list[str]] = {}
     for verb in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
-        taken = {"recipe", "weight", "base", "expert", "prompt", "source", *(known_names() if verb == "train" else ())}
+        taken = {"recipe", "weight", "base", "expert", "prompt", "source", "no_sources"}
+        taken |= set(known_names() if verb == "train" else ())
         for recipe, (of_verb, _) in RECIPES.items():
             if of_verb == verb or (of_verb, verb) == ("merge", "check"):
                 taken |= {item.name for item in fields(recipe)}
