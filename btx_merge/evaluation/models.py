@@ -48,7 +48,7 @@ def entries_of(
     folder = model.located.folder
     kinds = (MODEL, ROUTED) if recipe.routing else (MODEL,)
     entries = [Entry("merged", kinds, folder, lambda dtype, device: load_folder(model.located, dtype, device))]
-    if recipe.with_sources:
+    if not recipe.no_sources:
         try:
             of_sources, warnings = _source_entries(recipe, model, scratch)
             entries += of_sources

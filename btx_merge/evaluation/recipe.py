@@ -25,9 +25,9 @@ class EvalRecipe:
     model: str
     """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
     data: tuple[DomainText, ...]
-    """Held-out text by domain. Also by name: a mapping."""
-    with_sources: bool = True
-    """Whether the seed and every expert are measured too, which the model's own recipe names."""
+    """Held-out text by domain: files, folders, globs or datasets of the Hub. Also by name: a mapping."""
+    no_sources: bool = False
+    """Whether to leave out the seed and the experts, which the model's own recipe names."""
     sources: Mapping[str, str] = field(default_factory=dict)
     """Source of the model's own recipe to where it lies now; only those that have moved."""
     soup: bool = False
@@ -47,7 +47,7 @@ class EvalRecipe:
     """float32, bfloat16 or float16, for all models; float32 on a CPU, the model's own on other devices."""
 
     def __post_init__(self) -> None:
-        problems = value_problems(self, _RULES)
+        problems = value_problems(self, RULES)
         expected = "`name: model`, one line for each"
         problems += mapping_problems("sources", self.sources, expected)
         problems += mapping_problems("against", self.against, expected) or self._name_problems()
@@ -57,7 +57,7 @@ class EvalRecipe:
                 problems.append(Problem("recipe", "data", "missing", "at least one domain, --data NAME=TEXT"))
         except InputError as error:
             problems += error.problems
-        if not self.with_sources and (self.soup or self.sources):
+        if self.no_sources and (self.soup or self.sources):
             given = "soup" if self.soup else "sources"
             problems.append(Problem("recipe", given, "given without sources", "", "Leave out --no-sources."))
         if problems:
@@ -74,7 +74,7 @@ class EvalRecipe:
         return problems
 
 
-_RULES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     "tokens": at_least(1),
     "window": at_least(1),
     "batch_size": at_least(1),

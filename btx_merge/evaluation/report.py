@@ -22,9 +22,11 @@ class Score:
     """How well a model predicts a domain."""
 
     bits_per_byte: float
+    """Loss per byte of the text in UTF-8, in bits."""
     perplexity: float
     """Per token: two models can be compared by it only where they read the same tokens."""
     tokens: int
+    """Tokens that were scored."""
     same_tokens: bool = True
     """Whether they are those of the merged model."""
 
@@ -34,7 +36,9 @@ class Row:
     """One model."""
 
     name: str
+    """What it is called in tables."""
     kind: str
+    """One of `MODEL`, `ROUTED`, `SOURCE`, `SOUP`, `AGAINST`."""
     scores: Mapping[str, Score]
     """By domain."""
     closed: Mapping[str, float | None]
@@ -52,7 +56,9 @@ class Oracle:
     """The best single source for a domain."""
 
     source: str
+    """Its name."""
     bits_per_byte: float
+    """Its figure."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +74,17 @@ class EvalReport:
     oracle: Mapping[str, Oracle]
     """By domain; empty where no sources were measured."""
     window: int
+    """Tokens of a window, at most."""
     dtype: str
+    """torch's name of the dtype in which all models were computed."""
     device: str
+    """torch's name of where."""
     seconds: float
+    """How long it took."""
     warnings: tuple[Problem, ...] = ()
+    """What should be looked at twice."""
     output: Path | None = None
+    """Where the report was written."""
 
     @property
     def without_gap(self) -> list[str]:

@@ -88,15 +88,13 @@ def test_all_chunks_of_a_split_expert_are_its_source(family, texts, tmp_path):
     code = grow(family.seed, tmp_path / "code", change=only_feed_forward)
     recipe = MergeRecipe(str(family.seed), {"code": str(code)}, expert_mode="split", num_chunks=2)
     merge(recipe, tmp_path / "merged")
-    report = evaluate(
-        EvalRecipe(str(tmp_path / "merged"), {"code": texts["code"]}, with_sources=False, routing="domain")
-    )
+    report = evaluate(EvalRecipe(str(tmp_path / "merged"), {"code": texts["code"]}, no_sources=True, routing="domain"))
     bits, _ = slow_bits(load_float32(code), texts["code"])
     assert scores(report, ROUTED)["code"].bits_per_byte == pytest.approx(bits, rel=1e-5)
 
 
 def test_counts_are_those_of_the_text(measured, texts):
-    report = evaluate(EvalRecipe(str(measured), texts, with_sources=False))
+    report = evaluate(EvalRecipe(str(measured), texts, no_sources=True))
     for domain, amount in report.domains.items():
         lines = lines_of(texts[domain])
         assert amount.documents == amount.windows == len(lines)
@@ -128,7 +126,7 @@ def test_gaps_by_hand():
 
 
 def test_part_of_a_domain_in_smaller_windows(measured, texts):
-    values = {"tokens": 100, "window": 8, "batch_size": 1, "with_sources": False}
+    values = {"tokens": 100, "window": 8, "batch_size": 1, "no_sources": True}
     report = evaluate(EvalRecipe(str(measured), texts, **values))
     for amount in report.domains.values():
         assert 92 < amount.tokens <= 100
@@ -145,7 +143,7 @@ def test_a_model_that_reads_other_tokens_has_the_same_bytes(measured, texts, tmp
     recipe = EvalRecipe(
         str(measured),
         {"code": str(tmp_path / "text.jsonl")},
-        with_sources=False,
+        no_sources=True,
         against={"other": str(other)},
         tokens=30,
         window=8,
@@ -178,7 +176,7 @@ def test_everything_wrong_is_said_at_once(measured, texts, tmp_path):
     with pytest.raises(InputError, match=r"against: the name 'a \| b'; expected letters"):
         EvalRecipe(str(measured), texts, against={"a | b": "somewhere"})
     with pytest.raises(InputError) as error:
-        EvalRecipe(str(measured), {}, soup=True, with_sources=False, dtype="float8", routing="best", tokens=0)
+        EvalRecipe(str(measured), {}, soup=True, no_sources=True, dtype="float8", routing="best", tokens=0)
     assert [problem.where for problem in error.value.problems] == ["routing", "tokens", "dtype", "data", "soup"]
 
 

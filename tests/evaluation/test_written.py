@@ -20,7 +20,7 @@ def found(measured, texts):
 
 
 def test_a_folder_has_numbers_tables_and_a_picture(measured, texts, tmp_path):
-    recipe = EvalRecipe(str(measured), texts, tokens=60, with_sources=False)
+    recipe = EvalRecipe(str(measured), texts, tokens=60, no_sources=True)
     report = evaluate(recipe, tmp_path / "report")
     folder = tmp_path / "report"
     assert sorted(file.name for file in folder.iterdir()) == ["eval.json", "eval.md", "eval.png"]
@@ -56,7 +56,7 @@ def test_the_picture_has_a_bar_for_each_figure(found):
 def test_the_card_gets_table_picture_and_figures(measured, texts, tmp_path):
     model = shutil.copytree(measured, tmp_path / "model")
     before = {file.name for file in model.iterdir()}
-    recipe = EvalRecipe(str(model), texts, tokens=60, with_sources=False)
+    recipe = EvalRecipe(str(model), texts, tokens=60, no_sources=True)
     for _ in range(2):  # a second evaluation takes the place of the first
         report = evaluate(recipe, card=True)
         assert {file.name for file in model.iterdir()} == before | {"eval.png"}
@@ -74,7 +74,7 @@ def test_the_card_gets_table_picture_and_figures(measured, texts, tmp_path):
 def test_figures_of_a_fit_stay_until_the_model_changes(measured, texts, tmp_path):
     settings = {"domain_text": texts, "domain_tokens": 500}
     fit(FitRecipe(str(measured), **settings), tmp_path / "fitted")
-    evaluate(EvalRecipe(str(tmp_path / "fitted"), texts, tokens=60, with_sources=False), card=True)
+    evaluate(EvalRecipe(str(tmp_path / "fitted"), texts, tokens=60, no_sources=True), card=True)
     metadata, body = front_matter((tmp_path / "fitted" / "README.md").read_text())
     names = [metric["name"] for result in metadata["model-index"][0]["results"] for metric in result["metrics"]]
     assert "Router accuracy, mean of the layers" in names
