@@ -24,7 +24,7 @@ class EvalRecipe:
 
     model: str
     """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
-    data: tuple[DomainText, ...]
+    data: tuple[DomainText, ...] = ()
     """Held-out text by domain: files, folders, globs or datasets of the Hub. Also by name: a mapping."""
     no_sources: bool = False
     """Whether to leave out the seed and the experts, which the model's own recipe names."""
