@@ -23,28 +23,28 @@ class EvalRecipe:
     """
 
     model: str
-    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    """A merged checkpoint: a folder, `org/name` or `org/name@revision`."""
     data: tuple[DomainText, ...] = ()
-    """Held-out text by domain: files, folders, globs or datasets of the Hub. Also by name: a mapping."""
+    """Held-out text of each domain: a file, a folder, a glob or a dataset of the Hub."""
     no_sources: bool = False
-    """Whether to leave out the seed and the experts, which the model's own recipe names."""
+    """Leave out the seed and the experts, which the model's own recipe names."""
     sources: Mapping[str, str] = field(default_factory=dict)
-    """Source of the model's own recipe to where it lies now; only those that have moved."""
+    """Where sources of the model's own recipe lie now, if they have moved."""
     soup: bool = False
-    """Whether to measure the dense mean of the sources, made in memory."""
+    """Measure the dense mean of the sources too; it is made in memory."""
     against: Mapping[str, str] = field(default_factory=dict)
-    """Name to a further causal language model, of any kind that transformers loads without code from outside."""
+    """Further causal language models, of any kind that transformers loads without code from outside."""
     routing: str | None = None
-    """domain: the merged model is measured once more with every token sent to its own domain's expert, the expert of
-    the domain's name. That is what a perfect router would reach."""
+    """domain: measure the merged model once more, every token sent to its own domain's expert, which has the domain's
+    name. That is what a perfect router would reach."""
     tokens: int | None = None
-    """Tokens of each domain that are scored, at most, in whole windows; all where not given."""
+    """Tokens of each domain that are scored, at most; only whole windows are. By default all."""
     window: int | None = None
-    """Tokens of a window; 1024, or the model's positions where these are fewer."""
+    """Tokens of a window. By default 1024, or the model's positions if these are fewer."""
     batch_size: int = 4
     """Windows of full length that are computed together; of shorter ones, more."""
     dtype: str | None = None
-    """float32, bfloat16 or float16, for all models; float32 on a CPU, the model's own on other devices."""
+    """Dtype of all models: float32, bfloat16 or float16. By default float32 on a CPU, the merged model's elsewhere."""
 
     def __post_init__(self) -> None:
         problems = value_problems(self, RULES)
