@@ -15,9 +15,12 @@ if TYPE_CHECKING:
     from btx_merge.editing.recipe import EditRecipe
     from btx_merge.editing.run import EditReport, edit
     from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
+    from btx_merge.evaluation.recipe import EvalRecipe
+    from btx_merge.evaluation.report import EvalReport
+    from btx_merge.evaluation.run import evaluate
     from btx_merge.exporting.run import ExportReport, export, extract
-    from btx_merge.finetuning.recipe import TrainRecipe
-    from btx_merge.finetuning.run import TrainReport, train
+    from btx_merge.finetuning.recipe import BranchRecipe, TrainRecipe
+    from btx_merge.finetuning.run import TrainReport, branch, train
     from btx_merge.fitting.recipe import FitRecipe
     from btx_merge.fitting.run import FitReport, fit
     from btx_merge.merging.recipe import MergeRecipe
@@ -32,10 +35,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BTXError",
+    "BranchRecipe",
     "Check",
     "DomainText",
     "EditRecipe",
     "EditReport",
+    "EvalRecipe",
+    "EvalReport",
     "ExpertSpec",
     "ExportReport",
     "FitRecipe",
@@ -53,8 +59,10 @@ __all__ = [
     "Reporter",
     "TrainRecipe",
     "TrainReport",
+    "branch",
     "check",
     "edit",
+    "evaluate",
     "export",
     "extract",
     "fit",
@@ -66,10 +74,13 @@ __all__ = [
 
 _MODULES = {
     "BTXError": "btx_merge.errors",
+    "BranchRecipe": "btx_merge.finetuning.recipe",
     "Check": "btx_merge.merging.run",
     "DomainText": "btx_merge.texts.references",
     "EditRecipe": "btx_merge.editing.recipe",
     "EditReport": "btx_merge.editing.run",
+    "EvalRecipe": "btx_merge.evaluation.recipe",
+    "EvalReport": "btx_merge.evaluation.report",
     "ExpertSpec": "btx_merge.sources.source",
     "ExportReport": "btx_merge.exporting.run",
     "FitRecipe": "btx_merge.fitting.recipe",
@@ -87,8 +98,10 @@ _MODULES = {
     "Reporter": "btx_merge.reporting",
     "TrainRecipe": "btx_merge.finetuning.recipe",
     "TrainReport": "btx_merge.finetuning.run",
+    "branch": "btx_merge.finetuning.run",
     "check": "btx_merge.merging.run",
     "edit": "btx_merge.editing.run",
+    "evaluate": "btx_merge.evaluation.run",
     "export": "btx_merge.exporting.run",
     "extract": "btx_merge.exporting.run",
     "fit": "btx_merge.fitting.run",

@@ -10,15 +10,19 @@ import pytest
 
 import btx_merge
 from btx_merge import (
+    BranchRecipe,
     EditRecipe,
+    EvalRecipe,
     FitRecipe,
     InputError,
     MergeRecipe,
     Options,
     Reporter,
     TrainRecipe,
+    branch,
     check,
     edit,
+    evaluate,
     export,
     extract,
     fit,
@@ -28,12 +32,14 @@ from btx_merge import (
 from tests.support.common import Told
 
 VERBS = {
+    "branch": lambda out, options: branch(BranchRecipe("m", {"a": "t"}, arguments={"max_steps": 1}), out, options),
     "merge": lambda out, options: merge(MergeRecipe("s", {"a": "b"}), out, options),
     "check": lambda out, options: check(MergeRecipe("s", {"a": "b"}), out, options),
     "fit": lambda out, options: fit(FitRecipe("m", method="prompts", prompts={"a": ["x"]}), out, options),
     "edit": lambda out, options: edit(EditRecipe("m", ("a",)), out, options),
     "export": lambda out, options: export("m", out, options),
     "extract": lambda out, options: extract("m", "a", out, options),
+    "evaluate": lambda out, options: evaluate(EvalRecipe("m", {"a": "t"}), out, options),
     "train": lambda out, options: train(TrainRecipe("m", {"a": "t"}, arguments={"max_steps": 1}), out, options),
 }
 
@@ -47,6 +53,8 @@ VERBS = {
         ("edit", Options(statistics="there"), "statistics: 'there', which edit has no use for"),
         ("export", Options(device="cuda"), "device: 'cuda', which export has no use for"),
         ("extract", Options(device="cuda"), "device: 'cuda', which extract has no use for"),
+        ("evaluate", Options(workers=2), "workers: 2, which evaluate has no use for; expected only device, overwrite"),
+        ("branch", Options(device="cpu"), "device: 'cpu', which branch has no use for; expected only overwrite"),
         (
             "train",
             Options(device="cpu"),
@@ -65,7 +73,7 @@ def test_an_option_that_a_verb_would_pass_over_is_refused(
 
 
 def test_verbs_are_called_alike() -> None:
-    for name in ("merge", "edit", "fit", "export", "extract", "train"):
+    for name in ("merge", "edit", "evaluate", "fit", "export", "extract", "train"):
         parameters = inspect.signature(getattr(btx_merge, name)).parameters
         assert parameters["options"].default == Options()
         assert type(parameters["reporter"].default) is Reporter

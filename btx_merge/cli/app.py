@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from btx_merge.cli.edit import edit_command
+from btx_merge.cli.eval import eval_command
 from btx_merge.cli.export import export_command, extract_command
 from btx_merge.cli.fit import fit_command
 from btx_merge.cli.info import info_command
@@ -58,11 +59,11 @@ def _main(
         ),
     ] = False,
 ) -> None:
-    """With this, one command more does not change how the others are called."""
+    """Take the options of `btx` itself."""
 
 
 def _ends_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns our errors into lines and exit codes. Nobody gets a traceback for a mistake of theirs."""
+    """Turn our errors into lines and exit codes: nobody gets a traceback for a mistake of theirs."""
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
@@ -96,6 +97,7 @@ app.command("merge")(_ends_in_one_line(merge_command))
 app.command("info")(_ends_in_one_line(info_command))
 app.command("fit")(_ends_in_one_line(fit_command))
 app.command("edit")(_ends_in_one_line(edit_command))
+app.command("eval")(_ends_in_one_line(eval_command))
 app.command("push")(_ends_in_one_line(push_command))
 app.command("export")(_ends_in_one_line(export_command))
 app.command("extract")(_ends_in_one_line(extract_command))
@@ -105,7 +107,7 @@ app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command, as the console script does."""
     # Read when torch is imported: threads that wait for each other give up their core soon. Where another program
     # keeps one of two cores busy, a fit takes a quarter of the time.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

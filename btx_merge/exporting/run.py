@@ -19,6 +19,7 @@ from btx_merge.exporting.files import check_tokenizer, origin, shared_config, un
 from btx_merge.exporting.gguf import file_problems, find_converter, no_converter, write_gguf
 from btx_merge.exporting.mixtral import mixtral_card, mixtral_config, mixtral_tensors
 from btx_merge.files.disk_errors import continuable
+from btx_merge.files.scratch import move_in
 from btx_merge.model.card import CITATION, how_to_use
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.mixtral_limits import mixtral_refusals, mixtral_warnings
@@ -30,6 +31,7 @@ from btx_merge.values import parse_size, size_problem
 
 FORMATS = ("mixtral", "gguf")
 _OPTIONS = ("overwrite", "workers", "max_shard_size")
+"""Those of `Options` that an export takes."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +39,24 @@ class ExportReport:
     """What an export, or the extraction of an expert, did."""
 
     output: Path
+    """The folder of the result; of a GGUF, the file."""
     parameters: int
+    """How many weights the result has."""
     files: tuple[str, ...]
     """Names of the weights files."""
     nbytes: int
-    """Of those files."""
+    """Size of those files, in bytes."""
     kept_bytes: int
-    """Of them, what an earlier, interrupted run had written."""
+    """How many of these bytes an earlier, interrupted run had written."""
     seconds: float
+    """Wall time in seconds, checks included."""
     peak_memory: int
     """Largest resident size of the process so far, in bytes."""
     warnings: tuple[Problem, ...] = ()
     """Routers that are not trained yet, and programs that will not compute of the result what the model does."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Return plain values, as `--json` prints them."""
         warnings = [str(warning) for warning in self.warnings]
         return {**asdict(self), "output": str(self.output), "files": list(self.files), "warnings": warnings}
 
@@ -61,9 +66,13 @@ class _Derived:
     """What becomes of a model."""
 
     tensors: Mapping[str, StoredTensor]
+    """Every tensor of the result by its name there, as ranges of the model's own files."""
     config: Mapping[str, Any]
+    """Its config.json, but for what all results have in common."""
     tags: list[str]
+    """For the card's metadata."""
     card: str
+    """The card's text, without metadata."""
     keeps_figures: bool
     """Whether it computes what the model does, so that the model's held-out figures hold for it too."""
     warnings: tuple[Problem, ...] = ()
@@ -165,8 +174,11 @@ class _Checked:
     """A model, what becomes of it, and how large its weights files may be."""
 
     merged: MergedModel
+    """The model that is read."""
     derived: _Derived
+    """What is written."""
     shard_bytes: int
+    """Bytes of a weights file, at most."""
 
 
 def _check(
@@ -215,15 +227,17 @@ def _write(checked: _Checked, target: Path, began: float, options: Options, repo
         copy_staging(layout, merged.located.folder, merged.located.stamps, target, reporter) as staging,
     ):
         staging.write(options.workers)
-        write_index(layout, staging.folder)
+        files = staging.scratch()
+        write_index(layout, files)
         write_export_files(
             merged,
-            staging.folder,
+            files,
             config=derived.config,
             tags=derived.tags,
             card=derived.card,
             keeps_figures=derived.keeps_figures,
         )
+        move_in(files, staging.folder)
         staging.finish(options.overwrite)
     return ExportReport(
         target,
@@ -238,12 +252,14 @@ def _write(checked: _Checked, target: Path, began: float, options: Options, repo
 
 
 def _dense_config(model: MergedModel) -> dict[str, Any]:
+    """Return the config.json of the dense Llama that one expert is."""
     shared = shared_config(model)
     biases = {key: model.dense_config[key] for key in ("attention_bias", "mlp_bias")}
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **shared, **biases}
 
 
 def _dense_card(model: MergedModel, expert: str) -> str:
+    """Return the text of an extracted expert's card."""
     return f"""# The expert {expert} of {in_card(model.located.public_name.rpartition("/")[2])}
 
 {origin(model, f"btx extract {expert}")}

@@ -18,7 +18,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.files.changes import ReadFiles, Stamp
 from btx_merge.files.disk_errors import continuable
 from btx_merge.files.placing import check_target
-from btx_merge.files.scratch import scratch_folder
+from btx_merge.files.scratch import move_in, scratch_folder
 from btx_merge.fitting.recipe import ROUTER_FITS, FitTask
 from btx_merge.fitting.run import device_problems, fit_folder
 from btx_merge.merging.checks import examine
@@ -35,12 +35,14 @@ from btx_merge.reporting import Reporter, peak_memory
 from btx_merge.sources.divergence import Divergence
 from btx_merge.sources.locate import Located
 from btx_merge.sources.source import Source
+from btx_merge.sources.unchanged import is_lossless, unchanged_groups
 
 if TYPE_CHECKING:
     from btx_merge.model.held_out import LayerFit
 
 
 _OPTIONS = ("overwrite", "workers", "device", "statistics")
+"""Those of `Options` that a merge takes."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,25 @@ class Check:
     """What `check` found: the plan, and all that deserves a look."""
 
     plan: Plan
+    """The merge laid out: its experts, tensors, files and sizes."""
     divergence: tuple[Divergence, ...]
+    """How far each expert is from the seed, by group of tensors."""
     warnings: tuple[Problem, ...]
+    """What deserves a look, though it stops no merge."""
+    unchanged: Mapping[str, tuple[str, ...]] | None = None
+    """Source to the groups of weights in which it is the seed, to the byte; None in a merge, which reads once only."""
     output: Path | None = None
     """Where the result would be written, if that was asked."""
     files: Mapping[str, int] = field(default_factory=dict)
-    """Then: the files of the result, by name, with their sizes in bytes."""
+    """The files of the result, if that was asked: by name, with their sizes in bytes."""
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether every source has the seed's own bytes in all shared weights, so that averaging loses nothing."""
+        return self.unchanged is not None and is_lossless(self.plan.sources[1:], self.unchanged)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Return plain values, as `--json` prints them."""
         plan = self.plan
         return {
             "sources": [
@@ -75,8 +87,16 @@ class Check:
             "divergence": [asdict(item) for item in self.divergence],
             "fates": [asdict(fate) for fate in plan.fates],
             "warnings": [str(warning) for warning in self.warnings],
+            **self._compared(),
             **({"output": str(self.output), "files": dict(self.files)} if self.output else {}),
         }
+
+    def _compared(self) -> dict[str, Any]:
+        """Return what was found out by reading the sources."""
+        if self.unchanged is None:
+            return {}
+        unchanged = {name: list(groups) for name, groups in self.unchanged.items()}
+        return {"unchanged": unchanged, "lossless": self.is_lossless}
 
 
 @dataclass(frozen=True)
@@ -84,22 +104,25 @@ class Report:
     """What a merge did."""
 
     output: Path
+    """The folder of the merged model."""
     checked: Check
+    """What was found out before anything was written."""
     seconds: float
-    """Wall time, checks included."""
+    """Wall time in seconds, checks included."""
     peak_memory: int
     """Largest resident size of the process so far, in bytes."""
     kept_bytes: int
     """Bytes that an earlier, interrupted run had written."""
     layers: tuple[LayerFit, ...] = ()
-    """How the routers came out that were fitted by ridge regression."""
+    """How the routers came out that were fitted by ridge regression, by layer; empty for others."""
 
     @property
     def fates(self) -> tuple[Fate, ...]:
+        """What became of every input tensor, by source."""
         return self.checked.plan.fates
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Return plain values, as `--json` prints them."""
         figures = {key: getattr(self, key) for key in ("seconds", "peak_memory", "kept_bytes")}
         layers = [asdict(layer) for layer in self.layers]
         return {"output": str(self.output), **figures, "layers": layers, **self.checked.to_dict()}
@@ -118,7 +141,7 @@ def check(recipe: MergeRecipe, output: str | Path | None = None, options: Option
     refuse_unused(options, "merge", *_OPTIONS)
     if output is None:
         with _checked(recipe) as checked:
-            return checked
+            return _compared(checked)
     target = Path(output).expanduser().resolve()
     check_target(target, options.overwrite)
     if recipe.is_fitted and (problems := device_problems(options.device)):
@@ -131,7 +154,12 @@ def check(recipe: MergeRecipe, output: str | Path | None = None, options: Option
         write_files(plan, Path(small))
         files = {shard.name: shard.nbytes for shard in plan.shards}
         files |= {file.name: file.stat().st_size for file in sorted(Path(small).iterdir())}
-        return replace(checked, output=target, files=files)
+        return replace(_compared(checked), output=target, files=files)
+
+
+def _compared(checked: Check) -> Check:
+    """Add what of each source is the seed to the byte, which takes reading it."""
+    return replace(checked, unchanged=unchanged_groups(checked.plan.sources, checked.divergence))
 
 
 def merge(
@@ -166,11 +194,13 @@ def merge(
         with Staging(target, plan, partial(fill, plan), read, recipe.to_dict(), reporter=reporter) as staging:
             staging.write(options.workers)
             layers: list[LayerFit] = []
+            files = staging.scratch()  # a run that is ended while it writes them leaves none that looks whole
             if recipe.is_fitted:
-                files = staging.scratch()  # half fitted it is no model yet
                 write_files(plan, files)
                 layers = _fit(plan, staging.folder, files, options, reporter)
-            write_files(plan, staging.folder, layers)
+                files = staging.scratch()
+            write_files(plan, files, layers)
+            move_in(files, staging.folder)
             staging.finish(options.overwrite)
     seconds = time.perf_counter() - began
     return Report(target, checked, seconds, peak_memory(), staging.kept_bytes, tuple(layers))
@@ -194,6 +224,7 @@ def _fit(plan: Plan, folder: Path, files: Path, options: Options, reporter: Repo
         recipe.domain_tokens,
         router=recipe.router_init if recipe.router_init in ROUTER_FITS else None,
         combine=recipe.combine if recipe.fits_shared else None,
+        head=recipe.head if recipe.has_own_head else None,
         through=recipe.fit_through,
         router_ridge=recipe.router_ridge,
         regmean_ridge=recipe.regmean_ridge,
@@ -203,7 +234,11 @@ def _fit(plan: Plan, folder: Path, files: Path, options: Options, reporter: Repo
 
 
 def fill(plan: Plan, job: Job) -> Iterator[Block]:
-    """The bytes of a job in order, each for one of its extents."""
+    """Compute the bytes of a job in order, each for one of its extents.
+
+    Raises:
+        TypeError: nothing fills this kind of job, which is a fault of btx-merge.
+    """
     if isinstance(job, ExpertRows):
         yield from expert_rows(job, plan, partial(merged_norm, plan))
     elif isinstance(job, ExpertColumns):
@@ -211,17 +246,21 @@ def fill(plan: Plan, job: Job) -> Iterator[Block]:
     elif isinstance(job, SharedRows):
         yield from shared_rows(job, plan)
     elif isinstance(job, RouterRows):
-        hidden, std = job.tensor.shape[1], plan.recipe.router_std or plan.seed.config["initializer_range"]
+        hidden = job.tensor.shape[1]
+        std = plan.recipe.router_std or plan.seed.config["initializer_range"]
         router = initial_router(plan.recipe, job.layer, plan.num_experts, hidden, std)
         yield 0, cast(router, job, plan)
+    else:
+        raise TypeError(f"nothing fills a {type(job).__name__}")
 
 
 @contextmanager
 def _checked(recipe: MergeRecipe, target: Path | None = None) -> Iterator[Check]:
-    """A check whose plan can be carried out inside the context: there, what peft merged itself still exists."""
+    """Check a merge and lay it out. Carry the plan out inside the context: there, what peft merged itself exists."""
     with ExitStack() as stack:
 
         def scratch() -> Path:
+            """Make a folder, beside the target if there is one, that goes when the context ends."""
             return stack.enter_context(scratch_folder(target.parent if target else None))
 
         examined = examine(recipe, scratch)
@@ -232,7 +271,11 @@ def _checked(recipe: MergeRecipe, target: Path | None = None) -> Iterator[Check]
 
 
 def _check_apart(target: Path, sources: Sequence[Source]) -> None:
-    """The output may not be, hold or lie in a source's folder: replacing it would destroy what is read."""
+    """Refuse an output that is, holds or lies in a source's folder: replacing it would destroy what is read.
+
+    Raises:
+        InputError: it does.
+    """
     problems = []
     for source in sources:
         for located in filter(None, (source.located, source.base)):

@@ -339,6 +339,15 @@ def test_a_line_of_the_journal_that_cannot_be_read_is_passed_over(saved, unfinis
     assert files_of(tmp_path / "out") == files_of(saved / "btx")
 
 
+def test_a_small_file_of_which_a_part_was_written_is_written_again(saved, unfinished, tmp_path):
+    """A run that is killed while it copies the model's code leaves a part of it, which still looks like code."""
+    whole = files_of(saved / "btx")
+    for name in ("routing_btx.py", "tokenizer.json", "config.json", "README.md"):
+        (unfinished / name).write_bytes(whole[name][: len(whole[name]) // 2])
+    merge(recipe_of(saved), tmp_path / "out")
+    assert files_of(tmp_path / "out") == whole
+
+
 def test_a_journal_without_end_is_not_read(saved, unfinished, tmp_path):
     os.truncate(unfinished / placing.JOURNAL, 1 << 40)  # takes no room: there is nothing in it
     merge(recipe_of(saved), tmp_path / "out")
@@ -450,3 +459,29 @@ def test_ctrl_c_stays_ignored_where_it_was():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2  # of the seed that is not there
     assert "Interrupted" not in done.stderr
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_result_takes_the_place_of_a_home_or_of_the_folder_of_the_command(saved, tmp_path, monkeypatch, overwrite):
+    """`-o ~ --overwrite` would remove all that somebody has. Both folders are this test's own here."""
+    home, here = tmp_path / "users" / "me", tmp_path / "work" / "here"
+    for folder in (home, here):
+        folder.mkdir(parents=True)
+        (folder / "thesis.txt").write_text("years of work")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    before = files_of(tmp_path)
+    options = Options(overwrite=overwrite)
+    for output, found in (
+        (home, "is your home folder"),
+        (home.parent, "holds your home folder"),
+        (here, "is the folder"),
+    ):
+        with pytest.raises(InputError, match=found):
+            merge(recipe_of(saved), output, options)
+        with pytest.raises(InputError, match=found):
+            export(str(saved / "btx"), output, options)
+    with pytest.raises(InputError, match="holds your home folder"):
+        placing.check_target(Path("/"), overwrite)
+    assert files_of(tmp_path) == before
+    merge(recipe_of(saved), here / "out", options)
