@@ -11,6 +11,7 @@ from btx_merge.sources.tokenizer_files import copy_templates
 
 PICTURE = "training.png"
 ROUTING = "routing.jsonl"
+REPORT = "report.html"
 MODEL_CODE = ("configuration_btx.py", "experts_btx.py", "modeling_btx.py", "routing_btx.py")
 
 

@@ -1,0 +1,59 @@
+"""The recipe of a look at a model's routing: the model, the texts, how much of them, and what is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES
+from btx_merge.errors import InputError, Problem
+from btx_merge.texts.references import DomainText, as_domain_texts
+from btx_merge.values import Rule, at_least, one_of, value_problems
+
+_VALUES: dict[str, Rule] = {
+    "model": ("a merged checkpoint", bool),
+    "tokens": at_least(0),
+    "window": at_least(2),
+    "batch_size": at_least(1),
+    "dtype": one_of(SAFETENSORS_NAMES),
+    "page_tokens": at_least(0),
+}
+
+
+@dataclass(frozen=True)
+class RoutingRecipe:
+    """Everything that determines what is measured of a model's routing.
+
+    Raises:
+        InputError: a value that cannot be meant; all of them in one error.
+    """
+
+    model: str
+    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    data: tuple[DomainText, ...] = ()
+    """Text of each domain; one with an expert's name has that expert for its own. Also a mapping, as in `TrainRecipe`.
+    """
+    against: str | None = None
+    """A second merged checkpoint whose routing stands beside the first one's, such as the model before a finetuning."""
+    tokens: int = 20_000
+    """Tokens of each domain that are measured; 0 for all."""
+    window: int | None = None
+    """Tokens that the model reads at a time; 1024, or what it can take where that is less."""
+    batch_size: int = 8
+    """Windows that are computed together."""
+    dtype: str | None = None
+    """bfloat16, float16 or float32: what is computed in; by default the dtype of the model's weights."""
+    ablation: bool = True
+    """Whether to measure what each expert is worth: two more passes over the texts for each."""
+    page_tokens: int = 20_000
+    """Tokens of all domains together that the page shows one by one; with 0 it has the figures alone."""
+
+    def __post_init__(self) -> None:
+        problems = value_problems(self, _VALUES)
+        try:
+            object.__setattr__(self, "data", as_domain_texts(self.data, "data"))
+            if not self.data:
+                problems.append(Problem("recipe", "data", "missing", "at least one domain, --data NAME=REFERENCE"))
+        except InputError as error:
+            problems += error.problems
+        if problems:
+            raise InputError(problems)
