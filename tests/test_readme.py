@@ -234,6 +234,15 @@ def test_the_page_of_the_api_has_every_public_name(generate: ModuleType) -> None
     assert set(re.findall(r"^### (\w+)$", generate.api_page(), re.MULTILINE)) >= set(btx_merge.__all__)
 
 
+def test_the_page_of_the_api_describes_every_attribute(generate: ModuleType) -> None:
+    """No field of a report is without a docstring, and no method or function of the API."""
+    page = generate.api_page()
+    rows = re.findall(r"^\| `.*\|$", page, re.MULTILINE)
+    assert len(rows) > 70
+    assert not [row for row in rows if not row.rpartition(" | ")[2].rstrip("| ")]
+    assert not re.findall(r"^```py\n[^`]*```\n\n+(?=#|```|\Z)", page, re.MULTILINE)
+
+
 def test_the_citation_names_the_version_and_the_paper() -> None:
     import btx_merge
 

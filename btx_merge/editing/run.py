@@ -46,23 +46,26 @@ class EditReport:
     """What an edit did."""
 
     output: Path
+    """The folder of the edited model."""
     experts: tuple[str, ...]
-    """Of the result, in the order of the router's rows."""
+    """The result's experts, in the order of the router's rows."""
     shared: str
-    """updated or kept."""
+    """What became of the shared weights: updated or kept."""
     shared_reason: str
     """Why they were kept, or what their update goes by."""
     router_rows: dict[str, str]
     """New expert to how its row came about: ridge, random, zeros, or kept for one that was replaced."""
     warnings: tuple[Problem, ...]
+    """What deserves a look: shared weights that could not be updated, and oddities of the new sources."""
     kept_bytes: int
     """Bytes that an earlier, interrupted run had written."""
     seconds: float
+    """Wall time in seconds, checks included."""
     layers: tuple[LayerFit, ...] = ()
     """For ridge: how each layer's new rows came out."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Return plain values, as `--json` prints them."""
         plain = {"output": str(self.output), "warnings": [str(warning) for warning in self.warnings]}
         return {**vars(self), **plain, "layers": [asdict(layer) for layer in self.layers]}
 

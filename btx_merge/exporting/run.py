@@ -30,6 +30,7 @@ from btx_merge.values import parse_size, size_problem
 
 FORMATS = ("mixtral", "gguf")
 _OPTIONS = ("overwrite", "workers", "max_shard_size")
+"""Those of `Options` that an export takes."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,24 @@ class ExportReport:
     """What an export, or the extraction of an expert, did."""
 
     output: Path
+    """The folder of the result; of a GGUF, the file."""
     parameters: int
+    """How many weights the result has."""
     files: tuple[str, ...]
     """Names of the weights files."""
     nbytes: int
-    """Of those files."""
+    """Size of those files, in bytes."""
     kept_bytes: int
-    """Of them, what an earlier, interrupted run had written."""
+    """How many of these bytes an earlier, interrupted run had written."""
     seconds: float
+    """Wall time in seconds, checks included."""
     peak_memory: int
     """Largest resident size of the process so far, in bytes."""
     warnings: tuple[Problem, ...] = ()
     """Routers that are not trained yet, and programs that will not compute of the result what the model does."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Return plain values, as `--json` prints them."""
         warnings = [str(warning) for warning in self.warnings]
         return {**asdict(self), "output": str(self.output), "files": list(self.files), "warnings": warnings}
 
@@ -61,9 +65,13 @@ class _Derived:
     """What becomes of a model."""
 
     tensors: Mapping[str, StoredTensor]
+    """Every tensor of the result by its name there, as ranges of the model's own files."""
     config: Mapping[str, Any]
+    """Its config.json, but for what all results have in common."""
     tags: list[str]
+    """For the card's metadata."""
     card: str
+    """The card's text, without metadata."""
     keeps_figures: bool
     """Whether it computes what the model does, so that the model's held-out figures hold for it too."""
     warnings: tuple[Problem, ...] = ()
@@ -165,8 +173,11 @@ class _Checked:
     """A model, what becomes of it, and how large its weights files may be."""
 
     merged: MergedModel
+    """The model that is read."""
     derived: _Derived
+    """What is written."""
     shard_bytes: int
+    """Bytes of a weights file, at most."""
 
 
 def _check(
@@ -238,12 +249,14 @@ def _write(checked: _Checked, target: Path, began: float, options: Options, repo
 
 
 def _dense_config(model: MergedModel) -> dict[str, Any]:
+    """Return the config.json of the dense Llama that one expert is."""
     shared = shared_config(model)
     biases = {key: model.dense_config[key] for key in ("attention_bias", "mlp_bias")}
     return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **shared, **biases}
 
 
 def _dense_card(model: MergedModel, expert: str) -> str:
+    """Return the text of an extracted expert's card."""
     return f"""# The expert {expert} of {in_card(model.located.public_name.rpartition("/")[2])}
 
 {origin(model, f"btx extract {expert}")}

@@ -16,6 +16,8 @@ _MOST_CHARACTERS = 2_000_000
 _MOST_NODES = 50_000
 _MOST_DEPTH = 50
 _MOST_DIGITS = 100
+_NO_NAME = 'in "<unicode string>", '
+"""What PyYAML writes before a line and column of a text that is no file to it."""
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -104,7 +106,7 @@ def read_yaml(file: Path, source: str, expected: str) -> dict[str, Any]:
     except OSError as error:
         raise InputError([Problem(source, str(file), error.strerror or str(error))]) from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, or no name that a file can have
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).replace(_NO_NAME, "in ")
         raise InputError([Problem(source, str(file), f"unreadable: {reason}")]) from error
     if not isinstance(values, dict):
         raise InputError([Problem(source, str(file), "no keys", expected)])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-_PREFIX = "btx-adapter-"
+_PREFIX = "btx-scratch-"
 _LOCK = "in-use.lock"
 
 

@@ -32,14 +32,16 @@ class TrainReport:
     """What a finetuning did."""
 
     output: Path
+    """The folder of the finetuned model, or of the adapter."""
     entry: Mapping[str, Any]
-    """What btx_recipe.yaml says about it."""
+    """What the result's btx_recipe.yaml says about it: data, settings, steps, tokens, versions."""
     history: tuple[Mapping[str, Any], ...]
     """What was logged, step by step."""
     seconds: float
+    """Wall time in seconds, checks and evaluations included."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Return plain values, as `--json` prints them."""
         return {"output": str(self.output), "seconds": self.seconds, **self.entry}
 
 
@@ -98,7 +100,11 @@ def train(
 
 
 def _check(recipe: TrainRecipe, target: Path, work: Path, resume: bool, overwrite: bool) -> Located:
-    """All that can be known before anything heavy is imported. The model's folder."""
+    """Check all that can be known before anything heavy is imported, and return where the model lies.
+
+    Raises:
+        InputError: every reason not to train.
+    """
     located, of_model = find_model(recipe.model, target, overwrite)
     problems = check_texts(recipe.data, located.folder if located else None)
     needed = ["accelerate", "matplotlib", *([] if "report_to" in recipe.arguments else ["tensorboard"])]

@@ -14,7 +14,7 @@ ROUTER_FITS = ("ridge", "prompts")
 """Routers that are fitted in closed form."""
 
 
-_VALUES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     "model": ("a merged checkpoint", bool),
     "method": one_of(ROUTER_FITS),
     "domain_tokens": at_least(64),
@@ -47,7 +47,7 @@ class FitRecipe:
     """expert: tokens pass through their own domain's; router: through those that the fitted router chooses."""
 
     def __post_init__(self) -> None:
-        problems = value_problems(self, _VALUES)
+        problems = value_problems(self, RULES)
         try:
             object.__setattr__(self, "domain_text", as_domain_texts(self.domain_text, "domain_text"))
         except InputError as error:

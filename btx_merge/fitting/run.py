@@ -39,12 +39,14 @@ class FitReport:
     """What a fit did."""
 
     output: Path
+    """The folder of the model with the fitted routers."""
     layers: tuple[LayerFit, ...]
-    """For ridge: how each layer's router came out."""
+    """For ridge: how each layer's router came out; empty for prompts."""
     seconds: float
+    """Wall time in seconds, checks included."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Return plain values, as `--json` prints them."""
         layers = [asdict(layer) for layer in self.layers]
         return {"output": str(self.output), "seconds": self.seconds, "layers": layers}
 
@@ -70,8 +72,8 @@ def fit(
     located, problems = find_model(recipe.model, target, options.overwrite)
     problems += check_texts(recipe.domain_text, located.folder if located else None)
     problems += device_problems(options.device)
-    if located and not problems:
-        problems = _name_problems(recipe, located.folder)
+    if located:
+        problems += _name_problems(recipe, located.folder)
     if problems or located is None:
         raise InputError(problems)
 
@@ -89,7 +91,7 @@ def fit(
             )
             layers = fit_folder(staging.folder, located.folder, task, options, reporter)
         except InputError:
-            staging.discard()  # a copy of weights is soon made again
+            staging.discard()  # such as a text that cannot be read: a copy of weights is soon made again
             raise
         files = staging.scratch()
         copy_files(located.folder, files)
@@ -100,7 +102,7 @@ def fit(
 
 
 def device_problems(device: str | None) -> list[Problem]:
-    """Whether a device can be computed on. Imports torch where one is named."""
+    """Check that a device can be computed on. Imports torch where one is named."""
     if device is None:
         return []
     import torch
@@ -114,7 +116,7 @@ def device_problems(device: str | None) -> list[Problem]:
 
 
 def _name_problems(recipe: FitRecipe, folder: Path) -> list[Problem]:
-    """Whether every expert has its text, and every text its expert."""
+    """Check that every expert has its text (or its prompts), and every text its expert."""
     domains = experts_by_domain(read_json(folder / "config.json"))
     texts = [text.name for text in recipe.domain_text]
     given, flag = (texts, "--domain-text") if recipe.method == "ridge" else (list(recipe.prompts), "--prompt")
@@ -144,6 +146,9 @@ def fit_folder(
     Args:
         sources: what shared weights are fitted to, by expert: the dense source, and which rows of its embedding belong
             to which of the result's.
+
+    Returns:
+        How each layer's router came out; nothing where none is fitted by ridge regression.
     """
     import torch
 
@@ -158,6 +163,7 @@ def fit_folder(
     checkpoint = Checkpoint(folder, place)
     config = BTXConfig.from_pretrained(files)
     read = {name: [*map(public_reference, text.references), text.weight] for name, text in task.texts.items()}
+    # all that the moments depend on; penalties are not among it, so that another can be tried without the texts
     key = {
         "model": checkpoint.digest(),
         "experts": expert_names(config.to_dict()),
@@ -178,7 +184,7 @@ def fit_folder(
 
 
 def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit], located: Located) -> None:
-    """What the result's recipe and card say about the fit."""
+    """Write into the result's recipe and card what was fitted, on what, and how it came out."""
     used: dict[str, Any] = {"prompts": {name: list(lines) for name, lines in recipe.prompts.items()}}
     if recipe.method == "ridge":
         used["domain_text"] = public_record(recipe.domain_text)

@@ -1,4 +1,8 @@
-"""Do these sources belong together? Every reason against it, in one report, before anything is planned."""
+"""Do these sources belong together? Every reason against it, in one report, before anything is planned.
+
+A check yields problems and raises nothing, so that the next one runs as well; only what all others need (the seed, a
+vocabulary) ends the examination early.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,11 @@ from btx_merge.sources.tokenizer_files import has_speech
 from btx_merge.sources.vocabulary import Vocabulary, plan_vocabulary
 
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.")
-_MANY = 4  # tensors named one by one; more of one kind become one line
+"""What torch.compile, DataParallel and DDP, peft and FSDP put before the names of a state dict that they wrap."""
+_MANY = 4
+"""Tensors of one kind that are named one by one, as `errors.capped` does; more become one line."""
+_NAMED_DIVISORS = range(2, 65)
+"""Numbers of chunks that an error suggests: a list that is short enough to read."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +43,21 @@ class Examined:
     sources: tuple[Source, ...]
     """The seed first."""
     vocabulary: Vocabulary
+    """All their tokens, and which row of which source is whose."""
     divergence: tuple[Divergence, ...]
+    """How far each expert is from the seed."""
     warnings: tuple[Problem, ...]
+    """What deserves a look, though it stops no merge."""
 
 
 def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
-    """Open all sources and hold them against the seed, the first of them.
+    """Open all sources and compare them with the seed, the first of them.
 
     A source that cannot be opened keeps none of the others from being looked at, nor does one check keep the
-    next: only what a check needs must be right. `scratch` makes a folder for what peft has to merge itself.
+    next: only what a check needs must be right.
+
+    Args:
+        scratch: makes a folder for what peft has to merge itself.
 
     Raises:
         InputError: every problem of every source.
@@ -62,7 +76,7 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
 def examine_sources(
     sources: Sequence[Source], problems: list[Problem], *, untie: bool, allow_unrelated: bool
 ) -> Examined:
-    """Hold sources that are open against the seed among them.
+    """Compare sources that are open with the seed among them.
 
     Args:
         problems: why others could not be opened, and what else is wrong so far.
@@ -75,23 +89,23 @@ def examine_sources(
     problems = list(problems)
     seed = next((source for source in sources if source.name == SEED), None)
     if seed is None:
-        raise InputError(problems)
-    fitting = []
+        raise InputError(problems)  # there is nothing to compare the others with
+    sound = []  # sources whose shapes are right: only those can be compared number by number
     for source in sources:
         own = [*config_problems(source, seed), *tensor_problems(source), *_tying_problems(source, seed, untie)]
         problems += own
         if not own:
-            fitting.append(source)
+            sound.append(source)
     vocabulary: Vocabulary | None = None
     divergence: list[Divergence] = []
     unrelated: list[Problem] = []
     identical: list[Problem] = []
-    if seed in fitting:
+    if seed in sound:
         try:
-            vocabulary = plan_vocabulary(fitting)
+            vocabulary = plan_vocabulary(sound)
         except InputError as error:
             problems += error.problems
-        divergence, unrelated, identical = measure_divergence(fitting)
+        divergence, unrelated, identical = measure_divergence(sound)
     if not allow_unrelated:
         problems += unrelated
     if problems or vocabulary is None:
@@ -101,11 +115,12 @@ def examine_sources(
 
 
 def _fit_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> list[Problem]:
-    """What is fitted needs texts that can be read, and a tokenizer."""
+    """Check what a fit needs: texts that can be read, and a tokenizer."""
     folders = [source.tokenizer_folder for source in sources if source.tokenizer_folder]
     chat = next((source for source in sources if source.name == recipe.tokenizer_source), None)
     speech = None  # the folder that the result has its chat template from, where the source could be opened
     if chat:
+        # its own chat template, then that of its tokenizer, then any other source's
         places = [*filter(has_speech, chat.folders), chat.tokenizer_folder, *folders]
         speech = next((folder for folder in places if folder), None)
     problems = check_texts(recipe.domain_text.values(), speech)
@@ -116,7 +131,7 @@ def _fit_problems(recipe: MergeRecipe, sources: Sequence[Source]) -> list[Proble
 
 
 def config_problems(source: Source, seed: Source) -> Iterator[Problem]:
-    """Keys of config.json in which a source differs from the seed, or which nobody can merge."""
+    """Find keys of config.json in which a source differs from the seed, or which nobody can merge."""
     keys = list(MUST_AGREE)
     if source.config["rope_parameters"]["rope_type"] not in ("default", "linear", "llama3"):
         keys.append("max_position_embeddings")  # this kind of rotary embedding is computed from it
@@ -130,7 +145,7 @@ def config_problems(source: Source, seed: Source) -> Iterator[Problem]:
 
 
 def _differing(name: str, where: str, found: Any, wanted: Any) -> Iterator[Problem]:
-    """One problem, or one per key of the rotary parameters."""
+    """Report a key that differs: one problem, or one for each differing key inside it (`rope_parameters`)."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
@@ -141,7 +156,7 @@ def _differing(name: str, where: str, found: Any, wanted: Any) -> Iterator[Probl
 
 
 def tensor_problems(source: Source) -> Iterator[Problem]:
-    """Tensors that are missing, unexpected, of another shape than config.json says, or of a dtype of their own."""
+    """Find tensors that are missing, unexpected, of another shape than config.json says, or of a dtype not merged."""
     expected = expected_tensors(source.config)
     found = {name for name in source.tensors if not is_computed(name)}
     if source.config["tie_word_embeddings"] and HEAD in found:
@@ -149,6 +164,7 @@ def tensor_problems(source: Source) -> Iterator[Problem]:
         yield from _head_of_tied_problems(source)
     missing = [name for name in expected if name not in found]
     remedy = "Save the whole LlamaForCausalLM with save_pretrained."
+    # most of what is missing is there without its first word
     if missing and len({"model." + name for name in found} & set(missing)) > len(missing) // 2:
         remedy = "This is a bare LlamaModel; save the LlamaForCausalLM."
     if prefix := _common_prefix(found, expected):
@@ -163,7 +179,13 @@ def tensor_problems(source: Source) -> Iterator[Problem]:
 
 
 def _common_prefix(found: Collection[str], expected: Collection[str]) -> str:
-    """Return what a wrapper such as torch.compile or DataParallel has put before every name; "" for nothing."""
+    """Return what a wrapper such as torch.compile or DataParallel has put before every name; "" for nothing.
+
+    >>> _common_prefix({"module.model.norm.weight", "module.lm_head.weight"}, {"model.norm.weight", "lm_head.weight"})
+    'module.'
+    >>> _common_prefix({"module.model.norm.weight", "lm_head.weight"}, {"model.norm.weight", "lm_head.weight"})
+    ''
+    """
     for prefix in _WRAPPERS:
         bare = {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
         if len(bare) == len(found) and bare & set(expected):
@@ -174,6 +196,7 @@ def _common_prefix(found: Collection[str], expected: Collection[str]) -> str:
 def _shape_problems(
     source: Source, expected: Mapping[str, tuple[int, ...]], names: Sequence[str]
 ) -> Iterator[Problem]:
+    """Compare the shapes and dtypes of the tensors `names`, which a source has, with what is expected."""
     shapes, dtypes = [], []
     for name in names:
         tensor = source.tensors[name]
@@ -194,6 +217,7 @@ def _shape_problems(
 
 
 def _listed(source: Source, kind: str, names: Sequence[str], expected: str, remedy: str) -> Iterator[Problem]:
+    """Report tensors that are all wrong in one way: the first `_MANY` by name, the others by their number."""
     for name in names[:_MANY]:
         yield Problem(source.name, f"tensor {name}", kind, expected, remedy)
     if len(names) > _MANY:
@@ -201,7 +225,10 @@ def _listed(source: Source, kind: str, names: Sequence[str], expected: str, reme
 
 
 def _head_of_tied_problems(source: Source) -> Iterator[Problem]:
-    """A tied checkpoint may still hold its head, if that is the embedding once more."""
+    """Check the head that a tied checkpoint holds all the same: it must be the embedding once more.
+
+    transformers ignores it at load, so other numbers there would silently be lost. Reads both tensors.
+    """
     head, embedding = source.tensors[HEAD], source.tensors.get(EMBEDDING)
     same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
     if same and embedding is not None and head.shape:
@@ -217,7 +244,8 @@ def _head_of_tied_problems(source: Source) -> Iterator[Problem]:
 
 
 def _tying_problems(source: Source, seed: Source, untie: bool) -> Iterator[Problem]:
-    tied, seed_tied = (item.config["tie_word_embeddings"] for item in (source, seed))
+    """Check that embedding and head are one tensor in this source if and only if they are in the seed."""
+    tied, seed_tied = source.config["tie_word_embeddings"], seed.config["tie_word_embeddings"]
     if tied != seed_tied and not untie:
         remedy = "Give --untie (`untie: true`) to untie them all: a tied source's head is its embedding."
         where = "config.json: tie_word_embeddings"
@@ -228,7 +256,7 @@ def _tying_problems(source: Source, seed: Source, untie: bool) -> Iterator[Probl
 
 
 def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:
-    """Values of the recipe that only make sense for some seeds."""
+    """Check the values of the recipe that only make sense for some seeds."""
     width = seed.config["intermediate_size"]
     chunks = recipe.num_chunks if recipe.expert_mode == "split" else 1
     if recipe.expert_mode == "blend":
@@ -236,14 +264,14 @@ def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:
     if width % chunks:
         found = f"intermediate_size {width} cannot be cut into {chunks} equal chunks"
         key = "num_chunks" if recipe.expert_mode == "split" else "expert_mode: blend"
-        divisors = [number for number in range(2, 65) if width % number == 0]
+        divisors = [number for number in _NAMED_DIVISORS if width % number == 0]
         expected = f"a divisor of it, such as {', '.join(map(str, divisors))}"
         yield Problem("recipe", key, found, expected, "Choose another number of chunks, or expert_mode: whole.")
 
 
 def side_file_problems(source: Source) -> Iterator[Problem]:
-    """Yield what is wrong with small files that the result takes over, which are read when all else is written."""
-    for folder in (source.located.folder, source.base.folder) if source.base else (source.located.folder,):
+    """Check the small files that the result takes over, for they are only read when all else is written."""
+    for folder in source.folders:
         for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
             if not (folder / name).exists():
                 continue
@@ -257,6 +285,7 @@ def side_file_problems(source: Source) -> Iterator[Problem]:
 
 
 def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
+    """Return what deserves a look, though it stops no merge. The seed is the first of the sources."""
     seed = sources[0]
     if not any(source.tokenizer_folder for source in sources):
         remedy = "The result has none either: copy a tokenizer's files into the seed's folder."
@@ -264,7 +293,7 @@ def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
     for source in sources:
         yield from source.warnings
     for source in sources[1:]:
-        length, wanted = (s.config["max_position_embeddings"] for s in (source, seed))
+        length, wanted = source.config["max_position_embeddings"], seed.config["max_position_embeddings"]
         if length != wanted:
             where = "config.json: max_position_embeddings"
             remedy = f"The result keeps {wanted}."
@@ -272,9 +301,13 @@ def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
 
 
 def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list[Source], list[Problem]]:
-    """The seed, then the experts in the recipe's order, opened without reading weights; and why others were not.
+    """Open the seed, then the experts in the recipe's order, without reading weights.
 
-    `scratch` makes a folder for what peft has to merge itself (adapters that are not plain LoRA).
+    Args:
+        scratch: makes a folder for what peft has to merge itself (adapters that are not plain LoRA).
+
+    Returns:
+        Those that could be opened, and why the others could not.
     """
     seed, problems = open_each({SEED: ExpertSpec(recipe.seed, recipe.seed_weight)}, None, scratch)
     experts, more = open_each(recipe.experts, seed.get(SEED), scratch)

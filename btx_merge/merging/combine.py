@@ -3,10 +3,13 @@
 BTX takes the plain mean over all sources (arXiv 2403.07816, section 3.2). The other rules are options: TIES
 (arXiv 2306.01708) and DARE (arXiv 2311.03099) work on the differences from the seed, through peft. All of them
 accumulate in float32, round once, and need memory for a block of rows only.
+
+Legend: R rows of a block, W the shape of a row: (inputs,) of a matrix, () of a norm.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 import zlib
@@ -25,15 +28,16 @@ from btx_merge.sources.segments import within
 from btx_merge.sources.source import Source
 
 DIFFERENCE_BLOCK_BYTES = 1 << 21
-"""Larger, for each block is a call of torch."""
+"""2 MB, eight times `BLOCK_BYTES`: each block is a few calls of torch, whose own cost shows in smaller ones. DARE
+draws its random numbers block by block, so another value gives other weights for the same `random_seed`."""
 _torch_lock = threading.Lock()  # peft's functions draw from torch's one generator and may warn
 
 Rule = Callable[[int, int], Float32]
-"""Rows [start, stop) of a combined tensor in float32, before the cast."""
+"""Rows [start, stop) of a combined tensor, [R, *W] in float32, before the cast."""
 
 
 def cast(values: Float32, job: Job, mixture: Mixture) -> Raw:
-    """Values as the bytes of the output's dtype: the one rounding of a merge.
+    """Return values as the bytes of the output's dtype. This is the one rounding of a merge.
 
     Raises:
         NonFiniteError: a value is outside of the dtype's range, and that is not allowed.
@@ -49,7 +53,7 @@ def cast(values: Float32, job: Job, mixture: Mixture) -> Raw:
 
 
 def shared_rows(job: SharedRows, plan: Plan) -> Iterator[Block]:
-    """Rows of a combined tensor."""
+    """Combine the rows of a job, block by block."""
     rule = combining_rule(plan, job.tensor.name)
     block = DIFFERENCE_BLOCK_BYTES if plan.recipe.combine in DIFFERENCE_METHODS else BLOCK_BYTES
     for start, stop in portions(job.start, job.stop, job.tensor.row_bytes, block):
@@ -57,13 +61,14 @@ def shared_rows(job: SharedRows, plan: Plan) -> Iterator[Block]:
 
 
 def combining_rule(plan: Plan, name: str) -> Rule:
-    """What computes the rows of one shared tensor by the recipe."""
+    """Return what computes the rows of one shared tensor, by the recipe's `combine`."""
     if plan.recipe.combine in DIFFERENCE_METHODS:
         return _difference_rule(plan, name)
     return lambda start, stop: _mean_rows(plan, name, start, stop)
 
 
 def _mean_rows(plan: Plan, name: str, start: int, stop: int) -> Float32:
+    """Compute rows of the mean, plain or weighted; of `seed`, the seed's. A later fit begins from the plain mean."""
     combine = plan.recipe.combine
     if combine == "seed":
         return _base_rows(plan, name, start, stop)[0]
@@ -72,37 +77,52 @@ def _mean_rows(plan: Plan, name: str, start: int, stop: int) -> Float32:
 
 
 def _base_rows(plan: Plan, name: str, start: int, stop: int) -> tuple[Float32, NDArray[np.bool_]]:
-    """The seed's rows, and which it owns; the others are the mean of their owners, from whom nothing differs."""
+    """Read the rows that differences are taken from, [R, *W], and which of them the seed owns, [R].
+
+    Those are its own. A token that only others have gets the mean of its owners instead, and no difference.
+    """
     return owners_mean(plan, name, [(plan.seed, 1.0)], start, stop)
 
 
 def owners_mean(
     mixture: Mixture, name: str, shares: list[tuple[Source, float]], start: int, stop: int
 ) -> tuple[Float32, NDArray[np.bool_]]:
-    """The weighted mean of the rows over their owners, and which rows have one among the shares.
+    """Compute the weighted mean of rows [start, stop), each over the sources that own it.
 
-    Rows of tokens that only others own are the plain mean of those.
+    Rows of tokens that nobody among the shares owns are the plain mean over all sources that do.
+
+    Args:
+        shares: sources with their weights.
+
+    Returns:
+        The rows, [R, *W], and which of them have an owner among the shares, [R].
     """
     total, weight = _weighted_sum(mixture, name, shares, start, stop)
     owned = weight > 0
     if not owned.all():
         others, count = _weighted_sum(mixture, name, [(source, 1.0) for source in mixture.sources], start, stop)
         total[~owned], weight[~owned] = others[~owned], count[~owned]
-    total /= weight.reshape(-1, *[1] * (total.ndim - 1))
+    total /= weight.reshape(-1, *[1] * (total.ndim - 1))  # [R] beside [R, *W]
     return total, owned
 
 
 def _weighted_sum(
     mixture: Mixture, name: str, shares: list[tuple[Source, float]], start: int, stop: int
 ) -> tuple[Float32, Float32]:
-    """Sum of weight times row over the sources that own the row, and the sum of their weights per row."""
+    """Sum weight times row over the sources that own the row, [R, *W], and their weights, [R].
+
+    A source reads only the rows that it owns: of a matrix all of them, of the embedding those of its own tokens, which
+    may lie elsewhere than in the result.
+    """
     layout, seed = mixture.source_layout(name), mixture.seed
     finite = not mixture.allow_nonfinite
-    total = np.zeros((stop - start, *seed.tensors[seed.stored_name(name)].shape[1:]), np.float32)
+    row_shape = seed.tensors[seed.stored_name(name)].shape[1:]
+    total = np.zeros((stop - start, *row_shape), np.float32)
     weights = np.zeros(stop - start, np.float32)
     for source, weight in shares:
         for segment in within(layout[source.name], start, stop):
-            out = slice(segment.out - start, segment.out - start + segment.count)
+            first = segment.out - start  # of the block, which begins at row `start` of the result
+            out = slice(first, first + segment.count)
             rows = source.rows(name, segment.row, segment.row + segment.count, finite)
             total[out] += rows if weight == 1 else np.float32(weight) * rows
             weights[out] += np.float32(weight)
@@ -110,7 +130,7 @@ def _weighted_sum(
 
 
 def _difference_rule(plan: Plan, name: str) -> Rule:
-    """The seed plus the combined differences of the experts from it, through peft.
+    """Return the rule that adds the combined differences of the experts to the seed, through peft.
 
     The weights are relative: TIES averages over the sources that agree in sign, so they are scaled to a mean of 1
     there; dare_linear adds, so they are scaled to a sum of 1, the seed's (whose difference is 0) included.
@@ -130,8 +150,9 @@ def _difference_rule(plan: Plan, name: str) -> Rule:
     smallest = _smallest_kept(plan, name, others) if recipe.combine == "ties" else []
 
     def rule(start: int, stop: int) -> Float32:
+        """Compute rows [start, stop). The blocks may come in any order and from any thread: each has its own seed."""
         base, differences = _differences(plan, name, others, start, stop)
-        for difference, least in zip(differences, smallest, strict=False):
+        for difference, least in zip(differences, smallest, strict=False):  # `smallest` is empty but for TIES
             difference[_magnitude_bits(difference) < least] = 0
         tasks = [torch.from_numpy(difference) for difference in differences]
         with _torch_lock, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -150,7 +171,7 @@ def _difference_rule(plan: Plan, name: str) -> Rule:
 
 
 def _differences(plan: Plan, name: str, others: list[Source], start: int, stop: int) -> tuple[Float32, list[Float32]]:
-    """The base's rows and, per source, its difference from them; 0 in rows that one of the two lacks."""
+    """Read the base's rows and, per source, its difference from them, [R, *W]; 0 in rows that one of the two lacks."""
     base, seed_owns = _base_rows(plan, name, start, stop)
     differences = []
     for source in others:
@@ -162,38 +183,42 @@ def _differences(plan: Plan, name: str, others: list[Source], start: int, stop: 
 
 
 def _smallest_kept(plan: Plan, name: str, others: list[Source]) -> list[int]:
-    """Per source, the bits of the smallest magnitude that TIES keeps of its differences in a whole tensor.
+    """Find, per source, the smallest magnitude that TIES keeps of its differences in a whole tensor, as bits.
 
-    The `density * size`-th largest, found by counting: first by the upper half of the bits (magnitudes order as
-    their bits do), then by the lower half within the bin that holds it. What equals it is kept as well.
+    It is the `density * size`-th largest. A tensor may be larger than the memory, so it is not sorted but counted,
+    twice: by the upper 16 bits of each magnitude (magnitudes order as their bits do), and then, among those with the
+    upper half that was found, by the lower 16. What equals it is kept as well.
     """
     rows = plan.rows_of(name)
-    row_size = plan.seed.tensors[plan.seed.stored_name(name)].row_bytes
-    kept = int(plan.recipe.density * rows * _row_values(plan, name))
+    seed_tensor = plan.seed.tensors[plan.seed.stored_name(name)]
+    kept = int(plan.recipe.density * rows * math.prod(seed_tensor.shape[1:]))
     if kept == 0:
-        return [1 << 32] * len(others)
-    upper = [0] * len(others)
-    rank = [kept] * len(others)
+        return [1 << 32] * len(others)  # above all magnitudes
+    found = [0] * len(others)  # the bits so far: the upper 16, then all 32
+    rank = [kept] * len(others)  # how many of the magnitudes with those bits are kept
     for half in ("upper", "lower"):
         counts = np.zeros((len(others), 1 << 16), np.int64)
-        for start, stop in portions(0, rows, row_size, DIFFERENCE_BLOCK_BYTES):
+        for start, stop in portions(0, rows, seed_tensor.row_bytes, DIFFERENCE_BLOCK_BYTES):
             for index, difference in enumerate(_differences(plan, name, others, start, stop)[1]):
                 bits = _magnitude_bits(difference)
-                chosen = bits >> 16 if half == "upper" else bits[bits >> 16 == upper[index]] & 0xFFFF
-                counts[index] += np.bincount(chosen.reshape(-1), minlength=1 << 16)
+                counted = bits >> 16
+                if half == "lower":
+                    counted = bits[counted == found[index]] & 0xFFFF
+                counts[index] += np.bincount(counted.reshape(-1), minlength=1 << 16)
         for index, count in enumerate(counts):
             from_top = count[::-1].cumsum()
-            place = int(np.searchsorted(from_top, rank[index]))
-            rank[index] -= int(from_top[place - 1]) if place else 0
-            upper[index] = (upper[index] << 16 if half == "lower" else 0) + (1 << 16) - 1 - place
-    return upper
-
-
-def _row_values(plan: Plan, name: str) -> int:
-    shape = plan.seed.tensors[plan.seed.stored_name(name)].shape
-    return shape[1] if len(shape) > 1 else 1
+            place = int(np.searchsorted(from_top, rank[index]))  # the bin of the rank-th largest, from the top
+            if place:
+                rank[index] -= int(from_top[place - 1])  # those of larger bins are all kept
+            found[index] = (found[index] << 16) + (1 << 16) - 1 - place
+    return found
 
 
 def _magnitude_bits(values: Float32) -> NDArray[np.uint32]:
-    """|values| as integers of the same order."""
+    """Return |values| as integers that have the same order.
+
+    >>> bits = _magnitude_bits(np.array([-2.0, 0.5, 1.0], np.float32))
+    >>> [int(index) for index in bits.argsort()]
+    [1, 2, 0]
+    """
     return values.view(np.uint32) & np.uint32(0x7FFFFFFF)

@@ -39,6 +39,7 @@ class ExpertLayout:
     gate_up: str
     """Rows of gate (two = 0) and up (two = 1) of all sources -> rows of every expert."""
     down: str
+    """Columns of all sources' down -> columns of every expert."""
 
 
 EXPERT_LAYOUTS = {
@@ -46,6 +47,11 @@ EXPERT_LAYOUTS = {
     "split": ExpertLayout("two s (c i) -> (s c) (two i)", "s h (c i) -> (s c) h i"),
     "blend": ExpertLayout("two s (c i) -> c (two s i)", "s h (c i) -> c h (s i)"),
 }
+"""By `expert_mode`. Two sources of width 4 in two chunks, whose neurons are a0 to a3 and b0 to b3:
+
+split   a.0 has a0 a1    a.1 has a2 a3    b.0 has b0 b1    b.1 has b2 b3
+blend   blend.0 has a0 a1 b0 b1           blend.1 has a2 a3 b2 b3
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +59,11 @@ class ExpertRows(Job):
     """Rows of one source's gate, up or down, as they are (or with its norm folded in)."""
 
     source: int
+    """The source's place among the experts."""
     name: str
+    """The source's tensor."""
     fold_layer: int | None = None
+    """The layer whose norm is folded in; None where nothing is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +71,9 @@ class ExpertColumns(Job):
     """Rows of every source's down, their columns dealt out to the experts; one extent per expert."""
 
     sources: tuple[int, ...]
+    """The sources' places among the experts: one of them in `split`, all in `blend`."""
     name: str
+    """The tensor, by one name in all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +86,7 @@ class RouterRows(Job):
     """A layer's whole router."""
 
     layer: int
+    """The layer's number, from 0."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +94,11 @@ class Mixture(Layout):
     """The tensors of a Mixture of Experts, and the jobs that fill them from its sources."""
 
     seed: Source
+    """The model that all experts grew from, an expert itself or not."""
     experts: tuple[Source, ...]
     """The sources that become experts and whose shared tensors are combined."""
     vocabulary: Vocabulary
+    """The result's tokens, and which row of which source is whose."""
     dtype: str
     """safetensors' name of the experts' dtype."""
     expert_mode: str
@@ -92,7 +106,9 @@ class Mixture(Layout):
     chunks: int
     """Pieces that each source's feed-forward block is cut into."""
     router_type: str
+    """How the router chooses: top_k, switch, soft or sample_top_1."""
     num_experts_per_tok: int
+    """K, the experts that `top_k` sends each token to."""
     fold_norms: bool
     """Whether gate and up absorb their source's own norm."""
     has_whole_jobs: bool
@@ -102,6 +118,7 @@ class Mixture(Layout):
 
     @cached_property
     def jobs(self) -> tuple[Job, ...]:
+        """Everything that fills the tensors, in the order of the files."""
         return tuple(job for tensor in self.tensors for job in self._jobs_of(tensor))
 
     @property
@@ -116,6 +133,7 @@ class Mixture(Layout):
 
     @property
     def num_experts(self) -> int:
+        """E, the experts of each layer."""
         return len(self.expert_names)
 
     @property
@@ -152,12 +170,16 @@ class Mixture(Layout):
         return self.seed.tensors[name].shape[0]
 
     def source_layout(self, name: str) -> Mapping[str, tuple[Segment, ...]]:
-        """Return, per source, which of its rows of a shared tensor belong to which of the result's."""
+        """Return, per source, which of its rows of a shared tensor belong to which of the result's.
+
+        All rows in their order, but for the embedding and the head, where each source has the rows of its own tokens.
+        """
         if name in (EMBEDDING, HEAD):
             return self.vocabulary.segments
         return {source.name: (Segment(0, 0, self.rows_of(name)),) for source in self.sources}
 
     def _jobs_of(self, tensor: OutputTensor) -> Iterator[Job]:
+        """Cut the writing of one tensor into jobs of about `JOB_BYTES`."""
         for pattern in _MOE_TENSORS:
             front, _, back = pattern.partition("{layer}")
             if tensor.name.startswith(front) and tensor.name.endswith(back):
@@ -177,20 +199,24 @@ class Mixture(Layout):
 
     @cached_property
     def _gate_up_runs(self) -> tuple[Segment, ...]:
-        """Runs of rows from the sources' gates, then ups, to the experts' rows. The same in every layer."""
+        """Runs of rows from the sources' gates, then ups, to the experts' rows. The same in every layer.
+
+        All these tensors are numbered as if they lay one behind the other, with a gap of one row after each, so that
+        no run leads from one into the next: row r of tensor number n is n (I + 1) + r, with the sources' I.
+        """
         sources, width = len(self.experts), self.seed.config["intermediate_size"]
-        # A gap after each tensor, so that no run leads from one into the next.
         index = np.arange(2 * sources)[:, None] * (width + 1) + np.arange(width)
         index = index.reshape(2, sources, width)
         pattern = EXPERT_LAYOUTS[self.expert_mode].gate_up
         return runs(einops.rearrange(index, pattern, c=self.chunks).reshape(-1))
 
     def _gate_up_jobs(self, tensor: OutputTensor, layer: int) -> Iterator[Job]:
+        """Cut the writing of gate and up of all experts, [E, 2I, H], into jobs that each copy rows of one source."""
         width = self.seed.config["intermediate_size"]
-        row_bytes = tensor.row_bytes // tensor.shape[1]
+        row_bytes = tensor.row_bytes // tensor.shape[1]  # of [H]; the tensor's own rows are whole experts, [2I, H]
         for run in self._gate_up_runs:
-            which, row = divmod(run.row, width + 1)
-            two, source = divmod(which, len(self.experts))
+            number, row = divmod(run.row, width + 1)
+            two, source = divmod(number, len(self.experts))  # the gates of all sources come first, then the ups
             name = (GATE, UP)[two].format(layer=layer)
             for start, stop in portions(row, row + run.count, row_bytes, JOB_BYTES):
                 offset = tensor.start + (run.out + start - row) * row_bytes
@@ -199,13 +225,18 @@ class Mixture(Layout):
                 yield ExpertRows(tensor, extents, start, stop, source, name, fold)
 
     def _down_jobs(self, tensor: OutputTensor, layer: int) -> Iterator[Job]:
+        """Cut the writing of down of all experts, [E, H, I], into jobs.
+
+        A chunk is a range of columns there, so a job reads whole rows of one source, or of all that are blended, and
+        writes a part of each row to each expert that they become. A source that stays whole is copied by rows.
+        """
         name, hidden = DOWN.format(layer=layer), tensor.shape[1]
         row_bytes = tensor.row_bytes // hidden  # of one expert
-        sources: Sequence[tuple[int, ...]] = [(index,) for index in range(len(self.experts))]
+        groups: Sequence[tuple[int, ...]] = [(index,) for index in range(len(self.experts))]
         if self.expert_mode == "blend":
-            sources = [tuple(range(len(self.experts)))]
-        per_group = self.num_experts // len(sources)
-        for group, members in enumerate(sources):
+            groups = [tuple(range(len(self.experts)))]
+        per_group = self.num_experts // len(groups)
+        for group, members in enumerate(groups):
             experts = range(group * per_group, (group + 1) * per_group)
             for start, stop in portions(0, hidden, row_bytes * per_group, JOB_BYTES):
                 size = (stop - start) * row_bytes

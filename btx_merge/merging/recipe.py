@@ -131,7 +131,7 @@ class MergeRecipe:
                 object.__setattr__(self, key, parse(getattr(self, key)))
             except InputError as error:
                 problems += error.problems
-        problems += value_problems(self, _VALUES)
+        problems += value_problems(self, RULES)
         problems = problems or together_problems(self)
         if problems:
             raise InputError(problems)
@@ -202,7 +202,7 @@ def _as_resolved(values: Any) -> dict[str, dict[str, str]]:
     return {"sources": dict(sources)}
 
 
-_VALUES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     "seed": ("the model that all experts grew from", bool),
     "seed_weight": ("a number, at least 0", lambda value: 0 <= value < math.inf),
     "combine": one_of(COMBINE_METHODS),

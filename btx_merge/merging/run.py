@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 
 _OPTIONS = ("overwrite", "workers", "device", "statistics")
+"""Those of `Options` that a merge takes."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,18 @@ class Check:
     """What `check` found: the plan, and all that deserves a look."""
 
     plan: Plan
+    """The merge laid out: its experts, tensors, files and sizes."""
     divergence: tuple[Divergence, ...]
+    """How far each expert is from the seed, by group of tensors."""
     warnings: tuple[Problem, ...]
+    """What deserves a look, though it stops no merge."""
     output: Path | None = None
     """Where the result would be written, if that was asked."""
     files: Mapping[str, int] = field(default_factory=dict)
-    """Then: the files of the result, by name, with their sizes in bytes."""
+    """The files of the result, if that was asked: by name, with their sizes in bytes."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Return plain values, as `--json` prints them."""
         plan = self.plan
         return {
             "sources": [
@@ -84,22 +88,25 @@ class Report:
     """What a merge did."""
 
     output: Path
+    """The folder of the merged model."""
     checked: Check
+    """What was found out before anything was written."""
     seconds: float
-    """Wall time, checks included."""
+    """Wall time in seconds, checks included."""
     peak_memory: int
     """Largest resident size of the process so far, in bytes."""
     kept_bytes: int
     """Bytes that an earlier, interrupted run had written."""
     layers: tuple[LayerFit, ...] = ()
-    """How the routers came out that were fitted by ridge regression."""
+    """How the routers came out that were fitted by ridge regression, by layer; empty for others."""
 
     @property
     def fates(self) -> tuple[Fate, ...]:
+        """What became of every input tensor, by source."""
         return self.checked.plan.fates
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Return plain values, as `--json` prints them."""
         figures = {key: getattr(self, key) for key in ("seconds", "peak_memory", "kept_bytes")}
         layers = [asdict(layer) for layer in self.layers]
         return {"output": str(self.output), **figures, "layers": layers, **self.checked.to_dict()}
@@ -203,7 +210,11 @@ def _fit(plan: Plan, folder: Path, files: Path, options: Options, reporter: Repo
 
 
 def fill(plan: Plan, job: Job) -> Iterator[Block]:
-    """The bytes of a job in order, each for one of its extents."""
+    """Compute the bytes of a job in order, each for one of its extents.
+
+    Raises:
+        TypeError: nothing fills this kind of job, which is a fault of btx-merge.
+    """
     if isinstance(job, ExpertRows):
         yield from expert_rows(job, plan, partial(merged_norm, plan))
     elif isinstance(job, ExpertColumns):
@@ -211,17 +222,21 @@ def fill(plan: Plan, job: Job) -> Iterator[Block]:
     elif isinstance(job, SharedRows):
         yield from shared_rows(job, plan)
     elif isinstance(job, RouterRows):
-        hidden, std = job.tensor.shape[1], plan.recipe.router_std or plan.seed.config["initializer_range"]
+        hidden = job.tensor.shape[1]
+        std = plan.recipe.router_std or plan.seed.config["initializer_range"]
         router = initial_router(plan.recipe, job.layer, plan.num_experts, hidden, std)
         yield 0, cast(router, job, plan)
+    else:
+        raise TypeError(f"nothing fills a {type(job).__name__}")
 
 
 @contextmanager
 def _checked(recipe: MergeRecipe, target: Path | None = None) -> Iterator[Check]:
-    """A check whose plan can be carried out inside the context: there, what peft merged itself still exists."""
+    """Check a merge and lay it out. Carry the plan out inside the context: there, what peft merged itself exists."""
     with ExitStack() as stack:
 
         def scratch() -> Path:
+            """Make a folder, beside the target if there is one, that goes when the context ends."""
             return stack.enter_context(scratch_folder(target.parent if target else None))
 
         examined = examine(recipe, scratch)
@@ -232,7 +247,11 @@ def _checked(recipe: MergeRecipe, target: Path | None = None) -> Iterator[Check]
 
 
 def _check_apart(target: Path, sources: Sequence[Source]) -> None:
-    """The output may not be, hold or lie in a source's folder: replacing it would destroy what is read."""
+    """Refuse an output that is, holds or lies in a source's folder: replacing it would destroy what is read.
+
+    Raises:
+        InputError: it does.
+    """
     problems = []
     for source in sources:
         for located in filter(None, (source.located, source.base)):

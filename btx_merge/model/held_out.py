@@ -85,6 +85,7 @@ class LayerFit:
     """How a layer's router was fitted."""
 
     layer: int
+    """The layer's number, from 0."""
     temperature: float
     """Factor on the regression's solution, by which router logits become sharp."""
     accuracy: float

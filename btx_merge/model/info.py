@@ -31,7 +31,9 @@ class ExpertInfo:
     """One expert of a merged model."""
 
     number: int
+    """Its row of the routers, from 0."""
     name: str
+    """Its name; of a split source `NAME.0`, `NAME.1`, ..."""
     model: str | None
     """The Hub id or the folder that it came from; None where the recipe does not say, or where it was blended."""
     revision: str | None
@@ -49,30 +51,35 @@ class ModelInfo:
     revision: str | None
     """The commit on the Hub."""
     experts: tuple[ExpertInfo, ...]
+    """Its experts, in the order of the routers' rows."""
     expert_mode: str | None
     """whole, split or blend; None where there is no recipe."""
     combine: str | None
     """How the shared weights were combined; None where there is no recipe."""
     router_type: str
+    """How the routers choose: top_k, switch, soft or sample_top_1."""
     experts_per_token: int
+    """How many experts run for one token in inference."""
     routers: str
     """How the routers came to be: random, zeros, fitted, trained, or unknown where there is no recipe."""
     untrained: tuple[str, ...]
     """Experts whose router rows nobody has fitted or trained yet."""
     parameters: int
+    """All weights."""
     active_parameters: int
     """Weights that one token passes through."""
     dtype: str
+    """torch's name of the dtype that the experts are stored in."""
     nbytes: int
-    """Of the weights."""
+    """Size of the weights, in bytes."""
     disk_bytes: int | None
-    """Of all files in the folder; None for a model on the Hub."""
+    """Size of all files in the folder, in bytes; None for a model on the Hub."""
     tokenizer: bool
-    """Whether it has one."""
+    """Whether it has a tokenizer."""
     history: tuple[str, ...]
     """What was done with it, a line each."""
     next: tuple[str, ...]
-    """Commands that lead on."""
+    """Commands that lead on from here."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as `--json` prints them."""

@@ -34,26 +34,29 @@ class PushReport:
     """What a push did."""
 
     repo_id: str
+    """The repository, `org/name`."""
     url: str
-    """Of the repository, at its branch; of the pull request where there is one."""
+    """The repository's address, at its branch; that of the pull request where there is one."""
     commit: str
-    """That now holds the model."""
+    """The commit that now holds the model, 40 hexadecimal digits."""
     pull_request: str | None
-    """Its URL."""
+    """The pull request's address; None where the branch was committed to."""
     files: tuple[str, ...]
-    """That are new or changed. Empty where the repository held this very model: then nothing was committed."""
+    """Files that are new or changed. Empty where the repository held this very model: then nothing was committed."""
     deleted: tuple[str, ...]
     """Files of an earlier model that this one does not have."""
     nbytes: int
-    """Of the new or changed files."""
+    """Size of the new or changed files, in bytes."""
     seconds: float
+    """Wall time in seconds, checks included."""
     warnings: tuple[Problem, ...]
+    """What deserves a look, though it stopped nothing."""
     adapted: tuple[str, ...]
     """Files that were published otherwise than they lie in the folder: the card, whose code now names the repository,
     and an adapter's config, where its base has another name on the Hub."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Return plain values, as `--json` prints them."""
         return {**asdict(self), "warnings": [str(warning) for warning in self.warnings]}
 
 
@@ -115,7 +118,14 @@ def push(
 def _check(
     folder: Path, repo_id: str, revision: str | None, token: str | None, base_model: str | None
 ) -> tuple[Publishable, str]:
-    """All that can be found out without the Hub, in one report; and the token."""
+    """Check all that can be found out without the Hub.
+
+    Returns:
+        What is to be published, and the token to do it with.
+
+    Raises:
+        InputError: every problem, in one report.
+    """
     from huggingface_hub import constants, get_token
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -145,7 +155,11 @@ def _check(
 
 
 def _validate_card(api: HfApi, checked: Publishable) -> None:
-    """Asks the Hub, whose rules are more than ours, before an upload of hours ends with its no."""
+    """Ask the Hub, whose rules are more than ours, before an upload of hours ends with its no.
+
+    Raises:
+        InputError: what the Hub does not accept in the card.
+    """
     from huggingface_hub import get_session
     from huggingface_hub.utils import hf_raise_for_status
 
@@ -162,7 +176,11 @@ def _validate_card(api: HfApi, checked: Publishable) -> None:
 
 @contextmanager
 def _told(api: HfApi, repo_id: str, token: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into our errors."""
+    """Turn what huggingface_hub raises into our errors.
+
+    Args:
+        token: is kept out of their texts.
+    """
     try:
         yield
     except BTXError:

@@ -58,6 +58,10 @@ def locate(source: str, reference: str, *, weights: bool = True) -> Located:
     Raises:
         InputError: neither a folder nor a Hub id; or the Hub refuses, lacks it or cannot be reached.
     """
+    if error := _closed(reference):
+        expected = "a folder that can be entered"
+        remedy = "Get the permission for it and the folders above it, or give a copy."
+        raise InputError([Problem(source, reference, error.strerror or str(error), expected, remedy)])
     if is_folder(reference):
         folder = Path(reference).expanduser()
         return Located(folder, *(cached_repository(str(folder.resolve())) or (None, None)))
@@ -80,6 +84,17 @@ def _is_there(reference: str) -> bool:
         return Path(reference).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # nobody's home, a name too long, a byte that no name has
         return False
+
+
+def _closed(reference: str) -> PermissionError | None:
+    """Return the system's refusal to say whether a path is there, as below a folder that may not be entered."""
+    try:
+        Path(reference).expanduser().exists()
+    except PermissionError as error:
+        return error
+    except (OSError, RuntimeError, ValueError):
+        pass
+    return None
 
 
 def cached_repository(path: str) -> tuple[str, str] | None:

@@ -206,6 +206,8 @@ def reference_problems(name: str, reference: str) -> list[Problem]:
     files = files_of(reference)
     known = f"one of {', '.join(READERS)}"
     if not files:
+        if error := _refusal(reference):
+            return [Problem(name, reference, error.strerror or str(error), "a file that can be read")]
         if os.path.isdir(os.path.expanduser(reference)):
             return [Problem(name, reference, "a folder without a file of text in it", known)]
         if glob.has_magic(reference):
@@ -224,6 +226,17 @@ def reference_problems(name: str, reference: str) -> list[Problem]:
         elif suffix_of(file) == ".parquet" and not is_installed("pyarrow"):
             problems.append(_not_installed(name, str(file), "pyarrow"))
     return problems
+
+
+def _refusal(reference: str) -> PermissionError | None:
+    """Return the system's refusal to say what lies at a path, as below a folder that may not be entered."""
+    try:
+        os.stat(os.path.expanduser(reference))
+    except PermissionError as error:
+        return error
+    except (OSError, ValueError):
+        pass
+    return None
 
 
 def _not_installed(name: str, where: str, package: str) -> Problem:

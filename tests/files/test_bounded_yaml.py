@@ -73,6 +73,7 @@ def test_an_error_names_the_place(tmp_path: Path) -> None:
         read_recipe_file(tmp_path / "merge.yaml")
     assert "2026-02-30 cannot be read as timestamp in" in str(caught.value)
     assert "line 2, column 14" in str(caught.value)
+    assert "unicode string" not in str(caught.value)
 
 
 def test_aliases_that_do_not_expand_are_taken() -> None:

@@ -347,8 +347,8 @@ def test_a_journal_without_end_is_not_read(saved, unfinished, tmp_path):
 
 def test_a_leftover_folder_whose_lock_is_a_link_is_left_alone(saved, tmp_path):
     (tmp_path / "precious").write_text("years of work")
-    (tmp_path / "btx-adapter-x").mkdir()
-    (tmp_path / "btx-adapter-x" / "in-use.lock").symlink_to(tmp_path / "precious")
+    (tmp_path / "btx-scratch-x").mkdir()
+    (tmp_path / "btx-scratch-x" / "in-use.lock").symlink_to(tmp_path / "precious")
     with scratch_folder(tmp_path):
         pass
     assert (tmp_path / "precious").read_text() == "years of work"

@@ -459,6 +459,11 @@ WRONG = {
         "no expert bio",
     ),
     "a file that is not there": (["--domain-text", "code={code}", "--domain-text", "math=gone.jsonl"], "gone.jsonl"),
+    "a file and an expert that are not there, in one report": (
+        ["--domain-text", "code={code}", "--domain-text", "math=gone.jsonl", "--domain-text", "bio={math}"],
+        "no expert bio",
+        "gone.jsonl",
+    ),
     "a line that is no JSON": (["--domain-text", "code={code}", "--domain-text", "math={broken}"], "line 2"),
     "a method that is none": (["--method", "lasso"], "one of ridge, prompts"),
     "prompts for ridge": (["--prompt", "code=x"], "does not use it"),
@@ -478,11 +483,11 @@ def test_what_is_wrong_is_said_in_one_line(grown, tmp_path, case):
     merge(recipe_of(folder), tmp_path / "btx")
     (tmp_path / "broken.jsonl").write_text('{"text": "w1"}\n{"text": \n')
     files = {name: text.references[0] for name, text in texts.items()} | {"broken": str(tmp_path / "broken.jsonl")}
-    words, expected = WRONG[case]
+    words, *expected = WRONG[case]
     command = ["fit", str(tmp_path / "btx"), "-o", str(tmp_path / "out"), *(word.format(**files) for word in words)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 2, result.output
-    assert expected in result.output
+    assert all(line in result.output for line in expected)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob("*.btx-partial"))
 

@@ -370,6 +370,7 @@ def test_a_folder_that_may_not_be_entered(family: Family, tmp_path: Path) -> Non
             os.seteuid(0)
         closed.chmod(0o700)
     assert "code: " in str(caught.value)
+    assert "Permission denied; expected a folder that can be entered" in str(caught.value)
 
 
 def tensors_of_file(file: Path) -> dict[str, torch.Tensor]:

@@ -627,7 +627,7 @@ def test_an_option_that_peft_does_not_know_is_named(base_of: Callable[..., Path]
 
 
 def test_a_killed_runs_folder_goes(base_of: Callable[..., Path], tmp_path: Path) -> None:
-    left = tmp_path / "room" / "btx-adapter-left"
+    left = tmp_path / "room" / "btx-scratch-left"
     (left / "files").mkdir(parents=True)
     (left / "in-use.lock").touch()
     adapter = train(base_of(), tmp_path / "adapter", THROUGH_PEFT["DoRA"])
