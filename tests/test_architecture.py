@@ -147,7 +147,7 @@ def test_modules_and_functions_can_be_read_in_one_go():
                 assert node.end_lineno - node.lineno - docstring < 60, f"{name}.{node.name}"
 
 
-LONG_SIGNATURES = ("cli.edit", "cli.fit", "cli.merge", "cli.push", "cli.recipe", "cli.routing", "cli.train")
+LONG_SIGNATURES = ("cli.edit", "cli.fit", "cli.merge", "cli.push", "cli.recipe", "cli.train")
 """Commands, of which every option takes a line or more."""
 
 

@@ -209,8 +209,8 @@ def print_routing(report: RoutingReport) -> None:
         regret = "" if domain.regret is None else f"{domain.regret:.3f}"
         table.add_row(*map(printable, (domain.domain, *cells, regret)))
     console.print(table)
-    for figures in (report.model, report.against):
-        for item in figures.neglected if figures else ():
+    for figures in (report.model, *([report.against] if report.against else [])):
+        for item in figures.neglected:
             kind = "dead" if item.is_dead else "cold"
             line = f"{kind}  {item.expert} in layer {item.layer} of {figures.model}: {item.load:.2%} of the choices"
             console.print(printable(line), soft_wrap=True)

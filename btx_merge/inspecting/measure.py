@@ -88,10 +88,10 @@ class Inspection:
         self.tokens_done(len(batch.targets))
         is_text = torch.ones(len(batch.targets), dtype=torch.bool)
         sizes = [window.scored for window in batch.windows]
-        for window, part in zip(batch.windows, is_text.split(sizes), strict=True):
+        for window, part in zip(batch.windows, torch.split(is_text, sizes), strict=True):
             part[:1] = window.offset > 0  # otherwise the prefix
         tally.add_routes(layers, is_text)
-        gates = torch.stack([layer.gates for layer in layers], dim=1).split(sizes)
+        gates = torch.split(torch.stack([layer.gates for layer in layers], dim=1), sizes)
         known: dict[tuple[int, ...], list[torch.Tensor]] = {}
         without = self._switched(batch, self.switches.without, known)
         alone = self._switched(batch, self.switches.alone, known)

@@ -26,7 +26,7 @@ def page_html(model: ModelFigures, against: ModelFigures | None, texts: Sequence
     """Return the page of a model's routing, beside another's where there is one."""
     template = files("btx_merge.inspecting").joinpath("page.html").read_text(encoding="utf-8")
     for kind in ("script", "style"):
-        template = template.replace("{{%s-hash}}" % kind, _hash_of(template, kind))
+        template = template.replace("{{" + kind + "-hash}}", _hash_of(template, kind))
     data: dict[str, Any] = {
         "figures": model.to_dict(),
         "against": against and against.to_dict(),

@@ -76,10 +76,10 @@ class PageText:
         """Return what the page's script reads: numbers as bytes in base64, gates in 255 steps of `unit`."""
         count = len(self._words)
         gates, alone = self._gates[:count], self._alone[:count]
-        is_routed = ~np.isnan(gates).any(axis=(1, 2))
-        gates = np.where(is_routed[:, None, None], gates, 0)
+        is_routed = ~np.isnan(gates[:, :1, :1])  # [N, 1, 1]
+        gates = np.where(is_routed, gates, 0)
         with_mean = np.concatenate([gates.mean(axis=1, keepdims=True), gates], axis=1)  # [N, 1 + L, X]
-        first = np.where(is_routed[:, None], with_mean.argmax(axis=-1), _NOT_ROUTED)
+        first = np.where(is_routed[:, 0], with_mean.argmax(axis=-1), _NOT_ROUTED)
         unit = max(1.0, float(gates.max(initial=0))) / 255
         return {
             "domain": self._domain,

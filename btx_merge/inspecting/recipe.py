@@ -9,7 +9,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.texts.references import DomainText, as_domain_texts
 from btx_merge.values import Rule, at_least, one_of, value_problems
 
-_VALUES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     "model": ("a merged checkpoint", bool),
     "tokens": at_least(0),
     "window": at_least(2),
@@ -30,25 +30,27 @@ class RoutingRecipe:
     model: str
     """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
     data: tuple[DomainText, ...] = ()
-    """Text of each domain; one with an expert's name has that expert for its own. Also a mapping, as in `TrainRecipe`.
-    """
+    """Text of each domain, best held out. A domain that has an expert's name has that expert for its own. Also a
+    mapping, as in `TrainRecipe`."""
     against: str | None = None
-    """A second merged checkpoint whose routing stands beside the first one's, such as the model before a finetuning."""
+    """A second merged checkpoint whose routing is shown beside the first one's: the model before a finetuning, or one
+    that was trained without balancing."""
     tokens: int = 20_000
-    """Tokens of each domain that are measured; 0 for all."""
+    """Tokens of each domain that are measured; 0 for all of them."""
     window: int | None = None
     """Tokens that the model reads at a time; 1024, or what it can take where that is less."""
     batch_size: int = 8
     """Windows that are computed together."""
     dtype: str | None = None
-    """bfloat16, float16 or float32: what is computed in; by default the dtype of the model's weights."""
+    """What is computed in: bfloat16, float16 or float32. By default the dtype of the model's weights."""
     ablation: bool = True
-    """Whether to measure what each expert is worth: two more passes over the texts for each."""
+    """Measure what each expert is worth, with it switched off and with it alone. That takes two more passes over the
+    texts for each expert, and so most of the time."""
     page_tokens: int = 20_000
     """Tokens of all domains together that the page shows one by one; with 0 it has the figures alone."""
 
     def __post_init__(self) -> None:
-        problems = value_problems(self, _VALUES)
+        problems = value_problems(self, RULES)
         try:
             object.__setattr__(self, "data", as_domain_texts(self.data, "data"))
             if not self.data:

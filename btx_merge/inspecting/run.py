@@ -46,7 +46,7 @@ class RoutingReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as `--json` prints them."""
+        """Return plain values, as `--json` prints them."""
         return {"output": str(self.output), "seconds": self.seconds, **_plain(self.model, self.against)}
 
 

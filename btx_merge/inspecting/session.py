@@ -26,9 +26,7 @@ _WINDOW = 1024
 class Session:
     """The passes over the texts that a recipe asks for."""
 
-    def __init__(
-        self, recipe: RoutingRecipe, models: Sequence[MergedModel], device: str | None, reporter: Reporter
-    ):
+    def __init__(self, recipe: RoutingRecipe, models: Sequence[MergedModel], device: str | None, reporter: Reporter):
         """Read the texts once, to know how much there is of each, before a model is loaded.
 
         Raises:

@@ -63,9 +63,7 @@ class Slow:
         self.weights = {name: value.detach() for name, value in weights_of(model).items()}
         self.active = self.config.expert_numbers(self.config.active_experts)
         self.bias = [
-            layer.mlp.routing.e_score_correction_bias
-            for layer in model.model.layers
-            if layer.mlp.routing.has_bias
+            layer.mlp.routing.e_score_correction_bias for layer in model.model.layers if layer.mlp.routing.has_bias
         ]
 
     def losses(self, window: Window, active: list[int]) -> list[float]:

@@ -180,7 +180,9 @@ def test_what_is_told_of_a_token(open_page: Any) -> None:
     page.press("ArrowRight")
     page.hover("[data-token='1']")
     page.wait("!document.getElementById('about').hidden")
-    cells = "[...document.querySelectorAll('#about tr')].map((row) => [...row.children].map((cell) => cell.textContent))"
+    cells = (
+        "[...document.querySelectorAll('#about tr')].map((row) => [...row.children].map((cell) => cell.textContent))"
+    )
     loss = 1 + 3 / 99
     assert page.value(cells) == [
         ["expert", "gate weight", "loss alone"],
@@ -295,10 +297,12 @@ COLOURS = """
   };
   const card = solid(getComputedStyle(document.getElementById('text')).backgroundColor);
   const ink = solid(getComputedStyle(document.getElementById('text')).color), span = spans[0], found = [];
-  for (const kind of ['x0', 'x1', 'x2', 'x3', 'x4', 'x5', 'x6', 'x7', 'heat']) for (let strength = 1; strength <= 4; strength++) {
-    span.className = `t ${kind} s${strength}`;
-    const over = solid(getComputedStyle(span).backgroundColor), part = over[3] / 255;
-    found.push([`${kind} s${strength}`, [0, 1, 2].map((c) => over[c] * part + card[c] * (1 - part))]);
+  for (const kind of ['x0', 'x1', 'x2', 'x3', 'x4', 'x5', 'x6', 'x7', 'heat']) {
+    for (let strength = 1; strength <= 4; strength++) {
+      span.className = `t ${kind} s${strength}`;
+      const over = solid(getComputedStyle(span).backgroundColor), part = over[3] / 255;
+      found.push([`${kind} s${strength}`, [0, 1, 2].map((c) => over[c] * part + card[c] * (1 - part))]);
+    }
   }
   return [ink, found];
 })()
@@ -307,7 +311,9 @@ COLOURS = """
 
 def luminance(color: Sequence[float]) -> float:
     """As WCAG 2 defines it."""
-    linear = [value / 255 / 12.92 if value / 255 <= 0.04045 else ((value / 255 + 0.055) / 1.055) ** 2.4 for value in color]
+    linear = [
+        value / 255 / 12.92 if value / 255 <= 0.04045 else ((value / 255 + 0.055) / 1.055) ** 2.4 for value in color
+    ]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
@@ -332,7 +338,9 @@ def test_figures(open_page: Any) -> None:
     assert page.value("document.querySelectorAll('#shares svg rect').length") == 4 * 3 * 3
     assert page.value("document.querySelector('#shares svg rect title').textContent") == "layer 0, seed: 33.3 %"
     assert page.value("document.querySelectorAll('#depth polyline').length") == 4
-    cells = "[...document.querySelectorAll('#worth tr')].map((row) => [...row.children].map((cell) => cell.textContent))"
+    cells = (
+        "[...document.querySelectorAll('#worth tr')].map((row) => [...row.children].map((cell) => cell.textContent))"
+    )
     assert page.value(cells)[:2] == [["", "as routed", *EXPERTS], ["code", "2.000", "+0.500", "+0.500", "+0.500"]]
     assert page.value(cells)[4] == ["code", "2.000", "1.500", "2.500", "3.500"]
     assert page.value("document.querySelectorAll('#regret li').length") == 14

@@ -32,7 +32,9 @@ def test_bars_are_the_figures() -> None:
 def test_two_models_have_rows_of_their_own_and_one_colour_an_expert() -> None:
     figure = figure_of([model_of("after"), model_of("before", ("code", "bio"))])
     labels = [ax.get_ylabel() for ax in figure.axes[::3]]
-    assert labels == [f"{name}\n{kind}" for name in ("after", "before") for kind in ("share of tokens", "mean gate weight")]
+    assert labels == [
+        f"{name}\n{kind}" for name in ("after", "before") for kind in ("share of tokens", "mean gate weight")
+    ]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["seed", "code", "bio"]
     code = [figure.axes[0].containers[1], figure.axes[6].containers[0]]

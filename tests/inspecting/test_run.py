@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from btx_merge import InputError, MergeRecipe, Options, RoutingRecipe, merge, routing
 from btx_merge.cli.app import app
@@ -15,7 +16,6 @@ from btx_merge.inspecting import session
 from btx_merge.inspecting.run import NUMBERS, PICTURES
 from btx_merge.model.files import REPORT
 from tests.support.common import Told, edit_json, files_of
-from typer.testing import CliRunner
 
 
 def recipe_of(model: Path | str, texts: dict[str, str], **changes: Any) -> RoutingRecipe:
@@ -105,7 +105,9 @@ def test_a_model_beside_itself_has_the_same_figures(merged: Path, texts: dict[st
     assert report.against == report.model
 
 
-def test_the_order_of_batches_is_not_seen(written: tuple[Path, Any], merged: Path, texts: dict[str, str], tmp_path: Path) -> None:
+def test_the_order_of_batches_is_not_seen(
+    written: tuple[Path, Any], merged: Path, texts: dict[str, str], tmp_path: Path
+) -> None:
     """Windows are sorted by length within a batch's worth; the page has them in the order of the text again."""
     out, report = written
     again = routing(recipe_of(merged, texts, batch_size=1), tmp_path / "out")
@@ -170,9 +172,10 @@ def test_a_report_is_replaced_when_the_new_one_is_complete(
     out.mkdir()
     (out / "old").write_text("old")
     recipe = recipe_of(merged, texts, ablation=False)
-    with monkeypatch.context() as patched, pytest.raises(RuntimeError):
-        patched.setattr("btx_merge.inspecting.page.page_html", lambda *_: (_ for _ in ()).throw(RuntimeError()))
-        routing(recipe, out, Options(overwrite=True))
+    with monkeypatch.context() as patched:
+        patched.setattr("btx_merge.inspecting.page.embedded", lambda data: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            routing(recipe, out, Options(overwrite=True))
     assert files_of(tmp_path) == {"out/old": b"old"}
     routing(recipe, out, Options(overwrite=True))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
