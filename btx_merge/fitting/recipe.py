@@ -74,6 +74,8 @@ class FitTask:
     """ridge, prompts, or None for routers that stay."""
     combine: str | None = None
     """regmean, regmean_merged, or None for shared weights that stay."""
+    head: str | None = None
+    """fitted, for a head whose rows are weighed by frequency; None for one that `combine` gives."""
     through: str = "expert"
     """expert, to send tokens through their own domain's on the way to the next layer; or router."""
     router_ridge: float = 0.001
