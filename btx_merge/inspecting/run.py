@@ -39,11 +39,13 @@ class RoutingReport:
     """What was found about a model's routing."""
 
     output: Path
+    """The folder of the report."""
     model: ModelFigures
     """The model's figures."""
     against: ModelFigures | None
     """The second model's, without what its experts are worth."""
     seconds: float
+    """Wall-clock time of the whole look, in seconds."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as `--json` prints them."""

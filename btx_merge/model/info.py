@@ -239,3 +239,5 @@ def _next(model: str, merged: MergedModel, untrained: tuple[str, ...]) -> Iterat
         yield f"btx export {given} {out}-mixtral"
     if not merged.located.repo_id:
         yield f"btx push {given} ORG/NAME"
+    data = " ".join(f"--data {name}=TEXT" for name in merged.domains if name != SEED)
+    yield f"btx routing {given} {data} -o {out}-routing"
