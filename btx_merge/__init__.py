@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from btx_merge.editing.run import EditReport, edit
     from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
     from btx_merge.exporting.run import ExportReport, export, extract
-    from btx_merge.finetuning.recipe import TrainRecipe
-    from btx_merge.finetuning.run import TrainReport, train
+    from btx_merge.finetuning.recipe import BranchRecipe, TrainRecipe
+    from btx_merge.finetuning.run import TrainReport, branch, train
     from btx_merge.fitting.recipe import FitRecipe
     from btx_merge.fitting.run import FitReport, fit
     from btx_merge.inspecting.recipe import RoutingRecipe
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BTXError",
+    "BranchRecipe",
     "Check",
     "DomainText",
     "EditRecipe",
@@ -57,6 +58,7 @@ __all__ = [
     "RoutingReport",
     "TrainRecipe",
     "TrainReport",
+    "branch",
     "check",
     "edit",
     "export",
@@ -71,6 +73,7 @@ __all__ = [
 
 _MODULES = {
     "BTXError": "btx_merge.errors",
+    "BranchRecipe": "btx_merge.finetuning.recipe",
     "Check": "btx_merge.merging.run",
     "DomainText": "btx_merge.texts.references",
     "EditRecipe": "btx_merge.editing.recipe",
@@ -94,6 +97,7 @@ _MODULES = {
     "RoutingReport": "btx_merge.inspecting.run",
     "TrainRecipe": "btx_merge.finetuning.recipe",
     "TrainReport": "btx_merge.finetuning.run",
+    "branch": "btx_merge.finetuning.run",
     "check": "btx_merge.merging.run",
     "edit": "btx_merge.editing.run",
     "export": "btx_merge.exporting.run",

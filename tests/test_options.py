@@ -10,6 +10,7 @@ import pytest
 
 import btx_merge
 from btx_merge import (
+    BranchRecipe,
     EditRecipe,
     FitRecipe,
     InputError,
@@ -18,6 +19,7 @@ from btx_merge import (
     Reporter,
     RoutingRecipe,
     TrainRecipe,
+    branch,
     check,
     edit,
     export,
@@ -30,6 +32,7 @@ from btx_merge import (
 from tests.support.common import Told
 
 VERBS = {
+    "branch": lambda out, options: branch(BranchRecipe("m", {"a": "t"}, arguments={"max_steps": 1}), out, options),
     "merge": lambda out, options: merge(MergeRecipe("s", {"a": "b"}), out, options),
     "check": lambda out, options: check(MergeRecipe("s", {"a": "b"}), out, options),
     "fit": lambda out, options: fit(FitRecipe("m", method="prompts", prompts={"a": ["x"]}), out, options),
@@ -51,6 +54,7 @@ VERBS = {
         ("export", Options(device="cuda"), "device: 'cuda', which export has no use for"),
         ("extract", Options(device="cuda"), "device: 'cuda', which extract has no use for"),
         ("routing", Options(workers=2), "workers: 2, which routing has no use for; expected only overwrite, device"),
+        ("branch", Options(device="cpu"), "device: 'cpu', which branch has no use for; expected only overwrite"),
         (
             "train",
             Options(device="cpu"),

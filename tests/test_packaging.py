@@ -27,6 +27,7 @@ def test_public_names():
     """A contract: what is added or removed here is so for everybody."""
     assert btx_merge.__all__ == [
         "BTXError",
+        "BranchRecipe",
         "Check",
         "DomainText",
         "EditRecipe",
@@ -50,6 +51,7 @@ def test_public_names():
         "RoutingReport",
         "TrainRecipe",
         "TrainReport",
+        "branch",
         "check",
         "edit",
         "export",
