@@ -21,6 +21,7 @@ import btx_merge.training
 from btx_merge import (
     DomainText,
     EditRecipe,
+    EvalRecipe,
     ExpertSpec,
     FitRecipe,
     MergeRecipe,
@@ -43,6 +44,7 @@ RECIPES: dict[type, tuple[str, dict[str, str]]] = {
     TrainRecipe: ("train", {"arguments": "each by its name"}),
     EditRecipe: ("edit", {}),
     RoutingRecipe: ("routing", {}),
+    EvalRecipe: ("eval", {}),
     DomainText: ("", {"name": "NAME=", "references": "TEXT, again for each", "weight": ":WEIGHT"}),
 }
 """Each recipe, the verb that takes it, and where its values stand if not at an option of their own."""

@@ -10,7 +10,7 @@ from btx_merge.inspecting.recipe import RULES, RoutingRecipe
 from btx_merge.options import Options
 
 
-@takes(RoutingRecipe, RULES)
+@takes(RoutingRecipe, RULES, data="NAME=TEXT")
 def routing_command(
     model: Model,
     output: Output,
@@ -24,7 +24,7 @@ def routing_command(
     from btx_merge.inspecting.run import routing
 
     recipe = given.build(RoutingRecipe, model)
-    with terminal(quiet) as reporter:
+    with terminal(quiet, "measuring") as reporter:
         report = routing(recipe, output, Options(overwrite, device=device), reporter)
     if json_output:
         print_json(report)

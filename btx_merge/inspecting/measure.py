@@ -58,8 +58,8 @@ class Inspection:
     switches: Switches
     """None of them where experts are not to be switched off."""
     batch_tokens: int
-    tokens_done: Callable[[int], None]
-    """Called with a number of tokens after each pass."""
+    text_done: Callable[[int], None]
+    """Called after each pass over some text with its bytes."""
 
     def domain(self, name: str, windows: Iterable[Window], page: PageText) -> DomainFigures:
         """Measure the windows of one domain, and give the page what it shows of them.
@@ -85,7 +85,7 @@ class Inspection:
         """Run all passes over a batch; yield each window with its gates [N, L, X] and its losses."""
         with self.routes.watching(batch.is_scored.flatten()) as layers:
             routed = batch_losses(self.model, batch)
-        self.tokens_done(len(batch.targets))
+        self._tell(batch)
         is_text = torch.ones(len(batch.targets), dtype=torch.bool)
         sizes = [window.scored for window in batch.windows]
         for window, part in zip(batch.windows, torch.split(is_text, sizes), strict=True):
@@ -97,6 +97,9 @@ class Inspection:
         alone = self._switched(batch, self.switches.alone, known)
         for place, window in enumerate(batch.windows):
             yield window, gates[place], WindowLosses(routed[place], without[place], alone[place])
+
+    def _tell(self, batch: Batch) -> None:
+        self.text_done(sum(window.nbytes for window in batch.windows))
 
     def _switched(
         self, batch: Batch, choices: Sequence[tuple[int, ...]], known: dict[tuple[int, ...], list[torch.Tensor]]
@@ -110,7 +113,7 @@ class Inspection:
         for numbers in choices:
             if numbers and numbers not in known:
                 known[numbers] = batch_losses(self.model, batch, active_experts=list(numbers))
-                self.tokens_done(len(batch.targets))
+                self._tell(batch)
             for place, window in enumerate(batch.windows):
                 losses = known[numbers][place] if numbers else torch.full((window.scored,), torch.nan)
                 rows[place].append(losses)

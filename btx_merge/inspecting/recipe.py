@@ -12,7 +12,7 @@ from btx_merge.values import Rule, at_least, one_of, value_problems
 RULES: dict[str, Rule] = {
     "model": ("a merged checkpoint", bool),
     "tokens": at_least(0),
-    "window": at_least(2),
+    "window": at_least(1),
     "batch_size": at_least(1),
     "dtype": one_of(SAFETENSORS_NAMES),
     "page_tokens": at_least(0),
@@ -38,11 +38,11 @@ class RoutingRecipe:
     tokens: int = 20_000
     """Tokens of each domain that are measured; 0 for all of them."""
     window: int | None = None
-    """Tokens that the model reads at a time; 1024, or what it can take where that is less."""
+    """Tokens of a window. By default 1024, or the model's positions if these are fewer."""
     batch_size: int = 8
-    """Windows that are computed together."""
+    """Windows of full length that are computed together; of shorter ones, more."""
     dtype: str | None = None
-    """What is computed in: bfloat16, float16 or float32. By default the dtype of the model's weights."""
+    """Dtype of the computation: float32, bfloat16 or float16. By default float32 on a CPU, the model's elsewhere."""
     ablation: bool = True
     """Measure what each expert is worth, with it switched off and with it alone. That takes two more passes over the
     texts for each expert, and so most of the time."""

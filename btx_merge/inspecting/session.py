@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import AutoTokenizer
 
 from btx_merge.checkpoints.dtypes import TORCH_NAMES
 from btx_merge.inspecting.figures import ModelFigures
@@ -17,6 +16,7 @@ from btx_merge.measuring.models import load_folder
 from btx_merge.measuring.windows import Window, amount_of, cut, windows_of
 from btx_merge.model.merged import MergedModel
 from btx_merge.reporting import Reporter
+from btx_merge.sources.tokenizer_files import load_tokenizer
 from btx_merge.texts.references import DomainText, documents
 
 _WINDOW = 1024
@@ -34,17 +34,16 @@ class Session:
         """
         self._recipe, self._models, self._reporter = recipe, models, reporter
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._tokenizers = [AutoTokenizer.from_pretrained(model.located.folder) for model in models]
+        self._tokenizers = [load_tokenizer(model.located.folder) for model in models]
         longest = [model.config.get("max_position_embeddings", _WINDOW) for model in models]
         self._length = recipe.window or min(_WINDOW, *longest)
         self._experts = [running_experts(model.config) for model in models]
         self._switches = Switches.of(self._experts[0]) if recipe.ablation else Switches((), ())
         self._amounts = {text.name: amount_of(self._windows(0, text)) for text in recipe.data}
         self._done = 0
-        self._total = sum(self._tokens()) * (1 + self._switches.passes)
-        if len(models) > 1:
-            self._total += sum(amount_of(self._windows(1, text)).tokens for text in recipe.data)
-        reporter.tokens_done(0, self._total)
+        nbytes = sum(amount.nbytes for amount in self._amounts.values())
+        self._total = nbytes * (self._switches.passes + len(models))
+        reporter.text_done(0, self._total)
 
     def measure(self, number: int, page_tokens: int) -> tuple[ModelFigures, list[PageText]]:
         """Measure one of the models, which is in memory meanwhile. The first is measured with experts switched off.
@@ -57,8 +56,8 @@ class Session:
             NonFiniteError: a loss is not finite.
         """
         recipe, opened = self._recipe, self._models[number]
-        dtype = getattr(torch, recipe.dtype or TORCH_NAMES[opened.dtype])
-        model = load_folder(opened.located, dtype, self._device)
+        usual = "float32" if self._device.type == "cpu" else TORCH_NAMES[opened.dtype]
+        model = load_folder(opened.located, getattr(torch, recipe.dtype or usual), self._device)
         routes = Routes(model, self._experts[number])
         inspection = Inspection(
             model,
@@ -66,7 +65,7 @@ class Session:
             routes,
             Switches((), ()) if number else self._switches,
             recipe.batch_size * self._length,
-            self._tokens_done,
+            self._text_done,
         )
         domains, texts = [], []
         for text, most in zip(recipe.data, shares(self._tokens(), page_tokens), strict=True):
@@ -87,9 +86,9 @@ class Session:
     def _tokens(self) -> list[int]:
         return [amount.tokens for amount in self._amounts.values()]
 
-    def _tokens_done(self, count: int) -> None:
-        self._done += count
-        self._reporter.tokens_done(self._done, self._total)
+    def _text_done(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._reporter.text_done(self._done, self._total)
 
 
 def shares(there: Sequence[int], most: int) -> list[int]:

@@ -183,8 +183,8 @@ def test_of_two_experts_each_pass_is_made_once() -> None:
     inspection = Inspection(model, tiny_tokenizer(), Routes(model, experts), Switches.of(experts), 99, passes.append)
     given = windows(2)
     inspection.domain("code", given, PageText("code", 0, 2, 2))
-    tokens = sum(window.scored for window in given)
-    assert sum(passes) == (1 + Switches.of(experts).passes) * tokens == 3 * tokens
+    nbytes = sum(window.nbytes for window in given)
+    assert sum(passes) == (1 + Switches.of(experts).passes) * nbytes == 3 * nbytes
 
 
 def test_nothing_is_switched_where_nobody_asks() -> None:

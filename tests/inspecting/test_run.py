@@ -34,12 +34,13 @@ def payload(page: Path) -> dict[str, Any]:
 def written(merged: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     out = tmp_path_factory.mktemp("routing") / "report"
     heard: list[tuple[int, int]] = []
-    reporter = Told(tokens_done=lambda done, of: heard.append((done, of)))
+    reporter = Told(text_done=lambda done, of: heard.append((done, of)))
     report = routing(recipe_of(merged, texts), out, reporter=reporter)
     assert heard[0][0] == 0
     assert [done for done, _ in heard] == sorted(done for done, _ in heard)
     assert len({of for _, of in heard}) == 1
-    assert heard[-1][0] == heard[-1][1] == sum(domain.tokens for domain in report.model.domains) * 7
+    assert heard[-1][0] == heard[-1][1] > 0
+    assert heard[-1][1] % 7 == 0  # the model's own pass, and two for each of three experts
     return out, report
 
 
@@ -86,7 +87,7 @@ def test_against_another_model(merged: Path, family: Any, texts: dict[str, str],
     other = tmp_path / "two"
     merge(MergeRecipe(str(family.seed), {"code": str(family.code)}), other)
     heard: list[tuple[int, int]] = []
-    reporter = Told(tokens_done=lambda done, of: heard.append((done, of)))
+    reporter = Told(text_done=lambda done, of: heard.append((done, of)))
     recipe = recipe_of(merged, texts, against=str(other), ablation=False, page_tokens=0)
     report = routing(recipe, tmp_path / "out", reporter=reporter)
     assert heard[-1][0] == heard[-1][1]
@@ -147,7 +148,7 @@ def test_everything_is_checked_before_the_model_is_loaded(
     ("changes", "found"),
     [
         ({"tokens": -1}, "tokens: -1; expected at least 0"),
-        ({"window": 1}, "window: 1; expected at least 2"),
+        ({"window": 0}, "window: 0; expected at least 1"),
         ({"batch_size": 0}, "batch_size: 0; expected at least 1"),
         ({"page_tokens": -1}, "page_tokens: -1; expected at least 0"),
         ({"dtype": "int8"}, "dtype: 'int8'; expected one of"),
