@@ -22,6 +22,7 @@ from btx_merge.checkpoints.staging import Staging
 from btx_merge.checkpoints.tensor_files import stored_tensors
 from btx_merge.errors import InputError, NonFiniteError, Problem
 from btx_merge.files.changes import ReadFiles
+from btx_merge.model.card_update import update_card
 from btx_merge.model.files import PICTURE, ROUTING
 from btx_merge.model.held_out import OF_THIS_MODEL, training_results
 from btx_merge.model.records import append_record
@@ -113,10 +114,9 @@ def write_records(
         json.dumps({"step": item["step"], "load": item[LOAD_PER_LAYER]}) for item in history if LOAD_PER_LAYER in item
     ]
     (folder / ROUTING).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    append_record(
+    append_record(folder, "training", entry)
+    update_card(
         folder,
-        "training",
-        entry,
         training_section(entry, history),
         " Trained: see [below](#training).",
         located=None if entry["train"] == "lora" else located,  # an adapter's card names its base already

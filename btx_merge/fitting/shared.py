@@ -22,7 +22,6 @@ from btx_merge.fitting.equations import Moments, Statistics, ridge_solution, sca
 from btx_merge.fitting.passing import Passage
 from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.streams import TokenStream
-from btx_merge.modeling.configuration_btx import BTXConfig
 from btx_merge.modeling.modeling_btx import BTXDecoderLayer
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -34,14 +33,19 @@ class SharedFit:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        config: BTXConfig,
         texts: Sequence[TokenStream],
         sources: Mapping[str, DenseSource],
         statistics: Statistics,
         task: FitTask,
         passage: Passage,
     ):
-        self.checkpoint, self.config, self.texts, self.sources = checkpoint, config, texts, sources
+        """Prepare to fit; nothing is computed yet.
+
+        Args:
+            texts: the domains' token streams, whose states the walk moves from layer to layer.
+            sources: each domain's own dense source, by the domain's name.
+        """
+        self.checkpoint, self.texts, self.sources = checkpoint, texts, sources
         self.statistics, self.task, self.passage = statistics, task, passage
         self.device = checkpoint.device
         self.takes_own_inputs = task.combine == "regmean"
@@ -52,7 +56,7 @@ class SharedFit:
         Each averaged source counts as one token more, everywhere, which leaves rows that no text has at the mean.
         """
         vocab = self.checkpoint.tensors[EMBEDDING].shape[0]
-        counts = self.statistics.get("embedding", lambda: {s.name: self._token_counts(s, vocab) for s in self.texts})
+        counts = self.statistics.get("embedding", lambda: self._token_counts(vocab))
         averaged = float(self.task.averaged)
         for start, stop in row_blocks(vocab):
             mean = self.checkpoint.read(EMBEDDING, start, stop)
@@ -72,11 +76,10 @@ class SharedFit:
         norm = f"model.layers.{index}.input_layernorm.weight"
         inputs = self.statistics.get(f"layer-{index:03}.inputs", lambda: self._input_moments(norm))
         for name in _PROJECTIONS:
-            weights = {
-                stream.name: self.sources[stream.name].tensor(f"model.layers.{index}.self_attn.{name}.weight")
-                for stream in self.texts
-            }
+            tensor = f"model.layers.{index}.self_attn.{name}.weight"
+            weights = {stream.name: self.sources[stream.name].tensor(tensor) for stream in self.texts}
             self._solve(index, layer, name, *self._normal_equations(inputs, weights))
+        # only now: the output projection's inputs depend on q, k and v as they were just solved for
         outputs = self.statistics.get(f"layer-{index:03}.outputs", lambda: self._output_moments(index, layer))
         self._solve(index, layer, "o_proj", outputs["gram"], outputs["cross"])
 
@@ -91,16 +94,23 @@ class SharedFit:
             gram, cross = self._normal_equations(moments, weights)
             self.checkpoint.write(HEAD, ridge_solution(gram, cross, self.task.regmean_ridge, mean), start)
 
-    def _token_counts(self, stream: TokenStream, vocab: int) -> torch.Tensor:
-        """Return [V], as if every domain had as many tokens as the mean of all, times its share."""
-        ids = stream.ids[stream.fitted]
-        mean = sum(other.ids[other.fitted].numel() for other in self.texts) / len(self.texts)
-        return torch.bincount(ids.flatten(), minlength=vocab).float() * (stream.per_token * mean)
+    def _token_counts(self, vocab: int) -> Moments:
+        """Count each domain's tokens, [V], as if every domain had as many as the mean of all, times its share."""
+        mean = sum(stream.ids[stream.fitted].numel() for stream in self.texts) / len(self.texts)
+        counts: Moments = {}
+        for stream in self.texts:
+            counted = torch.bincount(stream.ids[stream.fitted].flatten(), minlength=vocab).float()
+            counts[stream.name] = counted * (stream.per_token * mean)
+        return counts
 
     def _normal_equations(
         self, moments: Moments, weights: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return Gram [I, I] and cross moment [I, O], for targets that the sources' weights [O, I] give."""
+        """Return Gram [I, I] and cross moment [I, O], for targets that the sources' weights [O, I] give.
+
+        A source's targets are W x of its own inputs x, so their cross moment with the fitted inputs x~ needs no second
+        pass over the texts: `sum x~ (W x)^T = (sum x~ x^T) W^T`.
+        """
         gram = moments["gram"].to(self.device)
         cross = sum(moments[name].to(self.device).double() @ weight.T.double() for name, weight in weights.items())
         return gram, torch.as_tensor(cross)
@@ -109,10 +119,10 @@ class SharedFit:
         """Write a projection's solution, and put it into the layer as the file's dtype has rounded it."""
         projection = getattr(layer.self_attn, name)
         tensor = f"model.layers.{index}.self_attn.{name}.weight"
-        ridge = self.task.regmean_ridge
-        self.checkpoint.write(
-            tensor, ridge_solution(gram.to(self.device), cross.to(self.device), ridge, projection.weight)
-        )
+        # the prior is the mean, which the checkpoint still holds here
+        mean, ridge = projection.weight, self.task.regmean_ridge
+        solution = ridge_solution(gram.to(self.device), cross.to(self.device), ridge, mean)
+        self.checkpoint.write(tensor, solution)
         projection.weight.data = self.checkpoint.read(tensor)
 
     def _input_moments(self, norm_name: str) -> Moments:
@@ -128,20 +138,23 @@ class SharedFit:
             own = self._norm(self.sources[stream.name].tensor(norm_name))
             gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
             for batch in stream.batches(stream.fitted):
-                dense = own(stream.dense[batch].to(self.device)).flatten(0, 1)
-                fitted = dense
+                dense = own(stream.dense[batch].to(self.device)).flatten(0, 1)  # [N, H], x of the source
+                fitted = dense  # x~, on which the weights are fitted
                 if not self.takes_own_inputs:
                     fitted = norm(stream.merged[batch].to(self.device)).flatten(0, 1)
                 gram = gram + (fitted.T @ fitted).double()
                 cross = cross + (fitted.T @ dense).double()
-            if self.takes_own_inputs:
+            if self.takes_own_inputs:  # both are `sum x x^T` then
                 gram = cross = scaled_off_diagonal(gram)
             moments["gram"] = moments.get("gram", 0) + gram * stream.per_token
             moments[stream.name] = cross * stream.per_token
         return moments
 
     def _output_moments(self, index: int, layer: BTXDecoderLayer) -> Moments:
-        """Collect the output projection's moments, `gram` [Q, Q] and `cross` [Q, H], over all domains."""
+        """Collect the output projection's moments, `gram` [Q, Q] and `cross` [Q, H], over all domains.
+
+        On the way the sources' states pass their attention, so that they are ready for the feed-forward blocks.
+        """
         gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
         for stream in self.texts:
             dense = self.sources[stream.name].layer(index, "attention")
@@ -167,11 +180,14 @@ class SharedFit:
             hidden = stream.dense[batch].to(self.device)
             added, heads = self.passage.attention(dense, stream, hidden, batch)
             stream.dense[batch] = (hidden + added).to(stream.dense.device)
+            # held-out windows are sent on as well, but only tokens of windows that are fitted on count
             fitted = max(0, min(batch.stop, stream.fitted.stop) - batch.start) * stream.ids.shape[1]
             gram = gram + (heads[:fitted].T @ heads[:fitted]).double()
         return gram
 
     def _norm(self, weight: torch.Tensor) -> LlamaRMSNorm:
-        norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        """Return a norm with this weight, [H]."""
+        config = self.passage.config
+        norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         norm.weight.data = weight
         return norm

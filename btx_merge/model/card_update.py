@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from btx_merge.files.folder import read_text
 from btx_merge.model.card import (
     CITATION,
     CITATION_TITLE,
@@ -26,6 +28,20 @@ if TYPE_CHECKING:
 
 _ROUTERS_LINE = re.compile(r"^- Routers: .*$", re.MULTILINE)
 _NO_TITLE = "A Branch-Train-MiX model"
+
+
+def update_card(
+    folder: Path,
+    section: str,
+    sentence: str = "",
+    *,
+    located: Located | None = None,
+    results: Sequence[EvalResult] | None = (),
+) -> None:
+    """Add what was done with a model to the card in its folder; the arguments are those of `updated_card`."""
+    card = folder / "README.md"
+    text = read_text(card) if card.exists() else ""
+    card.write_text(updated_card(text, section, sentence, located, results), encoding="utf-8")
 
 
 def updated_card(
