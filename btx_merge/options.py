@@ -14,16 +14,17 @@ class Options:
     """The options of all verbs. A verb refuses those that it has no use for."""
 
     overwrite: bool = False
-    """Whether the output may be replaced if it is there and not empty; that happens when the new one is complete."""
+    """Replace the output if it is there and not empty, once the new one is complete."""
     workers: int | None = None
-    """Threads that read and write; by default one per core, at most 4."""
+    """Threads that read and write. By default one per core, at most 4."""
     device: str | None = None
-    """Where to fit: `cpu`, `cuda`, ...; by default a GPU where there is one."""
+    """Device to fit on, such as `cpu` or `cuda`. By default a GPU where there is one."""
     statistics: str | Path | None = None
-    """Of a merge or a fit: a folder for what the pass over the texts collects. Where it has them already, nothing is
-    passed through the model again: for another `router_ridge`."""
+    """Folder for what a fit collects in its pass over the texts. If it is there already, the texts are not read again:
+    only the equations are solved, for instance with another `router_ridge`. By default nothing is kept."""
     max_shard_size: str = "5GB"
-    """Of an export or an extraction: the largest weights file, such as 5GB or 500MB. A merge has it in its recipe."""
+    """Largest weights file of an export or an extraction, a size such as 5GB, 500MB or 5GiB. A merge has it in its
+    recipe."""
 
 
 def refuse_unused(options: Options, verb: str, *used: str) -> None:

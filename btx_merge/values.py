@@ -1,8 +1,11 @@
-"""Rules for single values of a recipe, and the messages for values that break them; all verbs share them."""
+"""The fields of recipes: what their docstrings say, rules for their values, messages for values that break them."""
 
 from __future__ import annotations
 
+import ast
 import difflib
+import inspect
+import itertools
 import math
 import re
 import sys
@@ -18,6 +21,19 @@ Rule = tuple[str, Callable[[Any], bool]]
 
 _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*(?:([KMGT])i?B?|B)", re.IGNORECASE)
 _NAMED = 20  # unknown keys named one by one
+
+
+def field_descriptions(cls: type) -> dict[str, str]:
+    """Return the text under each field of a class, by the field's name. It is read from the source, on one line."""
+    module = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
+    (definition,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
+    out = {}
+    for statement, below in itertools.pairwise(definition.body):
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            out[statement.target.id] = " ".join(str(below.value.value).split())
+    return out
 
 
 def is_text(value: Any) -> bool:
@@ -51,6 +67,16 @@ _KINDS: dict[str, Rule] = {  # annotation to what a person calls it
 def one_of(names: Collection[str]) -> Rule:
     """Return the rule that a value is one of these names."""
     return f"one of {', '.join(names)}", lambda value: value in tuple(names)
+
+
+def choices(rule: Rule) -> list[str]:
+    """Return the names that a rule of `one_of` has to choose from; none of another rule.
+
+    >>> choices(one_of(("whole", "split")))
+    ['whole', 'split']
+    """
+    _, is_one_of, names = rule[0].partition("one of ")
+    return names.split(", ") if is_one_of else []
 
 
 def at_least(least: float) -> Rule:

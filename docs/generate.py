@@ -21,52 +21,20 @@ import btx_merge.training
 from btx_merge import DomainText, EditRecipe, ExpertSpec, FitRecipe, MergeRecipe, Options, Reporter, TrainRecipe
 from btx_merge.cli.app import app
 from btx_merge.finetuning.arguments import known_names
-from btx_merge.merging.template import field_descriptions
+from btx_merge.values import field_descriptions
 
 FOLDER = Path(__file__).resolve().parent
 REPEAT = "This page is written by `make docs` from the docstrings; do not change it by hand."
 
 RECIPES: dict[type, tuple[str, dict[str, str]]] = {
-    MergeRecipe: (
-        "merge",
-        {
-            "experts": "--expert NAME=MODEL",
-            "seed_weight": "--weight seed=NUMBER",
-            "domain_text": "--domain-text NAME=TEXT[:WEIGHT]",
-            "prompts": "--prompt NAME=LINE",
-            "resolved": "",
-        },
-    ),
-    ExpertSpec: (
-        "merge",
-        {"model": "--expert NAME=MODEL", "weight": "--weight NAME=NUMBER", "base": "--base NAME=MODEL"},
-    ),
-    FitRecipe: (
-        "fit",
-        {"model": "MODEL", "domain_text": "--domain-text NAME=TEXT[:WEIGHT]", "prompts": "--prompt NAME=LINE"},
-    ),
-    TrainRecipe: (
-        "train",
-        {"model": "MODEL", "data": "--data NAME=TEXT[:WEIGHT]", "arguments": "each by its name"},
-    ),
-    EditRecipe: (
-        "edit",
-        {
-            "model": "MODEL",
-            "drop": "--drop NAME",
-            "add": "--add NAME=MODEL",
-            "replace": "--replace NAME=MODEL",
-            "rename": "--rename OLD=NEW",
-            "sources": "--source NAME=MODEL",
-            "domain_text": "--domain-text NAME=TEXT[:WEIGHT]",
-        },
-    ),
-    DomainText: (
-        "",
-        {"name": "NAME=", "references": "TEXT, again for each", "weight": ":WEIGHT"},
-    ),
+    MergeRecipe: ("merge", {"seed_weight": "--weight seed=NUMBER"}),
+    ExpertSpec: ("merge", {"model": "--expert NAME=MODEL"}),
+    FitRecipe: ("fit", {}),
+    TrainRecipe: ("train", {"arguments": "each by its name"}),
+    EditRecipe: ("edit", {}),
+    DomainText: ("", {"name": "NAME=", "references": "TEXT, again for each", "weight": ":WEIGHT"}),
 }
-"""Each recipe, the verb that takes it, and the flags that are not simply its keys."""
+"""Each recipe, the verb that takes it, and where its values stand if not at an option of their own."""
 
 
 def options_page() -> str:
@@ -128,12 +96,16 @@ def _option_rows(recipe: type, verb: str, flags: dict[str, str]) -> Iterator[lis
     for item in fields(recipe):
         if item.name == "resolved":  # for a merge to write
             continue
-        flag = flags.get(item.name)
-        if flag is None:
-            longest = known[item.name].opts + known[item.name].secondary_opts
-            flag = ", ".join(name for name in longest if name.startswith("--"))
-        default = _default(item)
-        yield [f"`{item.name}`", f"`{flag}`" if flag else "", default, descriptions.get(item.name, "")]
+        flag = flags.get(item.name) or _flag(known[item.name])
+        yield [f"`{item.name}`", f"`{flag}`", _default(item), descriptions.get(item.name, "")]
+
+
+def _flag(param: Any) -> str:
+    """Return how a parameter of the command is given."""
+    if param.param_type_name == "argument":
+        return str(param.name).upper()
+    flag = ", ".join(name for name in param.opts + param.secondary_opts if name.startswith("--"))
+    return f"{flag} {param.metavar}" if param.metavar else flag
 
 
 def _trainer_rows() -> Iterator[list[str]]:
@@ -147,7 +119,7 @@ def _command_rows() -> Iterator[list[str]]:
     """Return the options of the command that no recipe has, each once, with the verbs that have it."""
     verbs: dict[tuple[str, str], list[str]] = {}
     for verb in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
-        taken = {"recipe", "weight", "base", "expert", "prompt", "source", *(known_names() if verb == "train" else ())}
+        taken = {"weight", "base", *(known_names() if verb == "train" else ())}
         for recipe, (of_verb, _) in RECIPES.items():
             if of_verb == verb or (of_verb, verb) == ("merge", "check"):
                 taken |= {item.name for item in fields(recipe)}

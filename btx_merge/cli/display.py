@@ -110,7 +110,9 @@ def print_check(checked: Check) -> None:
     recipe = plan.recipe
     lines = {
         "experts": f"{plan.num_experts} ({recipe.expert_mode}): {', '.join(plan.expert_names)}",
-        "shared weights": recipe.combine + (", norms folded into the experts" if recipe.fold_norms else ""),
+        "shared weights": recipe.combine
+        + (", a head of its own" if recipe.has_own_head else "")
+        + (", norms folded into the experts" if recipe.fold_norms else ""),
         "routers": f"{recipe.router_type}, {recipe.router_init}, experts per token: {plan.experts_per_token}",
         "parameters": f"{count(plan.parameters)} in all, {count(plan.active_parameters)} active per token",
         "vocabulary": f"{plan.vocabulary.size:,} rows, {len(plan.vocabulary.new_tokens)} tokens new to the seed",

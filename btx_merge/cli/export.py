@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from btx_merge.cli.options import Json, Model, Output, Overwrite, Quiet, Workers, option
+from btx_merge.cli.options import Json, MaxShardSize, Model, Output, Overwrite, Quiet, Workers, option
 from btx_merge.cli.printing import print_json, tell_next
 from btx_merge.cli.terminal import terminal
 from btx_merge.errors import InputError, Problem
@@ -15,9 +15,6 @@ from btx_merge.options import Options
 
 if TYPE_CHECKING:
     from btx_merge.exporting.run import ExportReport
-
-
-_MaxShardSize = Annotated[str, typer.Option(help="Largest weights file.")]
 
 
 def export_command(
@@ -29,7 +26,7 @@ def export_command(
     format: Annotated[
         str, typer.Option(help="mixtral: for transformers, vLLM, SGLang, llama.cpp; gguf: by llama.cpp's converter.")
     ] = "mixtral",
-    max_shard_size: _MaxShardSize = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
     llama_cpp: Annotated[
         Path | None, option("Folder of llama.cpp, for gguf [default: $LLAMA_CPP, or its converter on PATH].")
     ] = None,
@@ -54,7 +51,7 @@ def extract_command(
     model: Model,
     expert: Annotated[str, typer.Argument(help="Its name.")],
     output: Output,
-    max_shard_size: _MaxShardSize = "5GB",
+    max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
     workers: Workers = None,
     quiet: Quiet = False,

@@ -7,17 +7,26 @@ from typing import Annotated
 
 import typer
 
-from btx_merge.cli.options import Device, Json, Overwrite, Quiet, Workers, option
+from btx_merge.cli.options import Device, Json, Overwrite, Quiet, Statistics, Workers, option
 from btx_merge.cli.printing import print_json, tell_next, warn
-from btx_merge.cli.recipe import GivenRecipe, takes_recipe
+from btx_merge.cli.recipe import given_recipe
+from btx_merge.cli.takes import Given, takes
 from btx_merge.cli.terminal import hush, terminal
 from btx_merge.errors import InputError, Problem
+from btx_merge.merging.recipe import RULES, MergeRecipe
 from btx_merge.options import Options
 
+_RecipeFile = Annotated[
+    Path | None, option("YAML file, or a merged model (folder, Hub id) for its own; flags win over it.", "--recipe")
+]
+_takes_recipe = takes(MergeRecipe, RULES, without=("seed_weight",))  # `--weight seed=NUMBER` gives it
 
-@takes_recipe
+
+@_takes_recipe
 def check_command(
-    recipe: GivenRecipe,
+    *,
+    recipe: _RecipeFile = None,
+    given: Given,
     quiet: Quiet = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -26,7 +35,7 @@ def check_command(
     from btx_merge.merging.run import check
 
     hush(quiet)
-    checked = check(recipe.build())
+    checked = check(given_recipe(recipe, given).build())
     if json_output:
         print_json(checked)
     elif not quiet:
@@ -34,9 +43,11 @@ def check_command(
     warn(checked.warnings)
 
 
-@takes_recipe
+@_takes_recipe
 def merge_command(
-    recipe: GivenRecipe,
+    *,
+    recipe: _RecipeFile = None,
+    given: Given,
     output: Annotated[Path | None, option("Folder for the merged model.", "--output", "-o")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and say what would be written; write nothing.")
@@ -46,16 +57,14 @@ def merge_command(
     ] = False,
     overwrite: Overwrite = False,
     workers: Workers = None,
-    statistics: Annotated[
-        Path | None, option("Folder for what a fit learns of the texts: kept there, or taken from there.")
-    ] = None,
+    statistics: Statistics = None,
     device: Device = None,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
     """Merge the checkpoints of a recipe into one model."""
     if print_recipe:
-        print(recipe.template(), end="")
+        print(given_recipe(recipe, given).template(), end="")
         return
 
     from btx_merge.cli.display import print_check, print_files, print_report
@@ -66,7 +75,7 @@ def merge_command(
     hush(quiet)
     options = Options(overwrite, workers, device, statistics)
     if dry_run:
-        checked = check(recipe.build(), output, options)
+        checked = check(given_recipe(recipe, given).build(), output, options)
         if json_output:
             print_json(checked)
         elif not quiet:
@@ -75,7 +84,7 @@ def merge_command(
         warn(checked.warnings)
         return
     with terminal(quiet, "merging") as reporter:
-        report = merge(recipe.build(), output, options, reporter)
+        report = merge(given_recipe(recipe, given).build(), output, options, reporter)
     if json_output:
         print_json(report)
     elif not quiet:

@@ -1,69 +1,66 @@
-"""What several commands have: options, such as those of the form `NAME=VALUE`."""
+"""The options that several verbs have. Fields are described by their docstrings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import re
+from collections.abc import Collection
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from btx_merge.errors import InputError, Problem
+from btx_merge.fitting.recipe import FitRecipe
+from btx_merge.options import Options
+from btx_merge.values import field_descriptions
 
 
-def option(help: str, *names: str, metavar: str | None = None, choices: Iterable[str] = ()) -> Any:
+def option(help: str, *names: str, metavar: str | None = None, values: Collection[str] = ()) -> Any:
     """Return an option whose default the help names itself.
 
     Args:
-        choices: what a shell completes its value to.
+        values: what a shell completes its value to.
     """
 
     def complete(incomplete: str) -> list[str]:
-        return [choice for choice in choices if choice.startswith(incomplete)]
+        return [value for value in values if value.startswith(incomplete)]
 
     return typer.Option(
-        *names, help=help, show_default=False, metavar=metavar, autocompletion=complete if choices else None
+        *names, help=help, show_default=False, metavar=metavar, autocompletion=complete if values else None
     )
 
 
-Model = Annotated[str, typer.Argument(help="Folder or org/name[@revision] of a merged model.")]
+def described(cls: type, name: str) -> str:
+    """Return what `--help` says of a field: its docstring, with flags in place of other fields' names; its default."""
+    flags = {item.name: flag_of(item) for item in fields(cls)}
+    text = re.sub(r"`([^`]+)`", lambda match: flags.get(match[1], match[1]), _descriptions(cls)[name])
+    (default,) = (item.default for item in fields(cls) if item.name == name)
+    if isinstance(default, (str, int, float)) and default is not False:
+        text += f" [default: {'yes' if default is True else default}]"
+    return text
+
+
+_descriptions = functools.cache(field_descriptions)
+
+
+def is_several(item: Field[Any]) -> bool:
+    """Return whether a field holds several values. Its flag is given again for each."""
+    return str(item.type).startswith(("tuple[", "Mapping["))
+
+
+def flag_of(item: Field[Any]) -> str:
+    """Return the flag of a field; that of several values is in the singular: `prompts` is `--prompt`."""
+    name = item.name.removesuffix("s") if is_several(item) else item.name
+    return f"--{name.replace('_', '-')}"
+
+
+Model = Annotated[str, typer.Argument(help=described(FitRecipe, "model"))]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a folder that is there, once the result is complete.")
-]
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Threads that read and write [default: one per core, at most 4].")
-]
-Device = Annotated[str | None, option("Where to fit: cpu, cuda, ... [default: a GPU where there is one].")]
+Overwrite = Annotated[bool, option(described(Options, "overwrite"), "--overwrite")]
+Workers = Annotated[int | None, typer.Option(min=1, help=described(Options, "workers"))]
+Device = Annotated[str | None, option(described(Options, "device"))]
+Statistics = Annotated[Path | None, option(described(Options, "statistics"))]
+MaxShardSize = Annotated[str, option(described(Options, "max_shard_size"))]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print warnings and errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
-
-
-def pairs(flag: str, items: list[str]) -> dict[str, str]:
-    """`NAME=VALUE`, each name once.
-
-    Raises:
-        InputError: an item that is none, or a name that came before.
-    """
-    out: dict[str, str] = {}
-    for item in items:
-        name, separator, value = item.partition("=")
-        if not (name and separator and value):
-            raise InputError([Problem("command", flag, item, "NAME=VALUE, such as code=./llama-code")])
-        if name in out:
-            raise InputError([Problem("command", flag, f"{name} is given twice", "each name once")])
-        out[name] = value
-    return out
-
-
-def lists(flag: str, items: list[str]) -> dict[str, list[str]]:
-    """`NAME=VALUE`, a name as often as one likes.
-
-    Raises:
-        InputError: an item that is none.
-    """
-    out: dict[str, list[str]] = {}
-    for item in items:
-        for name, value in pairs(flag, [item]).items():
-            out.setdefault(name, []).append(value)
-    return out

@@ -12,87 +12,67 @@ from typing import Annotated, Any
 
 import typer
 
-from btx_merge.cli.options import Json, Overwrite, Quiet, option
+from btx_merge.cli.options import Json, Output, Overwrite, Quiet, described, option
 from btx_merge.cli.printing import print_json, result, tell_next
+from btx_merge.cli.takes import Given, takes
 from btx_merge.cli.terminal import end_like_ctrl_c, terminal
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.finetuning.launched import own_local_rank, own_rank
-from btx_merge.finetuning.recipe import LORA_TARGETS, OPTION_NAMES, TRAIN_MODES, TrainRecipe
+from btx_merge.finetuning.recipe import OPTION_NAMES, RULES, TrainRecipe
 from btx_merge.options import Options
-from btx_merge.texts.references import domain_texts_of, parse_domain_texts
+from btx_merge.texts.references import domain_texts_of
 
 _BETWEEN_RANKS, _WAIT_FOR_THE_FIRST = 1, 10
 """Seconds that a rank gives the first of its host to say why a run ended: by Ctrl-C, or by an error."""
 
 
+_TRAINER = {
+    "max_steps": ("INTEGER", "Optimizer steps. Needed."),
+    "learning_rate": ("FLOAT", "Highest learning rate, after the warmup [default: 0.0001]."),
+    "per_device_train_batch_size": ("INTEGER", "Windows of a micro-batch on each rank [default: 4]."),
+    "gradient_accumulation_steps": ("INTEGER", "Micro-batches of a step [default: 1]."),
+    "warmup_steps": ("NUMBER", "Steps of the warmup [default: 100, at most a tenth of all]."),
+    "lr_scheduler_type": ("NAME", "Course of the learning rate [default: a cosine down to a tenth]."),
+    "weight_decay": ("FLOAT", "Weight decay of AdamW [default: 0.1]."),
+    "logging_steps": ("NUMBER", "Steps between two lines of losses and expert loads [default: 10]."),
+    "eval_steps": ("NUMBER", "Steps between two evaluations [default: only before and after]."),
+    "save_steps": ("NUMBER", "Steps between two checkpoints, for --resume [default: 100]."),
+    "seed": ("INTEGER", "Seed of all that is random [default: 0]."),
+    "report_to": ("NAME", "tensorboard, wandb, ... or none; again for each [default: tensorboard]."),
+}
+"""The arguments of the Trainer that `--help` names: the form of their values, and what they are."""
+
+
+def _trainer_option(name: str) -> Any:
+    """Return the option of a Trainer's argument. Its value stays text, which transformers reads."""
+    metavar, text = _TRAINER[name]
+    kind: Any = list[str] if name == "report_to" else str
+    return Annotated[kind | None, option(text, metavar=metavar)]
+
+
+@takes(TrainRecipe, RULES, more={name: _trainer_option(name) for name in _TRAINER})
 def train_command(
     context: typer.Context,
-    model: Annotated[str | None, typer.Argument(help="Folder or org/name[@revision] of a merged model.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")] = ...,  # type: ignore
+    model: Annotated[str | None, typer.Argument(help=described(TrainRecipe, "model"))] = None,
+    output: Output = ...,  # type: ignore[assignment]
     config: Annotated[Path | None, option("YAML file: data, and any option by name; flags win over it.")] = None,
-    data: Annotated[
-        list[str] | None,
-        option("Again for every text: file, folder, glob or Hub dataset.", metavar="NAME=TEXT[:WEIGHT]"),
-    ] = None,
-    train: Annotated[str | None, option(f"{', '.join(TRAIN_MODES)} [default: shared].", choices=TRAIN_MODES)] = None,
-    max_length: Annotated[int | None, option("Tokens of a window [default: 1024, or the model's].")] = None,
-    holdout: Annotated[float | None, option("Part of each domain that is scored instead [default: 0.02].")] = None,
-    shuffle: Annotated[int | None, option("Windows among which the next is drawn [default: 256].")] = None,
-    router_grad: Annotated[
-        str | None, option("sparse or dense [default: the model's].", choices=("sparse", "dense"))
-    ] = None,
-    router_aux_loss_coef: Annotated[
-        float | None, option("Coefficient of the balancing loss [default: the model's].")
-    ] = None,
-    router_aux_loss_scope: Annotated[
-        str | None,
-        option("global_batch or micro_batch [default: global_batch].", choices=("global_batch", "micro_batch")),
-    ] = None,
-    lora_target: Annotated[
-        str | None, option(f"{', '.join(LORA_TARGETS)} [default: shared].", choices=LORA_TARGETS)
-    ] = None,
-    lora_r: Annotated[int | None, option("Rank [default: 16].")] = None,
-    lora_alpha: Annotated[float | None, option("Scale, times the rank [default: 32].")] = None,
-    fsdp_size: Annotated[int | None, option("Ranks that parameters are sharded over [default: 1].")] = None,
-    ep_size: Annotated[int | None, option("Ranks that experts are spread over [default: 1].")] = None,
-    max_steps: Annotated[str | None, option("Optimizer steps.", metavar="INTEGER")] = None,
-    learning_rate: Annotated[str | None, option("Peak [default: 1e-4].", metavar="FLOAT")] = None,
-    per_device_train_batch_size: Annotated[str | None, option("Windows [default: 4].", metavar="INTEGER")] = None,
-    gradient_accumulation_steps: Annotated[
-        str | None, option("Micro-batches of a step [default: 1].", metavar="INTEGER")
-    ] = None,
-    warmup_steps: Annotated[
-        str | None, option("[default: 100, at most a tenth of the steps].", metavar="NUMBER")
-    ] = None,
-    lr_scheduler_type: Annotated[str | None, option("[default: cosine down to a tenth].", metavar="NAME")] = None,
-    weight_decay: Annotated[str | None, option("[default: 0.1].", metavar="FLOAT")] = None,
-    logging_steps: Annotated[str | None, option("[default: 10].", metavar="NUMBER")] = None,
-    eval_steps: Annotated[str | None, option("[default: before and after].", metavar="NUMBER")] = None,
-    save_steps: Annotated[str | None, option("[default: 100].", metavar="NUMBER")] = None,
-    seed: Annotated[str | None, option("[default: 0].", metavar="INTEGER")] = None,
-    report_to: Annotated[
-        list[str] | None, option("tensorboard, wandb, ..., none [default: tensorboard].", metavar="NAME")
-    ] = None,
+    given: Given = ...,  # type: ignore[assignment]
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
     """Finetune a merged model. All of transformers.TrainingArguments are options too, as --adam-beta2 0.98."""
-    given = {key: value for key, value in locals().items() if value is not None}
     end_like_ctrl_c()  # a terminated run says in one line what is kept
     with _the_first_speaks():
         values = read_train_file(config) if config else {}
-        flags = {name: given[name] for name in (*OPTION_NAMES, *_SHOWN_ARGUMENTS) if name in given}
         further = context.args
         if model and model.startswith("--"):  # the model stands in the file, and this is the first further argument
             further = [model, *further]
         elif model:
             values["model"] = model
-        values |= flags | _further_arguments(further)
-        if data:
-            values["data"] = parse_domain_texts("--data", data)
+        values |= given.values | _further_arguments(further)
         recipe = recipe_of(values, str(config or "command"))
 
         from btx_merge.finetuning.run import train as finetune
@@ -130,14 +110,8 @@ def _the_first_speaks() -> Iterator[None]:
         raise
 
 
-_SHOWN_ARGUMENTS = (
-    *("max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "warmup_steps"),
-    *("lr_scheduler_type", "weight_decay", "logging_steps", "eval_steps", "save_steps", "seed", "report_to"),
-)
-
-
 def read_train_file(file: Path) -> dict[str, Any]:
-    """The values of a YAML file for `btx train`; relative paths in it are seen from the file.
+    """Read the values of a YAML file for `btx train`; relative paths in it are seen from the file.
 
     Raises:
         InputError: the file is missing, or is no YAML of this kind.
@@ -152,7 +126,7 @@ def read_train_file(file: Path) -> dict[str, Any]:
 
 
 def recipe_of(values: Mapping[str, Any], origin: str) -> TrainRecipe:
-    """A recipe from plain values: our own options, and arguments of the Trainer.
+    """Return a recipe from plain values: our own options, and arguments of the Trainer.
 
     Raises:
         InputError: an unknown name, or a value that cannot be meant.
@@ -172,7 +146,7 @@ def recipe_of(values: Mapping[str, Any], origin: str) -> TrainRecipe:
 
 
 def _further_arguments(words: list[str]) -> dict[str, Any]:
-    """`--adam-beta2 0.98 --adam_beta1=0.8 --tf32`: what is no option of our own, by name."""
+    """Return what is no option of our own by name, such as `--adam-beta2 0.98 --adam_beta1=0.8 --tf32`."""
     out: dict[str, Any] = {}
     name = ""
     for word in words:

@@ -209,6 +209,7 @@ def _mixture(recipe: EditRecipe, model: MergedModel, values: Mapping[str, Any], 
         fold_norms=bool(values.get("fold_norms")),
         has_whole_jobs=values.get("combine") == "ties",
         allow_nonfinite=recipe.allow_nonfinite or bool(values.get("allow_nonfinite")),
+        has_own_head=not model.dense_config["tie_word_embeddings"],
     )
     tensors, shards = lay_out(_tensors(sketch, model), parse_size(values.get("max_shard_size") or "5GB") or 0)
     return replace(sketch, tensors=tensors, shards=shards)

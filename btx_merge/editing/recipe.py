@@ -60,7 +60,7 @@ class EditRecipe:
     """Whether to go on where a source does not seem to have grown from the seed."""
 
     def __post_init__(self) -> None:
-        problems = value_problems(self, _RULES) + _kind_problems(self)
+        problems = value_problems(self, RULES) + _kind_problems(self)
         if not problems:
             problems += _change_problems(self)
         try:
@@ -84,7 +84,7 @@ class EditRecipe:
         return not (self.drop or self.add or self.replace)
 
 
-_RULES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     "model": ("a merged checkpoint", bool),
     "shared": one_of(SHARED_UPDATES),
     "router_init": one_of(ROW_INITS),

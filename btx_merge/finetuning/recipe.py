@@ -15,7 +15,7 @@ TRAIN_MODES = ("routers", "shared", "all", "lora")
 LORA_TARGETS = {"routers": "routers", "shared": "routers + shared", "experts": "experts"}
 
 
-_VALUES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     "model": ("a merged checkpoint", bool),
     "train": one_of(TRAIN_MODES),
     "max_length": at_least(2),
@@ -73,7 +73,7 @@ class TrainRecipe:
     """Of `transformers.TrainingArguments`, by name. `max_steps` must be there."""
 
     def __post_init__(self) -> None:
-        problems = value_problems(self, _VALUES)
+        problems = value_problems(self, RULES)
         try:
             object.__setattr__(self, "data", as_domain_texts(self.data, "data"))
             if not self.data:

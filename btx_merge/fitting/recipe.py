@@ -14,7 +14,7 @@ ROUTER_FITS = ("ridge", "prompts")
 """Routers that are fitted in closed form."""
 
 
-_VALUES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     "model": ("a merged checkpoint", bool),
     "method": one_of(ROUTER_FITS),
     "domain_tokens": at_least(64),
@@ -47,7 +47,7 @@ class FitRecipe:
     """expert: tokens pass through their own domain's; router: through those that the fitted router chooses."""
 
     def __post_init__(self) -> None:
-        problems = value_problems(self, _VALUES)
+        problems = value_problems(self, RULES)
         try:
             object.__setattr__(self, "domain_text", as_domain_texts(self.domain_text, "domain_text"))
         except InputError as error:
@@ -74,6 +74,8 @@ class FitTask:
     """ridge, prompts, or None for routers that stay."""
     combine: str | None = None
     """regmean, regmean_merged, or None for shared weights that stay."""
+    head: str | None = None
+    """fitted, for a head whose rows are weighed by frequency; None for one that `combine` gives."""
     through: str = "expert"
     """expert, to send tokens through their own domain's on the way to the next layer; or router."""
     router_ridge: float = 0.001

@@ -173,6 +173,7 @@ def fit_folder(
         "domain_tokens": task.domain_tokens,
         "router": task.router,
         "combine": task.combine,
+        "head": task.head,
         "fit_through": task.through,
     }
     kept = Statistics(Path(options.statistics).expanduser() if options.statistics else None, key)

@@ -19,6 +19,7 @@ from btx_merge.architectures.llama import EMBEDDING, HEAD
 from btx_merge.fitting.checkpoint import Checkpoint
 from btx_merge.fitting.dense_source import DenseSource, row_blocks
 from btx_merge.fitting.equations import Moments, Statistics, ridge_solution, scaled_off_diagonal
+from btx_merge.fitting.head import fit_head_by_frequency
 from btx_merge.fitting.passing import Passage
 from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.streams import TokenStream
@@ -55,8 +56,7 @@ class SharedFit:
 
         Each averaged source counts as one token more, everywhere, which leaves rows that no text has at the mean.
         """
-        vocab = self.checkpoint.tensors[EMBEDDING].shape[0]
-        counts = self.statistics.get("embedding", lambda: self._token_counts(vocab))
+        vocab, counts = self.checkpoint.tensors[EMBEDDING].shape[0], self._counts()
         averaged = float(self.task.averaged)
         for start, stop in row_blocks(vocab):
             mean = self.checkpoint.read(EMBEDDING, start, stop)
@@ -87,6 +87,10 @@ class SharedFit:
         """Solve for the head of a model that has one of its own."""
         if HEAD not in self.checkpoint.tensors:
             return
+        if self.task.head:
+            by_domain = self.statistics.get("head-by-domain", self._head_moments)
+            fit_head_by_frequency(self.checkpoint, self.sources, self._counts(), by_domain, self.task.regmean_ridge)
+            return
         moments = self.statistics.get("head", lambda: self._input_moments("model.norm.weight"))
         for start, stop in row_blocks(self.checkpoint.tensors[HEAD].shape[0]):
             mean = self.checkpoint.read(HEAD, start, stop)
@@ -94,14 +98,16 @@ class SharedFit:
             gram, cross = self._normal_equations(moments, weights)
             self.checkpoint.write(HEAD, ridge_solution(gram, cross, self.task.regmean_ridge, mean), start)
 
-    def _token_counts(self, vocab: int) -> Moments:
-        """Count each domain's tokens, [V], as if every domain had as many as the mean of all, times its share."""
-        mean = sum(stream.ids[stream.fitted].numel() for stream in self.texts) / len(self.texts)
-        counts: Moments = {}
-        for stream in self.texts:
-            counted = torch.bincount(stream.ids[stream.fitted].flatten(), minlength=vocab).float()
-            counts[stream.name] = counted * (stream.per_token * mean)
-        return counts
+    def _counts(self) -> Moments:
+        """Count every token in each domain's text, [V] by domain."""
+        vocab = self.checkpoint.tensors[EMBEDDING].shape[0]
+        return self.statistics.get("embedding", lambda: {s.name: self._token_counts(s, vocab) for s in self.texts})
+
+    def _token_counts(self, stream: TokenStream, vocab: int) -> torch.Tensor:
+        """Return [V], as if every domain had as many tokens as the mean of all, times its share."""
+        ids = stream.ids[stream.fitted]
+        mean = sum(other.ids[other.fitted].numel() for other in self.texts) / len(self.texts)
+        return torch.bincount(ids.flatten(), minlength=vocab).float() * (stream.per_token * mean)
 
     def _normal_equations(
         self, moments: Moments, weights: Mapping[str, torch.Tensor]
@@ -132,23 +138,37 @@ class SharedFit:
             `gram`: `sum x x^T` of the inputs that are fitted on, over all domains; by domain, their cross moment with
             the source's own inputs.
         """
-        norm = self._norm(self.checkpoint.read(norm_name))
         moments: Moments = {}
         for stream in self.texts:
-            own = self._norm(self.sources[stream.name].tensor(norm_name))
-            gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
-            for batch in stream.batches(stream.fitted):
-                dense = own(stream.dense[batch].to(self.device)).flatten(0, 1)  # [N, H], x of the source
-                fitted = dense  # x~, on which the weights are fitted
-                if not self.takes_own_inputs:
-                    fitted = norm(stream.merged[batch].to(self.device)).flatten(0, 1)
-                gram = gram + (fitted.T @ fitted).double()
-                cross = cross + (fitted.T @ dense).double()
-            if self.takes_own_inputs:  # both are `sum x x^T` then
-                gram = cross = scaled_off_diagonal(gram)
+            gram, cross = self._input_products(stream, norm_name)
             moments["gram"] = moments.get("gram", 0) + gram * stream.per_token
             moments[stream.name] = cross * stream.per_token
         return moments
+
+    def _head_moments(self) -> Moments:
+        """Collect the same of what stands behind the last norm, each domain's own and per token."""
+        moments: Moments = {}
+        for stream in self.texts:
+            gram, cross = self._input_products(stream, "model.norm.weight")
+            tokens = stream.ids[stream.fitted].numel()
+            moments |= {f"gram.{stream.name}": gram / tokens, f"cross.{stream.name}": cross / tokens}
+        return moments
+
+    def _input_products(self, stream: TokenStream, norm_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum the products of a domain's inputs behind a norm with themselves, and with the source's own, [H, H]."""
+        norm = self._norm(self.checkpoint.read(norm_name))
+        own = self._norm(self.sources[stream.name].tensor(norm_name))
+        gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in stream.batches(stream.fitted):
+            dense = own(stream.dense[batch].to(self.device)).flatten(0, 1)
+            fitted = dense  # x~, on which the weights are fitted; [N, H] as `dense`, the source's own x
+            if not self.takes_own_inputs:
+                fitted = norm(stream.merged[batch].to(self.device)).flatten(0, 1)
+            gram = gram + (fitted.T @ fitted).double()
+            cross = cross + (fitted.T @ dense).double()
+        if self.takes_own_inputs:  # both are `sum x x^T` then
+            gram = cross = scaled_off_diagonal(gram)
+        return gram, cross
 
     def _output_moments(self, index: int, layer: BTXDecoderLayer) -> Moments:
         """Collect the output projection's moments, `gram` [Q, Q] and `cross` [Q, H], over all domains.

@@ -53,6 +53,8 @@ def model_card(plan: Plan, layers: Sequence[LayerFit] = ()) -> str:
         "ridge": f"fitted by ridge regression, layer by layer, on {recipe.domain_tokens:,} tokens per domain.",
         "prompts": "the mean inputs of a few prompts per expert.",
     }[recipe.router_init]
+    head = "\n- Head: of its own, each row fitted by how often each domain has its token."
+    head = head if recipe.has_own_head else ""
     folded = " Each expert absorbed its own norm (`fold_norms`)." if recipe.fold_norms else ""
     figures = f"{ROUTERS_TITLE}\n\n{router_table(layers)}\n" if layers else ""
     body = f"""
@@ -66,7 +68,7 @@ A Mixture of Experts of {planned_sizes(plan)}, made by
 {rows}
 
 - Experts: {chunked}{folded}
-- Attention, embeddings, norms and head: `{recipe.combine}` over {combined_over(recipe.combine, plan.experts)}.
+- Attention, embeddings, norms and head: `{recipe.combine}` over {combined_over(recipe.combine, plan.experts)}.{head}
 - Routers: `{recipe.router_type}`; {router}
 - The whole recipe, with all defaults and seeds: `btx_recipe.yaml`.
 

@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from btx_merge.architectures.llama import EMBEDDING, HEAD, MUST_AGREE, expected_tensors, is_computed
+from btx_merge.architectures.llama import HEAD, MUST_AGREE, expected_tensors, is_computed
 from btx_merge.architectures.loading_rules import config_refusals, generation_refusals
 from btx_merge.checkpoints.dtypes import STORED
-from btx_merge.checkpoints.layout import BLOCK_BYTES, portions
 from btx_merge.errors import InputError, Problem, capped
 from btx_merge.files.folder import read_json
 from btx_merge.merging.recipe import MergeRecipe
+from btx_merge.merging.tying import head_of_tied_problems, tying_problems, untie_warnings
 from btx_merge.sources.digest import changed_problems
 from btx_merge.sources.divergence import Divergence, measure_divergence
 from btx_merge.sources.opening import open_each
@@ -70,7 +68,9 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
             if source.name == recipe.tokenizer_source:
                 problems += side_file_problems(source)
         problems += _fit_problems(recipe, sources)
-    return examine_sources(sources, problems, untie=recipe.untie, allow_unrelated=recipe.allow_unrelated)
+    untie = recipe.untie or recipe.has_own_head
+    examined = examine_sources(sources, problems, untie=untie, allow_unrelated=recipe.allow_unrelated)
+    return replace(examined, warnings=(*untie_warnings(recipe, sources), *examined.warnings))
 
 
 def examine_sources(
@@ -92,7 +92,7 @@ def examine_sources(
         raise InputError(problems)  # there is nothing to compare the others with
     sound = []  # sources whose shapes are right: only those can be compared number by number
     for source in sources:
-        own = [*config_problems(source, seed), *tensor_problems(source), *_tying_problems(source, seed, untie)]
+        own = [*config_problems(source, seed), *tensor_problems(source), *tying_problems(source, seed, untie)]
         problems += own
         if not own:
             sound.append(source)
@@ -161,7 +161,7 @@ def tensor_problems(source: Source) -> Iterator[Problem]:
     found = {name for name in source.tensors if not is_computed(name)}
     if source.config["tie_word_embeddings"] and HEAD in found:
         found.discard(HEAD)
-        yield from _head_of_tied_problems(source)
+        yield from head_of_tied_problems(source)
     missing = [name for name in expected if name not in found]
     remedy = "Save the whole LlamaForCausalLM with save_pretrained."
     # most of what is missing is there without its first word
@@ -222,37 +222,6 @@ def _listed(source: Source, kind: str, names: Sequence[str], expected: str, reme
         yield Problem(source.name, f"tensor {name}", kind, expected, remedy)
     if len(names) > _MANY:
         yield Problem(source.name, f"{len(names) - _MANY} more tensors", kind, expected, remedy)
-
-
-def _head_of_tied_problems(source: Source) -> Iterator[Problem]:
-    """Check the head that a tied checkpoint holds all the same: it must be the embedding once more.
-
-    transformers ignores it at load, so other numbers there would silently be lost. Reads both tensors.
-    """
-    head, embedding = source.tensors[HEAD], source.tensors.get(EMBEDDING)
-    same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
-    if same and embedding is not None and head.shape:
-        for start, stop in portions(0, head.shape[0], max(1, head.row_bytes), BLOCK_BYTES):
-            ours = head.read_rows(start, stop).copy()  # the next read uses the same buffer
-            if not np.array_equal(ours, embedding.read_rows(start, stop)):
-                same = False
-                break
-    if not same:
-        found = f"{HEAD} differs from the embedding although tie_word_embeddings is true"
-        remedy = "Say false in its config.json if the head is meant, or delete the tensor if it is not."
-        yield Problem(source.name, head.file.name, found, "the same numbers, or no such tensor", remedy)
-
-
-def _tying_problems(source: Source, seed: Source, untie: bool) -> Iterator[Problem]:
-    """Check that embedding and head are one tensor in this source if and only if they are in the seed."""
-    tied, seed_tied = source.config["tie_word_embeddings"], seed.config["tie_word_embeddings"]
-    if tied != seed_tied and not untie:
-        remedy = "Give --untie (`untie: true`) to untie them all: a tied source's head is its embedding."
-        where = "config.json: tie_word_embeddings"
-        found = repr(tied)
-        if source.base and not tied:
-            found = "False: the adapter changes embedding and head apart, or one of them alone"
-        yield Problem(source.name, where, found, f"{seed_tied!r} as in the seed", remedy)
 
 
 def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:

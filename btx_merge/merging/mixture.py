@@ -115,6 +115,8 @@ class Mixture(Layout):
     """Whether a shared tensor is one job, however large: TIES trims over all of it."""
     allow_nonfinite: bool
     """Whether NaN and Inf are written like any other value."""
+    has_own_head: bool
+    """Whether it has a head of its own even where all sources are tied."""
 
     @cached_property
     def jobs(self) -> tuple[Job, ...]:
@@ -129,7 +131,8 @@ class Mixture(Layout):
     @property
     def tied(self) -> bool:
         """Whether the result's head is its embedding."""
-        return all(source.config["tie_word_embeddings"] for source in (self.seed, *self.experts))
+        sources = (self.seed, *self.experts)
+        return not self.has_own_head and all(source.config["tie_word_embeddings"] for source in sources)
 
     @property
     def num_experts(self) -> int:

@@ -113,6 +113,7 @@ def make_plan(recipe: MergeRecipe, sources: Sequence[Source], vocabulary: Vocabu
         fold_norms=recipe.fold_norms,
         has_whole_jobs=recipe.combine == "ties",
         allow_nonfinite=recipe.allow_nonfinite,
+        has_own_head=recipe.has_own_head,
         recipe=recipe,
     )
     tensors, shards = lay_out(((name, dtype, shape) for name, shape in sketch.output_shapes()), recipe.shard_bytes)

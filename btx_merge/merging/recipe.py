@@ -37,6 +37,7 @@ DIFFERENCE_METHODS = ("ties", "dare_ties", "dare_linear")
 REGMEAN_METHODS = ("regmean", "regmean_merged")
 """Ways to combine that are fitted on text."""
 COMBINE_METHODS = ("mean", "weighted", "seed", "ties", "dare_ties", "dare_linear", *REGMEAN_METHODS)
+HEADS = ("combined", "fitted")
 EXPERT_MODES = ("whole", "split", "blend")
 ROUTER_INITS = ("random", "zeros", *ROUTER_FITS)
 ROUTER_TYPES = ("top_k", "switch", "soft", "sample_top_1")
@@ -61,6 +62,9 @@ class MergeRecipe:
     combine: str = "mean"
     """How all that is not a feed-forward block is combined: mean, weighted, seed, ties, dare_ties, dare_linear, or
     fitted on `domain_text`: regmean (on the sources' own inputs), regmean_merged (on the merged model's)."""
+    head: str = "combined"
+    """combined: by `combine` like all else, and the embedding where all sources are tied; fitted: of its own, also
+    where they are tied, each row fitted by how often each domain has its token (with regmean, regmean_merged)."""
     density: float = 0.8
     """ties, dare_*: the part of each difference from the seed that is kept, in (0, 1]."""
     scale: float = 1.0
@@ -131,7 +135,7 @@ class MergeRecipe:
                 object.__setattr__(self, key, parse(getattr(self, key)))
             except InputError as error:
                 problems += error.problems
-        problems += value_problems(self, _VALUES)
+        problems += value_problems(self, RULES)
         problems = problems or together_problems(self)
         if problems:
             raise InputError(problems)
@@ -145,6 +149,11 @@ class MergeRecipe:
     def fits_shared(self) -> bool:
         """Whether shared weights are fitted on text."""
         return self.combine in REGMEAN_METHODS
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether the result has a head of its own even where all sources are tied."""
+        return self.head == "fitted"
 
     @property
     def is_fitted(self) -> bool:
@@ -202,10 +211,11 @@ def _as_resolved(values: Any) -> dict[str, dict[str, str]]:
     return {"sources": dict(sources)}
 
 
-_VALUES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {
     "seed": ("the model that all experts grew from", bool),
     "seed_weight": ("a number, at least 0", lambda value: 0 <= value < math.inf),
     "combine": one_of(COMBINE_METHODS),
+    "head": one_of(HEADS),
     "density": ("in (0, 1]", lambda value: 0 < value <= 1),
     "scale": ("a finite number", math.isfinite),
     "expert_mode": one_of(EXPERT_MODES),
@@ -275,6 +285,9 @@ def _fit_problems(recipe: MergeRecipe) -> list[Problem]:
             remedy = "Say router_init: ridge or combine: regmean_merged, or leave it out."
             remedy = "Say router_init: prompts, or leave them out." if key == "prompts" else remedy
             problems.append(Problem("recipe", key, "given, but nothing is fitted on it", "", remedy))
+    if recipe.has_own_head and not recipe.fits_shared:
+        found, expected = f"fitted, with combine: {recipe.combine}", f"combine: {' or '.join(REGMEAN_METHODS)}"
+        problems.append(Problem("recipe", "head", found, expected, "Say combine: regmean_merged, or leave it out."))
     if recipe.is_fitted and recipe.expert_mode == "blend":
         remedy = "Choose whole or split, or fit nothing."
         problems.append(Problem("recipe", "expert_mode", "blend", "experts that belong to a domain", remedy))

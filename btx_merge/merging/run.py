@@ -201,6 +201,7 @@ def _fit(plan: Plan, folder: Path, files: Path, options: Options, reporter: Repo
         recipe.domain_tokens,
         router=recipe.router_init if recipe.router_init in ROUTER_FITS else None,
         combine=recipe.combine if recipe.fits_shared else None,
+        head=recipe.head if recipe.has_own_head else None,
         through=recipe.fit_through,
         router_ridge=recipe.router_ridge,
         regmean_ridge=recipe.regmean_ridge,

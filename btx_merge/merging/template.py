@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import itertools
 import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
@@ -17,6 +14,7 @@ from btx_merge.merging.recipe import MergeRecipe
 from btx_merge.model.records import anchor_sources
 from btx_merge.sources.source import ExpertSpec
 from btx_merge.texts.references import DomainText, domain_texts_of
+from btx_merge.values import field_descriptions
 
 _WIDTH = 100
 _HEAD = "A recipe for `btx merge --recipe FILE`: every option, with its value. Flags of the command win over it."
@@ -43,19 +41,6 @@ def recipe_template(values: Mapping[str, Any]) -> str:
         lines.append(f"{item.name}:\n" if value is MISSING else _dumped(item.name, value))
         blocks.append("".join(lines))
     return "\n".join(blocks)
-
-
-def field_descriptions(cls: type) -> dict[str, str]:
-    """Return the text under each field of a class, by the field's name."""
-    module = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-    statements = [statement for definition in module.body for statement in getattr(definition, "body", [])]
-    out = {}
-    for statement, below in itertools.pairwise(statements):
-        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
-            continue
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            out[statement.target.id] = " ".join(str(below.value.value).split())
-    return out
 
 
 def _absolute(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -201,7 +201,8 @@ def _history(recipe: Mapping[str, Any]) -> Iterator[str]:
     """Tell what was done, each kind in its order. The order between two kinds is not recorded."""
     if "seed" in recipe:
         combine, init = (short(recipe.get(key)).strip("'") for key in ("combine", "router_init"))
-        yield f"merged: shared weights {combine}, routers {init}"
+        head = ", head fitted" if recipe.get("head") == "fitted" else ""
+        yield f"merged: shared weights {combine}{head}, routers {init}"
     for entry in _entries(recipe, "edits"):
         done = [f"{key} {_names(entry[key])}" for key in ("drop", "add", "replace", "rename") if entry.get(key)]
         rows = entry.get("router_rows")

@@ -68,7 +68,7 @@ def _are_experts(value: Any) -> bool:
 
 
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("seed", "combine", "expert_mode", "router_init", "tokenizer_source"), (is_text, "text")),
+    **dict.fromkeys(("seed", "combine", "head", "expert_mode", "router_init", "tokenizer_source"), (is_text, "text")),
     **dict.fromkeys(("fold_norms", "seed_expert"), (lambda value: isinstance(value, bool), "true or false")),
     "seed_weight": (_is_weight, "a number of at least 0"),
     "max_shard_size": (lambda value: is_text(value) and SHARD_SIZE[1](value), SHARD_SIZE[0]),

@@ -20,7 +20,8 @@ import pytest
 import yaml
 
 from btx_merge import ExpertSpec, MergeRecipe, merge
-from btx_merge.merging.template import field_descriptions, recipe_template
+from btx_merge.merging.template import recipe_template
+from btx_merge.values import field_descriptions
 from tests.cli.test_app import BTX, HEAVY, btx, errors_of, imported_by, sources
 from tests.conftest import Family
 from tests.support.common import files_of, save_seed
