@@ -12,7 +12,7 @@ from btx_merge.model.card import (
     CITATION,
     CITATION_TITLE,
     ROUTERS_TITLE,
-    UNTRAINED,
+    UNTRAINED_SENTENCE,
     how_to_use,
     project_link,
     with_metadata,
@@ -64,8 +64,8 @@ def updated_card(
     body = with_path(body, ".")  # one from the Hub names its repository, which holds another model
     if results is not None:
         body = body.replace(OF_THIS_MODEL, OF_AN_EARLIER_ONE)
-    if sentence and f" {UNTRAINED}" in body:
-        body = body.replace(f" {UNTRAINED}", sentence)
+    if sentence and UNTRAINED_SENTENCE.search(body):
+        body = UNTRAINED_SENTENCE.sub(lambda match: sentence, body)
     elif sentence:
         body = _ROUTERS_LINE.sub(lambda match: match[0].replace(sentence, "") + sentence, body, count=1)
     if section.startswith(ROUTERS_TITLE):
