@@ -34,43 +34,46 @@ RULES: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class TrainRecipe:
-    """Everything that determines a finetuning.
+    """Everything that determines a finetuning. Texts may be a mapping as in `MergeRecipe`.
 
     Raises:
         InputError: a value that cannot be meant; all of them in one error.
     """
 
     model: str
-    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    """A merged checkpoint: a folder, `org/name` or `org/name@revision`."""
     data: tuple[DomainText, ...] = ()
-    """The mixture. Also a mapping: name to a reference, several, or `text:` and `weight:`."""
+    """Texts to train on, by domain: a file, a folder, a glob or a dataset of the Hub. Domains are mixed by their
+    weights."""
     train: str = "shared"
-    """routers; shared (routers and everything that was averaged: the paper's variant with frozen experts); all; lora.
-    """
+    """What is trained. routers: nothing else; shared: routers and all that was averaged, while experts stay as
+    they are; all: every weight; lora: an adapter."""
     max_length: int | None = None
-    """Tokens of a window; 1024, or what the model can take where that is less."""
+    """Tokens of a window, at least 2. By default 1024, or what the model takes if that is less."""
     holdout: float = 0.02
-    """Part of each domain's documents that is not trained on but scored, in [0, 0.5]."""
+    """Part of each domain's documents that is scored and not trained on, in [0, 0.5]."""
     shuffle: int = 256
-    """Windows of each domain among which the next one is drawn, at least 1."""
+    """Windows of each domain among which the next one is drawn at random, at least 1."""
     router_grad: str | None = None
-    """sparse or dense, see `BTXConfig`; the model's where not given."""
+    """How routers learn. sparse: from the chosen experts; dense: from all, which costs more. By default as the
+    model's config says."""
     router_aux_loss_coef: float | None = None
-    """Coefficient of the balancing loss; the model's where not given."""
+    """Coefficient of the load balancing loss, at least 0. By default the model's."""
     router_aux_loss_scope: str = "global_batch"
-    """global_batch: balance over all ranks and accumulated micro-batches; micro_batch: over each."""
+    """Tokens over which the load is balanced. global_batch: those of all ranks and accumulated micro-batches;
+    micro_batch: those of each micro-batch."""
     lora_target: str = "shared"
-    """lora: routers, shared (routers and attention) or experts."""
+    """lora: what gets an adapter. routers: these alone; shared: routers and attention; experts: these alone."""
     lora_r: int = 16
-    """lora: rank."""
+    """lora: rank of the adapter, at least 1."""
     lora_alpha: float = 32
-    """lora: what is learned is scaled by lora_alpha / lora_r."""
+    """lora: what is learned is multiplied by lora_alpha / lora_r; above 0."""
     fsdp_size: int = 1
-    """Ranks that the parameters are sharded over (FSDP2): 1, or all of them."""
+    """Ranks that the parameters are sharded over (FSDP2), at least 1: one, or all of them."""
     ep_size: int = 1
-    """Ranks that the experts are spread over; divides fsdp_size."""
+    """Ranks that the experts are spread over (expert parallelism), at least 1; a divisor of `fsdp_size`."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Of `transformers.TrainingArguments`, by name. `max_steps` must be there."""
+    """Arguments of `transformers.TrainingArguments`, by name. `max_steps` must be there."""
 
     def __post_init__(self) -> None:
         problems = value_problems(self, RULES)

@@ -27,6 +27,7 @@ from btx_merge.model.files import PICTURE, ROUTING
 from btx_merge.model.held_out import OF_THIS_MODEL, training_results
 from btx_merge.model.records import append_record
 from btx_merge.reporting import Reporter
+from btx_merge.sources.cards import code_in_card
 from btx_merge.sources.locate import Located
 
 
@@ -132,7 +133,7 @@ def training_section(entry: Mapping[str, Any], history: Sequence[Mapping[str, An
     for domain in entry["data"]:
         before, after = held_out["before"].get(domain["name"]), held_out["after"].get(domain["name"])
         figures = [f"{value:.4g}" if value is not None else "" for value in (before, after)]
-        texts = ", ".join(f"`{reference}`" for reference in domain["references"])
+        texts = ", ".join(map(code_in_card, domain["references"]))
         rows.append([domain["name"], texts, f"{domain['weight'] / total:.0%}", *figures])
     table = _table(["domain", "texts", "share", "held-out perplexity before", "after"], rows)
     logged = [item for item in history if "loss" in item]

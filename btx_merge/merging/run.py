@@ -18,7 +18,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.files.changes import ReadFiles, Stamp
 from btx_merge.files.disk_errors import continuable
 from btx_merge.files.placing import check_target
-from btx_merge.files.scratch import scratch_folder
+from btx_merge.files.scratch import move_in, scratch_folder
 from btx_merge.fitting.recipe import ROUTER_FITS, FitTask
 from btx_merge.fitting.run import device_problems, fit_folder
 from btx_merge.merging.checks import examine
@@ -173,11 +173,13 @@ def merge(
         with Staging(target, plan, partial(fill, plan), read, recipe.to_dict(), reporter=reporter) as staging:
             staging.write(options.workers)
             layers: list[LayerFit] = []
+            files = staging.scratch()  # a run that is ended while it writes them leaves none that looks whole
             if recipe.is_fitted:
-                files = staging.scratch()  # half fitted it is no model yet
                 write_files(plan, files)
                 layers = _fit(plan, staging.folder, files, options, reporter)
-            write_files(plan, staging.folder, layers)
+                files = staging.scratch()
+            write_files(plan, files, layers)
+            move_in(files, staging.folder)
             staging.finish(options.overwrite)
     seconds = time.perf_counter() - began
     return Report(target, checked, seconds, peak_memory(), staging.kept_bytes, tuple(layers))

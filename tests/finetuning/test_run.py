@@ -30,7 +30,7 @@ from btx_merge.files.placing import partial_of
 from btx_merge.finetuning import trainer
 from btx_merge.finetuning.metrics import Meter
 from btx_merge.finetuning.recipe import TrainRecipe
-from btx_merge.finetuning.result import check_finite
+from btx_merge.finetuning.result import check_finite, training_section
 from btx_merge.finetuning.run import TrainReport, train
 from btx_merge.finetuning.session import Run
 from btx_merge.finetuning.work_folder import SUFFIX, held
@@ -763,3 +763,14 @@ def test_values_beyond_the_dtype_of_the_file(tmp_path):
     check_finite(tmp_path, {name: torch.full((4, 2), 6e4)}, tmp_path)
     with pytest.raises(NonFiniteError, match=r"gate\.weight: training ended .* not finite in torch\.float16\. "):
         check_finite(tmp_path, {name: torch.tensor([[0.0, 1.0]] * 3 + [[0.0, 7e4]])}, tmp_path)
+
+
+def test_a_name_of_a_text_does_not_break_the_cards_table():
+    entry = {
+        "train": "routers",
+        "data": [{"name": "code", "references": ["a|b`<i>.jsonl", "c.txt"], "weight": 1.0}],
+        "held_out_perplexity": {"before": {}, "after": {"code": 2.5}},
+        **{"trained_parameters": 1, "steps": 1, "tokens": 1, "max_length": 1, "arguments": {"learning_rate": 1.0}},
+    }
+    (row,) = [line for line in training_section(entry, []).splitlines() if line.startswith("| code ")]
+    assert row == "| code | <code>a&#124;b&#96;&#60;i&#62;.jsonl</code>, `c.txt` | 100% |  | 2.5 |"
