@@ -94,11 +94,12 @@ def print_check(checked: Check) -> None:
     """Print the sources with their distance from the seed, and the size of the merge."""
     plan = checked.plan
     groups = list(dict.fromkeys(item.group for item in checked.divergence))
-    title = "Sources, and their relative distance from the seed"
+    title = "Sources, and their relative distance from the seed; where it is =, all bytes are the seed's"
     table = Table("source", "model", "dtype", title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     for group in groups:
         table.add_column(group, justify="right", overflow="fold")
     distance = {(item.source, item.group): f"{item.distance:.3f}" for item in checked.divergence}
+    distance |= {(source, group): "=" for source, groups in (checked.unchanged or {}).items() for group in groups}
     for source in plan.sources:
         model = source.located.public_name + (f"@{source.located.revision[:8]}" if source.located.revision else "")
         if source.base:
@@ -108,11 +109,13 @@ def print_check(checked: Check) -> None:
     console = _console()
     console.print(table)
     recipe = plan.recipe
+    lossless = "; every source has the seed's, averaging loses nothing" if checked.is_lossless else ""
     lines = {
         "experts": f"{plan.num_experts} ({recipe.expert_mode}): {', '.join(plan.expert_names)}",
         "shared weights": recipe.combine
         + (", a head of its own" if recipe.has_own_head else "")
-        + (", norms folded into the experts" if recipe.fold_norms else ""),
+        + (", norms folded into the experts" if recipe.fold_norms else "")
+        + lossless,
         "routers": f"{recipe.router_type}, {recipe.router_init}, experts per token: {plan.experts_per_token}",
         "parameters": f"{count(plan.parameters)} in all, {count(plan.active_parameters)} active per token",
         "vocabulary": f"{plan.vocabulary.size:,} rows, {len(plan.vocabulary.new_tokens)} tokens new to the seed",
