@@ -18,7 +18,7 @@ class Options:
     workers: int | None = None
     """Threads that read and write. By default one per core, at most 4."""
     device: str | None = None
-    """Device to fit on, such as `cpu` or `cuda`. By default a GPU where there is one."""
+    """Device to fit or measure on, such as `cpu` or `cuda`. By default a GPU where there is one."""
     statistics: str | Path | None = None
     """Folder for what a fit collects in its pass over the texts. If it is there already, the texts are not read again:
     only the equations are solved, for instance with another penalty. By default nothing is kept."""

@@ -24,7 +24,7 @@ FLOORS = [
     ("fitting",),
     ("merging",),
     ("measuring",),
-    ("editing", "exporting", "finetuning", "publishing"),
+    ("editing", "evaluation", "exporting", "finetuning", "publishing"),
     ("cli",),
 ]
 """From the ground up. A room imports from lower floors only."""

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.files.disk_errors import is_curable, remedy_of
+from btx_merge.files.precious import precious_problem
 
 JOURNAL, LOCK = "btx_journal.jsonl", "btx_lock"
 MARKS = frozenset((JOURNAL, LOCK))
@@ -84,6 +85,8 @@ def check_target(target: Path, overwrite: bool) -> None:
         InputError: it is a file, a mount point, or a name that is too long; or it holds something that may not be
             replaced; or unfinished work beside it holds links.
     """
+    if problem := precious_problem(target):
+        raise InputError([problem])
     file = next((path for path in (target, *target.parents) if os.path.isfile(path)), None)
     if file is not None:
         raise InputError([Problem("output", str(file), "a file", "a folder that is empty or not there yet")])

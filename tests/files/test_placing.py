@@ -459,3 +459,29 @@ def test_ctrl_c_stays_ignored_where_it_was():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2  # of the seed that is not there
     assert "Interrupted" not in done.stderr
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_result_takes_the_place_of_a_home_or_of_the_folder_of_the_command(saved, tmp_path, monkeypatch, overwrite):
+    """`-o ~ --overwrite` would remove all that somebody has. Both folders are this test's own here."""
+    home, here = tmp_path / "users" / "me", tmp_path / "work" / "here"
+    for folder in (home, here):
+        folder.mkdir(parents=True)
+        (folder / "thesis.txt").write_text("years of work")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    before = files_of(tmp_path)
+    options = Options(overwrite=overwrite)
+    for output, found in (
+        (home, "is your home folder"),
+        (home.parent, "holds your home folder"),
+        (here, "is the folder"),
+    ):
+        with pytest.raises(InputError, match=found):
+            merge(recipe_of(saved), output, options)
+        with pytest.raises(InputError, match=found):
+            export(str(saved / "btx"), output, options)
+    with pytest.raises(InputError, match="holds your home folder"):
+        placing.check_target(Path("/"), overwrite)
+    assert files_of(tmp_path) == before
+    merge(recipe_of(saved), here / "out", options)
