@@ -232,6 +232,8 @@ def _next(model: str, merged: MergedModel, untrained: tuple[str, ...]) -> Iterat
         data = " ".join(f"--data {name}=TEXT" for name in merged.domains if name != SEED)
         yield f"btx train {given} {data} --train routers -o {out}-trained"
         return
+    held_out = " ".join(f"--data {name}=HELD_OUT_TEXT" for name in merged.domains if name != SEED)
+    yield f"btx eval {given} {held_out}"
     if not any(mixtral_refusals(merged)):
         yield f"btx export {given} {out}-mixtral"
     if not merged.located.repo_id:

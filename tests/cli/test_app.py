@@ -83,7 +83,8 @@ OPTIONS = {
     },
     "eval": {
         *("model", "--data", "--no-sources", "--source", "--soup", "--against", "--routing", "--tokens", "--window"),
-        *("--batch-size", "--dtype", "--output", "-o", "--card", "--device", "--overwrite", "--quiet", "-q", "--json"),
+        *("--batch-size", "--dtype", "--output", "-o", "--card", "--lm-eval-tasks", "--device", "--overwrite"),
+        *("--quiet", "-q", "--json"),
     },
     "push": {
         *("model", "repo_id", "--private", "--revision", "--create-pr", "--commit-message", "--base-model"),
