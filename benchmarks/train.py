@@ -27,7 +27,7 @@ import torch
 import transformers
 from btx_merge.modeling import BTXConfig, BTXForCausalLM
 
-from btx_merge.finetuning.session import is_trained
+from btx_merge.finetuning.trainee_btx import is_trained
 
 SHAPE = {
     "hidden_size": 768,

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from btx_merge.editing.run import EditReport, edit
     from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
     from btx_merge.exporting.run import ExportReport, export, extract
-    from btx_merge.finetuning.recipe import TrainRecipe
-    from btx_merge.finetuning.run import TrainReport, train
+    from btx_merge.finetuning.recipe import BranchRecipe, TrainRecipe
+    from btx_merge.finetuning.run import TrainReport, branch, train
     from btx_merge.fitting.recipe import FitRecipe
     from btx_merge.fitting.run import FitReport, fit
     from btx_merge.merging.recipe import MergeRecipe
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BTXError",
+    "BranchRecipe",
     "Check",
     "DomainText",
     "EditRecipe",
@@ -53,6 +54,7 @@ __all__ = [
     "Reporter",
     "TrainRecipe",
     "TrainReport",
+    "branch",
     "check",
     "edit",
     "export",
@@ -66,6 +68,7 @@ __all__ = [
 
 _MODULES = {
     "BTXError": "btx_merge.errors",
+    "BranchRecipe": "btx_merge.finetuning.recipe",
     "Check": "btx_merge.merging.run",
     "DomainText": "btx_merge.texts.references",
     "EditRecipe": "btx_merge.editing.recipe",
@@ -87,6 +90,7 @@ _MODULES = {
     "Reporter": "btx_merge.reporting",
     "TrainRecipe": "btx_merge.finetuning.recipe",
     "TrainReport": "btx_merge.finetuning.run",
+    "branch": "btx_merge.finetuning.run",
     "check": "btx_merge.merging.run",
     "edit": "btx_merge.editing.run",
     "export": "btx_merge.exporting.run",

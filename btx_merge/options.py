@@ -21,7 +21,7 @@ class Options:
     """Device to fit on, such as `cpu` or `cuda`. By default a GPU where there is one."""
     statistics: str | Path | None = None
     """Folder for what a fit collects in its pass over the texts. If it is there already, the texts are not read again:
-    only the equations are solved, for instance with another `router_ridge`. By default nothing is kept."""
+    only the equations are solved, for instance with another penalty. By default nothing is kept."""
     max_shard_size: str = "5GB"
     """Largest weights file of an export or an extraction, a size such as 5GB, 500MB or 5GiB. A merge has it in its
     recipe."""

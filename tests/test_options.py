@@ -10,6 +10,7 @@ import pytest
 
 import btx_merge
 from btx_merge import (
+    BranchRecipe,
     EditRecipe,
     FitRecipe,
     InputError,
@@ -17,6 +18,7 @@ from btx_merge import (
     Options,
     Reporter,
     TrainRecipe,
+    branch,
     check,
     edit,
     export,
@@ -28,6 +30,7 @@ from btx_merge import (
 from tests.support.common import Told
 
 VERBS = {
+    "branch": lambda out, options: branch(BranchRecipe("m", {"a": "t"}, arguments={"max_steps": 1}), out, options),
     "merge": lambda out, options: merge(MergeRecipe("s", {"a": "b"}), out, options),
     "check": lambda out, options: check(MergeRecipe("s", {"a": "b"}), out, options),
     "fit": lambda out, options: fit(FitRecipe("m", method="prompts", prompts={"a": ["x"]}), out, options),
@@ -47,6 +50,7 @@ VERBS = {
         ("edit", Options(statistics="there"), "statistics: 'there', which edit has no use for"),
         ("export", Options(device="cuda"), "device: 'cuda', which export has no use for"),
         ("extract", Options(device="cuda"), "device: 'cuda', which extract has no use for"),
+        ("branch", Options(device="cpu"), "device: 'cpu', which branch has no use for; expected only overwrite"),
         (
             "train",
             Options(device="cpu"),

@@ -27,6 +27,7 @@ def test_public_names():
     """A contract: what is added or removed here is so for everybody."""
     assert btx_merge.__all__ == [
         "BTXError",
+        "BranchRecipe",
         "Check",
         "DomainText",
         "EditRecipe",
@@ -48,6 +49,7 @@ def test_public_names():
         "Reporter",
         "TrainRecipe",
         "TrainReport",
+        "branch",
         "check",
         "edit",
         "export",

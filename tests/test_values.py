@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from btx_merge import EditRecipe, FitRecipe, InputError, MergeRecipe, TrainRecipe
+from btx_merge import BranchRecipe, EditRecipe, FitRecipe, InputError, MergeRecipe, TrainRecipe
 
 RECIPES: dict[Any, dict[str, Any]] = {
+    BranchRecipe: {"model": "seed", "data": {"code": "code.txt"}},
     EditRecipe: {"model": "merged"},
     FitRecipe: {"model": "merged"},
     MergeRecipe: {"seed": "seed", "experts": {"code": "code"}},

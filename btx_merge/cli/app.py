@@ -58,11 +58,11 @@ def _main(
         ),
     ] = False,
 ) -> None:
-    """With this, one command more does not change how the others are called."""
+    """Take the options of `btx` itself."""
 
 
 def _ends_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns our errors into lines and exit codes. Nobody gets a traceback for a mistake of theirs."""
+    """Turn our errors into lines and exit codes: nobody gets a traceback for a mistake of theirs."""
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
@@ -105,7 +105,7 @@ app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown
 
 
 def main() -> None:
-    """Entry point of the console script."""
+    """Run the command, as the console script does."""
     # Read when torch is imported: threads that wait for each other give up their core soon. Where another program
     # keeps one of two cores busy, a fit takes a quarter of the time.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

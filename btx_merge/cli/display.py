@@ -25,7 +25,7 @@ from btx_merge.merging.plan import Fate
 from btx_merge.merging.run import Check, Report
 from btx_merge.model.card import count
 from btx_merge.model.info import ModelInfo
-from btx_merge.reporting import printable
+from btx_merge.reporting import printable, readable
 
 if TYPE_CHECKING:
     from btx_merge.model.held_out import LayerFit
@@ -81,7 +81,7 @@ class Bars(Lines):
 
 
 def fit_line(layers: Sequence[LayerFit]) -> str:
-    """How the routers came out, over all layers."""
+    """Return how the routers came out, over all layers."""
     mean = sum(layer.accuracy for layer in layers) / len(layers)
     worst = min(layers, key=lambda layer: layer.accuracy)
     return (
@@ -91,14 +91,15 @@ def fit_line(layers: Sequence[LayerFit]) -> str:
 
 
 def print_check(checked: Check) -> None:
-    """The sources with their distance from the seed, and the size of the merge."""
+    """Print the sources with their distance from the seed, and the size of the merge."""
     plan = checked.plan
     groups = list(dict.fromkeys(item.group for item in checked.divergence))
-    title = "Sources, and their relative distance from the seed"
+    title = "Sources, and their relative distance from the seed; where it is =, all bytes are the seed's"
     table = Table("source", "model", "dtype", title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     for group in groups:
         table.add_column(group, justify="right", overflow="fold")
     distance = {(item.source, item.group): f"{item.distance:.3f}" for item in checked.divergence}
+    distance |= {(source, group): "=" for source, groups in (checked.unchanged or {}).items() for group in groups}
     for source in plan.sources:
         model = source.located.public_name + (f"@{source.located.revision[:8]}" if source.located.revision else "")
         if source.base:
@@ -108,42 +109,44 @@ def print_check(checked: Check) -> None:
     console = _console()
     console.print(table)
     recipe = plan.recipe
+    lossless = "; every source has the seed's, averaging loses nothing" if checked.is_lossless else ""
     lines = {
         "experts": f"{plan.num_experts} ({recipe.expert_mode}): {', '.join(plan.expert_names)}",
         "shared weights": recipe.combine
         + (", a head of its own" if recipe.has_own_head else "")
-        + (", norms folded into the experts" if recipe.fold_norms else ""),
+        + (", norms folded into the experts" if recipe.fold_norms else "")
+        + lossless,
         "routers": f"{recipe.router_type}, {recipe.router_init}, experts per token: {plan.experts_per_token}",
         "parameters": f"{count(plan.parameters)} in all, {count(plan.active_parameters)} active per token",
         "vocabulary": f"{plan.vocabulary.size:,} rows, {len(plan.vocabulary.new_tokens)} tokens new to the seed",
         "output": f"{TORCH_NAMES[plan.dtype]}, {len(plan.shards)} weights file{'s' * (len(plan.shards) > 1)}",
-        "to read / to write": f"{_size(plan.bytes_to_read)} / {_size(plan.bytes_to_write)}",
-        "working memory": f"about {_size(plan.working_memory)}",
+        "to read / to write": f"{readable(plan.bytes_to_read)} / {readable(plan.bytes_to_write)}",
+        "working memory": f"about {readable(plan.working_memory)}",
     }
     console.print(_facts(lines))
 
 
 def print_files(checked: Check) -> None:
-    """What a merge would write, and where."""
+    """Print what a merge would write, and where."""
     console = _console()
     console.print(printable(f"Would be written to {checked.output}"), soft_wrap=True)
     table = Table("file", box=SIMPLE, pad_edge=False)
     table.add_column("size", justify="right")
     for name, nbytes in checked.files.items():
-        table.add_row(printable(name), _size(nbytes) if nbytes >= 1e5 else f"{nbytes:,} bytes")
+        table.add_row(printable(name), readable(nbytes))
     console.print(table)
 
 
 def print_report(report: Report) -> None:
-    """What became of every input tensor, and what it cost."""
+    """Print what became of every input tensor, and what it cost."""
     console = _console()
     console.print(_fates(report.fates))
     plan = report.checked.plan
     rate = plan.bytes_to_write / max(report.seconds, 1e-9)
     lines = {
-        "written": f"{report.output}: {_size(plan.bytes_to_write)}, {plan.num_experts} experts, "
+        "written": f"{report.output}: {readable(plan.bytes_to_write)}, {plan.num_experts} experts, "
         f"{count(plan.parameters)} parameters, {count(plan.active_parameters)} active per token",
-        "took": f"{report.seconds:.1f} s ({_size(int(rate))}/s), peak memory {_size(report.peak_memory)}",
+        "took": f"{report.seconds:.1f} s ({readable(int(rate))}/s), peak memory {readable(report.peak_memory)}",
     }
     if report.layers:
         lines["routers"] = fit_line(report.layers)
@@ -153,14 +156,14 @@ def print_report(report: Report) -> None:
 
 
 def print_export(report: ExportReport) -> None:
-    """What was written, and what it cost."""
+    """Print what was written, and what it cost."""
     files = f"{len(report.files)} weights file{'s' * (len(report.files) > 1)}"
     lines = {
-        "written": f"{report.output}: {_size(report.nbytes)} in {files}, {count(report.parameters)} parameters",
-        "took": f"{report.seconds:.1f} s, peak memory {_size(report.peak_memory)}",
+        "written": f"{report.output}: {readable(report.nbytes)} in {files}, {count(report.parameters)} parameters",
+        "took": f"{report.seconds:.1f} s, peak memory {readable(report.peak_memory)}",
     }
     if report.kept_bytes:
-        lines["kept"] = f"{_size(report.kept_bytes)} of an interrupted run"
+        lines["kept"] = f"{readable(report.kept_bytes)} of an interrupted run"
     _console().print(_facts(lines))
 
 
@@ -172,13 +175,13 @@ def print_info(info: ModelInfo) -> None:
         model = (expert.model or "") + (f" on {expert.base}" if expert.base else "")
         table.add_row(str(expert.number), *map(printable, (expert.name, model, (expert.revision or "")[:8])))
     console.print(table)
-    on_disk = "" if info.disk_bytes is None else f", {_size(info.disk_bytes)} on disk"
+    on_disk = "" if info.disk_bytes is None else f", {readable(info.disk_bytes)} on disk"
     lines = {
         "model": info.model + (f"@{info.revision[:8]}" if info.revision else ""),
         "routing": f"{info.router_type}, {info.experts_per_token} of {len(info.experts)} experts per token",
         "routers": info.routers + (f"; untrained: {', '.join(info.untrained)}" if info.untrained else ""),
         "parameters": f"{count(info.parameters)} in all, {count(info.active_parameters)} active per token",
-        "size": f"{_size(info.nbytes)} of weights in {info.dtype}{on_disk}",
+        "size": f"{readable(info.nbytes)} of weights in {info.dtype}{on_disk}",
         "tokenizer": "yes" if info.tokenizer else "none",
     }
     console.print(_facts(lines))
@@ -193,7 +196,7 @@ def _fates(fates: tuple[Fate, ...]) -> Table:
     for kind in kinds:
         table.add_column(kind, justify="right")
     for source in dict.fromkeys(fate.source for fate in fates):
-        cells = {fate.fate: f"{fate.tensors} ({_size(fate.nbytes)})" for fate in fates if fate.source == source}
+        cells = {fate.fate: f"{fate.tensors} ({readable(fate.nbytes)})" for fate in fates if fate.source == source}
         table.add_row(printable(source), *(cells.get(kind, "") for kind in kinds))
     return table
 
@@ -203,7 +206,3 @@ def _facts(lines: dict[str, str]) -> Table:
     for key, value in lines.items():
         table.add_row(key, printable(value))
     return table
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

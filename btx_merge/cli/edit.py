@@ -22,7 +22,7 @@ def edit_command(
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """Add, drop, replace or rename experts of a merged model, without a new merge."""
+    """Add, drop, replace or rename experts, without a new merge."""
     from btx_merge.cli.display import fit_line
     from btx_merge.editing.run import edit
 

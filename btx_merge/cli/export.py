@@ -22,20 +22,21 @@ def export_command(
     out: Annotated[
         Path | None, typer.Argument(help="Folder (or GGUF file) for the result.", show_default=False)
     ] = None,
-    output: Annotated[Path | None, option("The same, as an option.", "--output", "-o")] = None,
+    output: Annotated[Path | None, option("The same as OUT, as an option.", "--output", "-o")] = None,
     format: Annotated[
-        str, typer.Option(help="mixtral: for transformers, vLLM, SGLang, llama.cpp; gguf: by llama.cpp's converter.")
+        str,
+        typer.Option(help="mixtral: for transformers, vLLM, SGLang, llama.cpp; gguf: by llama.cpp's converter."),
     ] = "mixtral",
     max_shard_size: MaxShardSize = "5GB",
     llama_cpp: Annotated[
-        Path | None, option("Folder of llama.cpp, for gguf [default: $LLAMA_CPP, or its converter on PATH].")
+        Path | None, option("Folder of llama.cpp, for gguf [default: $LLAMA_CPP, or the converter on PATH].")
     ] = None,
     overwrite: Overwrite = False,
     workers: Workers = None,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """Write a merged model in a layout that other programs serve."""
+    """Write a merged model as a Mixtral or a GGUF, for other programs."""
     from btx_merge.exporting.run import export
 
     folder = out or output
@@ -49,7 +50,7 @@ def export_command(
 
 def extract_command(
     model: Model,
-    expert: Annotated[str, typer.Argument(help="Its name.")],
+    expert: Annotated[str, typer.Argument(help="Name of the expert.")],
     output: Output,
     max_shard_size: MaxShardSize = "5GB",
     overwrite: Overwrite = False,
@@ -57,7 +58,10 @@ def extract_command(
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """Take one expert out, as a dense Llama with the merged shared weights."""
+    """Take one expert out, as a dense Llama.
+
+    It gets the shared weights of the merged model.
+    """
     from btx_merge.exporting.run import extract
 
     options = Options(overwrite, workers, max_shard_size=max_shard_size)

@@ -21,7 +21,7 @@ def fit_command(
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """Fit the routers of a merged model in closed form, without training."""
+    """Fit a merged model's routers in closed form, without training."""
     from btx_merge.cli.display import fit_line
     from btx_merge.fitting.run import fit
 

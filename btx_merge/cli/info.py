@@ -7,7 +7,7 @@ from btx_merge.cli.printing import print_json
 
 
 def info_command(model: Model, json_output: Json = False) -> None:
-    """Say what a merged model is, where it comes from, and what comes next. Reads no weights."""
+    """Show what a merged model is, its origin, and what comes next. Reads no weights."""
     from btx_merge.cli.display import print_info
     from btx_merge.model.info import info
 

@@ -17,7 +17,11 @@ from btx_merge.merging.recipe import RULES, MergeRecipe
 from btx_merge.options import Options
 
 _RecipeFile = Annotated[
-    Path | None, option("YAML file, or a merged model (folder, Hub id) for its own; flags win over it.", "--recipe")
+    Path | None,
+    option(
+        "YAML file, or a merged model for the recipe of its merge. Flags win over it.",
+        "--recipe",
+    ),
 ]
 _takes_recipe = takes(MergeRecipe, RULES, without=("seed_weight",))  # `--weight seed=NUMBER` gives it
 
@@ -30,7 +34,7 @@ def check_command(
     quiet: Quiet = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say all that would be refused, and what the merge would be. Writes nothing."""
+    """Check a merge, and show what it would give. Writes nothing."""
     from btx_merge.cli.display import print_check
     from btx_merge.merging.run import check
 
@@ -50,10 +54,10 @@ def merge_command(
     given: Given,
     output: Annotated[Path | None, option("Folder for the merged model.", "--output", "-o")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and say what would be written; write nothing.")
+        bool, typer.Option("--dry-run", help="Check everything and show what would be written, but write nothing.")
     ] = False,
     print_recipe: Annotated[
-        bool, typer.Option("--print-recipe", help="Print a recipe file with all options to start from, no more.")
+        bool, typer.Option("--print-recipe", help="Only print a recipe file to start from, with all options.")
     ] = False,
     overwrite: Overwrite = False,
     workers: Workers = None,

@@ -31,10 +31,14 @@ def option(help: str, *names: str, metavar: str | None = None, values: Collectio
     )
 
 
-def described(cls: type, name: str) -> str:
-    """Return what `--help` says of a field: its docstring, with flags in place of other fields' names; its default."""
+def described(cls: type, name: str, more: str = "") -> str:
+    """Return what `--help` says of a field: its docstring, with flags in place of other fields' names; its default.
+
+    Args:
+        more: what `--help` says between them.
+    """
     flags = {item.name: flag_of(item) for item in fields(cls)}
-    text = re.sub(r"`([^`]+)`", lambda match: flags.get(match[1], match[1]), _descriptions(cls)[name])
+    text = re.sub(r"`([^`]+)`", lambda match: flags.get(match[1], match[1]), _descriptions(cls)[name]) + more
     (default,) = (item.default for item in fields(cls) if item.name == name)
     if isinstance(default, (str, int, float)) and default is not False:
         text += f" [default: {'yes' if default is True else default}]"

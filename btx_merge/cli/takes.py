@@ -206,7 +206,8 @@ def _flags_of(recipe: type, rules: Mapping[str, Rule], metavars: Mapping[str, st
 
 
 def _several(cls: type, name: str, flag: str, metavar: str, parse: Parser) -> _Flag:
-    return _Flag(flag, Annotated[list[str] | None, option(described(cls, name), flag, metavar=metavar)], parse)
+    help = described(cls, name, " May be repeated.")
+    return _Flag(flag, Annotated[list[str] | None, option(help, flag, metavar=metavar)], parse)
 
 
 def _given(flags: Mapping[str, _Flag], values: Mapping[str, Any]) -> Given:

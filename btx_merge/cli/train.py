@@ -56,14 +56,17 @@ def train_command(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help=described(TrainRecipe, "model"))] = None,
     output: Output = ...,  # type: ignore[assignment]
-    config: Annotated[Path | None, option("YAML file: data, and any option by name; flags win over it.")] = None,
+    config: Annotated[Path | None, option("YAML file with data and options, by name. Flags win over it.")] = None,
     given: Given = ...,  # type: ignore[assignment]
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """Finetune a merged model. All of transformers.TrainingArguments are options too, as --adam-beta2 0.98."""
+    """Finetune a merged model.
+
+    All of transformers.TrainingArguments are options too, by their names: --adam-beta2 0.98.
+    """
     end_like_ctrl_c()  # a terminated run says in one line what is kept
     with _the_first_speaks():
         values = read_train_file(config) if config else {}
@@ -73,7 +76,7 @@ def train_command(
         elif model:
             values["model"] = model
         values |= given.values | _further_arguments(further)
-        recipe = recipe_of(values, str(config or "command"))
+        recipe = recipe_of(values, str(config or "command"), given)
 
         from btx_merge.finetuning.run import train as finetune
 
@@ -125,7 +128,7 @@ def read_train_file(file: Path) -> dict[str, Any]:
     return values
 
 
-def recipe_of(values: Mapping[str, Any], origin: str) -> TrainRecipe:
+def recipe_of(values: Mapping[str, Any], origin: str, given: Given) -> TrainRecipe:
     """Return a recipe from plain values: our own options, and arguments of the Trainer.
 
     Raises:
@@ -139,7 +142,7 @@ def recipe_of(values: Mapping[str, Any], origin: str) -> TrainRecipe:
     try:
         recipe = TrainRecipe(**{"model": "", **own}, arguments=arguments)
     except InputError as error:
-        problems += [replace(problem, source=origin) for problem in error.problems]
+        problems += [given.as_typed(replace(problem, source=origin)) for problem in error.problems]
     if problems:
         raise InputError(problems)
     return recipe

@@ -20,44 +20,49 @@ ROW_INITS = ("ridge", "random", "zeros")
 class EditRecipe:
     """Everything that determines an edit: experts that go, come, are replaced or get another name.
 
+    Experts and texts may be given as in `MergeRecipe`.
+
     Raises:
         InputError: values that cannot be meant; all of them in one error.
     """
 
     model: str
-    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    """A merged checkpoint: a folder, `org/name` or `org/name@revision`."""
     drop: tuple[str, ...] = ()
-    """Experts that go. `seed` among them: the seed is no expert any more."""
+    """Experts that go. If seed is among them, the seed is no expert any more."""
     add: Mapping[str, ExpertSpec] = field(default_factory=dict)
-    """Name to a model that becomes an expert, behind those that there are. A plain string stands for its `model`."""
+    """Models that become experts, behind those that there are: checkpoints or PEFT adapters."""
     replace: Mapping[str, ExpertSpec] = field(default_factory=dict)
-    """Expert to the model whose feed-forward blocks take its place."""
+    """Models whose feed-forward blocks take the place of an expert's."""
     rename: Mapping[str, str] = field(default_factory=dict)
-    """Expert to its new name."""
+    """New names of experts."""
     shared: str = "auto"
-    """What becomes of attention, embeddings, norms and head. update: they move as if merged with the new set, for
-    which every source of both sets is read; keep: they stay; auto: update where the sources are there."""
+    """What becomes of attention, embeddings, norms and head. update: they move as if the new set of experts had
+    been merged, for which every source of both sets is read; keep: they stay; auto: update if all these sources
+    are there."""
     sources: Mapping[str, str] = field(default_factory=dict)
-    """Source of the model's own recipe to where it lies now; only those that have moved."""
+    """Where sources of the model's own recipe lie now, if they have moved."""
     router_init: str | None = None
-    """Rows of new experts. ridge: fitted on their `domain_text`; random: normal with `router_std`; zeros. None: ridge
-    where there is text, otherwise random for an added expert, and the row that was there for a replaced one."""
+    """Router rows of new experts. ridge: fitted on `domain_text`; random: normal with `router_std`; zeros: all 0.
+    By default ridge if there is text; otherwise random for an added expert, and the row that was there for a
+    replaced one."""
     router_std: float | None = None
-    """Standard deviation of random rows; the model's initializer_range where not given."""
+    """Standard deviation of random rows, above 0. By default the model's initializer_range."""
     random_seed: int = 0
-    """Seed of random rows. In [0, 2**32)."""
+    """Seed of random rows, in [0, 2**32)."""
     domain_text: tuple[DomainText, ...] = ()
-    """For ridge: text of the new experts; of others too where there is some, for contrast. Also by name: a mapping."""
+    """Text of each new expert's domain, for ridge: a file, a folder, a glob or a dataset of the Hub. Text of the
+    others, for contrast, helps."""
     domain_tokens: int = 200_000
-    """Tokens of each domain that are read, at least 64."""
+    """Tokens that are read of each domain, from the beginning of its text; at least 64."""
     router_ridge: float = 0.001
-    """ridge: penalty, relative to the mean square of the router's input. Above 0."""
+    """ridge: penalty on the router's weights, relative to the mean square of its input; above 0."""
     num_experts_per_tok: int | None = None
-    """Experts per token from now on; as before where not given."""
+    """Experts that each token is sent to from now on, at least 1. By default as many as before."""
     allow_nonfinite: bool = False
-    """Whether to go on where a source holds NaN or Inf."""
+    """Go on even if a source holds NaN or Inf."""
     allow_unrelated: bool = False
-    """Whether to go on where a source does not seem to have grown from the seed."""
+    """Go on even if a source does not seem to have grown from the seed."""
 
     def __post_init__(self) -> None:
         problems = value_problems(self, RULES) + _kind_problems(self)

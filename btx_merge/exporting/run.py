@@ -19,6 +19,7 @@ from btx_merge.exporting.files import check_tokenizer, origin, shared_config, un
 from btx_merge.exporting.gguf import file_problems, find_converter, no_converter, write_gguf
 from btx_merge.exporting.mixtral import mixtral_card, mixtral_config, mixtral_tensors
 from btx_merge.files.disk_errors import continuable
+from btx_merge.files.scratch import move_in
 from btx_merge.model.card import CITATION, how_to_use
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.mixtral_limits import mixtral_refusals, mixtral_warnings
@@ -226,15 +227,17 @@ def _write(checked: _Checked, target: Path, began: float, options: Options, repo
         copy_staging(layout, merged.located.folder, merged.located.stamps, target, reporter) as staging,
     ):
         staging.write(options.workers)
-        write_index(layout, staging.folder)
+        files = staging.scratch()
+        write_index(layout, files)
         write_export_files(
             merged,
-            staging.folder,
+            files,
             config=derived.config,
             tags=derived.tags,
             card=derived.card,
             keeps_figures=derived.keeps_figures,
         )
+        move_in(files, staging.folder)
         staging.finish(options.overwrite)
     return ExportReport(
         target,

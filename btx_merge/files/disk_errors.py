@@ -36,7 +36,7 @@ _LASTING = {
     errno.ENOTEMPTY: "Move it away.",
     errno.ELOOP: "Its links lead in a circle: choose another folder.",
     errno.ENAMETOOLONG: "Choose a shorter name for --output.",
-    errno.EFBIG: "Give a smaller --max-shard-size, raise the limit (ulimit -f), or write to another file system.",
+    errno.EFBIG: "Raise the limit (ulimit -f), write elsewhere, or merge with a smaller --max-shard-size.",
     errno.EBUSY: "Something uses it, as a mount does: choose another --output.",
     errno.ENOSYS: f"Its file system cannot do this. {_ANOTHER_PLACE}",
     errno.ENOTSUP: f"Its file system cannot do this. {_ANOTHER_PLACE}",

@@ -47,7 +47,7 @@ class ConsoleLines(TrainerCallback):
 
     def __init__(self, reporter: Reporter, domains: Sequence[str], experts: Sequence[str]):
         self.reporter = reporter
-        self._columns = {"loss": "loss", "aux_loss": "balancing"}
+        self._columns = {"loss": "loss", **({"aux_loss": "balancing"} if experts else {})}
         self._columns |= {f"perplexity/{name}": f"ppl {name}" for name in domains}
         self._columns |= {f"load/{name}": f"to {name}" for name in experts}
         self._widths = [max(len(title), 9) for title in ("step", *self._columns.values())]

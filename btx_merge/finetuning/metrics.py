@@ -1,4 +1,4 @@
-"""Measurements of a training step: its routing and its domains.
+"""Measurements of a training step: its domains, and the routing of a merged model.
 
 Legend: B rows, T tokens, N = B * T, K experts per token, E experts, L layers, D domains, V vocabulary.
 """
@@ -24,27 +24,68 @@ no gradient."""
 LOAD_PER_LAYER = "load_per_layer"
 
 
-class Meter:
-    """Measures training steps: routing by hooks on the routers, losses by domain from the logits."""
+class DomainLosses:
+    """Measures the losses of training steps by domain, from the logits."""
+
+    def __init__(self, domains: Sequence[str], reporter: Reporter):
+        self.domains = domains
+        self.reporter = reporter
+        self.experts: list[str] = []
+        """Names of the experts whose load is measured, too."""
+        self._start()
+
+    def _start(self) -> None:
+        self._losses: Any = torch.zeros(2, len(self.domains))  # sums, then counts
+
+    @contextmanager
+    def watching(self, is_watching: bool) -> Iterator[None]:
+        """Mark the pass whose losses will be added: a meter may look at the model while it computes."""
+        yield
+
+    @torch.no_grad()
+    def add(self, outputs: Any, labels: torch.Tensor, domains: torch.Tensor) -> None:
+        """Add the losses of a pass by domain: logits [B, T, V], labels [B, T], domains [B]."""
+        for logits, row, domain in zip(outputs["logits"], labels, domains.tolist(), strict=True):
+            # by row, since each has a domain of its own; -100 is passed over
+            loss = F.cross_entropy(logits[:-1].float(), row[1:], reduction="sum")
+            self._losses[0, domain] += loss.to(self._losses)
+            self._losses[1, domain] += int((row[1:] != -100).sum())
+
+    def take(self, step: int, device: torch.device) -> tuple[dict[str, float], list[list[float]] | None]:
+        """Return what was measured since the last call, on all ranks: values to log, and the load [L, E] as shares."""
+        (losses,), _ = _summed([self._losses], device)
+        self._start()
+        return self._perplexities(losses), None
+
+    def _perplexities(self, losses: torch.Tensor) -> dict[str, float]:
+        log = {}
+        for name, total, count in zip(self.domains, *losses.tolist(), strict=True):
+            if count:
+                log[f"perplexity/{name}"] = perplexity(total / count)
+        return log
+
+
+class Meter(DomainLosses):
+    """Measures the routing of a merged model, too, by hooks on its routers."""
 
     def __init__(self, model: nn.Module, domains: Sequence[str], reporter: Reporter):
         config: Any = model.config
-        self.domains = domains
-        self.experts = [str(name) for name in config.expert_names or range(config.num_local_experts)]
-        self.reporter = reporter
+        names = [str(name) for name in config.expert_names or range(config.num_local_experts)]
         self._layers = [module for module in model.modules() if isinstance(module, BTXRouting)]
         for layer, routing in enumerate(self._layers):
             routing.register_forward_hook(lambda _, __, out, layer=layer: self._routed(layer, *out))
         self._is_watching = False
         self._dead: set[tuple[int, int]] = set()
-        self._start()
+        self._sizes = len(self._layers), len(names)
+        super().__init__(domains, reporter)
+        self.experts = names
 
     def _start(self) -> None:
-        rows, columns = len(self._layers), len(self.experts)
+        super()._start()
+        rows, columns = self._sizes
         self._choices: Any = torch.zeros(rows, columns)
         self._entropy: Any = torch.zeros(rows)
         self._tokens = 0
-        self._losses: Any = torch.zeros(2, len(self.domains))  # sums, then counts
         self._balance: list[torch.Tensor] = []
 
     @contextmanager
@@ -66,32 +107,17 @@ class Meter:
         if layer == 0:
             self._tokens += logits.shape[0]
 
-    @torch.no_grad()
     def add(self, outputs: Any, labels: torch.Tensor, domains: torch.Tensor) -> None:
-        """Add the losses of a pass by domain: logits [B, T, V], labels [B, T], domains [B]."""
-        for logits, row, domain in zip(outputs["logits"], labels, domains.tolist(), strict=True):
-            # by row, since each has a domain of its own; -100 is passed over
-            loss = F.cross_entropy(logits[:-1].float(), row[1:], reduction="sum")
-            self._losses[0, domain] += loss.to(self._losses)
-            self._losses[1, domain] += int((row[1:] != -100).sum())
+        """Add the losses of a pass by domain, and its balancing loss."""
+        super().add(outputs, labels, domains)
         if outputs.get("aux_loss") is not None:
             self._balance.append(outputs["aux_loss"].detach())
 
-    def take(self, step: int, device: torch.device) -> tuple[dict[str, float], list[list[float]]]:
+    def take(self, step: int, device: torch.device) -> tuple[dict[str, float], list[list[float]] | None]:
         """Return what was measured since the last call, on all ranks: values to log, and the load [L, E] as shares."""
         balance = self._balance[-1].to(device, torch.float32) if self._balance else torch.zeros((), device=device)
-        # One reduction for everything: each costs a round trip between the ranks.
-        parts = [self._choices, self._entropy, torch.tensor([float(self._tokens)]), self._losses]
-        flat = torch.cat([*(part.flatten().to(device) for part in parts), balance[None]])
-        ranks = 1
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(flat)
-            ranks = dist.get_world_size()
-        sizes = [*(part.numel() for part in parts), 1]
-        pieces: Any = torch.split(flat.cpu(), sizes)
-        choices, entropy, tokens, losses = (
-            piece.reshape(part.shape) for piece, part in zip(pieces[:-1], parts, strict=True)
-        )
+        parts = [self._choices, self._entropy, torch.tensor([float(self._tokens)]), self._losses, balance[None]]
+        (choices, entropy, tokens, losses, balances), ranks = _summed(parts, device)
         load = choices / choices.sum(dim=-1, keepdim=True).clamp(min=1)
         log = {f"load/{name}": share for name, share in zip(self.experts, load.mean(dim=0).tolist(), strict=True)}
         worst = (load * len(self.experts) - 1).abs().amax(dim=-1).tolist()
@@ -99,10 +125,8 @@ class Meter:
         log["router_entropy"] = float(entropy.mean() / tokens.clamp(min=1))
         log["dead_experts"] = self._warn_of_dead(step, load)
         if self._balance:
-            log["aux_loss"] = float(pieces[-1]) / ranks
-        for name, total, count in zip(self.domains, *losses.tolist(), strict=True):
-            if count:
-                log[f"perplexity/{name}"] = perplexity(total / count)
+            log["aux_loss"] = float(balances) / ranks
+        log |= self._perplexities(losses)
         self._start()
         return log, load.tolist()
 
@@ -117,6 +141,17 @@ class Meter:
             self.reporter.warn(f"step {step}, layer {layer}: the expert {name} is dead: {found}")
         self._dead = dead
         return len(dead)
+
+
+def _summed(parts: Sequence[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor], int]:
+    """Add up tensors over all ranks; return the sums on the CPU, in their shapes, and the number of ranks."""
+    flat = torch.cat([part.flatten().to(device) for part in parts])
+    ranks = 1
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(flat)  # one for everything: each costs a round trip between the ranks
+        ranks = dist.get_world_size()
+    pieces: Any = torch.split(flat.cpu(), [part.numel() for part in parts])
+    return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)], ranks
 
 
 def perplexity(loss: float) -> float:

@@ -24,28 +24,30 @@ def figure_of(history: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> A
 
     Args:
         history: what the Trainer logged.
-        experts: their names, in the model's order.
+        experts: their names, in the model's order. A dense model has none: no balancing loss, and no load.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 8), layout="constrained")
+    figure = Figure(figsize=(15, 8 if experts else 4), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, balance, rate, perplexity, load, layers = figure.subplots(2, 3).flatten()
+    panels = iter(figure.subplots(2 if experts else 1, 3).flatten())
+    loss = next(panels)
     _curve(loss, history, "loss")
     _panel(loss, "loss")
-    _curve(balance, history, "aux_loss")
-    _panel(balance, "balancing loss, without its coefficient")
+    if experts:
+        balance = next(panels)
+        _curve(balance, history, "aux_loss")
+        _panel(balance, "balancing loss, without its coefficient")
+    rate = next(panels)
     rates = _points(history, "learning_rate")
     rate.plot(*rates, color="C0", marker="." if len(rates[0]) == 1 else None)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
     _panel(rate, "learning rate")
-    _perplexities(perplexity, history)
-    for number, name in enumerate(experts):
-        _curve(load, history, f"load/{name}", name, f"C{number % 10}")
-    load.axhline(1 / len(experts), color="grey", linewidth=1, linestyle=":", label="ideal")
-    _panel(load, "load by expert")
-    _loads_by_layer(figure, layers, history, experts)
+    _perplexities(next(panels), history)
+    if experts:
+        _loads(next(panels), history, experts)
+        _loads_by_layer(figure, next(panels), history, experts)
     return figure
 
 
@@ -91,6 +93,13 @@ def _perplexities(ax: Any, history: Sequence[Mapping[str, Any]]) -> None:
     if seen and max(seen) > _WIDE * min(seen):
         ax.set_yscale("log")
     _panel(ax, "perplexity by domain")
+
+
+def _loads(ax: Any, history: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> None:
+    for number, name in enumerate(experts):
+        _curve(ax, history, f"load/{name}", name, f"C{number % 10}")
+    ax.axhline(1 / len(experts), color="grey", linewidth=1, linestyle=":", label="ideal")
+    _panel(ax, "load by expert")
 
 
 def _loads_by_layer(figure: Any, ax: Any, history: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> None:

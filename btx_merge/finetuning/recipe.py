@@ -1,4 +1,4 @@
-"""The recipe of a finetuning: the model, what is trained, on which texts, with which settings."""
+"""The recipes of `train` and `branch`: the model, what is trained, on which texts, with which settings."""
 
 from __future__ import annotations
 
@@ -13,39 +13,102 @@ from btx_merge.values import ABOVE_ZERO, Rule, at_least, one_of, value_problems
 
 TRAIN_MODES = ("routers", "shared", "all", "lora")
 LORA_TARGETS = {"routers": "routers", "shared": "routers + shared", "experts": "experts"}
+BRANCH_MODES = ("all", "ff", "lora")
+BRANCH_LORA_TARGETS = ("ff", "all")
 
-
-RULES: dict[str, Rule] = {
-    "model": ("a merged checkpoint", bool),
-    "train": one_of(TRAIN_MODES),
+_OF_BOTH: dict[str, Rule] = {
     "max_length": at_least(2),
     "holdout": ("in [0, 0.5]", lambda value: 0 <= value <= 0.5),
     "shuffle": at_least(1),
+    "lora_r": at_least(1),
+    "lora_alpha": ABOVE_ZERO,
+    "fsdp_size": at_least(1),
+}
+RULES: dict[str, Rule] = {
+    **_OF_BOTH,
+    "model": ("a merged checkpoint", bool),
+    "train": one_of(TRAIN_MODES),
     "router_grad": one_of(("sparse", "dense")),
     "router_aux_loss_coef": at_least(0),
     "router_aux_loss_scope": one_of(("global_batch", "micro_batch")),
     "lora_target": one_of(LORA_TARGETS),
-    "lora_r": at_least(1),
-    "lora_alpha": ABOVE_ZERO,
-    "fsdp_size": at_least(1),
     "ep_size": at_least(1),
+}
+BRANCH_RULES: dict[str, Rule] = {
+    **_OF_BOTH,
+    "model": ("a dense Llama", bool),
+    "train": one_of(BRANCH_MODES),
+    "lora_target": one_of(BRANCH_LORA_TARGETS),
 }
 
 
 @dataclass(frozen=True)
 class TrainRecipe:
-    """Everything that determines a finetuning.
+    """Everything that determines a finetuning. Texts may be a mapping as in `MergeRecipe`.
 
     Raises:
         InputError: a value that cannot be meant; all of them in one error.
     """
 
     model: str
-    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    """A merged checkpoint: a folder, `org/name` or `org/name@revision`."""
     data: tuple[DomainText, ...] = ()
-    """The mixture. Also a mapping: name to a reference, several, or `text:` and `weight:`."""
+    """Texts to train on, by domain: a file, a folder, a glob or a dataset of the Hub. Domains are mixed by their
+    weights."""
     train: str = "shared"
-    """routers; shared (routers and everything that was averaged: the paper's variant with frozen experts); all; lora.
+    """What is trained. routers: nothing else; shared: routers and all that was averaged, while experts stay as
+    they are; all: every weight; lora: an adapter."""
+    max_length: int | None = None
+    """Tokens of a window, at least 2. By default 1024, or what the model takes if that is less."""
+    holdout: float = 0.02
+    """Part of each domain's documents that is scored and not trained on, in [0, 0.5]."""
+    shuffle: int = 256
+    """Windows of each domain among which the next one is drawn at random, at least 1."""
+    router_grad: str | None = None
+    """How routers learn. sparse: from the chosen experts; dense: from all, which costs more. By default as the
+    model's config says."""
+    router_aux_loss_coef: float | None = None
+    """Coefficient of the load balancing loss, at least 0. By default the model's."""
+    router_aux_loss_scope: str = "global_batch"
+    """Tokens over which the load is balanced. global_batch: those of all ranks and accumulated micro-batches;
+    micro_batch: those of each micro-batch."""
+    lora_target: str = "shared"
+    """lora: what gets an adapter. routers: these alone; shared: routers and attention; experts: these alone."""
+    lora_r: int = 16
+    """lora: rank of the adapter, at least 1."""
+    lora_alpha: float = 32
+    """lora: what is learned is multiplied by lora_alpha / lora_r; above 0."""
+    fsdp_size: int = 1
+    """Ranks that the parameters are sharded over (FSDP2), at least 1: one, or all of them."""
+    ep_size: int = 1
+    """Ranks that the experts are spread over (expert parallelism), at least 1; a divisor of `fsdp_size`."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `transformers.TrainingArguments`, by name. `max_steps` must be there."""
+
+    def __post_init__(self) -> None:
+        problems = _problems(self, RULES)
+        if not problems and self.fsdp_size % self.ep_size:
+            found, remedy = f"{self.ep_size} with fsdp_size {self.fsdp_size}", "Give --fsdp-size, the number of ranks."
+            problems.append(Problem("recipe", "ep_size", found, "a divisor of fsdp_size", remedy))
+        if problems:
+            raise InputError(problems)
+
+
+@dataclass(frozen=True)
+class BranchRecipe:
+    """Everything that determines a branch: one copy of a seed, trained by itself to become an expert.
+
+    Raises:
+        InputError: a value that cannot be meant; all of them in one error.
+    """
+
+    model: str
+    """The seed, a dense Llama: a folder, `org/name` or `org/name@revision`."""
+    data: tuple[DomainText, ...] = ()
+    """The domain, or several. Also a mapping: name to a reference, several, or `text:` and `weight:`."""
+    train: str = "all"
+    """all (the paper's); ff (feed-forward blocks only: every weight that a merge averages stays the seed's); lora (an
+    adapter).
     """
     max_length: int | None = None
     """Tokens of a window; 1024, or what the model can take where that is less."""
@@ -53,43 +116,51 @@ class TrainRecipe:
     """Part of each domain's documents that is not trained on but scored, in [0, 0.5]."""
     shuffle: int = 256
     """Windows of each domain among which the next one is drawn, at least 1."""
-    router_grad: str | None = None
-    """sparse or dense, see `BTXConfig`; the model's where not given."""
-    router_aux_loss_coef: float | None = None
-    """Coefficient of the balancing loss; the model's where not given."""
-    router_aux_loss_scope: str = "global_batch"
-    """global_batch: balance over all ranks and accumulated micro-batches; micro_batch: over each."""
-    lora_target: str = "shared"
-    """lora: routers, shared (routers and attention) or experts."""
+    lora_target: str = "ff"
+    """lora: ff (feed-forward blocks) or all (attention, too)."""
     lora_r: int = 16
     """lora: rank."""
     lora_alpha: float = 32
     """lora: what is learned is scaled by lora_alpha / lora_r."""
     fsdp_size: int = 1
     """Ranks that the parameters are sharded over (FSDP2): 1, or all of them."""
-    ep_size: int = 1
-    """Ranks that the experts are spread over; divides fsdp_size."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Of `transformers.TrainingArguments`, by name. `max_steps` must be there."""
 
     def __post_init__(self) -> None:
-        problems = value_problems(self, RULES)
-        try:
-            object.__setattr__(self, "data", as_domain_texts(self.data, "data"))
-            if not self.data:
-                problems.append(Problem("recipe", "data", "missing", "at least one domain, --data NAME=REFERENCE"))
-        except InputError as error:
-            problems += error.problems
-        if not isinstance(self.arguments, Mapping) or not all(isinstance(name, str) for name in self.arguments):
-            problems.append(Problem("recipe", "arguments", short(self.arguments), "`name: value`"))
-        if self.train == "lora" and not problems and self.fsdp_size * self.ep_size > 1:
-            found, remedy = "lora on sharded parameters", "Copies of the model do: without --fsdp-size and --ep-size."
-            problems.append(Problem("recipe", "train", found, "", remedy))
-        elif not problems and self.fsdp_size % self.ep_size:
-            found, remedy = f"{self.ep_size} with fsdp_size {self.fsdp_size}", "Give --fsdp-size, the number of ranks."
-            problems.append(Problem("recipe", "ep_size", found, "a divisor of fsdp_size", remedy))
-        if problems:
+        if problems := _problems(self, BRANCH_RULES):
             raise InputError(problems)
 
 
-OPTION_NAMES = tuple(item.name for item in fields(TrainRecipe) if item.name not in ("model", "data", "arguments"))
+Recipe = TrainRecipe | BranchRecipe
+
+
+def _problems(recipe: Recipe, rules: Mapping[str, Rule]) -> list[Problem]:
+    """Return what is wrong with a recipe's values, and give it its texts in their usual form."""
+    problems = value_problems(recipe, rules)
+    try:
+        object.__setattr__(recipe, "data", as_domain_texts(recipe.data, "data"))
+        if not recipe.data:
+            problems.append(Problem("recipe", "data", "missing", "at least one domain, --data NAME=REFERENCE"))
+    except InputError as error:
+        problems += error.problems
+    if not isinstance(recipe.arguments, Mapping) or not all(isinstance(name, str) for name in recipe.arguments):
+        problems.append(Problem("recipe", "arguments", short(recipe.arguments), "`name: value`"))
+    if recipe.train == "lora" and not problems and max(sharded_over(recipe).values()) > 1:
+        found, remedy = "lora on sharded parameters", "Leave --fsdp-size out: each rank then has a copy of the model."
+        problems.append(Problem("recipe", "train", found, "", remedy))
+    return problems
+
+
+def sharded_over(recipe: Recipe) -> dict[str, int]:
+    """Return how many ranks parameters, and the experts of a merged model, are spread over."""
+    sizes = {"fsdp_size": recipe.fsdp_size}
+    return {**sizes, "ep_size": recipe.ep_size} if isinstance(recipe, TrainRecipe) else sizes
+
+
+def option_names(recipe: type[TrainRecipe] | type[BranchRecipe]) -> tuple[str, ...]:
+    """Return the names of a recipe's own options: neither the model, nor the texts, nor the Trainer's arguments."""
+    return tuple(item.name for item in fields(recipe) if item.name not in ("model", "data", "arguments"))
+
+
+OPTION_NAMES = option_names(TrainRecipe)

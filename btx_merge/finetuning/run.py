@@ -1,40 +1,43 @@
-"""Finetuning a merged model: what to train, on which texts, with which settings of `transformers.Trainer`."""
+"""The public verbs `train`, which finetunes a merged model, and `branch`, which makes an expert of a seed.
+
+Both say what to train, on which texts, with which settings of `transformers.Trainer`.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from btx_merge.errors import InputError, MergeInterrupted, Problem
+from btx_merge.errors import InputError, MergeInterrupted
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.disk_errors import disk_error
-from btx_merge.files.folder import read_json
 from btx_merge.files.placing import remove, repair
-from btx_merge.finetuning.launched import own_rank
-from btx_merge.finetuning.recipe import TrainRecipe
-from btx_merge.finetuning.work_folder import SUFFIX, begin, folder_problems, held, what_is_kept
-from btx_merge.model.opening import find_model
+from btx_merge.finetuning.checks import check_model, check_seed
+from btx_merge.finetuning.recipe import BranchRecipe, Recipe, TrainRecipe
+from btx_merge.finetuning.work_folder import begin, held, what_is_kept, work_folder
 from btx_merge.options import Options, refuse_unused
 from btx_merge.reporting import Reporter
-from btx_merge.sources.digest import model_digest
-from btx_merge.sources.locate import Located
-from btx_merge.sources.text_checks import check_texts
-from btx_merge.texts.readers import is_installed
-from btx_merge.texts.references import EXTRA
+from btx_merge.sources.source import SEED
+
+if TYPE_CHECKING:
+    from btx_merge.finetuning.trainee import Trainee
+
+_OPTIONS = ("overwrite", "workers")
 
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What a finetuning did."""
+    """What a training did, of a merged model or of a branch."""
 
     output: Path
     """The folder of the finetuned model, or of the adapter."""
     entry: Mapping[str, Any]
-    """What the result's btx_recipe.yaml says about it: data, settings, steps, tokens, versions."""
+    """What the result's own record says about it: data, settings, steps, tokens, versions. That is btx_recipe.yaml,
+    or of a branch btx_branch.yaml."""
     history: tuple[Mapping[str, Any], ...]
     """What was logged, step by step."""
     seconds: float
@@ -68,25 +71,79 @@ def train(
         MergeInterrupted: Ctrl-C or SIGTERM. Between the first step and the last, the step in work was finished and
             saved; the error's text names what is kept.
     """
-    began = time.perf_counter()
-    refuse_unused(options, "train", "overwrite", "workers")
-    target = Path(output).expanduser().resolve()
-    work = target.with_name(target.name + SUFFIX)
-    located = _check(recipe, target, work, resume, options.overwrite)
-    read = ReadFiles.of_folder("model", located.stamps)
+    call = _Call(recipe, Path(output).expanduser().resolve(), options, reporter, resume)
+    refuse_unused(options, "train", *_OPTIONS)
+    located = check_model(recipe, call.target, resume, options.overwrite)
+
+    def trainee() -> Trainee:
+        from btx_merge.finetuning.trainee_btx import MergedTrainee
+
+        return MergedTrainee(recipe, located)
+
+    return _carry_out(call, ReadFiles.of_folder("model", located.stamps), trainee)
+
+
+def branch(
+    recipe: BranchRecipe,
+    output: str | Path,
+    options: Options = Options(),
+    reporter: Reporter = Reporter(),
+    *,
+    resume: bool = False,
+) -> TrainReport:
+    """Train a copy of a seed by itself and write the result, a dense Llama or an adapter, into the folder `output`.
+
+    It is an expert for `merge` with the same seed. Branches know nothing of each other: each is trained when and where
+    one likes (Branch-Train-MiX, arXiv 2403.07816, section 3.1).
+
+    The other arguments, and what is raised, are those of `train`.
+    """
+    call = _Call(recipe, Path(output).expanduser().resolve(), options, reporter, resume)
+    refuse_unused(options, "branch", *_OPTIONS)
+    seed = check_seed(recipe, call.target, resume, options.overwrite)
+
+    def trainee() -> Trainee:
+        from btx_merge.finetuning.trainee_llama import SeedTrainee
+
+        return SeedTrainee(recipe, seed)
+
+    return _carry_out(call, ReadFiles.of_folder(SEED, seed.located.stamps), trainee)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a verb was called with."""
+
+    recipe: Recipe
+    target: Path
+    options: Options
+    reporter: Reporter
+    resume: bool
+    began: float = field(default_factory=time.perf_counter)
+
+
+def _carry_out(call: _Call, read: ReadFiles, make_trainee: Callable[[], Trainee]) -> TrainReport:
+    """Train what was checked, and write it.
+
+    Args:
+        read: the files of the model that the run begins with.
+        make_trainee: imports what is needed to train that model, which takes seconds.
+    """
+    work = work_folder(call.target)
     try:
         from btx_merge.finetuning.session import Run
 
-        run = Run(recipe, located, work, reporter)
-        with held(work) if run.is_main else nullcontext():
+        trainee = make_trainee()
+        run = Run(call.recipe, trainee, work, call.reporter)
+        with held(work, trainee.verb) if run.is_main else nullcontext():
             if run.is_main:
-                repair(target, reporter.note)
-                begin(work, asdict(recipe), run.settings, resume, model_digest(located.folder))
+                repair(call.target, call.reporter.note)
+                begin(work, asdict(call.recipe), run.settings, call.resume, trainee.digest())
             run.wait()
-            run.train(resume)
-            entry = run.finish(target, options, read)
+            run.train(call.resume)
+            entry = run.finish(call.target, call.options, read)
             if run.is_main:
-                remove(work, reporter.note)
+                remove(work, call.reporter.note)
             run.wait()
     except (MergeInterrupted, KeyboardInterrupt):
         raise MergeInterrupted(f"Interrupted. {what_is_kept(work)}") from None
@@ -96,36 +153,4 @@ def train(
         if isinstance(error, OSError):
             raise disk_error(error, work, what_is_kept(work)) from error
         raise
-    return TrainReport(target, entry, tuple(run.history), time.perf_counter() - began)
-
-
-def _check(recipe: TrainRecipe, target: Path, work: Path, resume: bool, overwrite: bool) -> Located:
-    """Check all that can be known before anything heavy is imported, and return where the model lies.
-
-    Raises:
-        InputError: every reason not to train.
-    """
-    located, of_model = find_model(recipe.model, target, overwrite)
-    problems = check_texts(recipe.data, located.folder if located else None)
-    needed = ["accelerate", "matplotlib", *([] if "report_to" in recipe.arguments else ["tensorboard"])]
-    missing = [package for package in needed if not is_installed(package)]
-    problems += [Problem("command", package, "is not installed", "", f"{EXTRA}.") for package in missing]
-    problems += of_model
-    problems += folder_problems(work, resume, own_rank() == 0)
-    if located:
-        problems += _config_problems(recipe, read_json(located.folder / "config.json"))
-    if problems or located is None:
-        raise InputError(problems)
-    return located
-
-
-def _config_problems(recipe: TrainRecipe, config: Mapping[str, Any]) -> list[Problem]:
-    """Return what the recipe asks for and a model of this config.json cannot do."""
-    problems = []
-    if recipe.train == "lora" and config.get("router_selection_bias"):
-        found, remedy = "true: training moves the bias, and an adapter cannot hold it", "Train routers, shared or all."
-        problems.append(Problem("model", "config.json: router_selection_bias", found, "false for a lora", remedy))
-    if (experts := config["num_local_experts"]) % recipe.ep_size:
-        found, expected = f"{recipe.ep_size} for {experts} experts", "as many experts on each rank"
-        problems.append(Problem("recipe", "ep_size", found, expected, "Give another --ep-size."))
-    return problems
+    return TrainReport(call.target, entry, tuple(run.history), time.perf_counter() - call.began)

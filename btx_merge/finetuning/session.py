@@ -1,4 +1,4 @@
-"""One finetuning on one rank: model, mixture, trainer, result."""
+"""One run on one rank: model, mixture, trainer, result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
@@ -22,21 +22,19 @@ from btx_merge.files.scratch import move_in
 from btx_merge.finetuning.arguments import DEFAULTS, training_arguments
 from btx_merge.finetuning.callbacks import ConsoleLines, StepCount, StopOnSignal
 from btx_merge.finetuning.data import DomainStream, MixedWindows, collate, row_of
-from btx_merge.finetuning.metrics import Meter
 from btx_merge.finetuning.picture import draw
 from btx_merge.finetuning.ranks import check_launch, check_ranks
-from btx_merge.finetuning.recipe import LORA_TARGETS, TrainRecipe
-from btx_merge.finetuning.result import check_finite, check_stored, result_staging, write_records
+from btx_merge.finetuning.recipe import Recipe, sharded_over
+from btx_merge.finetuning.result import check_finite, check_stored, result_staging
+from btx_merge.finetuning.trainee import Trainee
 from btx_merge.finetuning.trainer import BTXTrainer, trained_tensors, whole
 from btx_merge.finetuning.work_folder import last_checkpoint, tools, what_is_kept
-from btx_merge.model.adapter_card import write_adapter_card
-from btx_merge.model.files import PICTURE, copy_files
-from btx_merge.modeling import BTXForCausalLM
+from btx_merge.model.files import PICTURE
 from btx_merge.options import Options
 from btx_merge.reporting import Reporter
 from btx_merge.sources.locate import Located
+from btx_merge.sources.tokenizer_files import load_tokenizer
 from btx_merge.texts.references import public_reference
-from btx_merge.training import GumbelAnnealing, RouterBiasUpdate
 
 _MAX_LENGTH = 1024
 """Tokens of a window where the recipe does not say and the model takes so many."""
@@ -44,28 +42,24 @@ _MOST_HELD_OUT = 64
 """Windows of each domain's held-out part that are scored."""
 
 
-def is_trained(mode: str, name: str) -> bool:
-    """Return whether a parameter is trained in a mode, by its name."""
-    if mode == "routers":
-        return name.endswith(".mlp.gate.weight")
-    return mode == "all" or ".mlp.experts." not in name
-
-
 class Run:
     """From a recipe to a result. Everything that all ranks must do together is done here, by each of them."""
 
-    def __init__(self, recipe: TrainRecipe, located: Located, work: Path, reporter: Reporter):
-        check_launch()
+    def __init__(self, recipe: Recipe, trainee: Trainee, work: Path, reporter: Reporter):
+        check_launch(trainee.verb)
         self.recipe = recipe
-        self.located = located
+        self.trainee = trainee
+        self.located = trainee.located
         self.work = work
-        arguments = {**_precision(recipe, located), **recipe.arguments}
+        self.sizes = sharded_over(recipe)
+        self.is_adapter = recipe.train == "lora"
+        arguments = {**_precision(recipe, self.located), **recipe.arguments}
         self.args: Any = training_arguments(arguments, str(work))  # it meets the other ranks
         self.is_main = self.args.process_index == 0
         self.reporter = reporter if self.is_main else Reporter()
         chosen: dict[str, Any] = self.args.to_dict()  # type: ignore[no-untyped-call]
         self.settings = {name: chosen[name] for name in (*DEFAULTS, "warmup_steps", "eval_steps", *arguments)}
-        check_ranks(recipe, self.args)
+        check_ranks(trainee.verb, self.sizes, self.args)
 
     def wait(self) -> None:
         """Wait until all ranks are here."""
@@ -105,7 +99,7 @@ class Run:
             if stop:
                 stop.restore()
         if stop and stop.is_stopped and self.trainer.state.global_step < self.args.max_steps:
-            raise MergeInterrupted  # what is kept, `finetuning.train` says
+            raise MergeInterrupted  # what is kept, `finetuning.run` says
         scored = [entry["step"] for entry in self.history if any(key.startswith("eval_perplexity/") for key in entry)]
         if held_out and (not scored or scored[-1] != self.trainer.state.global_step):
             self.trainer.evaluate()
@@ -128,17 +122,13 @@ class Run:
         trained = {name: whole(tensor) for name, tensor in trained_tensors(self.model).items()}
         if not self.is_main:
             return entry
-        check_finite(self.located.folder, trained, self.work)
-        is_adapter = self.recipe.train == "lora"
-        with result_staging(self.located, target, trained, read, self.reporter, is_adapter) as staging:
+        check_finite(self.trainee.stored, trained, self.work)
+        with result_staging(self.trainee, target, trained, read, self.reporter, self.is_adapter) as staging:
             staging.write(options.workers, what_is_kept(self.work))
             files = staging.scratch()
-            if is_adapter:
+            if self.is_adapter:
                 self.model.save_pretrained(files, save_embedding_layers=False)  # no target; peft would ask the Hub
-                write_adapter_card(files, self.located, entry)
-            else:
-                copy_files(self.located.folder, files)
-            write_records(files, entry, self.history, self.located)
+            self.trainee.write_files(files, entry, self.history)
             draw(self.history, self.trainer.meter.experts, files / PICTURE)
             if (self.work / "runs").is_dir():  # TensorBoard's
                 shutil.copytree(self.work / "runs", files / "runs", dirs_exist_ok=True)
@@ -148,48 +138,38 @@ class Run:
 
     def _load_model(self) -> Any:
         """Load what is trained in float32, the rest as it is stored if autocast can bring the two together."""
-        recipe, args = self.recipe, self.args
-        config = {
-            name: getattr(recipe, name)
-            for name in ("router_grad", "router_aux_loss_coef", "router_aux_loss_scope")
-            if getattr(recipe, name) is not None
-        }
-        sharded = recipe.fsdp_size * recipe.ep_size > 1
+        args = self.args
+        settings: dict[str, Any] = {"use_cache": False}
+        sharded: dict[str, Any] = {name: size for name, size in self.sizes.items() if size > 1}
         if sharded:
-            sizes = {name: size for name in ("fsdp_size", "ep_size") if (size := getattr(recipe, name)) > 1}
-            config["distributed_config"] = DistributedConfig(**sizes)
+            settings["distributed_config"] = DistributedConfig(**sharded)
         if not sys.stderr.isatty():  # transformers' bars do not ask
             logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         mixed = (args.bf16 or args.fp16) and not sharded  # FSDP2 wants all of a layer in one dtype
-        model = BTXForCausalLM.from_pretrained(
-            self.located.folder, dtype="auto" if mixed else torch.float32, use_cache=False, **config
-        )
+        model = self.trainee.read_model(dtype="auto" if mixed else torch.float32, **settings)
         set_seed(args.seed)  # a LoRA begins with random numbers, and Trainer comes after it
-        if recipe.train == "lora":
+        if self.is_adapter:
             from peft import get_peft_model
 
-            from btx_merge.lora import lora_config
-
-            lora = lora_config(LORA_TARGETS[recipe.lora_target], model, r=recipe.lora_r, lora_alpha=recipe.lora_alpha)
-            adapted = get_peft_model(model, lora)
+            adapted = get_peft_model(model, self.trainee.lora(model))
             of = adapted.peft_config["default"]  # peft knows no org/name@revision
             of.base_model_name_or_path = self.located.repo_id or str(self.located.folder.resolve())
             of.revision = self.located.revision
             model = adapted
         else:
             for name, parameter in model.named_parameters():
-                parameter.requires_grad_(is_trained(recipe.train, name))
+                parameter.requires_grad_(self.trainee.is_trained(name))
                 if parameter.requires_grad and parameter.dtype != torch.float32:
                     parameter.data = parameter.data.float()
-            check_stored(self.located.folder, trained_tensors(model))
+            check_stored(self.trainee, trained_tensors(model))
         if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise InputError([Problem("recipe", "train", f"{recipe.train} matches no parameter of the model")])
+            raise InputError([Problem("recipe", "train", f"{self.recipe.train} matches no parameter of the model")])
         return model
 
     def _streams(self) -> list[DomainStream]:
         config, recipe = self.model.config, self.recipe
         length = recipe.max_length or min(_MAX_LENGTH, config.max_position_embeddings)
-        tokenizer = AutoTokenizer.from_pretrained(self.located.folder)
+        tokenizer = load_tokenizer(self.located.folder)
         if len(tokenizer) > config.vocab_size:
             found = f"{len(tokenizer)} tokens in the tokenizer"
             raise InputError([Problem("model", "tokenizer", found, f"at most {config.vocab_size}, the embedding's")])
@@ -206,14 +186,10 @@ class Run:
         return out
 
     def _trainer(self, held_out: dict[str, list[dict[str, Any]]]) -> BTXTrainer:
-        config, domains = self.model.config, [stream.text.name for stream in self.streams]
-        meter = Meter(self.model, domains, self.reporter)
+        domains = [stream.text.name for stream in self.streams]
+        meter = self.trainee.meter(self.model, domains, self.reporter)
         callbacks: list[TrainerCallback] = [ConsoleLines(self.reporter, domains, meter.experts)]
-        callbacks.append(StepCount(self.reporter))
-        if config.router_type == "sample_top_1":
-            callbacks.append(GumbelAnnealing(relative=True))
-        if config.router_selection_bias:
-            callbacks.append(RouterBiasUpdate())
+        callbacks += [StepCount(self.reporter), *self.trainee.callbacks()]
         trainer = BTXTrainer(
             meter,
             self.model,
@@ -239,9 +215,8 @@ class Run:
         )
         args, length = self.args, self.streams[0].length
         ranks = "1 rank" if args.world_size == 1 else f"{args.world_size} ranks"
-        shares = f", sharded over {self.recipe.fsdp_size}" if self.recipe.fsdp_size > 1 else ""
-        if self.recipe.ep_size > 1:
-            shares += f", experts over {self.recipe.ep_size}"
+        words = {"fsdp_size": ", sharded over", "ep_size": ", experts over"}
+        shares = "".join(f"{words[name]} {size}" for name, size in self.sizes.items() if size > 1)
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.reporter.line(
             f"on {ranks}, {args.device.type}{shares}: {rows:,} windows of {length:,} tokens a step, "
@@ -264,7 +239,7 @@ class Run:
                         scores["before"][domain] = value
         return {
             "train": recipe.train,
-            **({"lora_target": recipe.lora_target, "lora_r": recipe.lora_r} if recipe.train == "lora" else {}),
+            **({"lora_target": recipe.lora_target, "lora_r": recipe.lora_r} if self.is_adapter else {}),
             "steps": steps,
             "tokens": rows * length,
             "max_length": length,
@@ -278,9 +253,7 @@ class Run:
                 for text in recipe.data
             ],
             "holdout": recipe.holdout,
-            "router_grad": self.model.config.router_grad,
-            "router_aux_loss_coef": self.model.config.router_aux_loss_coef,
-            "router_aux_loss_scope": recipe.router_aux_loss_scope,
+            **self.trainee.settings(),
             "arguments": self.settings,
             "world_size": args.world_size,
             "losses": {"first": losses[0], "last": losses[-1]} if losses else {},
@@ -289,9 +262,10 @@ class Run:
         }
 
 
-def _precision(recipe: TrainRecipe, located: Located) -> dict[str, bool]:
+def _precision(recipe: Recipe, located: Located) -> dict[str, bool]:
     """Choose bfloat16 on a GPU for what is stored so, where nothing else was asked for."""
     if {"bf16", "fp16", "use_cpu"} & set(recipe.arguments) or not torch.cuda.is_available():
         return {}
-    stored = read_json(located.folder / "config.json").get("dtype")
+    config = read_json(located.folder / "config.json")
+    stored = config.get("dtype") or config.get("torch_dtype")  # as transformers 5 writes it, and 4
     return {"bf16": True} if stored == "bfloat16" and torch.cuda.is_bf16_supported() else {}

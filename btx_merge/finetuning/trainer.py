@@ -1,4 +1,4 @@
-"""`transformers.Trainer` for a BTX model: it saves only what is trained, and measures the load of the experts."""
+"""`transformers.Trainer` with checkpoints of what is trained alone, and with measurements of the logged steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.files.placing import remove
-from btx_merge.finetuning.metrics import LOAD_PER_LAYER, Meter, perplexity
+from btx_merge.finetuning.metrics import LOAD_PER_LAYER, DomainLosses, perplexity
 from btx_merge.finetuning.work_folder import COMPLETE, what_is_kept
 
 TRAINED = "trained.safetensors"
@@ -57,7 +57,7 @@ class BTXTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
 
-    def __init__(self, meter: Meter, model: Any, held_out: Mapping[str, list[Row]], args: Any, **options: Any):
+    def __init__(self, meter: DomainLosses, model: Any, held_out: Mapping[str, list[Row]], args: Any, **options: Any):
         # Trainer cannot save the optimizer of a model that was sharded as it was loaded, and refuses; below it is done
         args.save_only_model = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         super().__init__(model=model, args=args, eval_dataset=dict(held_out), **options)

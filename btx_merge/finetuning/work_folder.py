@@ -26,6 +26,11 @@ _FREE_TO_CHANGE = {  # of the arguments, what may differ when a run is continued
 }
 
 
+def work_folder(target: Path) -> Path:
+    """Return the folder in which the run for an output works."""
+    return target.with_name(target.name + SUFFIX)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint that was written to its end."""
     complete = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE}")]
@@ -42,8 +47,11 @@ def what_is_kept(folder: Path) -> str:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, verb: str = "train") -> Iterator[None]:
     """Make a run's folder and keep it for this process alone.
+
+    Args:
+        verb: the command's, for the error.
 
     Raises:
         InputError: another process has it.
@@ -53,18 +61,19 @@ def held(folder: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError([_problem_of_two(folder)]) from None
+        raise InputError([_problem_of_two(folder, verb)]) from None
     try:
         yield
     finally:
         lock.release()
 
 
-def folder_problems(folder: Path, resume: bool, is_first: bool) -> list[Problem]:
+def folder_problems(folder: Path, resume: bool, is_first: bool, verb: str) -> list[Problem]:
     """Return why a run cannot begin, or go on, in a folder. Nothing is changed.
 
     Args:
         is_first: whether this is the first of the run's ranks. It is the one that holds the folder.
+        verb: the command's.
     """
     if is_first and (problem := leads_elsewhere(folder)):
         return [problem]
@@ -73,7 +82,7 @@ def folder_problems(folder: Path, resume: bool, is_first: bool) -> list[Problem]
             with FileLock(folder / _LOCK, timeout=0):
                 pass
         except Timeout:
-            return [_problem_of_two(folder)]
+            return [_problem_of_two(folder, verb)]
     checkpoint, where = last_checkpoint(folder), str(folder)
     if resume and checkpoint is None:
         remedy = "Leave out --resume, which begins anew."
@@ -87,8 +96,8 @@ def folder_problems(folder: Path, resume: bool, is_first: bool) -> list[Problem]
     return []
 
 
-def _problem_of_two(folder: Path) -> Problem:
-    found, remedy = "another run of btx train works there now", "Wait for it, stop it, or give another --output."
+def _problem_of_two(folder: Path, verb: str) -> Problem:
+    found, remedy = f"another run of btx {verb} works there now", "Wait for it, stop it, or give another --output."
     return Problem("output", str(folder), found, "", remedy)
 
 

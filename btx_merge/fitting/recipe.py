@@ -25,26 +25,28 @@ RULES: dict[str, Rule] = {
 
 @dataclass(frozen=True)
 class FitRecipe:
-    """Everything that determines a fit of an existing model's routers.
+    """Everything that determines a fit of an existing model's routers. Texts may be a mapping as in `MergeRecipe`.
 
     Raises:
         InputError: values that cannot be meant; all of them in one error.
     """
 
     model: str
-    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    """A merged checkpoint: a folder, `org/name` or `org/name@revision`."""
     method: str = "ridge"
-    """ridge, on `domain_text`; or prompts, from `prompts`."""
+    """How routers are fitted. ridge: on `domain_text`; prompts: on `prompts`."""
     domain_text: tuple[DomainText, ...] = ()
-    """Text for every expert, by its name; the seed may go without. Also a mapping, as in `MergeRecipe`."""
+    """Text of each expert's domain, for ridge: a file, a folder, a glob or a dataset of the Hub. The seed may go
+    without."""
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Expert to a few lines that are typical of it."""
+    """A few typical lines of each expert, for the method prompts."""
     domain_tokens: int = 200_000
-    """Tokens of each domain that are read, at least 64."""
+    """Tokens that are read of each domain, from the beginning of its text; at least 64."""
     router_ridge: float = 0.001
-    """Penalty, relative to the mean square of the router's input. Above 0."""
+    """ridge: penalty on the router's weights, relative to the mean square of its input; above 0."""
     fit_through: str = "expert"
-    """expert: tokens pass through their own domain's; router: through those that the fitted router chooses."""
+    """Experts that tokens pass on the way to the next layer during a fit. expert: their own domain's; router:
+    those that the fitted router chooses."""
 
     def __post_init__(self) -> None:
         problems = value_problems(self, RULES)

@@ -47,7 +47,7 @@ def cast(values: Float32, job: Job, mixture: Mixture) -> Raw:
     if not mixture.allow_nonfinite and not all_finite(raw, dtype):
         raise NonFiniteError(
             f"{job.tensor.name}: a value leaves the range of {dtype}. "
-            "Choose a wider --dtype; --allow-nonfinite goes on all the same."
+            "Choose a wider --dtype in the merge; --allow-nonfinite goes on all the same."
         )
     return raw
 

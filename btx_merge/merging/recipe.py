@@ -47,6 +47,9 @@ ROUTER_TYPES = ("top_k", "switch", "soft", "sample_top_1")
 class MergeRecipe:
     """Everything that determines a merge (BTX, arXiv 2403.07816): the same recipe gives the same bytes.
 
+    An expert may be given by its `model` alone, as text. A domain's text is a `DomainText`, one reference, a list of
+    references, or a mapping with `text` and `weight`.
+
     Raises:
         InputError: a value that cannot be meant; all of them in one error.
     """
@@ -54,66 +57,80 @@ class MergeRecipe:
     seed: str
     """The model that all experts grew from: a folder, `org/name` or `org/name@revision`."""
     experts: Mapping[str, ExpertSpec] = field(default_factory=dict)
-    """Name to expert, in the order of the merged model. A plain string stands for its `model`."""
+    """Experts by name, in the order of the merged model: checkpoints or PEFT adapters."""
     seed_expert: bool = True
-    """Whether the seed itself is an expert: number 0, named `seed`, the generalist."""
+    """Make the untouched seed an expert too: number 0, with the name seed."""
     seed_weight: float = 1.0
-    """The seed's share when the combining is weighted."""
+    """Weight of the seed where sources are weighted, relative to the experts'; a number, at least 0."""
     combine: str = "mean"
-    """How all that is not a feed-forward block is combined: mean, weighted, seed, ties, dare_ties, dare_linear, or
-    fitted on `domain_text`: regmean (on the sources' own inputs), regmean_merged (on the merged model's)."""
+    """How the weights outside the feed-forward blocks are combined. mean: their average, as in the paper;
+    weighted: an average by weights; seed: the seed's own; ties, dare_ties, dare_linear: sparse differences from
+    the seed, added to it; regmean, regmean_merged: fitted on `domain_text`, to the inputs in the sources or in the
+    merged model."""
     head: str = "combined"
-    """combined: by `combine` like all else, and the embedding where all sources are tied; fitted: of its own, also
-    where they are tied, each row fitted by how often each domain has its token (with regmean, regmean_merged)."""
+    """What becomes of the language modelling head. combined: it is combined like all else, or is the embedding where
+    all sources tie them; fitted: the result has a head of its own in any case, each row fitted by how often each
+    domain has its token (for regmean, regmean_merged)."""
     density: float = 0.8
-    """ties, dare_*: the part of each difference from the seed that is kept, in (0, 1]."""
+    """ties, dare_*: part of each difference from the seed that is kept, in (0, 1]."""
     scale: float = 1.0
-    """ties, dare_*: factor on the combined difference before it is added to the seed."""
+    """ties, dare_*: factor on the combined difference before it is added to the seed; a finite number."""
     expert_mode: str = "whole"
-    """whole: one expert per source; split: each source cut into `num_chunks` experts; blend: chunks of all mixed."""
+    """What an expert consists of. whole: one source's feed-forward blocks; split: one of the `num_chunks` parts
+    that each source's are cut into; blend: one part of every source's."""
     num_chunks: int = 2
-    """split: experts per source. A divisor of intermediate_size."""
+    """split: experts that each source is cut into; at least 1, and a divisor of intermediate_size."""
     fold_norms: bool = False
-    """Whether gate and up absorb the ratio of the source's own post-attention norm to the merged one."""
+    """Multiply each expert's gate and up projections by its own post-attention norm over the merged one, so that
+    it sees the inputs that it was trained on."""
     router_init: str = "random"
-    """random: normal with `router_std`; zeros: every expert equally likely; ridge: fitted on `domain_text`; prompts:
-    from `prompts`."""
+    """How the routers begin. random: normal with `router_std`; zeros: every expert equally likely; ridge: fitted
+    on `domain_text`; prompts: fitted on `prompts`."""
     router_std: float | None = None
-    """Standard deviation of random routers; the seed's initializer_range where not given."""
+    """Standard deviation of random routers, above 0. By default the seed's initializer_range."""
     random_seed: int = 0
-    """Seed of the random routers and of DARE's dropping."""
+    """Seed of random routers and of the weights that DARE drops, in [0, 2**32)."""
     domain_text: Mapping[str, DomainText] = field(default_factory=dict)
-    """Expert to text of its domain, for what is fitted: one reference, several, or `text:` and `weight:`."""
+    """Text of each expert's domain, for what is fitted: a file, a folder, a glob or a dataset of the Hub. The seed
+    may go without."""
     domain_tokens: int = 200_000
-    """Tokens of each domain that are read, from the beginning of its text. At least 64."""
+    """Tokens that are read of each domain, from the beginning of its text; at least 64."""
     prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Expert to a few lines that are typical of it, for router_init: prompts."""
+    """A few typical lines of each expert, for routers that begin with prompts."""
     router_ridge: float = 0.001
-    """ridge: penalty, relative to the mean square of the router's input."""
+    """ridge: penalty on the router's weights, relative to the mean square of its input; above 0."""
     regmean_ridge: float = 0.01
-    """regmean, regmean_merged: penalty on the distance from the mean, relative to the mean square of the input."""
+    """regmean, regmean_merged: penalty on the distance from the mean, relative to the mean square of the input;
+    above 0."""
     fit_through: str = "expert"
-    """What tokens pass through while the next layer is fitted: expert (their own domain's) or router (the fitted)."""
+    """Experts that tokens pass on the way to the next layer during a fit. expert: their own domain's; router:
+    those that the fitted router chooses."""
     router_type: str = "top_k"
-    """How the router chooses: top_k, switch, soft or sample_top_1; see `BTXConfig`. It can be changed later."""
+    """How a router chooses among experts. top_k: the `num_experts_per_tok` likeliest; switch: the likeliest,
+    weighted by its probability; soft: all of them; sample_top_1: one drawn at random in training, otherwise the
+    likeliest. It can be changed later, in config.json."""
     router_pre_softmax: bool = False
-    """top_k: softmax before the selection, scaled so that identical experts give their dense layer; for split."""
+    """top_k: take the softmax before the selection, scaled so that identical experts give their dense layer. Made
+    for split experts."""
     num_experts_per_tok: int = 2
-    """Experts that each token is sent to (K) by top_k."""
+    """top_k: experts that each token is sent to (K), at least 1."""
     router_aux_loss_coef: float = 0.01
-    """Coefficient of the load balancing loss (the paper's alpha)."""
+    """Coefficient of the load balancing loss in training (the paper's alpha), at least 0."""
     dtype: str | None = None
-    """bfloat16, float16 or float32; the seed's where not given."""
+    """Dtype of the result: bfloat16, float16 or float32. By default the seed's."""
     max_shard_size: str = "5GB"
-    """Largest file of weights, as `5GB` or `500MB` (powers of ten) or `5GiB` (powers of two)."""
+    """Largest weights file, a size such as 5GB, 500MB or 5GiB. GB counts in powers of ten, GiB in powers of two.
+    """
     tokenizer_source: str = SEED
-    """The source whose chat template, special tokens and generation config the result gets."""
+    """Source whose chat template, special tokens and generation config the result gets: seed, or an expert's name.
+    """
     untie: bool = False
-    """Whether tied and untied sources may be mixed; the result then has a head of its own."""
+    """Take sources with tied and with untied embeddings together. The result then has a language modelling head of
+    its own."""
     allow_nonfinite: bool = False
-    """Whether to go on where a source holds NaN or Inf."""
+    """Go on even if a source holds NaN or Inf."""
     allow_unrelated: bool = False
-    """Whether to go on where a source does not seem to have grown from the seed."""
+    """Go on even if a source does not seem to have grown from the seed."""
     resolved: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """Written by a merge, not by hand. Of its `sources`, name to digest, each must be the same model again."""
 

@@ -18,7 +18,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.files.changes import ReadFiles, Stamp
 from btx_merge.files.disk_errors import continuable
 from btx_merge.files.placing import check_target
-from btx_merge.files.scratch import scratch_folder
+from btx_merge.files.scratch import move_in, scratch_folder
 from btx_merge.fitting.recipe import ROUTER_FITS, FitTask
 from btx_merge.fitting.run import device_problems, fit_folder
 from btx_merge.merging.checks import examine
@@ -35,6 +35,7 @@ from btx_merge.reporting import Reporter, peak_memory
 from btx_merge.sources.divergence import Divergence
 from btx_merge.sources.locate import Located
 from btx_merge.sources.source import Source
+from btx_merge.sources.unchanged import is_lossless, unchanged_groups
 
 if TYPE_CHECKING:
     from btx_merge.model.held_out import LayerFit
@@ -54,10 +55,17 @@ class Check:
     """How far each expert is from the seed, by group of tensors."""
     warnings: tuple[Problem, ...]
     """What deserves a look, though it stops no merge."""
+    unchanged: Mapping[str, tuple[str, ...]] | None = None
+    """Source to the groups of weights in which it is the seed, to the byte; None in a merge, which reads once only."""
     output: Path | None = None
     """Where the result would be written, if that was asked."""
     files: Mapping[str, int] = field(default_factory=dict)
     """The files of the result, if that was asked: by name, with their sizes in bytes."""
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether every source has the seed's own bytes in all shared weights, so that averaging loses nothing."""
+        return self.unchanged is not None and is_lossless(self.plan.sources[1:], self.unchanged)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as `--json` prints them."""
@@ -79,8 +87,16 @@ class Check:
             "divergence": [asdict(item) for item in self.divergence],
             "fates": [asdict(fate) for fate in plan.fates],
             "warnings": [str(warning) for warning in self.warnings],
+            **self._compared(),
             **({"output": str(self.output), "files": dict(self.files)} if self.output else {}),
         }
+
+    def _compared(self) -> dict[str, Any]:
+        """Return what was found out by reading the sources."""
+        if self.unchanged is None:
+            return {}
+        unchanged = {name: list(groups) for name, groups in self.unchanged.items()}
+        return {"unchanged": unchanged, "lossless": self.is_lossless}
 
 
 @dataclass(frozen=True)
@@ -125,7 +141,7 @@ def check(recipe: MergeRecipe, output: str | Path | None = None, options: Option
     refuse_unused(options, "merge", *_OPTIONS)
     if output is None:
         with _checked(recipe) as checked:
-            return checked
+            return _compared(checked)
     target = Path(output).expanduser().resolve()
     check_target(target, options.overwrite)
     if recipe.is_fitted and (problems := device_problems(options.device)):
@@ -138,7 +154,12 @@ def check(recipe: MergeRecipe, output: str | Path | None = None, options: Option
         write_files(plan, Path(small))
         files = {shard.name: shard.nbytes for shard in plan.shards}
         files |= {file.name: file.stat().st_size for file in sorted(Path(small).iterdir())}
-        return replace(checked, output=target, files=files)
+        return replace(_compared(checked), output=target, files=files)
+
+
+def _compared(checked: Check) -> Check:
+    """Add what of each source is the seed to the byte, which takes reading it."""
+    return replace(checked, unchanged=unchanged_groups(checked.plan.sources, checked.divergence))
 
 
 def merge(
@@ -173,11 +194,13 @@ def merge(
         with Staging(target, plan, partial(fill, plan), read, recipe.to_dict(), reporter=reporter) as staging:
             staging.write(options.workers)
             layers: list[LayerFit] = []
+            files = staging.scratch()  # a run that is ended while it writes them leaves none that looks whole
             if recipe.is_fitted:
-                files = staging.scratch()  # half fitted it is no model yet
                 write_files(plan, files)
                 layers = _fit(plan, staging.folder, files, options, reporter)
-            write_files(plan, staging.folder, layers)
+                files = staging.scratch()
+            write_files(plan, files, layers)
+            move_in(files, staging.folder)
             staging.finish(options.overwrite)
     seconds = time.perf_counter() - began
     return Report(target, checked, seconds, peak_memory(), staging.kept_bytes, tuple(layers))

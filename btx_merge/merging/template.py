@@ -37,6 +37,8 @@ def recipe_template(values: Mapping[str, Any]) -> str:
         lines = [_comment(descriptions[item.name])]
         if item.name == "experts":
             lines += [_comment("An expert with options:"), _comment_of_spec()]
+        elif item.name == "domain_text":
+            lines += [_comment("With a weight, or several texts: `code: {text: [a.jsonl, b.jsonl], weight: 0.5}`.")]
         value = values[item.name] if item.name in values else _default(item)
         lines.append(f"{item.name}:\n" if value is MISSING else _dumped(item.name, value))
         blocks.append("".join(lines))

@@ -48,6 +48,16 @@ def room_problems(target: Path, nbytes: int) -> list[Problem]:
     return [Problem("output", str(folder), f"{readable(free)} free", expected, remedy)]
 
 
+def overlap_problems(folder: Path, target: Path | None) -> list[Problem]:
+    """Return whether a result in `target` would replace the folder that it is made from.
+
+    A result gets its name by taking the place of what had it: that must not be the model, or hold it.
+    """
+    if target not in (folder.resolve(), *folder.resolve().parents):
+        return []
+    return [Problem("output", str(target), "is where the model lies", "", "Give another --output.")]
+
+
 def open_model(reference: str, target: Path | None, overwrite: bool) -> tuple[MergedModel | None, list[Problem]]:
     """Open the model without reading weights; return with it all reasons not to write a result to `target`.
 
@@ -62,9 +72,7 @@ def open_model(reference: str, target: Path | None, overwrite: bool) -> tuple[Me
         problems += error.problems
     try:
         located = locate("model", reference)
-        # a result gets its name by taking the place of what had it: that must not be the model, or hold it
-        if target in (located.folder.resolve(), *located.folder.resolve().parents):
-            problems.append(Problem("output", str(target), "is where the model lies", "", "Give another --output."))
+        problems += overlap_problems(located.folder, target)
         return open_merged(located), problems
     except InputError as error:
         return None, [*problems, *error.problems]

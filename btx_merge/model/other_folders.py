@@ -35,7 +35,10 @@ def _without_config(folder: Path) -> Problem | None:
         found, remedy = "what an interrupted run has left", "Run the same command again: it completes it."
         return Problem("model", str(folder), found, "a merged model", remedy)
     if name.endswith(".btx-training"):
-        found, remedy = "an unfinished training", "Run btx train again, with --resume."
+        found, remedy = (
+            "an unfinished training",
+            "Run btx train again, with --resume; or btx branch, if it was that.",
+        )
         return Problem("model", str(folder), found, "a merged model", remedy)
     if os.path.lexists(folder / "adapter_config.json"):
         return _adapter(folder)

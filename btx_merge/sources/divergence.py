@@ -21,14 +21,15 @@ from btx_merge.sources.source import Source
 RELATED_COSINE = 0.2
 """Below it in a group of matrices, a source is taken for unrelated. Independent models lie within 0.01 of 0;
 even a small model trained ten times longer than its seed stays well above it."""
+FEED_FORWARD = "feed-forward"
 _GROUPS = {  # a part of the tensor's name to its group; the first that fits
     "norm": "norms",
     "self_attn": "attention",
-    "mlp": "feed-forward",
+    "mlp": FEED_FORWARD,
     "embed_tokens": "embeddings",
     "lm_head": "head",
 }
-_DECIDING = ("attention", "feed-forward")
+_DECIDING = ("attention", FEED_FORWARD)
 # Norms are near 1 and embeddings share a mean, so those two look alike in any two models.
 _PLACES = 3  # per tensor: its beginning, its middle, its end
 _VALUES = 1024
@@ -48,6 +49,15 @@ class Divergence:
     cosine: float
 
 
+def group_of(name: str) -> str:
+    """Return the group of weights that a tensor belongs to.
+
+    >>> group_of("model.layers.0.mlp.up_proj.weight")
+    'feed-forward'
+    """
+    return next(group for key, group in _GROUPS.items() if key in name)
+
+
 def take_sample(source: Source, vocab_size: int) -> Sample:
     """Read a few values of every tensor by group, at the same places for every source of one shape.
 
@@ -55,7 +65,7 @@ def take_sample(source: Source, vocab_size: int) -> Sample:
     """
     parts: dict[str, list[NDArray[np.float32]]] = {}
     for name, shape in expected_tensors({**source.config, "vocab_size": vocab_size}).items():
-        group = next(group for key, group in _GROUPS.items() if key in name)
+        group = group_of(name)
         rows, width = shape[0], shape[1] if len(shape) > 1 else 1
         count = min(rows, max(1, _VALUES // width))  # whole rows, one at least: they are read in one piece
         for place in range(_PLACES):

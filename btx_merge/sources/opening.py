@@ -36,9 +36,7 @@ def open_source(name: str, spec: ExpertSpec, seed: Source | None, scratch: Calla
     Raises:
         InputError: it is not there, cannot be read, is no Llama, or an adapter that does not fit its base.
     """
-    located = locate(name, spec.model)
-    if odd := list(file_problems(located.folder, SMALL_FILES)):
-        raise InputError(odd)
+    located = _locate_checked(name, spec.model)
     if (located.folder / "adapter_config.json").exists():
         return open_adapter(name, spec, located, seed, scratch)
     if spec.base is not None:
@@ -46,6 +44,28 @@ def open_source(name: str, spec: ExpertSpec, seed: Source | None, scratch: Calla
         raise InputError([Problem(name, "base", "given for a checkpoint", "only for an adapter", remedy)])
     _refuse_folder_of_models(name, located)
     return open_checkpoint(name, located, spec.weight)
+
+
+def open_whole(name: str, reference: str) -> Source:
+    """Open a source that must be a checkpoint, without reading weights.
+
+    Raises:
+        InputError: it is not there, cannot be read, is no Llama, or an adapter.
+    """
+    located = _locate_checked(name, reference)
+    if (located.folder / "adapter_config.json").exists():
+        remedy = "Merge it into its base first: peft's merge_and_unload, then save_pretrained."
+        raise InputError([Problem(name, str(located.folder), "an adapter", "a whole model", remedy)])
+    _refuse_folder_of_models(name, located)
+    return open_checkpoint(name, located, 1.0)
+
+
+def _locate_checked(name: str, reference: str) -> Located:
+    """Locate a source whose small files may all be read."""
+    located = locate(name, reference)
+    if odd := list(file_problems(located.folder, SMALL_FILES)):
+        raise InputError(odd)
+    return located
 
 
 def _refuse_folder_of_models(name: str, located: Located) -> None:

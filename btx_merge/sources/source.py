@@ -186,11 +186,11 @@ class ExpertSpec:
     """One expert of the recipe."""
 
     model: str
-    """A folder, a Hub id `org/name` or `org/name@revision`; a checkpoint or a PEFT adapter."""
+    """A checkpoint or a PEFT adapter: a folder, `org/name` or `org/name@revision`."""
     weight: float = 1.0
-    """Its share when the combining is weighted, relative to the others'. At least 0."""
+    """Weight of an expert where sources are weighted, relative to the others'; a number, at least 0."""
     base: str | None = None
-    """For an adapter: the model it was trained on, where that is not the seed."""
+    """Model that an adapter was trained on, if not the seed."""
 
 
 def path_as_text(value: Any) -> Any:

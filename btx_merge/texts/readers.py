@@ -38,6 +38,19 @@ class Record:
         """Return the error that names this record."""
         return InputError([Problem(self.source, self.where, found, expected, remedy)])
 
+    def readable(self, text: str) -> str:
+        """Return a text of this record.
+
+        Raises:
+            InputError: escapes of JSON have made half of a character in it, which no tokenizer reads.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(text[error.start]):04x}, half of a surrogate pair, which is no character"
+            raise self.refused(half, "text", "Repair or remove the record.") from error
+        return text
+
 
 def suffix_of(file: Path) -> str:
     """Return the suffix that decides how a file is read."""
@@ -155,12 +168,12 @@ def _json(source: str, file: Path) -> Iterator[Record]:
 def _csv(source: str, file: Path) -> Iterator[Record]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # csv's own, of 128 KB, is too small for a document
     with file.open(encoding="utf-8-sig", newline="") as lines:
-        rows = csv.DictReader(lines)
+        rows = csv.DictReader(lines, strict=True)  # a quote that nothing closes would take all that follows
         try:
             for values in rows:
                 yield Record(source, f"{file}, line {rows.line_num}", values)
         except csv.Error as error:
-            raise InputError([Problem(source, f"{file}, line {rows.line_num}", f"no CSV ({error})")]) from error
+            raise InputError([Problem(source, f"{file}, after line {rows.line_num}", f"no CSV ({error})")]) from error
 
 
 def _parquet(source: str, file: Path) -> Iterator[Record]:
@@ -176,7 +189,9 @@ def _parquet(source: str, file: Path) -> Iterator[Record]:
                 for values in batch.to_pylist():
                     number += 1
                     yield Record(source, f"{file}, row {number}", values)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the system's
         found = f"no Parquet ({str(error).strip().splitlines()[0]})"
         raise InputError([Problem(source, str(file), found, "", "Write or download it again.")]) from error
 

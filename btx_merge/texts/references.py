@@ -220,7 +220,8 @@ def reference_problems(name: str, reference: str) -> list[Problem]:
     problems = []
     for file in files:
         if suffix_of(file) not in READERS:
-            problems.append(Problem(name, str(file), f"the suffix {file.suffix or 'none'}", known, "Rename the file."))
+            remedy = "Unpack or convert it, or rename it if it is one."
+            problems.append(Problem(name, str(file), f"the suffix {file.suffix or 'none'}", known, remedy))
         elif not file.stat().st_size:
             problems.append(Problem(name, str(file), "an empty file", "", "Remove it, or write it again."))
         elif suffix_of(file) == ".parquet" and not is_installed("pyarrow"):
@@ -228,14 +229,14 @@ def reference_problems(name: str, reference: str) -> list[Problem]:
     return problems
 
 
-def _refusal(reference: str) -> PermissionError | None:
+def _refusal(reference: str) -> OSError | None:
     """Return the system's refusal to say what lies at a path, as below a folder that may not be entered."""
     try:
         os.stat(os.path.expanduser(reference))
-    except PermissionError as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
         return error
-    except (OSError, ValueError):
-        pass
     return None
 
 
@@ -248,10 +249,11 @@ def _document_of(record: Record, tokenizer: Any) -> str:
     if plain is not None:
         return plain
     try:
-        return str(tokenizer.apply_chat_template(record.values["messages"], tokenize=False))
+        document = str(tokenizer.apply_chat_template(record.values["messages"], tokenize=False))
     except Exception as error:  # whatever the template's own code raises
         reason = f"{type(error).__name__}: {str(error).strip()}"
         raise record.refused(f"messages that the chat template does not take ({reason})") from error
+    return record.readable(document)
 
 
 def plain_text(record: Record, has_template: bool) -> str | None:
@@ -263,7 +265,7 @@ def plain_text(record: Record, has_template: bool) -> str | None:
     values = record.values
     for field in ("text", "content"):
         if isinstance(values.get(field), str):
-            return str(values[field])
+            return record.readable(str(values[field]))
     messages = values.get("messages")
     if isinstance(messages, list) and messages:
         if has_template:

@@ -57,7 +57,7 @@ def merged(family: Family, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 RECIPE_OPTIONS = {
     *("--recipe", "--seed", "--expert", "--weight", "--base", "--seed-expert", "--no-seed-expert"),
-    *("--combine", "--density", "--scale", "--expert-mode", "--num-chunks", "--fold-norms", "--router-init"),
+    *("--combine", "--head", "--density", "--scale", "--expert-mode", "--num-chunks", "--fold-norms", "--router-init"),
     *("--router-std", "--random-seed", "--num-experts-per-tok", "--router-aux-loss-coef", "--dtype"),
     *("--router-type", "--router-pre-softmax"),
     *("--max-shard-size", "--tokenizer-source", "--untie", "--allow-nonfinite", "--allow-unrelated"),
@@ -274,7 +274,9 @@ def test_an_export_and_an_extraction(command: str, merged: tuple[Path, Done], tm
     assert [line.startswith(untrained) for line in without_next(done.stderr).splitlines()] == [True] * (
         command == "export"
     )
-    assert re.search(rf"written +{tmp_path / 'out'}: 0\.\d MB in 1 weights file, 0\.\d\d M parameters", done.stdout)
+    assert re.search(
+        rf"written +{tmp_path / 'out'}: \d+\.\d\d KB in 1 weights file, 0\.\d\d M parameters", done.stdout
+    )
     assert re.search(r"took +\d+\.\d s, peak memory \d", done.stdout)
     expected = files_of(tmp_path / "out")
     done = btx(

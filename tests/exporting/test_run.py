@@ -424,6 +424,8 @@ def test_an_interrupted_export_continues(merged, tmp_path, monkeypatch):
         )
     assert not (tmp_path / "out").exists()
     assert not (partial(tmp_path / "out") / "config.json").exists()
+    for name in ("tokenizer.json", "README.md"):
+        (partial(tmp_path / "out") / name).write_text("{")  # a part of it, as a kill leaves it
     moved, announced = [], []
     reporter = Told(bytes_done=moved.append, started=announced.append)
     report = export(str(merged), tmp_path / "out", Options(max_shard_size="200KB"), reporter)

@@ -339,6 +339,15 @@ def test_a_line_of_the_journal_that_cannot_be_read_is_passed_over(saved, unfinis
     assert files_of(tmp_path / "out") == files_of(saved / "btx")
 
 
+def test_a_small_file_of_which_a_part_was_written_is_written_again(saved, unfinished, tmp_path):
+    """A run that is killed while it copies the model's code leaves a part of it, which still looks like code."""
+    whole = files_of(saved / "btx")
+    for name in ("routing_btx.py", "tokenizer.json", "config.json", "README.md"):
+        (unfinished / name).write_bytes(whole[name][: len(whole[name]) // 2])
+    merge(recipe_of(saved), tmp_path / "out")
+    assert files_of(tmp_path / "out") == whole
+
+
 def test_a_journal_without_end_is_not_read(saved, unfinished, tmp_path):
     os.truncate(unfinished / placing.JOURNAL, 1 << 40)  # takes no room: there is nothing in it
     merge(recipe_of(saved), tmp_path / "out")

@@ -25,9 +25,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from btx_merge import InputError, MergeError, MergeRecipe, NonFiniteError, merge
+from btx_merge.checkpoints.tensor_files import stored_tensors
 from btx_merge.errors import MergeInterrupted
 from btx_merge.files.placing import partial_of
 from btx_merge.finetuning import trainer
+from btx_merge.finetuning.card import training_section
 from btx_merge.finetuning.metrics import Meter
 from btx_merge.finetuning.recipe import TrainRecipe
 from btx_merge.finetuning.result import check_finite
@@ -269,7 +271,7 @@ train({settings!r}, {str(out)!r})
 def failure_of(monkeypatch: pytest.MonkeyPatch, settings: TrainRecipe, out: Path) -> str:
     """Trains to the end, where the disk is full."""
     with monkeypatch.context() as patch:
-        patch.setattr("btx_merge.finetuning.session.copy_files", no_space)
+        patch.setattr("btx_merge.finetuning.trainee_btx.copy_files", no_space)
         with pytest.raises(MergeError) as caught:
             train(settings, out)
     return str(caught.value)
@@ -376,7 +378,7 @@ def test_what_is_kept_when_it_is_interrupted_early(merged, texts, tmp_path, monk
         "Interrupted. No checkpoint was finished, so nothing is kept: the same command begins anew."
     )
     with monkeypatch.context() as patch:
-        patch.setattr("btx_merge.finetuning.session.copy_files", pressed)
+        patch.setattr("btx_merge.finetuning.trainee_btx.copy_files", pressed)
         with pytest.raises(
             MergeInterrupted, match=r"Step 6 is kept in .*checkpoint-6: the same command with --resume"
         ):
@@ -469,7 +471,7 @@ def test_a_disk_that_is_too_small_is_refused_at_once(merged, texts, tmp_path, mo
 
 
 def test_packages_that_are_missing_are_named_first(merged, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("btx_merge.finetuning.run.is_installed", lambda package: False)
+    monkeypatch.setattr("btx_merge.finetuning.checks.is_installed", lambda package: False)
     found = problems_of(train, recipe(merged, texts, arguments={"report_to": None}), tmp_path / "out")
     assert [line.split(":")[1].strip() for line in found] == ["accelerate", "matplotlib"]
     assert all("pip install '.[train]'" in line for line in found)
@@ -760,6 +762,18 @@ def test_values_that_are_not_finite_are_not_written(merged, texts, tmp_path, mon
 def test_values_beyond_the_dtype_of_the_file(tmp_path):
     name = "model.layers.0.mlp.gate.weight"
     save_file({name: torch.zeros(4, 2, dtype=torch.float16)}, tmp_path / "model.safetensors")
-    check_finite(tmp_path, {name: torch.full((4, 2), 6e4)}, tmp_path)
+    stored = stored_tensors(tmp_path)
+    check_finite(stored, {name: torch.full((4, 2), 6e4)}, tmp_path)
     with pytest.raises(NonFiniteError, match=r"gate\.weight: training ended .* not finite in torch\.float16\. "):
-        check_finite(tmp_path, {name: torch.tensor([[0.0, 1.0]] * 3 + [[0.0, 7e4]])}, tmp_path)
+        check_finite(stored, {name: torch.tensor([[0.0, 1.0]] * 3 + [[0.0, 7e4]])}, tmp_path)
+
+
+def test_a_name_of_a_text_does_not_break_the_cards_table():
+    entry = {
+        "train": "routers",
+        "data": [{"name": "code", "references": ["a|b`<i>.jsonl", "c.txt"], "weight": 1.0}],
+        "held_out_perplexity": {"before": {}, "after": {"code": 2.5}},
+        **{"trained_parameters": 1, "steps": 1, "tokens": 1, "max_length": 1, "arguments": {"learning_rate": 1.0}},
+    }
+    (row,) = [line for line in training_section("train", entry, []).splitlines() if line.startswith("| code ")]
+    assert row == "| code | <code>a&#124;b&#96;&#60;i&#62;.jsonl</code>, `c.txt` | 100% |  | 2.5 |"

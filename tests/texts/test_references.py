@@ -292,12 +292,21 @@ def test_reading_is_lazy(tmp_path):
         ("a.json", b'{"text": "x"}\n{"text": "y"}', ": no JSON (Extra data"),
         ("a.csv", b"id,body\n1,x\n", ", line 2: the fields id (str), body (str); expected"),
         ("a.txt", b"caf\xe9 x", ": the byte 0xe9, which is no UTF-8; expected text in UTF-8. Convert the file."),
+        ("a.csv", b'text\n"one\ntwo\n', ", after line 1: no CSV ("),
+        ("a.jsonl", b'{"text": "\\ud83d"}\n', ", line 1: \\ud83d, half of a surrogate pair, which is no character"),
         ("a.parquet", b"PAR1 no", ": no Parquet ("),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     assert refused(tmp_path / name).startswith(f"code: {tmp_path}/{name}{said}")
+
+
+def test_a_parquet_file_that_is_broken_inside(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"] * 5000}), tmp_path / "a.parquet")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[:4] + b"\xff" * 40 + whole[44:])
+    assert refused(tmp_path / "a.parquet").startswith(f"code: {tmp_path}/a.parquet: no Parquet (")
 
 
 def test_messages(tmp_path):
@@ -307,6 +316,9 @@ def test_messages(tmp_path):
     assert "no chat template" in refused(tmp_path / "a.jsonl", tokenizer=tokenizer)
     tokenizer.chat_template = TEMPLATE
     assert read(tmp_path / "a.jsonl", tokenizer=tokenizer) == ["<s> user w1 w2 assistant w3</s>"]
+    half = [{"role": "user", "content": "\ud83d"}]
+    (tmp_path / "half.jsonl").write_text(json.dumps({"messages": half}) + "\n")
+    assert "half of a surrogate pair" in refused(tmp_path / "half.jsonl", tokenizer=tokenizer)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     assert "does not take (TemplateError: roles must alternate)" in refused(tmp_path / "a.jsonl", tokenizer=tokenizer)
     table = pyarrow.table({"messages": [messages], "id": [1]})

@@ -1,0 +1,109 @@
+"""What cards say of a training, and the whole card of a branch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from btx_merge.model.card import CITATION, LICENCE_KEYS, PAPER, how_to_use, link_licence, project_link, with_metadata
+from btx_merge.model.files import BRANCH, PICTURE
+from btx_merge.model.held_out import OF_THIS_MODEL
+from btx_merge.sources.cards import card_texts, code_in_card, in_card
+from btx_merge.sources.locate import Located
+
+_TRAINED = {
+    "all": "All weights were trained.",
+    "ff": "Its feed-forward blocks were trained; every other weight is the seed's own, to the byte.",
+}
+
+
+def training_section(verb: str, entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
+    """Write what a card says of a run: what was trained, on what mixture, with which curve.
+
+    Args:
+        verb: the command's.
+        entry: the record of the run.
+        history: what was logged.
+    """
+    held_out = entry["held_out_perplexity"]
+    total = sum(domain["weight"] for domain in entry["data"])
+    rows = []
+    for domain in entry["data"]:
+        before, after = held_out["before"].get(domain["name"]), held_out["after"].get(domain["name"])
+        figures = [f"{value:.4g}" if value is not None else "" for value in (before, after)]
+        texts = ", ".join(map(code_in_card, domain["references"]))
+        rows.append([domain["name"], texts, f"{domain['weight'] / total:.0%}", *figures])
+    table = _table(["domain", "texts", "share", "held-out perplexity before", "after"], rows)
+    logged = [item for item in history if "loss" in item]
+    shown = logged[:: max(1, -(-len(logged) // 10))]
+    if logged and shown[-1] is not logged[-1]:
+        shown.append(logged[-1])
+    keys = [key for key in ("loss", "aux_loss", "dead_experts") if logged and key in logged[-1]]
+    titles = {"loss": "loss", "aux_loss": "balancing loss", "dead_experts": "dead experts"}
+    curve = _table(
+        ["step", *(titles[key] for key in keys)],
+        [[str(item["step"]), *(f"{item[key]:.4g}" if key in item else "" for key in keys)] for item in shown],
+    )
+    arguments = entry["arguments"]
+    return f"""## Training
+
+`btx {verb} --train {entry["train"]}`: {entry["trained_parameters"]:,} parameters, {entry["steps"]} steps,
+{entry["tokens"]:,} tokens in windows of {entry["max_length"]}, learning rate {arguments["learning_rate"]:g}.
+
+{OF_THIS_MODEL}
+
+{table}
+{curve}
+![the curves of the run]({PICTURE})
+"""
+
+
+def branch_card(seed: Located, entry: Mapping[str, Any]) -> str:
+    """Return README.md of a branch but for its training: where it comes from, and how to use it.
+
+    Args:
+        entry: the record of the run.
+    """
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    metadata["tags"] = ["llama", "branch-train-mix"]
+    if seed.repo_id:
+        metadata |= {"base_model": [seed.repo_id], "base_model_relation": "finetune"}
+    of_seed = card_texts(seed.folder)
+    metadata |= {key: of_seed[key] for key in (*LICENCE_KEYS, "language") if key in of_seed}
+    link_licence(metadata, seed)
+    name = f"{code_in_card(seed.public_name)}, a local folder"
+    if seed.repo_id:
+        name = f"[{seed.repo_id}](https://huggingface.co/{seed.repo_id}) at revision {seed.revision}"
+    domains = ", ".join(domain["name"] for domain in entry["data"])
+    body = f"""
+# {in_card(seed.public_name.rpartition("/")[2])}, a branch for {domains}
+
+A copy of a seed, trained by itself on one part of the data, to become an expert of a Mixture of Experts
+([Branch-Train-MiX]({PAPER})). Made by {project_link()} {version("btx-merge")}.
+
+- Seed: {name}.
+- Domains: {domains}.
+- {_TRAINED[entry["train"]]}
+- The run, with all settings: `{BRANCH}`.
+
+{how_to_use()}
+{CITATION}"""
+    return with_metadata(metadata, body)
+
+
+def branch_section(seed: Located, entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
+    """Write what the card of a branch, or of an adapter that is one, says of the run and of what comes next."""
+    reference = f"{seed.repo_id}@{seed.revision}" if seed.repo_id else "SEED"
+    name = entry["data"][0]["name"] if len(entry["data"]) == 1 else "NAME"
+    return f"""## Merge
+
+```sh
+btx merge --seed {reference} --expert {name}=. --expert OTHER=MODEL -o MERGED
+```
+
+{training_section("branch", entry, history)}"""
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])

@@ -1,0 +1,99 @@
+"""What can be known before anything heavy is imported: whether model, texts and places will do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.files.folder import read_json
+from btx_merge.files.placing import check_target
+from btx_merge.finetuning.launched import own_rank
+from btx_merge.finetuning.recipe import BranchRecipe, Recipe, TrainRecipe
+from btx_merge.finetuning.work_folder import folder_problems, work_folder
+from btx_merge.model.opening import find_model, overlap_problems, room_problems
+from btx_merge.sources.locate import Located
+from btx_merge.sources.opening import open_whole
+from btx_merge.sources.source import SEED, Source
+from btx_merge.sources.tensor_checks import expert_problems, tensor_problems
+from btx_merge.sources.text_checks import check_texts
+from btx_merge.sources.tokenizer_files import has_tokenizer
+from btx_merge.texts.readers import is_installed
+from btx_merge.texts.references import EXTRA
+
+
+def check_model(recipe: TrainRecipe, target: Path, resume: bool, overwrite: bool) -> Located:
+    """Return the folder of the merged model that is to be finetuned.
+
+    Raises:
+        InputError: every reason not to begin.
+    """
+    located, of_model = find_model(recipe.model, target, overwrite)
+    problems = _run_problems(recipe, located.folder if located else None)
+    problems += of_model
+    problems += folder_problems(work_folder(target), resume, own_rank() == 0, "train")
+    if located:
+        problems += _config_problems(recipe, read_json(located.folder / "config.json"))
+    if problems or located is None:
+        raise InputError(problems)
+    return located
+
+
+def check_seed(recipe: BranchRecipe, target: Path, resume: bool, overwrite: bool) -> Source:
+    """Return the seed of which a copy is to be trained. Its weights are not read.
+
+    Raises:
+        InputError: every reason not to begin.
+    """
+    problems: list[Problem] = []
+    seed: Source | None = None
+    try:
+        seed = open_whole(SEED, recipe.model)
+        problems += _seed_problems(seed, target)
+    except InputError as error:
+        problems += error.problems
+    try:
+        check_target(target, overwrite)
+    except InputError as error:
+        problems += error.problems
+    problems = _run_problems(recipe, seed.located.folder if seed else None) + problems
+    problems += folder_problems(work_folder(target), resume, own_rank() == 0, "branch")
+    if problems or seed is None:
+        raise InputError(problems)
+    return seed
+
+
+def _run_problems(recipe: Recipe, tokenizer: Path | None) -> list[Problem]:
+    """Return what is wrong with the texts, and which packages a training lacks."""
+    problems = check_texts(recipe.data, tokenizer)
+    needed = ["accelerate", "matplotlib", *([] if "report_to" in recipe.arguments else ["tensorboard"])]
+    missing = [package for package in needed if not is_installed(package)]
+    return problems + [Problem("command", package, "is not installed", "", f"{EXTRA}.") for package in missing]
+
+
+def _config_problems(recipe: TrainRecipe, config: Mapping[str, Any]) -> list[Problem]:
+    """Return what the recipe asks for and a merged model of this config.json cannot do."""
+    problems = []
+    if recipe.train == "lora" and config.get("router_selection_bias"):
+        found, remedy = "true: training moves the bias, and an adapter cannot hold it", "Train routers, shared or all."
+        problems.append(Problem("model", "config.json: router_selection_bias", found, "false for a lora", remedy))
+    if (experts := config["num_local_experts"]) % recipe.ep_size:
+        found, expected = f"{recipe.ep_size} for {experts} experts", "as many experts on each rank"
+        problems.append(Problem("recipe", "ep_size", found, expected, "Give another --ep-size."))
+    return problems
+
+
+def _seed_problems(seed: Source, target: Path) -> list[Problem]:
+    """Return why a seed cannot be trained, or its branch not be merged or written."""
+    folder = seed.located.folder
+    problems = [*expert_problems(seed), *tensor_problems(seed), *overlap_problems(folder, target)]
+    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        try:
+            if (folder / name).exists():
+                read_json(folder / name)
+        except InputError as error:
+            problems += error.problems
+    if not has_tokenizer(folder):
+        problems.append(Problem(SEED, str(folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
+    return problems + room_problems(target, sum(tensor.nbytes for tensor in seed.tensors.values()))
