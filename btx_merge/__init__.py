@@ -15,11 +15,16 @@ if TYPE_CHECKING:
     from btx_merge.editing.recipe import EditRecipe
     from btx_merge.editing.run import EditReport, edit
     from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
+    from btx_merge.evaluation.recipe import EvalRecipe
+    from btx_merge.evaluation.report import EvalReport
+    from btx_merge.evaluation.run import evaluate
     from btx_merge.exporting.run import ExportReport, export, extract
     from btx_merge.finetuning.recipe import BranchRecipe, TrainRecipe
     from btx_merge.finetuning.run import TrainReport, branch, train
     from btx_merge.fitting.recipe import FitRecipe
     from btx_merge.fitting.run import FitReport, fit
+    from btx_merge.inspecting.recipe import RoutingRecipe
+    from btx_merge.inspecting.run import RoutingReport, routing
     from btx_merge.merging.recipe import MergeRecipe
     from btx_merge.merging.run import Check, Report, check, merge
     from btx_merge.model.info import ModelInfo, info
@@ -37,6 +42,8 @@ __all__ = [
     "DomainText",
     "EditRecipe",
     "EditReport",
+    "EvalRecipe",
+    "EvalReport",
     "ExpertSpec",
     "ExportReport",
     "FitRecipe",
@@ -52,17 +59,21 @@ __all__ = [
     "PushReport",
     "Report",
     "Reporter",
+    "RoutingRecipe",
+    "RoutingReport",
     "TrainRecipe",
     "TrainReport",
     "branch",
     "check",
     "edit",
+    "evaluate",
     "export",
     "extract",
     "fit",
     "info",
     "merge",
     "push",
+    "routing",
     "train",
 ]
 
@@ -73,6 +84,8 @@ _MODULES = {
     "DomainText": "btx_merge.texts.references",
     "EditRecipe": "btx_merge.editing.recipe",
     "EditReport": "btx_merge.editing.run",
+    "EvalRecipe": "btx_merge.evaluation.recipe",
+    "EvalReport": "btx_merge.evaluation.report",
     "ExpertSpec": "btx_merge.sources.source",
     "ExportReport": "btx_merge.exporting.run",
     "FitRecipe": "btx_merge.fitting.recipe",
@@ -88,17 +101,21 @@ _MODULES = {
     "PushReport": "btx_merge.publishing.run",
     "Report": "btx_merge.merging.run",
     "Reporter": "btx_merge.reporting",
+    "RoutingRecipe": "btx_merge.inspecting.recipe",
+    "RoutingReport": "btx_merge.inspecting.run",
     "TrainRecipe": "btx_merge.finetuning.recipe",
     "TrainReport": "btx_merge.finetuning.run",
     "branch": "btx_merge.finetuning.run",
     "check": "btx_merge.merging.run",
     "edit": "btx_merge.editing.run",
+    "evaluate": "btx_merge.evaluation.run",
     "export": "btx_merge.exporting.run",
     "extract": "btx_merge.exporting.run",
     "fit": "btx_merge.fitting.run",
     "info": "btx_merge.model.info",
     "merge": "btx_merge.merging.run",
     "push": "btx_merge.publishing.run",
+    "routing": "btx_merge.inspecting.run",
     "train": "btx_merge.finetuning.run",
 }
 """Where each public name is at home."""

@@ -18,7 +18,18 @@ import typer
 import btx_merge
 import btx_merge.lora
 import btx_merge.training
-from btx_merge import DomainText, EditRecipe, ExpertSpec, FitRecipe, MergeRecipe, Options, Reporter, TrainRecipe
+from btx_merge import (
+    DomainText,
+    EditRecipe,
+    EvalRecipe,
+    ExpertSpec,
+    FitRecipe,
+    MergeRecipe,
+    Options,
+    Reporter,
+    RoutingRecipe,
+    TrainRecipe,
+)
 from btx_merge.cli.app import app
 from btx_merge.finetuning.arguments import known_names
 from btx_merge.values import field_descriptions
@@ -32,6 +43,8 @@ RECIPES: dict[type, tuple[str, dict[str, str]]] = {
     FitRecipe: ("fit", {}),
     TrainRecipe: ("train", {"arguments": "each by its name"}),
     EditRecipe: ("edit", {}),
+    RoutingRecipe: ("routing", {}),
+    EvalRecipe: ("eval", {}),
     DomainText: ("", {"name": "NAME=", "references": "TEXT, again for each", "weight": ":WEIGHT"}),
 }
 """Each recipe, the verb that takes it, and where its values stand if not at an option of their own."""

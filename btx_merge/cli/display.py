@@ -20,6 +20,9 @@ from rich.table import Table
 
 from btx_merge.checkpoints.dtypes import TORCH_NAMES
 from btx_merge.cli.printing import Lines
+from btx_merge.evaluation.report import EvalReport
+from btx_merge.evaluation.tables import Table as Cells
+from btx_merge.evaluation.tables import bits_table, lines_of, perplexity_table
 from btx_merge.exporting.run import ExportReport
 from btx_merge.merging.plan import Fate
 from btx_merge.merging.run import Check, Report
@@ -28,6 +31,7 @@ from btx_merge.model.info import ModelInfo
 from btx_merge.reporting import printable, readable
 
 if TYPE_CHECKING:
+    from btx_merge.inspecting.run import RoutingReport
     from btx_merge.model.held_out import LayerFit
 
 
@@ -71,6 +75,12 @@ class Bars(Lines):
     def step_done(self, done: int, of: int) -> None:
         """Show how many steps of how many a finetuning has done."""
         self._count("training", done, of)
+
+    def text_done(self, done: int, of: int) -> None:
+        """Show how much of the text is measured, over all models."""
+        if done == 0:
+            self.started(of)
+        self._progress.update(self._task, completed=done)
 
     def _count(self, verb: str, done: int, of: int) -> None:
         if self._verb != verb:
@@ -188,6 +198,55 @@ def print_info(info: ModelInfo) -> None:
     for title, texts in (("history", info.history), ("next", info.next)):
         for text in texts:  # a command is copied: no line of it is broken
             console.print(printable(f"{title}: {text}"), soft_wrap=True)
+
+
+def print_routing(report: RoutingReport) -> None:
+    """Print how each domain is routed, and which experts get next to nothing."""
+    console = _console()
+    model = report.model
+    table = Table("domain", box=SIMPLE, pad_edge=False)
+    for column in ("tokens", "loss", "own expert first", "best alone", "worth most", "regret"):
+        table.add_column(column, justify="right")
+    for domain in model.domains:
+        own, best, most = model.own_first(domain), "", ""
+        if domain.alone:
+            name = min(domain.alone, key=domain.alone.__getitem__)
+            best = f"{domain.alone[name]:.3f} ({name})"
+        if domain.without:
+            name = max(domain.without, key=domain.without.__getitem__)
+            most = f"{domain.without[name] - domain.loss:+.3f} without {name}"
+        cells = [f"{domain.tokens:,}", f"{domain.loss:.3f}", f"{sum(own) / len(own):.0%}" if own else "", best, most]
+        regret = "" if domain.regret is None else f"{domain.regret:.3f}"
+        table.add_row(*map(printable, (domain.domain, *cells, regret)))
+    console.print(table)
+    for figures in (report.model, *([report.against] if report.against else [])):
+        for item in figures.neglected:
+            kind = "dead" if item.is_dead else "cold"
+            line = f"{kind}  {item.expert} in layer {item.layer} of {figures.model}: {item.load:.2%} of the choices"
+            console.print(printable(line), soft_wrap=True)
+    console.print(_facts({"written": str(report.output), "took": f"{report.seconds:.1f} s"}))
+
+
+def print_evaluation(report: EvalReport) -> None:
+    """Print what an evaluation found."""
+    console = _console()
+    for title, cells in (("Bits per byte", bits_table(report)), ("Perplexity per token", perplexity_table(report))):
+        console.print(_cells(title, cells))
+    for line in lines_of(report):
+        console.print(printable(line), soft_wrap=True)
+    if report.output:
+        console.print(printable(f"written  {report.output}"), soft_wrap=True)
+    console.print(f"took     {report.seconds:.1f} s")
+
+
+def _cells(title: str, cells: Cells) -> Table:
+    head, rows = cells
+    table = Table(printable(head[0]), title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for name in head[1:]:
+        table.add_column(printable(name), justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(printable, row))
+    return table
 
 
 def _fates(fates: tuple[Fate, ...]) -> Table:
