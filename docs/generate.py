@@ -27,6 +27,7 @@ from btx_merge import (
     MergeRecipe,
     Options,
     Reporter,
+    RoutingRecipe,
     TrainRecipe,
 )
 from btx_merge.cli.app import app
@@ -42,6 +43,7 @@ RECIPES: dict[type, tuple[str, dict[str, str]]] = {
     FitRecipe: ("fit", {}),
     TrainRecipe: ("train", {"arguments": "each by its name"}),
     EditRecipe: ("edit", {}),
+    RoutingRecipe: ("routing", {}),
     EvalRecipe: ("eval", {}),
     DomainText: ("", {"name": "NAME=", "references": "TEXT, again for each", "weight": ":WEIGHT"}),
 }

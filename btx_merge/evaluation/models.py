@@ -19,6 +19,7 @@ from btx_merge.sources.tokenizer_files import has_tokenizer
 from btx_merge.sources.vocabulary import plan_vocabulary
 
 DEFAULT_WINDOW = 1024
+"""Tokens of a window where nobody says, as in a finetuning; the model's own length if that is less."""
 
 
 @dataclass(frozen=True, eq=False)

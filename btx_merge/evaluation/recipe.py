@@ -38,11 +38,11 @@ class EvalRecipe:
     """domain: measure the merged model once more, every token sent to its own domain's expert, which has the domain's
     name. That is what a perfect router would reach."""
     tokens: int | None = None
-    """Tokens of each domain that are scored, at most; only whole windows are. By default all."""
+    """Most tokens of each domain that are scored, at least 1; only whole windows are. By default all."""
     window: int | None = None
-    """Tokens of a window. By default 1024, or the model's positions if these are fewer."""
+    """Tokens of a window, at least 1. By default 1024, or the model's positions if these are fewer."""
     batch_size: int = 4
-    """Windows of full length that are computed together; of shorter ones, more."""
+    """Windows of full length that are computed together, at least 1; of shorter ones, more."""
     dtype: str | None = None
     """Dtype of all models: float32, bfloat16 or float16. By default float32 on a CPU, the merged model's elsewhere."""
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from btx_merge.files.folder import read_text
 from btx_merge.model.card import (
     CITATION,
     CITATION_TITLE,
     ROUTERS_TITLE,
-    UNTRAINED,
+    UNTRAINED_SENTENCE,
     how_to_use,
     project_link,
     with_metadata,
@@ -26,6 +28,20 @@ if TYPE_CHECKING:
 
 _ROUTERS_LINE = re.compile(r"^- Routers: .*$", re.MULTILINE)
 _NO_TITLE = "A Branch-Train-MiX model"
+
+
+def update_card(
+    folder: Path,
+    section: str,
+    sentence: str = "",
+    *,
+    located: Located | None = None,
+    results: Sequence[EvalResult] | None = (),
+) -> None:
+    """Add what was done with a model to the card in its folder; the arguments are those of `updated_card`."""
+    card = folder / "README.md"
+    text = read_text(card) if card.exists() else ""
+    card.write_text(updated_card(text, section, sentence, located, results), encoding="utf-8")
 
 
 def updated_card(
@@ -48,8 +64,8 @@ def updated_card(
     body = with_path(body, ".")  # one from the Hub names its repository, which holds another model
     if results is not None:
         body = body.replace(OF_THIS_MODEL, OF_AN_EARLIER_ONE)
-    if sentence and f" {UNTRAINED}" in body:
-        body = body.replace(f" {UNTRAINED}", sentence)
+    if sentence and UNTRAINED_SENTENCE.search(body):
+        body = UNTRAINED_SENTENCE.sub(lambda match: sentence, body)
     elif sentence:
         body = _ROUTERS_LINE.sub(lambda match: match[0].replace(sentence, "") + sentence, body, count=1)
     if section.startswith(ROUTERS_TITLE):
