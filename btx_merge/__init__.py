@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from btx_merge.editing.recipe import EditRecipe
     from btx_merge.editing.run import EditReport, edit
     from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
+    from btx_merge.evaluation.recipe import EvalRecipe
+    from btx_merge.evaluation.report import EvalReport
+    from btx_merge.evaluation.run import evaluate
     from btx_merge.exporting.run import ExportReport, export, extract
     from btx_merge.finetuning.recipe import BranchRecipe, TrainRecipe
     from btx_merge.finetuning.run import TrainReport, branch, train
@@ -37,6 +40,8 @@ __all__ = [
     "DomainText",
     "EditRecipe",
     "EditReport",
+    "EvalRecipe",
+    "EvalReport",
     "ExpertSpec",
     "ExportReport",
     "FitRecipe",
@@ -57,6 +62,7 @@ __all__ = [
     "branch",
     "check",
     "edit",
+    "evaluate",
     "export",
     "extract",
     "fit",
@@ -73,6 +79,8 @@ _MODULES = {
     "DomainText": "btx_merge.texts.references",
     "EditRecipe": "btx_merge.editing.recipe",
     "EditReport": "btx_merge.editing.run",
+    "EvalRecipe": "btx_merge.evaluation.recipe",
+    "EvalReport": "btx_merge.evaluation.report",
     "ExpertSpec": "btx_merge.sources.source",
     "ExportReport": "btx_merge.exporting.run",
     "FitRecipe": "btx_merge.fitting.recipe",
@@ -93,6 +101,7 @@ _MODULES = {
     "branch": "btx_merge.finetuning.run",
     "check": "btx_merge.merging.run",
     "edit": "btx_merge.editing.run",
+    "evaluate": "btx_merge.evaluation.run",
     "export": "btx_merge.exporting.run",
     "extract": "btx_merge.exporting.run",
     "fit": "btx_merge.fitting.run",

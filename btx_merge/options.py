@@ -11,20 +11,19 @@ from btx_merge.reporting import short
 
 @dataclass(frozen=True)
 class Options:
-    """The options of all verbs. A verb refuses those that it has no use for."""
+    """The options of all verbs. A verb refuses those that it has no use for: a merge's file size is in its recipe."""
 
     overwrite: bool = False
     """Replace the output if it is there and not empty, once the new one is complete."""
     workers: int | None = None
     """Threads that read and write. By default one per core, at most 4."""
     device: str | None = None
-    """Device to fit on, such as `cpu` or `cuda`. By default a GPU where there is one."""
+    """Device to fit or measure on, such as `cpu` or `cuda`. By default a GPU where there is one."""
     statistics: str | Path | None = None
     """Folder for what a fit collects in its pass over the texts. If it is there already, the texts are not read again:
     only the equations are solved, for instance with another penalty. By default nothing is kept."""
     max_shard_size: str = "5GB"
-    """Largest weights file of an export or an extraction, a size such as 5GB, 500MB or 5GiB. A merge has it in its
-    recipe."""
+    """Largest weights file of an export or an extraction, a size such as 5GB, 500MB or 5GiB."""
 
 
 def refuse_unused(options: Options, verb: str, *used: str) -> None:

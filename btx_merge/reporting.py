@@ -37,6 +37,9 @@ class Reporter:
     def step_done(self, done: int, of: int) -> None:
         """Take how many steps of how many a finetuning has done; the first call comes before a step."""
 
+    def text_done(self, done: int, of: int) -> None:
+        """Take how many bytes of text of how many are measured, over all models; the first call has none."""
+
     def line(self, text: str) -> None:
         """Take a line by which a person follows a finetuning: losses, perplexities, loads."""
 

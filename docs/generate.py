@@ -22,6 +22,7 @@ from btx_merge import (
     BranchRecipe,
     DomainText,
     EditRecipe,
+    EvalRecipe,
     ExpertSpec,
     FitRecipe,
     MergeRecipe,
@@ -43,6 +44,7 @@ RECIPES: dict[type, tuple[str, dict[str, str]]] = {
     BranchRecipe: ("branch", {"arguments": "each by its name"}),
     TrainRecipe: ("train", {"arguments": "each by its name"}),
     EditRecipe: ("edit", {}),
+    EvalRecipe: ("eval", {}),
     DomainText: ("", {"name": "NAME=", "references": "TEXT, again for each", "weight": ":WEIGHT"}),
 }
 """Each recipe, the verb that takes it, and where its values stand if not at an option of their own."""

@@ -72,9 +72,15 @@ class BTXRouting(nn.Module):
 
         The logits are returned because transformers records them here.
         """
-        scores = router_logits.float() if call.active is None else router_logits.float()[:, call.active]  # [N, A]
+        scores = router_logits.float()
+        if call.active is not None:
+            scores = scores[:, call.active]  # [N, A]: from here on an expert's number is its place among the active
         experts = scores.shape[-1]
-        per_token = {"soft": experts, "top_k": min(call.num_experts_per_tok, experts)}.get(self.router_type, 1)
+        per_token = 1  # of switch and sample_top_1
+        if self.router_type == "soft":
+            per_token = experts
+        elif self.router_type == "top_k":
+            per_token = min(call.num_experts_per_tok, experts)
 
         # `mixture` [N, A] has the weight that each expert would have if all ran; `probabilities` ranks them
         mixture, probabilities = self._mixture(scores, per_token)
@@ -94,16 +100,19 @@ class BTXRouting(nn.Module):
             statistics = router_statistics(
                 scores, probabilities, weights, chosen, call, self.config.router_z_loss_coef > 0
             )
-            if records.is_open:
+            if records.is_open:  # computed in a recomputed pass too: it must do the same operations
                 records.statistics.append(statistics)
         if records is not None and records.is_open and self.has_bias:
             records.tokens_per_expert.append(self._tokens_per_expert(first_chosen, call))
         if overflow is not None:  # only the residual stream passes; the statistics have counted the choice before
             weights = weights.masked_fill(overflow, 0)
-        return weights, router_logits, chosen if call.active is None else call.active[chosen]
+        if call.active is not None:
+            chosen = call.active[chosen]  # back to numbers among all E
+        return weights, router_logits, chosen
 
     @torch.no_grad()
     def _tokens_per_expert(self, chosen: torch.Tensor, call: RouterCall) -> torch.Tensor:
+        """Count the tokens that were sent to each of all E experts, [E], without padding."""
         counts = torch.zeros_like(self.e_score_correction_bias)
         real = _counted(chosen, call).to(counts.dtype).repeat_interleave(chosen.shape[-1])
         return counts.index_add_(0, (chosen if call.active is None else call.active[chosen]).flatten(), real)
@@ -113,7 +122,7 @@ class BTXRouting(nn.Module):
         sampled.
         """
         if self.router_type == "sample_top_1" and self.training:
-            noise = -torch.empty_like(scores).exponential_().log()  # Gumbel(0, 1)
+            noise = -torch.empty_like(scores).exponential_().log()  # -log of Exp(1) is Gumbel(0, 1)
             return ((scores + noise) / self.temperature).softmax(dim=-1), None
         probabilities = scores.softmax(dim=-1)
         if self.router_type == "top_k" and self.config.router_pre_softmax:
@@ -152,7 +161,8 @@ class BTXRouting(nn.Module):
         exact = torch.float32 if chosen.device.type == "mps" else torch.float64  # mps has no float64
         capacity = torch.ceil(factor * real.sum().to(exact) / experts)
         asked = F.one_hot(chosen[:, 0], experts) * real[:, None]
-        place = asked.cumsum(dim=0).gather(-1, chosen)  # 1 for the first
+        # a token's place among those that ask for its expert; 1 for the first
+        place = asked.cumsum(dim=0).gather(-1, chosen)
         return place > capacity
 
 
@@ -194,6 +204,7 @@ def router_statistics(
         with_z: whether the last is wanted; otherwise it is 0.
     """
     counted = _counted(scores, call)
+    # [N], sums to 1, so that a product with it is a mean over real tokens
     token_share = counted / counted.sum().clamp(min=1)
     gates = torch.zeros_like(scores).scatter(-1, chosen, weights)
     if probabilities is None:

@@ -12,6 +12,7 @@ import btx_merge
 from btx_merge import (
     BranchRecipe,
     EditRecipe,
+    EvalRecipe,
     FitRecipe,
     InputError,
     MergeRecipe,
@@ -21,6 +22,7 @@ from btx_merge import (
     branch,
     check,
     edit,
+    evaluate,
     export,
     extract,
     fit,
@@ -37,6 +39,7 @@ VERBS = {
     "edit": lambda out, options: edit(EditRecipe("m", ("a",)), out, options),
     "export": lambda out, options: export("m", out, options),
     "extract": lambda out, options: extract("m", "a", out, options),
+    "evaluate": lambda out, options: evaluate(EvalRecipe("m", {"a": "t"}), out, options),
     "train": lambda out, options: train(TrainRecipe("m", {"a": "t"}, arguments={"max_steps": 1}), out, options),
 }
 
@@ -50,6 +53,7 @@ VERBS = {
         ("edit", Options(statistics="there"), "statistics: 'there', which edit has no use for"),
         ("export", Options(device="cuda"), "device: 'cuda', which export has no use for"),
         ("extract", Options(device="cuda"), "device: 'cuda', which extract has no use for"),
+        ("evaluate", Options(workers=2), "workers: 2, which evaluate has no use for; expected only device, overwrite"),
         ("branch", Options(device="cpu"), "device: 'cpu', which branch has no use for; expected only overwrite"),
         (
             "train",
@@ -69,7 +73,7 @@ def test_an_option_that_a_verb_would_pass_over_is_refused(
 
 
 def test_verbs_are_called_alike() -> None:
-    for name in ("merge", "edit", "fit", "export", "extract", "train"):
+    for name in ("merge", "edit", "evaluate", "fit", "export", "extract", "train"):
         parameters = inspect.signature(getattr(btx_merge, name)).parameters
         assert parameters["options"].default == Options()
         assert type(parameters["reporter"].default) is Reporter

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from btx_merge import BranchRecipe, EditRecipe, FitRecipe, InputError, MergeRecipe, TrainRecipe
+from btx_merge import BranchRecipe, EditRecipe, EvalRecipe, FitRecipe, InputError, MergeRecipe, TrainRecipe
 
 RECIPES: dict[Any, dict[str, Any]] = {
     BranchRecipe: {"model": "seed", "data": {"code": "code.txt"}},
     EditRecipe: {"model": "merged"},
+    EvalRecipe: {"model": "merged", "data": {"code": "code.txt"}},
     FitRecipe: {"model": "merged"},
     MergeRecipe: {"seed": "seed", "experts": {"code": "code"}},
     TrainRecipe: {"model": "merged", "data": {"code": "code.txt"}},

@@ -11,7 +11,8 @@ from btx_merge.architectures.llama import ACTIVATIONS, DEFAULTS
 from btx_merge.errors import InputError, Problem
 
 _SAVE_AGAIN = "Save it again with save_pretrained, or download it again."
-_MANY_CHARACTERS = 80  # of a value that an error repeats
+_MANY_CHARACTERS = 80
+"""Of a value that an error repeats: about a line of a terminal."""
 
 
 def _is_size(value: Any) -> bool:

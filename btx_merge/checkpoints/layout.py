@@ -33,9 +33,13 @@ class OutputTensor:
     """A tensor of the result and its place."""
 
     name: str
+    """As the checkpoint has it."""
     dtype: str
+    """safetensors' name, one of `dtypes.STORED`."""
     shape: tuple[int, ...]
+    """Its dimensions; the first counts its rows."""
     shard: int
+    """The number of its file, from 0."""
     start: int
     """Byte in the shard's file."""
 
@@ -53,7 +57,9 @@ class Extent:
     """A run of bytes in a shard's file."""
 
     start: int
+    """The first byte, from the beginning of the file."""
     nbytes: int
+    """How many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +67,13 @@ class Job:
     """A part of one output tensor. Its kind says what fills it; its extents, where that goes."""
 
     tensor: OutputTensor
+    """The tensor that it fills in part."""
     extents: tuple[Extent, ...]
+    """Where its bytes go: one run, or one for each expert that gets a part of every row."""
     start: int
     """First row: of the source's tensor in the jobs for experts, of the output in the others."""
     stop: int
+    """The row behind its last."""
 
     @property
     def key(self) -> str:
@@ -78,11 +87,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of the result: its header as bytes, its whole size."""
+    """A file of the result."""
 
     name: str
+    """Without a folder."""
     header: bytes
+    """What the file begins with: the header's length and the header."""
     nbytes: int
+    """The file's whole size."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +102,9 @@ class Layout:
     """The files of a checkpoint. Its kinds say what the jobs are."""
 
     tensors: tuple[OutputTensor, ...]
+    """All tensors, file by file."""
     shards: tuple[Shard, ...]
+    """The files."""
 
     @property
     def jobs(self) -> tuple[Job, ...]:
@@ -104,6 +118,7 @@ class Layout:
 
     @property
     def bytes_to_write(self) -> int:
+        """The size of all files, headers included."""
         return sum(shard.nbytes for shard in self.shards)
 
     def index(self) -> dict[str, Any]:
@@ -116,7 +131,14 @@ class Layout:
 def lay_out(
     tensors: Iterable[tuple[str, str, Shape]], shard_bytes: int
 ) -> tuple[tuple[OutputTensor, ...], tuple[Shard, ...]]:
-    """Place tensors, given by name, dtype and shape, in files of at most `shard_bytes` (or of one larger tensor)."""
+    """Place tensors, given by name, dtype and shape, in files of at most `shard_bytes` (or of one larger tensor).
+
+    >>> tensors, shards = lay_out([("a", "F32", (2, 3)), ("b", "BF16", (4,))], shard_bytes=24)
+    >>> [(tensor.name, tensor.shard, tensor.nbytes) for tensor in tensors]
+    [('a', 0, 24), ('b', 1, 8)]
+    >>> [shard.name for shard in shards]
+    ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+    """
     groups: list[list[tuple[str, str, Shape]]] = [[]]
     filled = 0
     for name, dtype, shape in tensors:

@@ -19,6 +19,7 @@ _MAX_BYTES = 2**63 - 1  # offsets in a file are signed, of 64 bits
 _MAX_DIMENSIONS = 16  # no tensor of a Llama has more than 2; a shape of millions of ones would only cost time
 _MAX_SHOWN = 200
 """Characters of a header's entry that an error repeats."""
+# bytes of a value, by dtype, of those that a merge does not take but a file may hold
 _WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 

@@ -31,9 +31,8 @@ from btx_merge.files.placing import JOURNAL, LOCK, has_marks, lock, partial_of, 
 from btx_merge.reporting import Reporter, readable
 
 _SCRATCH = "btx_files"
-_READ_BYTES = 1 << 20
-"""A block of a file whose checksum is verified."""
-_JOURNAL_LIMIT = 100_000_000  # bytes; a job takes a hundred, and writes up to 64 MB
+_READ_BYTES = 1 << 20  # 1 MB: a block of a file whose checksum is verified
+_JOURNAL_LIMIT = 100_000_000  # bytes; a job takes a hundred and writes up to 64 MB, so this is for 64 TB
 _LAG = 8
 """Jobs that the disk gets time for before their bytes leave the cache, since bytes that are not on the disk yet cannot
 leave it. At 64 MB a job that is half a gigabyte, or half a second of a fast disk."""
@@ -303,6 +302,7 @@ class Staging:
         journal.write_text(json.dumps({"plan": self.fingerprint}) + "\n", encoding="utf-8")
 
     def _check_room(self, again: str) -> None:
+        """Refuse a disk with too little room; what an earlier run wrote, or reserved, takes none any more."""
         present = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
         needed = self.layout.bytes_to_write - present
         free = shutil.disk_usage(self.folder).free
@@ -313,5 +313,6 @@ class Staging:
 
 
 def _write_all(descriptor: int, view: memoryview) -> None:
+    """Write all bytes: the system may take a part of them at a time."""
     while view:
         view = view[os.write(descriptor, view) :]

@@ -74,7 +74,7 @@ class StoredTensor:
 
 
 _buffers = threading.local()  # workers read at the same time, so each has a buffer of its own
-_NOTHING = np.empty(0, np.uint8)
+_NOTHING = np.empty(0, np.uint8)  # what a tensor without values holds
 _SAVE_AGAIN = "Save it as safetensors: load it in transformers and call save_pretrained."
 _FETCH_AGAIN = "Download or copy the file again."
 

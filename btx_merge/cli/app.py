@@ -16,6 +16,7 @@ import typer
 
 from btx_merge.cli.branch import branch_command
 from btx_merge.cli.edit import edit_command
+from btx_merge.cli.eval import eval_command
 from btx_merge.cli.export import export_command, extract_command
 from btx_merge.cli.fit import fit_command
 from btx_merge.cli.info import info_command
@@ -97,6 +98,7 @@ app.command("merge")(_ends_in_one_line(merge_command))
 app.command("info")(_ends_in_one_line(info_command))
 app.command("fit")(_ends_in_one_line(fit_command))
 app.command("edit")(_ends_in_one_line(edit_command))
+app.command("eval")(_ends_in_one_line(eval_command))
 app.command("push")(_ends_in_one_line(push_command))
 app.command("export")(_ends_in_one_line(export_command))
 app.command("extract")(_ends_in_one_line(extract_command))

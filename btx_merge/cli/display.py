@@ -20,6 +20,9 @@ from rich.table import Table
 
 from btx_merge.checkpoints.dtypes import TORCH_NAMES
 from btx_merge.cli.printing import Lines
+from btx_merge.evaluation.report import EvalReport
+from btx_merge.evaluation.tables import Table as Cells
+from btx_merge.evaluation.tables import bits_table, lines_of, perplexity_table
 from btx_merge.exporting.run import ExportReport
 from btx_merge.merging.plan import Fate
 from btx_merge.merging.run import Check, Report
@@ -71,6 +74,12 @@ class Bars(Lines):
     def step_done(self, done: int, of: int) -> None:
         """Show how many steps of how many a finetuning has done."""
         self._count("training", done, of)
+
+    def text_done(self, done: int, of: int) -> None:
+        """Show how much of the text is measured, over all models."""
+        if done == 0:
+            self.started(of)
+        self._progress.update(self._task, completed=done)
 
     def _count(self, verb: str, done: int, of: int) -> None:
         if self._verb != verb:
@@ -188,6 +197,28 @@ def print_info(info: ModelInfo) -> None:
     for title, texts in (("history", info.history), ("next", info.next)):
         for text in texts:  # a command is copied: no line of it is broken
             console.print(printable(f"{title}: {text}"), soft_wrap=True)
+
+
+def print_evaluation(report: EvalReport) -> None:
+    """Print what an evaluation found."""
+    console = _console()
+    for title, cells in (("Bits per byte", bits_table(report)), ("Perplexity per token", perplexity_table(report))):
+        console.print(_cells(title, cells))
+    for line in lines_of(report):
+        console.print(printable(line), soft_wrap=True)
+    if report.output:
+        console.print(printable(f"written  {report.output}"), soft_wrap=True)
+    console.print(f"took     {report.seconds:.1f} s")
+
+
+def _cells(title: str, cells: Cells) -> Table:
+    head, rows = cells
+    table = Table(printable(head[0]), title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for name in head[1:]:
+        table.add_column(printable(name), justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(printable, row))
+    return table
 
 
 def _fates(fates: tuple[Fate, ...]) -> Table:

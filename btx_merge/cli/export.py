@@ -22,7 +22,7 @@ def export_command(
     out: Annotated[
         Path | None, typer.Argument(help="Folder (or GGUF file) for the result.", show_default=False)
     ] = None,
-    output: Annotated[Path | None, option("The same as OUT, as an option.", "--output", "-o")] = None,
+    output: Annotated[Path | None, option("The same as the argument, as an option.", "--output", "-o")] = None,
     format: Annotated[
         str,
         typer.Option(help="mixtral: for transformers, vLLM, SGLang, llama.cpp; gguf: by llama.cpp's converter."),

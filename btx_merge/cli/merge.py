@@ -67,8 +67,10 @@ def merge_command(
     json_output: Json = False,
 ) -> None:
     """Merge the checkpoints of a recipe into one model."""
+    hush(quiet)
+    chosen = given_recipe(recipe, given)
     if print_recipe:
-        print(given_recipe(recipe, given).template(), end="")
+        print(chosen.template(), end="")
         return
 
     from btx_merge.cli.display import print_check, print_files, print_report
@@ -76,10 +78,9 @@ def merge_command(
 
     if output is None:
         raise InputError([Problem("command", "--output", "missing", "a folder for the merged model")])
-    hush(quiet)
     options = Options(overwrite, workers, device, statistics)
     if dry_run:
-        checked = check(given_recipe(recipe, given).build(), output, options)
+        checked = check(chosen.build(), output, options)
         if json_output:
             print_json(checked)
         elif not quiet:
@@ -88,7 +89,7 @@ def merge_command(
         warn(checked.warnings)
         return
     with terminal(quiet, "merging") as reporter:
-        report = merge(given_recipe(recipe, given).build(), output, options, reporter)
+        report = merge(chosen.build(), output, options, reporter)
     if json_output:
         print_json(report)
     elif not quiet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ class Reported(Protocol):
         """Return plain values."""
 
 
+_SECONDS_BETWEEN_LINES = 10
 _STYLES = {"error": "red", "warning": "yellow", "note": "", "next": ""}
 
 
@@ -43,6 +45,7 @@ class Lines(Reporter):
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
+        self._began = self._told = 0.0
 
     def note(self, line: str) -> None:
         """Print something that a person wants to know."""
@@ -51,6 +54,16 @@ class Lines(Reporter):
     def warn(self, line: str) -> None:
         """Print what deserves a look."""
         warning(line)
+
+    def text_done(self, done: int, of: int) -> None:
+        """Print how much of the text is measured and how long the rest may take, every ten seconds."""
+        now = time.monotonic()
+        if done == 0:
+            self._began = self._told = now
+        elif now - self._told >= _SECONDS_BETWEEN_LINES:
+            self._told = now
+            left = (now - self._began) * (of - done) / done
+            self.line(f"measured {done / of:.0%}, about {left:.0f} s left")
 
     def line(self, text: str) -> None:
         """Print how a finetuning goes, unless nobody wants to know."""

@@ -19,7 +19,7 @@ _ROW = re.compile(r"^\| (\S+) \| (.*) \| (.*) \| ([\d, ]+|none) \|\n", re.MULTIL
 
 
 def edited_card(text: str, edit: EditPlan, is_updated: bool) -> str:
-    """The card with the new set's sources, sizes and metadata. What its author wrote himself stays.
+    """Return the card with the new set's sources, sizes and metadata. What its author added stays.
 
     Args:
         is_updated: whether the shared weights are of the new set too.
@@ -38,7 +38,11 @@ def edited_card(text: str, edit: EditPlan, is_updated: bool) -> str:
 
 
 def edit_section(edit: EditPlan, shared: str) -> str:
-    """What the card says at its end about the edit."""
+    """Write what the card says at its end about the edit.
+
+    Args:
+        shared: what became of the shared weights: updated or kept.
+    """
     recipe = edit.recipe
     renamed = [f"{old} is {new} now" for old, new in recipe.rename.items()]
     verbs = {"Dropped": recipe.drop, "Added": recipe.add, "Replaced": recipe.replace, "Renamed": renamed}
@@ -53,6 +57,7 @@ def edit_section(edit: EditPlan, shared: str) -> str:
 
 
 def _old_sizes(edit: EditPlan) -> str:
+    """Write the model's sizes as its card has them, so that they can be found there."""
     config, shapes = edit.model.config, {name: tensor.shape for name, tensor in edit.model.tensors.items()}
     experts = edit.model.num_experts
     per_token = experts_per_token(config.get("router_type", "top_k"), edit.model.experts_per_token, experts)
@@ -61,14 +66,15 @@ def _old_sizes(edit: EditPlan) -> str:
 
 
 def _edited_table(body: str, edit: EditPlan) -> str:
-    """The table of sources: lines of what goes are gone, the others have their new names and numbers."""
+    """Correct the table of sources: lines of what goes are taken out, the others get their new names and numbers."""
     mixture, now = edit.mixture, {origin: name for name, origin in edit.origins.items()}
     by_name = {source.name: source for source in mixture.sources}
     known = {SEED, *edit.model.domains}
     end = 0
 
     def line(match: re.Match[str]) -> str:
-        if match[1] not in known:
+        """Return what becomes of one line of the table."""
+        if match[1] not in known:  # a table of something else
             return match[0]
         name = now.get(match[1], match[1])
         if name in edit.new:
@@ -78,6 +84,7 @@ def _edited_table(body: str, edit: EditPlan) -> str:
         return f"| {name} | {match[2]} | {match[3]} | {expert_numbers(mixture, by_name[name])} |\n"
 
     body = _ROW.sub(line, body)
+    # added experts go behind the last line of a source
     for match in _ROW.finditer(body):
         end = match.end() if match[1] in by_name else end
     added = "".join(source_row(mixture, by_name[name]) + "\n" for name in edit.recipe.add)
@@ -85,6 +92,11 @@ def _edited_table(body: str, edit: EditPlan) -> str:
 
 
 def _edited_metadata(metadata: Mapping[str, Any], edit: EditPlan) -> dict[str, Any]:
+    """Return the card's metadata with the base models and languages of the new set.
+
+    A base model goes only if no source that stays was made from it. The licence goes if a new source has another one:
+    which licence the result may have is for its author to say.
+    """
     out = dict(metadata)
     specs = edit.values.get("experts") or {}
     references = {name: spec.get("model") if isinstance(spec, dict) else spec for name, spec in specs.items()}

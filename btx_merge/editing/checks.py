@@ -24,6 +24,7 @@ def set_problems(recipe: EditRecipe, model: MergedModel, values: Mapping[str, An
 
 
 def _name_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]:
+    """Check that what is changed exists, and that all experts have different names in the end."""
     known = f"one of {', '.join(model.domains)}"
     for flag, names in (("--drop", recipe.drop), ("--replace", recipe.replace), ("--rename", recipe.rename)):
         for name in names:
@@ -44,6 +45,7 @@ def _name_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]:
 
 
 def _count_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]:
+    """Check that as many experts are left as each token needs."""
     left = len({*model.domains} - {*recipe.drop}) + len(recipe.add)
     experts = left * model.num_chunks
     chosen = recipe.num_experts_per_tok or model.experts_per_token
@@ -55,6 +57,7 @@ def _count_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]
 
 
 def _kind_problems(model: MergedModel, values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Check that experts of this model can be told apart, and that its routing is one of ours."""
     if values.get("expert_mode") == "blend":
         remedy = "Merge anew with other sources."
         yield Problem("model", "expert_mode", "blend: every expert is a part of all sources", "whole or split", remedy)
@@ -64,6 +67,11 @@ def _kind_problems(model: MergedModel, values: Mapping[str, Any]) -> Iterator[Pr
 
 
 def text_problems(recipe: EditRecipe, model: MergedModel, origins: Mapping[str, str | None]) -> Iterator[Problem]:
+    """Check that rows to be fitted have their text, and that no text is given in vain.
+
+    Args:
+        origins: every domain of the result and its name in the model; None for what is new.
+    """
     texts = [text.name for text in recipe.domain_text]
     new = [name for name, origin in origins.items() if origin is None]
     for name in texts:

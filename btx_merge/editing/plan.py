@@ -36,7 +36,9 @@ class EditPlan:
     """What becomes of a merged model."""
 
     recipe: EditRecipe
+    """What was asked for."""
     model: MergedModel
+    """The model as it is, which stays."""
     mixture: Mixture
     """The result; sources that stay lie in the model's own files."""
     warnings: tuple[Problem, ...]
@@ -60,11 +62,14 @@ class EditPlan:
 
     @cached_property
     def row_origins(self) -> list[int | None]:
-        """For every expert of the result, the model's expert whose router row it has."""
+        """For every expert of the result, the model's expert whose router row it has; None for a new row.
+
+        Of a model with the experts a, b and c, from which b is dropped and to which d is added: [0, 2, None].
+        """
         rows: list[int | None] = []
         for name, origin in self.origins.items():
             if self.router_inits.get(name) == "kept":
-                origin = name
+                origin = name  # replaced under its own name: the row of its predecessor
             rows += self.model.experts_of(origin) if origin else [None] * self.mixture.chunks
         return rows
 
@@ -76,26 +81,28 @@ class EditPlan:
         return [i * chunks + chunk for i, name in enumerate(self.origins) if name in names for chunk in range(chunks)]
 
     def is_kept(self, source: Source) -> bool:
-        """Whether a source lies in the model itself."""
+        """Tell whether a source lies in the model itself."""
         return source.located is self.model.located
 
     def is_of_router(self, tensor: OutputTensor) -> bool:
-        """Whether a tensor has a row for each expert: a router, or the bias that ranks experts."""
+        """Tell whether a tensor has a row for each expert: a router, or the bias that ranks experts."""
         return tensor.name.endswith((ROUTER.partition("}")[2], SELECTION_BIAS.partition("}")[2]))
 
     def router_rows(self, job: Job) -> Any:
-        """A router's rows, [E, H]: those that stay as they are, new ones random or zero (fitted ones zero so far)."""
+        """Return the bytes of a router, [E, H], or of a bias that ranks experts, [E].
+
+        Rows of experts that stay are as they were; new ones are random or zero. Rows that are fitted later are zero.
+        """
         stored = self.model.tensors[job.tensor.name]
-        rows = stored.read_rows(0, stored.shape[0]).reshape(stored.shape[0], -1).copy()
+        rows = stored.read_rows(0, stored.shape[0]).reshape(stored.shape[0], -1).copy()  # bytes, by expert
         layer = int(job.tensor.name.split(".")[2])
-        return np.concatenate(
-            [
-                rows[origin] if origin is not None else self._new_row(number, layer, job)
-                for number, origin in enumerate(self.row_origins)
-            ]
-        )
+        out = []
+        for number, origin in enumerate(self.row_origins):
+            out.append(self._new_row(number, layer, job) if origin is None else rows[origin])
+        return np.concatenate(out)
 
     def _new_row(self, number: int, layer: int, job: Job) -> Any:
+        """Return the bytes of a new expert's row, by the expert's number in the result."""
         name = self.mixture.expert_names[number]
         domain = list(self.origins)[number // self.mixture.chunks]
         values: Float32 = np.zeros(job.tensor.shape[1:], np.float32)
@@ -131,6 +138,7 @@ def plan_edit(recipe: EditRecipe, model: MergedModel, scratch: Callable[[], Path
 
 
 def _origins(recipe: EditRecipe, model: MergedModel) -> dict[str, str | None]:
+    """Return every domain of the result, in order, and its name in the model; None for what is new or replaced."""
     stays = [name for name in model.domains if name not in recipe.drop]
     origins: dict[str, str | None] = {
         recipe.rename.get(name, name): None if name in recipe.replace else name for name in stays
@@ -160,6 +168,7 @@ def _sources(
     specs = {SEED: {"weight": values.get("seed_weight")}, **(values.get("experts") or {})}
 
     def of_model(name: str, origin: str) -> Source:
+        """Return the model with the feed-forward blocks of one domain as a source."""
         spec = specs.get(origin)
         weight = spec.get("weight") if isinstance(spec, dict) else None
         tensors = model.dense_tensors(origin)
@@ -176,6 +185,7 @@ def _sources(
 
 
 def _without_untie(problem: Problem) -> Problem:
+    """Return a problem without the advice to untie, which a merge can follow and an edit cannot."""
     if "tie_word_embeddings" not in problem.where or "--untie" not in problem.remedy:
         return problem
     return replace(problem, remedy="Give a model that ties them, or merge anew with --untie.")

@@ -19,6 +19,7 @@ from btx_merge.editing.plan import EditPlan
 from btx_merge.files.folder import read_text
 from btx_merge.merging.files import public_source
 from btx_merge.merging.recipe import REGMEAN_METHODS
+from btx_merge.model.card_update import update_card
 from btx_merge.model.records import RECIPE_FILE, append_record
 from btx_merge.model.router_state import trainings
 from btx_merge.sources.digest import source_digest
@@ -84,12 +85,15 @@ def _resolved(edit: EditPlan) -> dict[str, Any]:
 
 
 def _public_spec(spec: ExpertSpec, source: Source) -> dict[str, Any]:
+    """Return a new expert's values as a published recipe has them, without paths."""
     base = source.base.public_name if spec.base is not None and source.base else None
     return {"model": public_source(source), "weight": spec.weight, "base": base}
 
 
 def _given_spec(spec: ExpertSpec) -> dict[str, Any]:
-    """With folders seen from here, wherever else the model's own sources are looked for."""
+    """Return a new expert's values with its folders made absolute: those of the model's sources are looked for
+    elsewhere.
+    """
     values = asdict(spec)
     return values | {
         key: str(Path(values[key]).resolve())
@@ -118,7 +122,8 @@ def write_records(edit: EditPlan, outcome: str, files: Path, layers: Sequence[La
         (files / "README.md").write_text(edited_card(card, edit, outcome == "updated"), encoding="utf-8")
     computes_the_same = edit.recipe.is_rename_only and edit.recipe.num_experts_per_tok is None
     results = None if computes_the_same else ()  # figures of another model
-    append_record(files, "edits", _entry(edit, outcome, layers), edit_section(edit, outcome), results=results)
+    append_record(files, "edits", _entry(edit, outcome, layers))
+    update_card(files, edit_section(edit, outcome), results=results)
 
 
 def _entry(edit: EditPlan, outcome: str, layers: Sequence[LayerFit]) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def edit(
     with ExitStack() as stack:
 
         def scratch() -> Path:
+            """Make a folder beside the target that goes when the edit ends."""
             return stack.enter_context(scratch_folder(target.parent))
 
         model = _open(recipe, target, options)

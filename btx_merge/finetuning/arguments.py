@@ -13,10 +13,12 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from btx_merge.errors import InputError, Problem
 
-DEFAULTS: dict[str, Any] = {  # the paper's, where it names them: section 4.1
+DEFAULTS: dict[str, Any] = {
+    # the paper's: section 4.1
     "learning_rate": 1e-4,
     "weight_decay": 0.1,
     "lr_scheduler_type": "cosine_with_min_lr",
+    # ours, for one small machine: the paper's batch is 4 M tokens
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 4,
     "logging_steps": 10,
@@ -28,7 +30,9 @@ DEFAULTS: dict[str, Any] = {  # the paper's, where it names them: section 4.1
     "dataloader_pin_memory": False,  # windows are small, and without a GPU torch warns of it
 }
 _MIN_LEARNING_RATE = {"min_lr_rate": 0.1}
-_WARMUP_STEPS = 100  # or a tenth of the steps, if that is less
+"""The cosine ends at a tenth of the peak, as in the paper (section 4.1)."""
+_WARMUP_STEPS = 100
+"""The paper's; or a tenth of the steps, if that is less."""
 
 _DECIDED = {  # what they would ask for is asked for in another way, or cannot be had here
     "output_dir": "Give --output.",

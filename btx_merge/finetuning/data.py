@@ -24,6 +24,7 @@ from btx_merge.texts.windows import packed_windows
 
 Window = tuple[list[int], list[int]]
 _IGNORED = -100
+"""The label of a token that is not learned: what torch's cross entropy passes over."""
 _T = TypeVar("_T")
 
 

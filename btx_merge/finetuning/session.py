@@ -37,9 +37,10 @@ from btx_merge.sources.tokenizer_files import load_tokenizer
 from btx_merge.texts.references import public_reference
 
 _MAX_LENGTH = 1024
-"""Tokens of a window where the recipe does not say and the model takes so many."""
+"""Tokens of a window where the recipe does not say and the model takes so many: what a small GPU can hold."""
 _MOST_HELD_OUT = 64
-"""Windows of each domain's held-out part that are scored."""
+"""Windows of each domain's held-out part that are scored, so that an evaluation takes seconds. 64 of 1,024 tokens
+settle a perplexity to about a hundredth."""
 
 
 class Run:

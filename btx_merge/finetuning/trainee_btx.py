@@ -19,6 +19,7 @@ from btx_merge.finetuning.metrics import LOAD_PER_LAYER, Meter
 from btx_merge.finetuning.recipe import LORA_TARGETS, TrainRecipe
 from btx_merge.lora import lora_config
 from btx_merge.model.adapter_card import write_adapter_card
+from btx_merge.model.card_update import update_card
 from btx_merge.model.files import ROUTING, copy_files
 from btx_merge.model.held_out import training_results
 from btx_merge.model.records import append_record
@@ -103,10 +104,9 @@ class MergedTrainee:
             if LOAD_PER_LAYER in item
         ]
         (folder / ROUTING).write_text("".join(f"{line}\n" for line in loads), encoding="utf-8")
-        append_record(
+        append_record(folder, "training", entry)
+        update_card(
             folder,
-            "training",
-            entry,
             training_section(self.verb, entry, history),
             " Trained: see [below](#training).",
             located=None if is_adapter else self.located,  # an adapter's card names its base already

@@ -12,6 +12,7 @@ from btx_merge.checkpoints.tensor_files import stored_tensors
 from btx_merge.errors import NonFiniteError
 
 _SAMPLE_ROWS = 16
+"""Rows of each tensor by which a checkpoint is known again: any training changes them, and they are soon read."""
 
 
 class Checkpoint:

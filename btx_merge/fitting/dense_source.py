@@ -12,7 +12,7 @@ from btx_merge.sources.segments import Segment, within
 from btx_merge.sources.source import Source
 
 _ROWS = 16_384
-"""Rows of an embedding or a head that are held at once."""
+"""Rows of an embedding or a head that are held at once: 268 MB in float32 where H is 4,096."""
 
 
 def row_blocks(rows: int) -> Iterator[tuple[int, int]]:

@@ -20,10 +20,12 @@ OFF_DIAGONAL = 0.9
 """RegMean's factor on what inputs have in common (arXiv 2212.09849, section 4.2: alpha)."""
 TEMPERATURES = tuple(2 ** (half / 2) for half in range(17))
 """Factors on a fitted router that are tried: 1 to 256, in steps of sqrt(2). The regression's targets are 0 and 1, so
-that its solution is softer than any router should be."""
+that its solution is softer than any router should be; at 256 its choice is as good as certain."""
 _KEY_FILE = "statistics.json"
+"""What the moments in a folder were collected from. It is written last: without it the folder is incomplete."""
 
 Moments = dict[str, torch.Tensor]
+"""Sums over tokens, by name, from which a layer's weights are solved."""
 
 
 def ridge_solution(
@@ -43,16 +45,23 @@ def ridge_solution(
         [O, I] in float32.
     """
     gram, cross = gram.double(), cross.double()
+    # lambda I; relative to the inputs, so that one penalty means the same in every layer
     regular = gram + penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     if prior is None:
         prior = torch.zeros(cross.shape[::-1], device=gram.device)
     prior = prior.double()
+    # W = prior + D: then (X X^T + lambda) D^T = X Y^T - X X^T prior^T, and a large lambda gives the prior itself
     change: torch.Tensor = torch.linalg.solve(regular, cross - gram @ prior.T)
     return (prior + change.T).float()
 
 
 def scaled_off_diagonal(gram: torch.Tensor) -> torch.Tensor:
-    """Multiply everything off the diagonal of a Gram matrix [I, I] by `OFF_DIAGONAL` (RegMean)."""
+    """Multiply everything off the diagonal of a Gram matrix [I, I] by `OFF_DIAGONAL` (RegMean).
+
+    >>> scaled_off_diagonal(torch.tensor([[4.0, 2.0], [2.0, 1.0]]))
+    tensor([[4.0000, 1.8000],
+            [1.8000, 1.0000]])
+    """
     return OFF_DIAGONAL * gram + (1 - OFF_DIAGONAL) * torch.diag(gram.diagonal())
 
 
@@ -75,6 +84,7 @@ def best_temperature(
     for factor in factors:
         errors = []
         for domain, target in enumerate(targets):
+            # relative to the target, so that no domain weighs more because its outputs are larger
             distance = (routed(factor, domain) - target).square().sum()
             errors.append((distance / target.square().sum().clamp(min=1e-30)).item())  # a target may be all zeros
         best = min(best, (round(sum(errors) / len(errors), 6), factor))  # a tie goes to the softer router
@@ -88,6 +98,11 @@ def winning_temperature(wins: Callable[[float], float], part: float = 0.9) -> fl
 
     Args:
         wins: by a factor, the part of its own tokens for which it is the likeliest.
+        part: of its tokens. A part of them is ambiguous, and the last would ask for a factor that takes tokens from
+            all others.
+
+    >>> winning_temperature(lambda factor: 1.0 if factor >= 3 else 0.5)
+    4.0
     """
     return next((factor for factor in TEMPERATURES if wins(factor) >= part), TEMPERATURES[-1])
 

@@ -32,7 +32,7 @@ class Passage:
     """Sends hidden states through layers: those of the merged model, or of a dense source of the same shape."""
 
     def __init__(self, config: BTXConfig, device: torch.device):
-        self.device = device
+        self.config, self.device = config, device
         self.rotary = LlamaRotaryEmbedding(config).to(device)
 
     def attend(self, stream: TokenStream, states: torch.Tensor, layer: Any) -> None:
@@ -59,6 +59,7 @@ class Passage:
         document = (positions == 0).cumsum(dim=-1)  # 1, 1, 1, 2, 2, ...: positions begin again at 0 in each document
         order = torch.arange(positions.shape[1], device=self.device)
         mask = (document[:, :, None] == document[:, None]) & (order[:, None] >= order)
+        # the heads' outputs exist inside attention alone; a hook catches them on their way into the output projection
         heads: list[torch.Tensor] = []
         keep: Any = lambda module, inputs: heads.append(inputs[0].flatten(0, 1))  # noqa: E731
         hook = layer.self_attn.o_proj.register_forward_pre_hook(keep)

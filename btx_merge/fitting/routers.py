@@ -32,7 +32,8 @@ from btx_merge.modeling.modeling_btx import BTXDecoderLayer
 from btx_merge.modeling.routing_btx import RouterCall
 
 _HELD_OUT_TOKENS = 512
-"""Tokens of each domain's held-out windows that the temperature is chosen on, per layer. Every expert runs on each."""
+"""Tokens of each domain's held-out windows that the temperature is chosen on, per layer. Every expert runs on each, so
+this bounds the time; a share of 512 tokens is known to about two points."""
 
 
 class RouterFit:
@@ -46,6 +47,11 @@ class RouterFit:
         statistics: Statistics,
         task: FitTask,
     ):
+        """Prepare to fit; nothing is computed yet.
+
+        Args:
+            streams: texts of domains for `ridge`, prompts for `prompts`.
+        """
         self.checkpoint, self.config, self.statistics, self.task = checkpoint, config, statistics, task
         self.texts = [stream for stream in streams if not stream.is_prompt]
         self.prompts = [stream for stream in streams if stream.is_prompt]
@@ -77,6 +83,7 @@ class RouterFit:
         layer.mlp.gate.weight.data = self.checkpoint.read(tensor)
 
     def _from_prompts(self, index: int, layer: BTXDecoderLayer) -> torch.Tensor:
+        """Compute a layer's router [E, H] from prompts."""
         moments = self.statistics.get(_name(index), lambda: self._prompt_moments(layer))
         means = {int(key.split(".")[1]): mean for key, mean in moments.items() if key.startswith("mean.")}
         return prompt_rows(means, moments["inputs"], self.experts)
@@ -86,7 +93,8 @@ class RouterFit:
         moments: Moments = {}
         inputs = []
         for stream in self.prompts:
-            read = layer.post_attention_layernorm(stream.merged.to(self.device)).flatten(0, 1)
+            read = layer.post_attention_layernorm(stream.merged.to(self.device)).flatten(0, 1)  # [N, H]
+            # the chunks of a split source share its prompts
             moments |= {f"mean.{expert}": read.mean(dim=0) for expert in stream.experts}
             inputs.append(read)
         return {**moments, "inputs": torch.cat(inputs)}
@@ -103,6 +111,7 @@ class RouterFit:
         moments: Moments = {"gram": gram, "labels": labels}
         for stream in self.texts:
             for batch in stream.batches(stream.fitted):
+                # the router's true input: behind the norm of the feed-forward block, [N, H]
                 read = layer.post_attention_layernorm(stream.merged[batch].to(self.device)).flatten(0, 1)
                 gram += (read.T @ read).double() * stream.per_token
                 # a token's label is 1 at its own experts and 0 at the others, so X^T Y is a sum of inputs
@@ -133,11 +142,15 @@ class _Temperatures:
 
     def best(self, index: int) -> tuple[LayerFit, torch.Tensor]:
         """Return the best factor with its figures, and the router [E, H] that it gives."""
-        factors = TEMPERATURES if self.fit.has_contrast else (winning_temperature(self._right),)
+        if self.fit.has_contrast:
+            factors: Sequence[float] = TEMPERATURES
+        else:  # new rows alone, and no text of others: a larger factor would always look better
+            factors = (winning_temperature(self._right),)
         temperature, error = best_temperature(self.targets, self._routed, factors)
         return LayerFit(index, temperature, self._right(temperature), error), self._router(temperature)
 
     def _router(self, factor: float) -> torch.Tensor:
+        """Return the layer's router [E, H] with the factor on the rows that are fitted; the others stay."""
         rows = torch.as_tensor(self.layer.mlp.gate.weight.clone())
         rows[self.fit.rows] = factor * self.solution[self.fit.rows]
         return rows
@@ -151,11 +164,13 @@ class _Temperatures:
         return torch.stack(parts).mean().item()
 
     def _routed(self, factor: float, domain: int) -> torch.Tensor:
-        """Return what the layer would add for a domain's inputs, [N, H]."""
+        """Return what the layer would add for a domain's inputs, [N, H], by the model's own routing."""
         weights, _, chosen = self.layer.mlp.routing(self.inputs[domain] @ self._router(factor).T, self.call)
+        # of the outputs [E, N, H], those of each token's experts: [N, K, H]
         tokens = torch.arange(len(chosen), device=self.fit.device)[:, None]
         return torch.as_tensor((weights[..., None] * self.outputs[domain][chosen, tokens]).sum(dim=1))
 
 
 def _name(index: int) -> str:
+    """Return the name of a layer's moments among the statistics."""
     return f"layer-{index:03}.router"

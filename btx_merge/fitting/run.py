@@ -17,6 +17,7 @@ from btx_merge.files.folder import read_json
 from btx_merge.files.scratch import move_in
 from btx_merge.fitting.recipe import FitRecipe, FitTask
 from btx_merge.model.card import ROUTERS_TITLE
+from btx_merge.model.card_update import update_card
 from btx_merge.model.files import copy_files
 from btx_merge.model.held_out import router_results, router_table
 from btx_merge.model.opening import find_model
@@ -198,10 +199,9 @@ def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit], located
     }
     by = "ridge regression on text of each domain" if recipe.method == "ridge" else "a few prompts per expert"
     table = f"\n{router_table(layers)}" if layers else ""
-    append_record(
+    append_record(folder, "fits", entry)
+    update_card(
         folder,
-        "fits",
-        entry,
         f"{ROUTERS_TITLE}\n\nFitted in closed form, by {by} (`btx fit`).\n{table}",
         " Fitted since: see [below](#routers).",
         located=located,

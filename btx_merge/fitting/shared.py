@@ -23,7 +23,6 @@ from btx_merge.fitting.head import fit_head_by_frequency
 from btx_merge.fitting.passing import Passage
 from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.streams import TokenStream
-from btx_merge.modeling.configuration_btx import BTXConfig
 from btx_merge.modeling.modeling_btx import BTXDecoderLayer
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -35,14 +34,19 @@ class SharedFit:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        config: BTXConfig,
         texts: Sequence[TokenStream],
         sources: Mapping[str, DenseSource],
         statistics: Statistics,
         task: FitTask,
         passage: Passage,
     ):
-        self.checkpoint, self.config, self.texts, self.sources = checkpoint, config, texts, sources
+        """Prepare to fit; nothing is computed yet.
+
+        Args:
+            texts: the domains' token streams, whose states the walk moves from layer to layer.
+            sources: each domain's own dense source, by the domain's name.
+        """
+        self.checkpoint, self.texts, self.sources = checkpoint, texts, sources
         self.statistics, self.task, self.passage = statistics, task, passage
         self.device = checkpoint.device
         self.takes_own_inputs = task.combine == "regmean"
@@ -72,11 +76,10 @@ class SharedFit:
         norm = f"model.layers.{index}.input_layernorm.weight"
         inputs = self.statistics.get(f"layer-{index:03}.inputs", lambda: self._input_moments(norm))
         for name in _PROJECTIONS:
-            weights = {
-                stream.name: self.sources[stream.name].tensor(f"model.layers.{index}.self_attn.{name}.weight")
-                for stream in self.texts
-            }
+            tensor = f"model.layers.{index}.self_attn.{name}.weight"
+            weights = {stream.name: self.sources[stream.name].tensor(tensor) for stream in self.texts}
             self._solve(index, layer, name, *self._normal_equations(inputs, weights))
+        # only now: the output projection's inputs depend on q, k and v as they were just solved for
         outputs = self.statistics.get(f"layer-{index:03}.outputs", lambda: self._output_moments(index, layer))
         self._solve(index, layer, "o_proj", outputs["gram"], outputs["cross"])
 
@@ -109,7 +112,11 @@ class SharedFit:
     def _normal_equations(
         self, moments: Moments, weights: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return Gram [I, I] and cross moment [I, O], for targets that the sources' weights [O, I] give."""
+        """Return Gram [I, I] and cross moment [I, O], for targets that the sources' weights [O, I] give.
+
+        A source's targets are W x of its own inputs x, so their cross moment with the fitted inputs x~ needs no second
+        pass over the texts: `sum x~ (W x)^T = (sum x~ x^T) W^T`.
+        """
         gram = moments["gram"].to(self.device)
         cross = sum(moments[name].to(self.device).double() @ weight.T.double() for name, weight in weights.items())
         return gram, torch.as_tensor(cross)
@@ -118,10 +125,10 @@ class SharedFit:
         """Write a projection's solution, and put it into the layer as the file's dtype has rounded it."""
         projection = getattr(layer.self_attn, name)
         tensor = f"model.layers.{index}.self_attn.{name}.weight"
-        ridge = self.task.regmean_ridge
-        self.checkpoint.write(
-            tensor, ridge_solution(gram.to(self.device), cross.to(self.device), ridge, projection.weight)
-        )
+        # the prior is the mean, which the checkpoint still holds here
+        mean, ridge = projection.weight, self.task.regmean_ridge
+        solution = ridge_solution(gram.to(self.device), cross.to(self.device), ridge, mean)
+        self.checkpoint.write(tensor, solution)
         projection.weight.data = self.checkpoint.read(tensor)
 
     def _input_moments(self, norm_name: str) -> Moments:
@@ -154,17 +161,20 @@ class SharedFit:
         gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in stream.batches(stream.fitted):
             dense = own(stream.dense[batch].to(self.device)).flatten(0, 1)
-            fitted = dense
+            fitted = dense  # x~, on which the weights are fitted; [N, H] as `dense`, the source's own x
             if not self.takes_own_inputs:
                 fitted = norm(stream.merged[batch].to(self.device)).flatten(0, 1)
             gram = gram + (fitted.T @ fitted).double()
             cross = cross + (fitted.T @ dense).double()
-        if self.takes_own_inputs:
+        if self.takes_own_inputs:  # both are `sum x x^T` then
             gram = cross = scaled_off_diagonal(gram)
         return gram, cross
 
     def _output_moments(self, index: int, layer: BTXDecoderLayer) -> Moments:
-        """Collect the output projection's moments, `gram` [Q, Q] and `cross` [Q, H], over all domains."""
+        """Collect the output projection's moments, `gram` [Q, Q] and `cross` [Q, H], over all domains.
+
+        On the way the sources' states pass their attention, so that they are ready for the feed-forward blocks.
+        """
         gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
         for stream in self.texts:
             dense = self.sources[stream.name].layer(index, "attention")
@@ -190,11 +200,14 @@ class SharedFit:
             hidden = stream.dense[batch].to(self.device)
             added, heads = self.passage.attention(dense, stream, hidden, batch)
             stream.dense[batch] = (hidden + added).to(stream.dense.device)
+            # held-out windows are sent on as well, but only tokens of windows that are fitted on count
             fitted = max(0, min(batch.stop, stream.fitted.stop) - batch.start) * stream.ids.shape[1]
             gram = gram + (heads[:fitted].T @ heads[:fitted]).double()
         return gram
 
     def _norm(self, weight: torch.Tensor) -> LlamaRMSNorm:
-        norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        """Return a norm with this weight, [H]."""
+        config = self.passage.config
+        norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         norm.weight.data = weight
         return norm

@@ -20,11 +20,13 @@ from btx_merge.texts.references import DomainText, documents
 from btx_merge.texts.windows import packed_windows
 
 _WINDOW = 512
-"""Tokens of a window, at most."""
+"""Tokens of a window, at most. Attention's masks [B, T, T] grow with it; a choice, not a measured optimum."""
 _TOKENS_AT_ONCE = 8192
-"""Of one stream, on the device at a time; it bounds the memory for activations."""
+"""Of one stream, on the device at a time. It bounds the memory for activations: 16 windows, or 0.13 GB for each array
+[N, H] in float32 where H is 4,096."""
 _HELD_OUT = 0.1
-"""Part of each domain's windows, its last, on which the temperature is chosen."""
+"""Part of each domain's windows, its last, on which the temperature is chosen. One number is chosen on it, so a tenth
+is plenty; the rest makes the equations."""
 
 
 @dataclass(eq=False)
@@ -32,6 +34,7 @@ class TokenStream:
     """The tokens of one domain on their way through the model."""
 
     name: str
+    """The domain's."""
     experts: list[int]
     """The numbers of its own experts: one, or its chunks."""
     ids: torch.Tensor
@@ -41,6 +44,7 @@ class TokenStream:
     share: float = 1.0
     """Its weight among the domains."""
     is_prompt: bool = False
+    """Whether it is a domain's prompts, of which nothing is held out."""
     merged: torch.Tensor = field(init=False)
     """Hidden states in the merged model, [B, T, H]."""
     dense: torch.Tensor = field(init=False)

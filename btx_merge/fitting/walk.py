@@ -38,6 +38,7 @@ class Walk:
         sources: Mapping[str, DenseSource],
     ):
         """Set up a walk over the streams; nothing is computed yet."""
+        # set by hand: only layers are built, not the model that would choose them
         config._attn_implementation = "sdpa"
         config._experts_implementation = "eager"
         self.checkpoint, self.config, self.streams = checkpoint, config, streams
@@ -46,7 +47,7 @@ class Walk:
         self.shared, self.routers = None, None
         if task.combine:
             texts = [stream for stream in streams if not stream.is_prompt]
-            self.shared = SharedFit(checkpoint, config, texts, sources, statistics, task, self.passage)
+            self.shared = SharedFit(checkpoint, texts, sources, statistics, task, self.passage)
         if task.router:
             self.routers = RouterFit(checkpoint, config, streams, statistics, task)
         self.passes = not statistics.are_there  # otherwise no token passes: all moments are kept
@@ -86,6 +87,7 @@ class Walk:
         return fits
 
     def _layer(self, index: int) -> BTXDecoderLayer:
+        """Read one layer of the checkpoint. Built on the meta device, it takes no memory before it has its weights."""
         with torch.device("meta"):
             layer = BTXDecoderLayer(self.config, index)
         layer.load_state_dict(self.checkpoint.layer(index), assign=True)
@@ -101,6 +103,7 @@ class Walk:
         for start, stop in row_blocks(vocab):
             rows = self.checkpoint.read(EMBEDDING, start, stop).cpu()
             for stream in self.streams:
+                # the places [B, T] of the tokens whose rows are in this block
                 here = (stream.ids >= start) & (stream.ids < stop)
                 stream.merged[here] = rows[stream.ids[here] - start]
                 if stream.name in self.sources:

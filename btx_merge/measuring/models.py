@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils import logging
 
 from btx_merge.architectures.llama import EMBEDDING, HEAD
 from btx_merge.checkpoints.dtypes import Float32
@@ -109,6 +110,8 @@ def load_folder(located: Located, dtype: torch.dtype, device: torch.device) -> A
     Raises:
         InputError: transformers cannot load it.
     """
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a measurement has its own
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(located.folder, dtype=dtype, trust_remote_code=False)
     except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
@@ -116,6 +119,9 @@ def load_folder(located: Located, dtype: torch.dtype, device: torch.device) -> A
         found = f"transformers cannot load it ({type(error).__name__}: {reason})"
         expected = "a causal language model of transformers"
         raise InputError([Problem("model", str(located.folder), found, expected)]) from error
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     return model.to(device).eval()
 
 

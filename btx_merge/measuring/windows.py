@@ -51,6 +51,8 @@ class Amount:
     """Bytes in UTF-8 of their text."""
     last_bytes: int
     """Those of the last document, which `--tokens` may have cut."""
+    largest_id: int
+    """Of its tokens; below the rows of the embedding of a model that can read it."""
     digest: str
     """Of all windows: where it is the same, two models read the same tokens."""
 
@@ -120,15 +122,16 @@ def _characters(encoded: Any, place: int, token: int) -> int:
 def amount_of(windows: Iterable[Window]) -> Amount:
     """Count what windows hold."""
     digest = hashlib.blake2b(digest_size=16)
-    documents = count = tokens = nbytes = last = 0
+    documents = count = tokens = nbytes = last = largest = 0
     for window in windows:
         count += 1
         tokens += window.scored
         nbytes += window.nbytes
         last = window.nbytes + (last if window.offset else 0)
         documents = window.document + 1
+        largest = max(largest, *window.ids)
         digest.update(np.array([window.scored, *window.ids], np.int64).tobytes())
-    return Amount(documents, count, tokens, nbytes, last, digest.hexdigest())
+    return Amount(documents, count, tokens, nbytes, last, largest, digest.hexdigest())
 
 
 def cut(documents: Iterable[str], amount: Amount) -> Iterator[str]:

@@ -16,7 +16,7 @@ from btx_merge.sources.source import ExpertSpec
 from btx_merge.texts.references import DomainText, domain_texts_of
 from btx_merge.values import field_descriptions
 
-_WIDTH = 100
+_WIDTH = 100  # of a comment in the file
 _HEAD = "A recipe for `btx merge --recipe FILE`: every option, with its value. Flags of the command win over it."
 
 

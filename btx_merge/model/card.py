@@ -15,7 +15,9 @@ from btx_merge.sources.locate import Located
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
 ROUTERS_TITLE = "## Routers"
-UNTRAINED = "**They have not been trained yet**: finetune them before you judge the model."
+UNTRAINED = "**They have not been trained yet**: fit or train them before you judge the model."
+UNTRAINED_SENTENCE = re.compile(r" \*\*They have not been trained yet\*\*: [^.\n]*\.")
+"""Finds it in a card, as this version or an earlier one wrote it."""
 _PATH_COMMENT = "  # the folder of this model, or its id on the Hub"
 _PATH_LINE = re.compile(rf'^path = "[^"\n]*"{re.escape(_PATH_COMMENT)}$', re.MULTILINE)
 PAPER = "https://arxiv.org/abs/2403.07816"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from btx_merge.files.folder import read_text
 from btx_merge.model.card import (
     CITATION,
     CITATION_TITLE,
     ROUTERS_TITLE,
-    UNTRAINED,
+    UNTRAINED_SENTENCE,
     how_to_use,
     project_link,
     with_metadata,
@@ -26,6 +28,20 @@ if TYPE_CHECKING:
 
 _ROUTERS_LINE = re.compile(r"^- Routers: .*$", re.MULTILINE)
 _NO_TITLE = "A Branch-Train-MiX model"
+
+
+def update_card(
+    folder: Path,
+    section: str,
+    sentence: str = "",
+    *,
+    located: Located | None = None,
+    results: Sequence[EvalResult] | None = (),
+) -> None:
+    """Add what was done with a model to the card in its folder; the arguments are those of `updated_card`."""
+    card = folder / "README.md"
+    text = read_text(card) if card.exists() else ""
+    card.write_text(updated_card(text, section, sentence, located, results), encoding="utf-8")
 
 
 def updated_card(
@@ -44,17 +60,17 @@ def updated_card(
         located: the model that was changed. One from the Hub becomes the base model.
         results: held-out figures of the model as it is now. None: the old ones still hold.
     """
-    metadata, body = front_matter(text or _bare_card())
+    metadata, body = front_matter(text or bare_card())
     body = with_path(body, ".")  # one from the Hub names its repository, which holds another model
     if results is not None:
         body = body.replace(OF_THIS_MODEL, OF_AN_EARLIER_ONE)
-    if sentence and f" {UNTRAINED}" in body:
-        body = body.replace(f" {UNTRAINED}", sentence)
+    if sentence and UNTRAINED_SENTENCE.search(body):
+        body = UNTRAINED_SENTENCE.sub(lambda match: sentence, body)
     elif sentence:
         body = _ROUTERS_LINE.sub(lambda match: match[0].replace(sentence, "") + sentence, body, count=1)
     if section.startswith(ROUTERS_TITLE):
-        body = _without_section(body, ROUTERS_TITLE)
-    body = _with_section(body, section)
+        body = without_section(body, ROUTERS_TITLE)
+    body = with_section(body, section)
     if not metadata:  # there is none, or none that can be read: what its author wrote is left alone
         return body
     return with_metadata(_updated_metadata(metadata, body, located, results), body)
@@ -79,18 +95,18 @@ def _updated_metadata(
     return out
 
 
-def _with_section(body: str, section: str) -> str:
+def with_section(body: str, section: str) -> str:
     """Put a section before the citation, or at the end."""
     before, citation, after = body.partition(f"\n{CITATION_TITLE}\n")
     return before.rstrip() + "\n\n" + section.rstrip() + "\n" + (citation and f"{citation}{after}")
 
 
-def _without_section(body: str, title: str) -> str:
+def without_section(body: str, title: str) -> str:
     """Take out a section with all up to the next heading of its level, or of a higher one."""
     return re.sub(rf"^{re.escape(title)}\n.*?(?=^#{{1,2}} |\Z)", "", body, flags=re.MULTILINE | re.DOTALL)
 
 
-def _bare_card() -> str:
+def bare_card() -> str:
     """Return the beginning of a card for a model that has none."""
     metadata = {
         "library_name": "transformers",

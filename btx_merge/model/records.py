@@ -6,21 +6,15 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.bounded_yaml import read_yaml
-from btx_merge.files.folder import checked, read_text
-from btx_merge.model.card_update import updated_card
+from btx_merge.files.folder import checked
 from btx_merge.reporting import short
-from btx_merge.sources.locate import Located
 from btx_merge.values import SHARD_SIZE, is_number, is_text
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
-
 
 RECIPE_FILE = "btx_recipe.yaml"
 """What a merge writes down of itself beside its result: a recipe with everything resolved."""
@@ -119,28 +113,9 @@ def anchor_sources(values: Mapping[str, Any], roots: Sequence[Path]) -> dict[str
     return out
 
 
-def append_record(
-    folder: Path,
-    key: str,
-    entry: Mapping[str, Any],
-    section: str,
-    sentence: str = "",
-    *,
-    located: Located | None = None,
-    results: Sequence[EvalResult] | None = (),
-) -> None:
-    """Add what was done with a model to the list `key` of its recipe, and to its card.
-
-    Args:
-        section: for the end of the card.
-        sentence: for the place where the card says how the routers came about.
-        located: the model that this one was made of; one from the Hub becomes the base model in the metadata.
-        results: held-out figures of the model as it is now. None: the old ones still hold.
-    """
+def append_record(folder: Path, key: str, entry: Mapping[str, Any]) -> None:
+    """Add what was done with a model to the list `key` of its recipe. `update_card` says the same to a reader."""
     recipe = folder / RECIPE_FILE
     values = read_record(folder)
     values[key] = [*(values.get(key) or []), dict(entry)]
     recipe.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    card = folder / "README.md"
-    text = read_text(card) if card.exists() else ""
-    card.write_text(updated_card(text, section, sentence, located, results), encoding="utf-8")

@@ -34,6 +34,7 @@ _PIPELINES = {
 }
 _MOVE = "Move it away: only the model is published."
 _SHOWN = 3
+"""Names that an error lists; the others are counted."""
 
 
 @dataclass(frozen=True)

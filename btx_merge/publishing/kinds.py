@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from btx_merge.checkpoints.layout import INDEX_FILE
-from btx_merge.model.files import BRANCH, MODEL_CODE, PICTURE, ROUTING
+from btx_merge.model.files import BRANCH, EVALUATION, MODEL_CODE, PICTURE, ROUTING
 from btx_merge.model.records import RECIPE_FILE
 from btx_merge.sources.tokenizer_files import TOKENIZER_FILES
 
@@ -17,7 +17,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _TOKENIZER_FILES = (*TOKENIZER_FILES, "additional_chat_templates/*.jinja")
 _MODEL_FILES = ("config.json", "generation_config.json", INDEX_FILE, RECIPE_FILE, *_TOKENIZER_FILES)
-_OF_A_RUN = (PICTURE, ROUTING)
+_OF_A_RUN = (PICTURE, ROUTING, EVALUATION)
 
 
 @dataclass(frozen=True)

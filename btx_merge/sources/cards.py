@@ -15,8 +15,10 @@ from btx_merge.files.bounded_yaml import parse_yaml
 from btx_merge.files.folder import read_text
 from btx_merge.reporting import printable
 
+# Metadata of a large card have some KB, most of them evaluation results; what is more is not read.
 _MOST_CHARACTERS = 200_000
 _MOST_VALUES = 10_000
+# Of a text, and of a list, that goes over into our card: the longest id on the Hub has 96 characters.
 _LONGEST = 300
 _LONGEST_LIST = 200
 

@@ -30,7 +30,7 @@ _GROUPS = {  # a part of the tensor's name to its group; the first that fits
     "lm_head": "head",
 }
 _DECIDING = ("attention", FEED_FORWARD)
-# Norms are near 1 and embeddings share a mean, so those two look alike in any two models.
+"""Groups that can tell. Norms are near 1 and embeddings share a mean, so those look alike in any two models."""
 _PLACES = 3  # per tensor: its beginning, its middle, its end
 _VALUES = 1024
 """At each place, at most. A cosine over the thousands of values of a group is then known to about 0.01."""
@@ -43,10 +43,13 @@ class Divergence:
     """A source against the seed, over one group of tensors."""
 
     source: str
+    """The source's name."""
     group: str
+    """attention, feed-forward, embeddings, norms or head."""
     distance: float
-    """|source - seed| / |seed|"""
+    """|source - seed| / |seed|; 0 for a copy of the seed."""
     cosine: float
+    """Of the angle between the source's values and the seed's; 1 for a copy, about 0 for unrelated matrices."""
 
 
 def group_of(name: str) -> str:
@@ -61,7 +64,8 @@ def group_of(name: str) -> str:
 def take_sample(source: Source, vocab_size: int) -> Sample:
     """Read a few values of every tensor by group, at the same places for every source of one shape.
 
-    `vocab_size` is that of the smallest vocabulary: at its front all have the same tokens.
+    Args:
+        vocab_size: that of the smallest vocabulary: at its front all have the same tokens.
     """
     parts: dict[str, list[NDArray[np.float32]]] = {}
     for name, shape in expected_tensors({**source.config, "vocab_size": vocab_size}).items():

@@ -24,7 +24,8 @@ from btx_merge.sources.segments import Segment, runs
 from btx_merge.sources.source import Source
 from btx_merge.sources.tokenizer_files import NO_SENTENCEPIECE, VOCABULARY_FILES, load_tokenizer, vocabulary_file
 
-_SHOWN = 3  # examples in an error
+_SHOWN = 3
+"""Tokens that an error names: enough to see what kind they are."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,6 @@ class Vocabulary:
     """Entries of tokenizer.json's `added_tokens` that the seed lacks, in the order of their new ids."""
     ids: Mapping[str, int] | None = None
     """The union; None where the seed has no tokenizer or all are the same."""
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether every source has the same rows, so that the embedding is a tensor like any other."""
-        return all(segments == (Segment(0, 0, self.size),) for segments in self.segments.values())
 
 
 def plan_vocabulary(sources: Sequence[Source]) -> Vocabulary:
@@ -98,6 +94,12 @@ def plan_vocabulary(sources: Sequence[Source]) -> Vocabulary:
 
 
 def _union(rows: Mapping[str, int], seed: Tokenizer, tokenizers: Mapping[str, Tokenizer | None]) -> Vocabulary:
+    """Join the sources' tokens: the seed's under their ids, then each token that others added, once.
+
+    Args:
+        rows: every source's number of embedding rows.
+        seed: the tokenizer of the seed, and of sources without one.
+    """
     ids = dict(seed.ids)
     new_tokens: list[Mapping[str, Any]] = []
     first_new = max(ids.values(), default=-1) + 1
@@ -215,6 +217,11 @@ def _read_tokenizers(sources: Sequence[Source]) -> tuple[dict[str, Tokenizer | N
 
 
 def _parse(folder: Path, content: bytes) -> Tokenizer:
+    """Read a tokenizer.json.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is no tokenizer's.
+    """
     data = parse_json(content)
     vocab = data["model"]["vocab"]
     base = {piece: row for row, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
@@ -227,7 +234,11 @@ def _parse(folder: Path, content: bytes) -> Tokenizer:
 
 
 def _pairs(merges: Sequence[Any]) -> list[Pair]:
-    """Return the merges as pairs: "a b" until tokenizers 0.20, ["a", "b"] since."""
+    """Return the merges as pairs: they are written "a b" until tokenizers 0.20, ["a", "b"] since.
+
+    >>> _pairs(["a b", ["ab", "c"]])
+    [('a', 'b'), ('ab', 'c')]
+    """
     out = []
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge

@@ -81,6 +81,10 @@ OPTIONS = {
         *("--router-ridge", "--num-experts-per-tok", "--allow-nonfinite", "--allow-unrelated", "--device"),
         *("--workers", "--overwrite", "--quiet", "-q", "--json"),
     },
+    "eval": {
+        *("model", "--data", "--no-sources", "--source", "--soup", "--against", "--routing", "--tokens", "--window"),
+        *("--batch-size", "--dtype", "--output", "-o", "--card", "--device", "--overwrite", "--quiet", "-q", "--json"),
+    },
     "push": {
         *("model", "repo_id", "--private", "--revision", "--create-pr", "--commit-message", "--base-model"),
         *("--quiet", "-q", "--json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -121,6 +122,30 @@ def test_where_nothing_can_be_exchanged_the_next_run_brings_the_old_model_back(s
     merge(recipe_of(saved), out, Options(overwrite=True), reporter=Told(note=notes.append))
     assert len(notes) == 1
     assert "is back" in notes[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_name_that_the_disk_does_not_store_is_no_reason_to_repeat(saved, tmp_path, monkeypatch, can_exchange):
+    out, real = old_model(tmp_path / "out"), os.fsync
+
+    def fsync(descriptor):
+        if os.fstat(descriptor).st_ino == tmp_path.stat().st_ino:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if not can_exchange:
+        monkeypatch.setattr(placing, "_exchange", lambda one, other: False)
+    with pytest.raises(MergeError) as caught:
+        merge(recipe_of(saved), out, Options(overwrite=True))
+    assert re.search(r"complete and in its place.*What it replaced is .*out\.btx-old\.$", str(caught.value))
+    assert not re.search("again|continues|same command|finishes", str(caught.value))
+    assert files_of(out) == files_of(saved / "btx")
+    assert files_of(placing.old_of(out)) == {"old-model": b"precious"}
+
+    monkeypatch.setattr(os, "fsync", real)
+    merge(recipe_of(saved), out, Options(overwrite=True))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -459,3 +484,29 @@ def test_ctrl_c_stays_ignored_where_it_was():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2  # of the seed that is not there
     assert "Interrupted" not in done.stderr
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_no_result_takes_the_place_of_a_home_or_of_the_folder_of_the_command(saved, tmp_path, monkeypatch, overwrite):
+    """`-o ~ --overwrite` would remove all that somebody has. Both folders are this test's own here."""
+    home, here = tmp_path / "users" / "me", tmp_path / "work" / "here"
+    for folder in (home, here):
+        folder.mkdir(parents=True)
+        (folder / "thesis.txt").write_text("years of work")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    before = files_of(tmp_path)
+    options = Options(overwrite=overwrite)
+    for output, found in (
+        (home, "is your home folder"),
+        (home.parent, "holds your home folder"),
+        (here, "is the folder"),
+    ):
+        with pytest.raises(InputError, match=found):
+            merge(recipe_of(saved), output, options)
+        with pytest.raises(InputError, match=found):
+            export(str(saved / "btx"), output, options)
+    with pytest.raises(InputError, match="holds your home folder"):
+        placing.check_target(Path("/"), overwrite)
+    assert files_of(tmp_path) == before
+    merge(recipe_of(saved), here / "out", options)

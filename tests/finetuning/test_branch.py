@@ -352,7 +352,13 @@ def test_sharding_asks_for_ranks(family, texts, tmp_path):
 
 
 def flags_of(texts: dict[str, str], out: Path) -> list[str]:
-    return [f"--data=code={texts['code']}", "--max-length=32", "--learning-rate=1e-2", "--report-to=none", f"--output={out}"]
+    return [
+        f"--data=code={texts['code']}",
+        "--max-length=32",
+        "--learning-rate=1e-2",
+        "--report-to=none",
+        f"--output={out}",
+    ]
 
 
 def test_the_command(family, texts, tmp_path):

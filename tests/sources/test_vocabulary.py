@@ -21,7 +21,16 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreT
 from btx_merge import ExpertSpec, InputError, MergeRecipe, check, merge
 from btx_merge.sources.byte_pairs import meetings
 from btx_merge.sources.segments import Segment, runs
-from tests.support.common import WORDS, assert_complete, edit_json, grow, save_seed, tensors_of, tiny_tokenizer
+from tests.support.common import (
+    WORDS,
+    assert_complete,
+    edit_json,
+    grow,
+    rows_are_shared,
+    save_seed,
+    tensors_of,
+    tiny_tokenizer,
+)
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -139,7 +148,7 @@ def test_the_same_tokenizer_saved_differently(seed: Path, tmp_path: Path) -> Non
     data = json.loads((folder / "tokenizer.json").read_text())
     (folder / "tokenizer.json").write_text(json.dumps(data, indent=None, sort_keys=True))
     checked = check(MergeRecipe(str(seed), {"a": str(folder)}))
-    assert checked.plan.vocabulary.is_shared
+    assert rows_are_shared(checked)
     assert checked.plan.vocabulary.new_tokens == ()
 
 
@@ -461,7 +470,7 @@ def test_merges_in_both_spellings_are_the_same(tmp_path: Path) -> None:
     expert = grow(seed, tmp_path / "a")
     bpe(expert, NEW_MERGES, ignore_merges=True, continuing_subword_prefix="")
     checked = check(MergeRecipe(str(seed), {"a": str(expert)}))
-    assert checked.plan.vocabulary.is_shared
+    assert rows_are_shared(checked)
     merge_all([seed, expert], tmp_path / "out")
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("abcd cd")["input_ids"] == [6, 5]
 
@@ -510,7 +519,7 @@ def test_rules_that_read_texts_differently(
     bpe(expert, OLD_MERGES, **model)
     edit_tokenizer(expert, lambda data: data.update({k: v for k, v in own_rules.items() if k != "model"}))
     if not key:
-        assert check(MergeRecipe(str(seed), {"odd": str(expert)})).plan.vocabulary.is_shared
+        assert rows_are_shared(check(MergeRecipe(str(seed), {"odd": str(expert)})))
         return
     (line,) = refusal(seed, odd=expert)
     assert line.startswith(f"odd: odd/tokenizer.json: {key} is ")
@@ -532,7 +541,7 @@ def test_merges_in_an_order_that_no_text_shows(tmp_path: Path) -> None:
     seed = bpe(save_seed(tmp_path / "seed", tokenizer=False), OLD_MERGES)
     expert = grow(seed, tmp_path / "a")
     bpe(expert, OLD_MERGES[::-1])
-    assert check(MergeRecipe(str(seed), {"a": str(expert)})).plan.vocabulary.is_shared
+    assert rows_are_shared(check(MergeRecipe(str(seed), {"a": str(expert)})))
 
 
 def test_other_merges_are_refused(tmp_path: Path) -> None:
@@ -586,7 +595,7 @@ def test_merges_far_apart_that_never_meet(trained: dict[str, Any], tmp_path: Pat
             break
     assert moved == 50
     seed, _, odd = in_two_orders(trained, tmp_path, merges)
-    assert check(MergeRecipe(str(seed), {"odd": str(odd)})).plan.vocabulary.is_shared
+    assert rows_are_shared(check(MergeRecipe(str(seed), {"odd": str(odd)})))
 
 
 @pytest.mark.parametrize("seed_tokenizer", [True, False])

@@ -12,7 +12,9 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from btx_merge import Check
 from btx_merge.reporting import Reporter
+from btx_merge.sources.segments import Segment
 
 VOCAB, HIDDEN, WIDTH, LAYERS = 128, 64, 96, 2
 WORDS = [f"w{number}" for number in range(VOCAB - 2)]
@@ -196,3 +198,9 @@ def edit_json(file: Path, **changes: Any) -> None:
     values = json.loads(file.read_text())
     values.update(changes)
     file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def rows_are_shared(checked: Check) -> bool:
+    """Return whether every source of a merge has the result's tokens in the result's rows."""
+    vocabulary = checked.plan.vocabulary
+    return all(rows == (Segment(0, 0, vocabulary.size),) for rows in vocabulary.segments.values())

@@ -1,7 +1,7 @@
 """A LoRA adapter as an overlay on its base, added row by row while a merge streams.
 
 Plain LoRA (Hu et al., arXiv 2106.09685) and rsLoRA are computed here, row by row: W + s B A, in float32.
-Everything else that peft knows is merged by peft itself (`adapter_peft`).
+Everything else that peft knows is merged by peft itself (`through_peft`).
 """
 
 from __future__ import annotations
@@ -52,6 +52,10 @@ _PLAIN_KEYS = frozenset(
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 _PREFIX = "base_model.model."
 _SAVE_AGAIN = "Save the adapter again with peft's save_pretrained."
+_SINGLE_THREADED = 4 * 65536
+"""Multiplications up to which OpenBLAS starts no thread: its GEMM_MULTITHREAD_THRESHOLD of 4, times 65,536."""
+_COMPARED = 64 * 2**20
+"""Bytes that are read at once of tensors that are compared: an embedding has hundreds of MB."""
 
 
 def is_plain_lora(config: Mapping[str, Any]) -> bool:
@@ -70,7 +74,9 @@ class LoraDelta:
     up: StoredTensor
     """B, [out, rank]; of an embedding [H, rank]."""
     scaling: float
+    """s, by which the product is multiplied."""
     embedding: bool = False
+    """Whether the weight is an embedding, whose factors stand the other way round."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -84,13 +90,16 @@ class LoraDelta:
         with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf are found and named by who asks
             if self.embedding:  # its factors stand the other way round: the delta is s (B A)^T
                 return self.scaling * _product(_whole(self.down)[:, start:stop].T, _whole(self.up).T)
+            # rows of W + s B A need the same rows of B, and all of A, which is small
             up = to_float32(self.up.read_rows(start, stop), self.up.dtype).reshape(stop - start, -1)
             return self.scaling * _product(up, _whole(self.down))
 
     def nonfinite_factor(self) -> StoredTensor | None:
         """Return the factor that holds a NaN or an Inf, if one does."""
-        factors = (self.down, self.up)
-        return next((f for f in factors if not all_finite(f.read_rows(0, f.shape[0]), f.dtype)), None)
+        for factor in (self.down, self.up):
+            if not all_finite(factor.read_rows(0, factor.shape[0]), factor.dtype):
+                return factor
+        return None
 
 
 def _product(left: Float32, right: Float32) -> Float32:
@@ -99,15 +108,12 @@ def _product(left: Float32, right: Float32) -> Float32:
     For larger products it starts threads, which fight with the writer's: ten times slower in all.
     """
     rows, rank = left.shape
+    # columns of a tile: rows * rank * columns multiplications
     columns = max(1, _SINGLE_THREADED // (rows * rank))
     out = np.empty((rows, right.shape[1]), np.float32)
     for start in range(0, right.shape[1], columns):
         np.matmul(left, right[:, start : start + columns], out=out[:, start : start + columns])
     return out
-
-
-_SINGLE_THREADED = 4 * 65536
-"""Multiplications up to which OpenBLAS starts no thread: its GEMM_MULTITHREAD_THRESHOLD of 4, times 65,536."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -125,7 +131,7 @@ def split_adapter(
         InputError: half a pair is missing, or a tensor is none of plain LoRA's.
     """
     _whole.cache_clear()  # the file may be another one than at the last merge of this process
-    factors: dict[str, dict[str, StoredTensor]] = {}
+    factors: dict[str, dict[str, StoredTensor]] = {}  # by module: "A" and "B", or "embedding_A" and "embedding_B"
     replaced: dict[str, StoredTensor] = {}
     problems = []
     for key, tensor in tensors.items():
@@ -149,10 +155,13 @@ def split_adapter(
             found, expected = f"{odd[0].name} has dtype {odd[0].dtype}", f"one of {', '.join(STORED)}"
             problems.append(Problem("", odd[0].file.name, found, expected, _SAVE_AGAIN))
             continue
-        down, up = parts.get("embedding_A" if embedding else "A"), parts.get("embedding_B" if embedding else "B")
+        prefix = "embedding_" if embedding else ""
+        down, up = parts.get(f"{prefix}A"), parts.get(f"{prefix}B")
+        # A [rank, in] and B [out, rank] must be there, be matrices, and have one rank
         rank = down.shape[0] if down and len(down.shape) == 2 else None
         if down is None or up is None or len(up.shape) != 2 or rank != up.shape[1] or not rank:
-            found = f"{module} has {', '.join(f'lora_{part} {list(t.shape)}' for part, t in parts.items())}"
+            shapes = [f"lora_{part} {list(tensor.shape)}" for part, tensor in parts.items()]
+            found = f"{module} has {', '.join(shapes)}"
             file = next(iter(parts.values())).file.name
             problems.append(Problem("", file, found, "lora_A [r, in] and lora_B [out, r]", _SAVE_AGAIN))
             continue
@@ -177,9 +186,6 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int, matches: Matches
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-_COMPARED = 64 * 2**20  # bytes that are read at once
 
 
 def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:

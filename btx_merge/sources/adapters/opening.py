@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,32 @@ _WHOLE_MODELS = (
 _SAVE_AGAIN = "Save the adapter again with peft's save_pretrained."
 _IS_IT_ITS_BASE = "Was it trained on this model? --base NAME=MODEL (`base:` in the recipe) names another."
 _AS_LORA = "Save it as a plain LoRA: peft's save_pretrained(..., path_initial_model_for_weight_conversion=...)."
-_MANY = 4  # tensors named one by one; more of one kind become one line
+_MANY = 4
+"""Tensors of one kind that are named one by one, as `errors.capped` does; more become one line."""
+
+
+@dataclass(frozen=True)
+class _PlainLora:
+    """A plain LoRA as it was read, before it is known whether it fits its base."""
+
+    name: str
+    """The source's name."""
+    file: Path
+    """The file of its tensors."""
+    base: Source
+    """What it was trained on."""
+    deltas: Mapping[str, LoraDelta]
+    """By the weight that each changes."""
+    replaced: Mapping[str, StoredTensor]
+    """Tensors that take the place of the base's, by their names there."""
+    targets: set[str]
+    """Modules that have factors, by its config."""
+    whole: set[str]
+    """Tensors that are saved whole, by its config."""
+
+    def problem(self, found: str, expected: str, remedy: str) -> Problem:
+        """Return what is wrong with the file."""
+        return Problem(self.name, self.file.name, found, expected, remedy)
 
 
 def open_adapter(
@@ -56,7 +81,8 @@ def open_adapter(
         expected = "names of modules, or expressions that match some"
         raise InputError([Problem(name, _CONFIG, str(error), expected, _SAVE_AGAIN)]) from error
     if is_plain_lora(config):
-        source = _over(name, file, base, *split_adapter(config, stored, matches), targets, whole)
+        deltas, replaced = split_adapter(config, stored, matches)
+        source = _over(_PlainLora(name, file, base, deltas, replaced, targets, whole))
     else:
         source, told = _merged_by_peft(name, base, located.folder, config, stored, scratch)
         warnings = (*warnings, *told)
@@ -69,6 +95,11 @@ def open_adapter(
 
 
 def _weights(name: str, folder: Path) -> Path:
+    """Return the file of an adapter's tensors.
+
+    Raises:
+        InputError: there is none.
+    """
     for file in _FILES:
         if (folder / file).exists():
             return folder / file
@@ -104,37 +135,30 @@ def _merged_by_peft(
     stored: Mapping[str, StoredTensor],
     scratch: Callable[[], Path],
 ) -> tuple[Source, list[Problem]]:
+    """Have peft merge the adapter into its base in a scratch folder; return that as a source, with warnings."""
     rows = grown_rows(config, stored, base.config["vocab_size"], base.config["tie_word_embeddings"])
     merged = scratch()
     warnings = merge_through_peft(name, base.located.folder, adapter, config, merged, rows)
     return open_checkpoint(name, Located(merged), 1.0), warnings
 
 
-def _over(
-    name: str,
-    file: Path,
-    base: Source,
-    deltas: dict[str, LoraDelta],
-    replaced: dict[str, StoredTensor],
-    targets: set[str],
-    whole: set[str],
-) -> Source:
+def _over(lora: _PlainLora) -> Source:
     """Lay a plain LoRA over its base.
 
     Where the base ties its head to its embedding and the adapter changes them apart, the source has both.
+
+    Raises:
+        InputError: everything in which it does not fit its config or its base.
     """
+    base, deltas, replaced = lora.base, lora.deltas, lora.replaced
     tensors, tied = dict(base.tensors), base.config["tie_word_embeddings"]
     changed = {*deltas, *replaced}
     if tied and changed & {EMBEDDING, HEAD}:
         tensors[HEAD] = base.tensors[EMBEDDING]
         tied = _is_still_tied(deltas, replaced)
-    problems = [
-        *_lost(name, file, deltas, replaced, targets, whole, base),
-        *_unfitting(name, file, {**tensors, **replaced}, deltas, replaced, base),
-    ]
-    if problems:
-        raise InputError(problems)
     tensors |= replaced
+    if problems := [*_lost(lora), *_unfitting(lora, tensors)]:
+        raise InputError(problems)
     if tied and changed & {EMBEDDING, HEAD}:
         tensors.pop(HEAD)
         deltas = {key: delta for key, delta in deltas.items() if key != HEAD}
@@ -152,54 +176,42 @@ def _is_still_tied(deltas: Mapping[str, LoraDelta], replaced: Mapping[str, Store
     return EMBEDDING not in deltas or same_delta(deltas[EMBEDDING], deltas[HEAD])
 
 
-def _lost(
-    name: str,
-    file: Path,
-    deltas: Mapping[str, LoraDelta],
-    replaced: Mapping[str, StoredTensor],
-    targets: set[str],
-    whole: set[str],
-    base: Source,
-) -> list[Problem]:
-    """Hold the file against the config: what it lacks, and factors that peft would pass over."""
+def _lost(lora: _PlainLora) -> list[Problem]:
+    """Compare the file with the config: what it lacks, and factors that peft would pass over."""
     problems = []
-    factors = {key.removesuffix(".weight") for key in deltas}
-    untargeted = {module for module in factors - targets if f"{module}.weight" in base.tensors}
-    if base.config["tie_word_embeddings"] and EMBEDDING in deltas:
+    factors = {key.removesuffix(".weight") for key in lora.deltas}
+    untargeted = {module for module in factors - lora.targets if f"{module}.weight" in lora.base.tensors}
+    if lora.base.config["tie_word_embeddings"] and EMBEDDING in lora.deltas:
         untargeted.discard(HEAD.removesuffix(".weight"))  # ensure_weight_tying has them in the file, not in the config
     for kind, names, expected in (
-        ("lacks the factors of", targets - factors, f"them, by {_CONFIG}"),
+        ("lacks the factors of", lora.targets - factors, f"them, by {_CONFIG}"),
         ("holds factors of", untargeted, f"only what {_CONFIG} names"),
-        ("lacks", whole - replaced.keys(), f"it, by {_CONFIG}"),
+        ("lacks", lora.whole - lora.replaced.keys(), f"it, by {_CONFIG}"),
     ):
         shown = sorted(names)
         for item in shown[:_MANY]:
-            problems.append(Problem(name, file.name, f"{kind} {item}", expected, _SAVE_AGAIN))
+            problems.append(lora.problem(f"{kind} {item}", expected, _SAVE_AGAIN))
         if len(shown) > _MANY:
-            found = f"{kind} {len(shown) - _MANY} more"
-            problems.append(Problem(name, file.name, found, expected, _SAVE_AGAIN))
+            problems.append(lora.problem(f"{kind} {len(shown) - _MANY} more", expected, _SAVE_AGAIN))
     return problems
 
 
-def _unfitting(
-    name: str,
-    file: Path,
-    tensors: Mapping[str, StoredTensor],
-    deltas: Mapping[str, LoraDelta],
-    replaced: Mapping[str, StoredTensor],
-    base: Source,
-) -> list[Problem]:
+def _unfitting(lora: _PlainLora, tensors: Mapping[str, StoredTensor]) -> list[Problem]:
+    """Compare what the adapter changes with its base.
+
+    Args:
+        tensors: the base's, with those of the adapter that take their place.
+    """
     problems = []
-    known = {*base.tensors, *({HEAD} if base.config["tie_word_embeddings"] else ())}
-    for key in sorted({*deltas, *replaced} - known):
-        found = f"changes {key}, which its base does not have"
-        problems.append(Problem(name, file.name, found, "", _IS_IT_ITS_BASE))
-    for key, tensor in replaced.items():
+    known = {*lora.base.tensors, *({HEAD} if lora.base.config["tie_word_embeddings"] else ())}
+    for key in sorted({*lora.deltas, *lora.replaced} - known):
+        problems.append(lora.problem(f"changes {key}, which its base does not have", "", _IS_IT_ITS_BASE))
+    for key, tensor in lora.replaced.items():
         if len(tensor.shape) not in (1, 2):
-            expected = "a matrix or a vector"
-            problems.append(Problem(name, file.name, f"{key} has shape {list(tensor.shape)}", expected, _SAVE_AGAIN))
-    for key, delta in deltas.items():
+            found = f"{key} has shape {list(tensor.shape)}"
+            problems.append(lora.problem(found, "a matrix or a vector", _SAVE_AGAIN))
+    for key, delta in lora.deltas.items():
         if key in tensors and tensors[key].shape != delta.shape:
             found, expected = f"the delta of {key} is {list(delta.shape)}", f"{list(tensors[key].shape)}"
-            problems.append(Problem(name, file.name, found, expected, _IS_IT_ITS_BASE))
+            problems.append(lora.problem(found, expected, _IS_IT_ITS_BASE))
     return problems

@@ -1,0 +1,137 @@
+"""The models of an evaluation, found and checked before any of them is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.evaluation.recipe import EvalRecipe
+from btx_merge.evaluation.report import AGAINST, MODEL, ROUTED, SOUP, SOURCE
+from btx_merge.files.folder import file_problems, read_json
+from btx_merge.model.merged import MergedModel
+from btx_merge.sources.locate import SMALL_FILES, Located, locate
+from btx_merge.sources.source import Source
+from btx_merge.sources.tokenizer_files import has_tokenizer
+from btx_merge.sources.vocabulary import plan_vocabulary
+
+DEFAULT_WINDOW = 1024
+"""Tokens of a window where nobody says, as in a finetuning; the model's own length if that is less."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A model to be measured, not loaded yet."""
+
+    name: str
+    kinds: tuple[str, ...]
+    """A row for each."""
+    tokenizer: Path
+    """The folder of its tokenizer."""
+    load: Callable[[Any, Any], Any]
+    """Takes a dtype and a device of torch."""
+
+
+def entries_of(
+    recipe: EvalRecipe, model: MergedModel, window: int, scratch: Callable[[], Path]
+) -> tuple[list[Entry], list[Problem]]:
+    """Find all models of an evaluation, the merged one first; return with them what should be looked at twice.
+
+    Raises:
+        InputError: every model that cannot be measured.
+    """
+    from btx_merge.measuring.models import load_folder
+
+    problems: list[Problem] = []
+    warnings: list[Problem] = []
+    folder = model.located.folder
+    kinds = (MODEL, ROUTED) if recipe.routing else (MODEL,)
+    entries = [Entry("merged", kinds, folder, lambda dtype, device: load_folder(model.located, dtype, device))]
+    if not recipe.no_sources:
+        try:
+            of_sources, warnings = _source_entries(recipe, model, scratch)
+            entries += of_sources
+        except InputError as error:
+            problems += error.problems
+    for name, reference in recipe.against.items():
+        try:
+            entries.append(_other(name, reference, window))
+        except InputError as error:
+            problems += (replace(problem, source=name) for problem in error.problems)
+    if problems:
+        raise InputError(problems)
+    return entries, warnings
+
+
+def _source_entries(
+    recipe: EvalRecipe, model: MergedModel, scratch: Callable[[], Path]
+) -> tuple[list[Entry], list[Problem]]:
+    from btx_merge.measuring.models import load_mean, load_source, open_sources
+
+    def entry(source: Source) -> Entry:
+        tokenizer = source.tokenizer_folder or model.located.folder
+        return Entry(source.name, (SOURCE,), tokenizer, lambda dtype, device: load_source(source, dtype, device))
+
+    sources, warnings = open_sources(model, recipe.sources, scratch)
+    entries = [entry(source) for source in sources.values()]
+    if recipe.soup:
+        each = list(sources.values())
+        plan_vocabulary(each)  # says now what cannot be averaged
+        load: Callable[[Any, Any], Any] = lambda dtype, device: load_mean(each, dtype, device)  # noqa: E731
+        entries.append(Entry("soup", (SOUP,), model.located.folder, load))
+    return entries, warnings
+
+
+def _other(name: str, reference: str, window: int) -> Entry:
+    """Return a model that is compared with, of any kind.
+
+    Raises:
+        InputError: no model, or one that has fewer positions than a window.
+    """
+    from btx_merge.measuring.models import load_folder
+
+    located = locate(name, reference)
+    problems = list(file_problems(located.folder, SMALL_FILES))
+    if not problems and not has_tokenizer(located.folder):
+        expected = "tokenizer.json or tokenizer.model"
+        problems = [Problem(name, str(located.folder), "no tokenizer", expected)]
+    if problems:
+        raise InputError(problems)
+    if not (located.folder / "adapter_config.json").exists():
+        config = read_json(located.folder / "config.json")
+        positions = config.get("max_position_embeddings") or config.get("n_positions")
+        if isinstance(positions, int) and positions < window:
+            remedy = f"Give --window {positions}, for all models."
+            raise InputError([Problem(name, "config.json", f"{positions} positions", f"at least {window}", remedy)])
+    return Entry(name, (AGAINST,), located.folder, lambda dtype, device: load_folder(located, dtype, device))
+
+
+def window_of(recipe: EvalRecipe, config: Mapping[str, Any]) -> int:
+    """Return the tokens of a window.
+
+    Raises:
+        InputError: more than the merged model has positions.
+    """
+    positions = int(config["max_position_embeddings"])
+    if recipe.window is not None and recipe.window > positions:
+        found, expected = f"{recipe.window}", f"at most {positions}, the model's positions"
+        raise InputError([Problem("recipe", "window", found, expected)])
+    return recipe.window or min(DEFAULT_WINDOW, positions)
+
+
+def routing_problems(recipe: EvalRecipe, model: MergedModel) -> list[Problem]:
+    """Return which domains have no expert of their own to be routed to."""
+    remedy = "Give each domain the name of its expert, or leave --routing out."
+    expected = f"one of {', '.join(model.domains)}"
+    names = [text.name for text in recipe.data if recipe.routing and text.name not in model.domains]
+    return [Problem("recipe", "routing", f"domain, and no expert {name}", expected, remedy) for name in names]
+
+
+def hub_problem(located: Located) -> list[Problem]:
+    """Return why no card can be written beside a model."""
+    if located.repo_id is None:
+        return []
+    found, remedy = f"{located.repo_id}, a model of the Hub's", "Download it into a folder of your own first."
+    return [Problem("command", "--card", found, "a folder whose card may be changed", remedy)]

@@ -1,0 +1,178 @@
+"""The public verb that says what a merged model is worth."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from btx_merge.errors import InputError, MergeInterrupted, Problem
+from btx_merge.evaluation.card import update_card
+from btx_merge.evaluation.files import write_report
+from btx_merge.evaluation.models import Entry, entries_of, hub_problem, routing_problems, window_of
+from btx_merge.evaluation.recipe import EvalRecipe
+from btx_merge.evaluation.report import ROUTED, EvalReport, Row, oracle_of, with_gaps
+from btx_merge.files.scratch import scratch_folder
+from btx_merge.fitting.run import device_problems
+from btx_merge.model.merged import MergedModel
+from btx_merge.model.opening import open_model
+from btx_merge.options import Options, refuse_unused
+from btx_merge.reporting import Reporter
+from btx_merge.sources.text_checks import check_texts
+from btx_merge.sources.tokenizer_files import has_tokenizer, load_tokenizer
+from btx_merge.texts.readers import is_installed
+from btx_merge.texts.references import EXTRA
+
+ROUTED_NAME = "merged, each domain by its own expert"
+
+
+@dataclass(frozen=True, eq=False)
+class _Evaluation:
+    """All that is decided and checked before a model is loaded."""
+
+    recipe: EvalRecipe
+    model: MergedModel
+    window: int
+    entries: list[Entry]
+    warnings: tuple[Problem, ...]
+
+
+def evaluate(
+    recipe: EvalRecipe,
+    output: str | Path | None = None,
+    options: Options = Options(),
+    reporter: Reporter = Reporter(),
+    *,
+    card: bool = False,
+) -> EvalReport:
+    """Measure a merged model on held-out text by domain, beside the models that it was made of.
+
+    Figures are those of lm-evaluation-harness' `loglikelihood_rolling`. One model is in memory at a time.
+
+    Args:
+        output: a folder for the report: `eval.json`, `eval.md` and `eval.png`. None: nothing is written.
+        options: `device`; `overwrite`, for `output`.
+        card: whether table and picture go into the model's own card, with the figures in its metadata.
+
+    Raises:
+        InputError: every reason to refuse, before a model is loaded; or a text that cannot be read.
+        MergeInterrupted: Ctrl-C; nothing was written.
+    """
+    began = time.perf_counter()
+    refuse_unused(options, "evaluate", "device", "overwrite")
+    target = None if output is None else Path(output).expanduser().resolve()
+    try:
+        with ExitStack() as stack:
+            checked = _check(recipe, target, options, card, stack)
+            for warning in checked.warnings:
+                reporter.warn(str(warning))
+            report = _measure(checked, target, options, reporter, began)
+            if target is not None:
+                write_report(report, target, options.overwrite, reporter)
+            if card:
+                update_card(report, checked.model.located.folder)
+    except KeyboardInterrupt:
+        raise MergeInterrupted("Interrupted. Nothing was written.") from None
+    return report
+
+
+def _check(recipe: EvalRecipe, target: Path | None, options: Options, card: bool, stack: ExitStack) -> _Evaluation:
+    """Open everything without reading weights."""
+    model, problems = open_model(recipe.model, target, options.overwrite)
+    problems += check_texts(recipe.data, model.located.folder if model else None)
+    problems += device_problems(options.device)
+    if (target or card) and not is_installed("matplotlib"):
+        problems.append(Problem("command", "matplotlib", "is not installed", "", f"{EXTRA}."))
+    if model is None:
+        raise InputError(problems)
+    if not has_tokenizer(model.located.folder):
+        folder = str(model.located.folder)
+        problems.append(Problem("model", folder, "no tokenizer", "tokenizer.json or tokenizer.model"))
+    problems += routing_problems(recipe, model) + (hub_problem(model.located) if card else [])
+    window, entries, warnings = 1, list[Entry](), list[Problem]()
+    try:
+        window = window_of(recipe, model.dense_config)
+        entries, warnings = entries_of(recipe, model, window, lambda: stack.enter_context(scratch_folder(None)))
+    except InputError as error:
+        problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return _Evaluation(recipe, model, window, entries, tuple(warnings))
+
+
+def _measure(
+    checked: _Evaluation, target: Path | None, options: Options, reporter: Reporter, began: float
+) -> EvalReport:
+    """Run one model after the other."""
+    import torch
+
+    from btx_merge.evaluation.scoring import Domain
+
+    recipe, model = checked.recipe, checked.model
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = _dtype(recipe, model, device.type)
+    tokenizer = load_tokenizer(model.located.folder)
+    domains = [Domain.counted(text, tokenizer, checked.window, recipe.tokens) for text in recipe.data]
+    kinds = sum(len(entry.kinds) for entry in checked.entries)
+    progress = _Progress(reporter, kinds * sum(domain.amount.nbytes for domain in domains))
+    rows: list[Row] = []
+    for entry in checked.entries:
+        rows += _rows_of(entry, getattr(torch, dtype), device, domains, checked, progress)
+        gc.collect()  # the model is gone before the next one comes
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    oracle = oracle_of(rows)
+    return EvalReport(
+        model.located.public_name,
+        {domain.text.name: domain.amount for domain in domains},
+        with_gaps(rows, oracle),
+        oracle,
+        checked.window,
+        dtype,
+        str(device),
+        time.perf_counter() - began,
+        checked.warnings,
+        target,
+    )
+
+
+def _rows_of(
+    entry: Entry, dtype: Any, device: Any, domains: Sequence[Any], checked: _Evaluation, told: Callable[[int], None]
+) -> list[Row]:
+    """Load a model and measure it, once for each of its rows."""
+    from btx_merge.evaluation.scoring import score
+    from btx_merge.measuring.routes import sent_to
+
+    tokenizer, loaded = load_tokenizer(entry.tokenizer), entry.load(dtype, device)
+    tokens = checked.recipe.batch_size * checked.window
+    rows = []
+    for kind in entry.kinds:
+        scores = {}
+        for domain in domains:
+            name = domain.text.name
+            with sent_to(loaded, checked.model.experts_of(name)) if kind == ROUTED else nullcontext():
+                scores[name] = score(loaded, domain, tokenizer, tokens, told)
+        rows.append(Row(ROUTED_NAME if kind == ROUTED else entry.name, kind, scores, {}))
+    return rows
+
+
+def _dtype(recipe: EvalRecipe, model: MergedModel, device: str) -> str:
+    from btx_merge.checkpoints.dtypes import TORCH_NAMES
+
+    return recipe.dtype or ("float32" if device == "cpu" else TORCH_NAMES[model.dtype])
+
+
+class _Progress:
+    """Adds up what is done over all models."""
+
+    def __init__(self, reporter: Reporter, nbytes: int):
+        self._reporter, self._all, self._done = reporter, nbytes, 0
+        reporter.text_done(0, nbytes)
+
+    def __call__(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._reporter.text_done(self._done, self._all)

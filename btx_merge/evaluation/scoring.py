@@ -1,0 +1,83 @@
+"""One model on one domain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from btx_merge.errors import InputError, Problem
+from btx_merge.evaluation.report import Score
+from btx_merge.measuring.losses import token_losses
+from btx_merge.measuring.windows import Amount, Window, amount_of, cut, windows_of
+from btx_merge.texts.references import DomainText, documents
+
+
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """A domain's text, and how much of it is measured."""
+
+    text: DomainText
+    tokenizer: Any
+    """The merged model's. Its template writes messages for all models."""
+    window: int
+    tokens: int | None
+    amount: Amount
+    """In the merged model's tokens."""
+
+    @classmethod
+    def counted(cls, text: DomainText, tokenizer: Any, window: int, tokens: int | None) -> Domain:
+        """Count what there is to measure.
+
+        Raises:
+            InputError: a text that cannot be read, or that has no token.
+        """
+        windows = windows_of(documents(text, tokenizer), tokenizer, window, tokens, text.name)
+        return cls(text, tokenizer, window, tokens, amount_of(windows))
+
+    def reads_alike(self, tokenizer: Any) -> bool:
+        """Return whether a tokenizer makes the merged model's tokens of the text."""
+        return amount_of(self.windows(tokenizer, True)).digest == self.amount.digest
+
+    def windows(self, tokenizer: Any, same_tokens: bool) -> Iterator[Window]:
+        """Cut the text that is measured, all of it, into windows of any model's tokens."""
+        found = documents(self.text, self.tokenizer)
+        if same_tokens:
+            return windows_of(found, tokenizer, self.window, self.tokens, self.text.name)
+        return windows_of(cut(found, self.amount), tokenizer, self.window, source=self.text.name)
+
+
+def score(
+    model: Any, domain: Domain, tokenizer: Any, batch_tokens: int, told: Callable[[int], None], **call: Any
+) -> Score:
+    """Measure a model on a domain.
+
+    Args:
+        tokenizer: the model's own.
+        batch_tokens: tokens that are computed together, at most.
+        told: takes bytes of text as they are done.
+        call: what the model's forward pass takes besides.
+
+    Raises:
+        InputError: the model's tokenizer gives ids for which its embedding has no row.
+    """
+    same_tokens = domain.reads_alike(tokenizer)
+    amount = domain.amount if same_tokens else amount_of(domain.windows(tokenizer, False))
+    rows = model.get_input_embeddings().weight.shape[0]
+    if amount.largest_id >= rows:
+        found = f"gives the id {amount.largest_id}"
+        raise InputError(
+            [Problem("tokenizer", str(tokenizer.name_or_path), found, f"below {rows}, the embedding's rows")]
+        )
+    loss = 0.0  # in nats; a sum of float32 losses in float64
+    for window, losses in token_losses(model, domain.windows(tokenizer, same_tokens), batch_tokens, **call):
+        loss += float(losses.double().sum())
+        told(window.nbytes)
+    bits = loss / math.log(2) / domain.amount.nbytes
+    return Score(bits, perplexity(loss / amount.tokens), amount.tokens, same_tokens)
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), infinite where that is too large for a number."""
+    return math.exp(loss) if loss < 700 else math.inf

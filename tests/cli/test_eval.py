@@ -1,0 +1,50 @@
+"""`btx eval`: tables for a person, JSON for a program, and one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from btx_merge import MergeRecipe, merge
+from btx_merge.cli.printing import Lines
+from tests.cli.test_app import btx, errors_of
+from tests.conftest import Family
+
+
+def test_an_evaluation(family: Family, texts: dict[str, str], tmp_path: Path) -> None:
+    merged = family.seed.parent / "evaluated-by-command"
+    merge(MergeRecipe(str(family.seed), family.experts), merged)
+    data = [part for name, text in texts.items() for part in ("--data", f"{name}={text}")]
+    words = ["eval", merged, *data, "--tokens", "60", "--soup", "--routing", "domain", "-o", tmp_path / "report"]
+    done = btx(*words, COLUMNS="200")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    rows = {line.strip().split("  ")[0] for line in lines}
+    for name in ("merged", "merged, each domain by its own expert", "seed", "code", "math", "soup"):
+        assert name in rows
+    report = json.loads((tmp_path / "report" / "eval.json").read_text())
+    assert f"{report['rows'][0]['scores']['code']['bits_per_byte']:.3f}" in done.stdout
+    done = btx("eval", merged, *data, "--tokens", "60", "--no-sources", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["rows"][0]["scores"] == report["rows"][0]["scores"]
+
+
+def test_a_mistake_is_one_line(family: Family, texts: dict[str, str]) -> None:
+    assert errors_of(btx("eval", family.seed, "--data", f"code={texts['code']}")) == [
+        "model: config.json: model_type: 'llama', a dense Llama; expected 'btx'. "
+        "Merge first. Make an expert of it: btx merge --seed SEED --expert NAME=MODEL."
+    ]
+    (line,) = errors_of(btx("eval", family.seed))
+    assert "data: missing" in line
+
+
+def test_how_far_it_is_every_ten_seconds(capsys, monkeypatch) -> None:
+    times = iter([0.0, 4.0, 10.0, 15.0, 25.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    lines = Lines()
+    for done in (0, 100, 250, 300, 500):
+        lines.text_done(done, 1000)
+    assert capsys.readouterr().err.splitlines() == [
+        "measured 25%, about 30 s left",
+        "measured 50%, about 25 s left",
+    ]

@@ -1,0 +1,208 @@
+"""An evaluation: every figure against a plain loop in float64, gaps by hand, refusals, and what is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from btx_merge import EvalRecipe, InputError, MergeInterrupted, MergeRecipe, Options, evaluate, merge
+from btx_merge.evaluation.report import AGAINST, MODEL, ROUTED, SOUP, SOURCE, Row, Score, oracle_of, with_gaps
+from tests.support.common import VOCAB, WORDS, Told, force_expert, grow, load_float32, tiny_tokenizer
+
+BOS = 126
+
+
+def lines_of(file: str) -> list[str]:
+    return [json.loads(line)["text"] for line in Path(file).read_text().splitlines()]
+
+
+def slow_bits(model, file: str, documents: int | None = None) -> tuple[float, float]:
+    """Bits per byte and perplexity of documents that each fit into a window, one after the other."""
+    loss, tokens, nbytes = 0.0, 0, 0
+    with torch.no_grad():
+        for text in lines_of(file)[:documents]:
+            ids = [BOS, *(WORDS.index(word) for word in text.split())]
+            logits = model(torch.tensor([ids])).logits[0].double()
+            for place in range(1, len(ids)):
+                loss += float(torch.logsumexp(logits[place - 1], 0) - logits[place - 1, ids[place]])
+            tokens += len(ids) - 1
+            nbytes += len(text.encode())
+    return loss / math.log(2) / nbytes, math.exp(loss / tokens)
+
+
+def scores(report, kind: str, name: str | None = None) -> dict[str, Score]:
+    (row,) = [row for row in report.rows if row.kind == kind and name in (None, row.name)]
+    return dict(row.scores)
+
+
+@pytest.fixture(scope="module")
+def found(measured, texts, family):
+    against = {"other": str(family.math)}
+    return evaluate(EvalRecipe(str(measured), texts, soup=True, against=against, routing="domain", tokens=400))
+
+
+def test_every_row_is_what_a_plain_loop_gives(found, measured, texts, family):
+    states = [load_float32(folder).state_dict() for folder in (family.seed, family.code, family.math)]
+    soup = load_float32(family.seed)
+    soup.load_state_dict({name: sum(state[name] for state in states) / 3 for name in states[0]})
+    models = {
+        (MODEL, "merged"): load_float32(measured),
+        (SOURCE, "seed"): load_float32(family.seed),
+        (SOURCE, "code"): load_float32(family.code),
+        (SOURCE, "math"): load_float32(family.math),
+        (SOUP, "soup"): soup,
+        (AGAINST, "other"): load_float32(family.math),
+    }
+    assert [row.kind for row in found.rows] == [MODEL, ROUTED, SOURCE, SOURCE, SOURCE, SOUP, AGAINST]
+    for (kind, name), model in models.items():
+        for domain, score in scores(found, kind, name).items():
+            bits, perplexity = slow_bits(model, texts[domain], found.domains[domain].documents)
+            assert score.bits_per_byte == pytest.approx(bits, rel=1e-5)  # float32 logits, summed in float64
+            assert score.perplexity == pytest.approx(perplexity, rel=1e-4)
+            assert score.same_tokens
+
+
+def test_routed_by_domain_each_token_meets_its_own_expert_alone(found, measured, texts):
+    for domain in texts:
+        model = load_float32(measured)
+        force_expert(model, model.config.expert_names.index(domain))
+        bits, _ = slow_bits(model, texts[domain], found.domains[domain].documents)
+        assert scores(found, ROUTED)[domain].bits_per_byte == pytest.approx(bits, rel=1e-5)
+
+
+def test_all_chunks_of_a_split_expert_are_its_source(family, texts, tmp_path):
+    """Every shared weight is the seed's, so the merge with all chunks of an expert is that expert."""
+
+    def only_feed_forward(model):
+        with torch.no_grad():
+            for (name, ours), theirs in zip(model.named_parameters(), seed.parameters(), strict=True):
+                if ".mlp." not in name:
+                    ours.copy_(theirs)
+
+    seed = load_float32(family.seed)
+    code = grow(family.seed, tmp_path / "code", change=only_feed_forward)
+    recipe = MergeRecipe(str(family.seed), {"code": str(code)}, expert_mode="split", num_chunks=2)
+    merge(recipe, tmp_path / "merged")
+    report = evaluate(EvalRecipe(str(tmp_path / "merged"), {"code": texts["code"]}, no_sources=True, routing="domain"))
+    bits, _ = slow_bits(load_float32(code), texts["code"])
+    assert scores(report, ROUTED)["code"].bits_per_byte == pytest.approx(bits, rel=1e-5)
+
+
+def test_counts_are_those_of_the_text(measured, texts):
+    report = evaluate(EvalRecipe(str(measured), texts, no_sources=True))
+    for domain, amount in report.domains.items():
+        lines = lines_of(texts[domain])
+        assert amount.documents == amount.windows == len(lines)
+        assert amount.tokens == sum(len(line.split()) for line in lines)
+        assert amount.nbytes == sum(len(line.encode()) for line in lines)
+
+
+def row(kind: str, name: str, **bits: float) -> Row:
+    return Row(name, kind, {domain: Score(value, 1.0, 1) for domain, value in bits.items()}, {})
+
+
+def test_gaps_by_hand():
+    rows = [
+        row(MODEL, "merged", code=1.4, math=2.0, web=1.0),
+        row(SOURCE, "seed", code=2.0, math=2.0, web=0.9),
+        row(SOURCE, "a", code=1.0, math=2.1, web=1.5),
+        row(SOURCE, "b", code=1.8, math=1.6, web=0.9),
+    ]
+    oracle = oracle_of(rows)
+    assert {domain: (best.source, best.bits_per_byte) for domain, best in oracle.items()} == {
+        "code": ("a", 1.0),
+        "math": ("b", 1.6),
+        "web": ("seed", 0.9),  # as good as b: no source is better
+    }
+    merged, _, a, _ = with_gaps(rows, oracle)
+    assert merged.closed == {"code": pytest.approx(0.6), "math": 0.0, "web": None}
+    assert merged.mean_closed == pytest.approx(0.3)
+    assert a.closed["math"] == pytest.approx(-0.25)
+
+
+def test_part_of_a_domain_in_smaller_windows(measured, texts):
+    values = {"tokens": 100, "window": 8, "batch_size": 1, "no_sources": True}
+    report = evaluate(EvalRecipe(str(measured), texts, **values))
+    for amount in report.domains.values():
+        assert 92 < amount.tokens <= 100
+    assert report.window == 8
+    assert report.oracle == {}
+    assert "gap_closed" not in report.to_dict()["rows"][0]
+
+
+def test_a_model_that_reads_other_tokens_has_the_same_bytes(measured, texts, tmp_path, family):
+    joined = tiny_tokenizer(["w1 w2", "w3 w"])
+    grown = {"change": lambda model: model.resize_token_embeddings(VOCAB + 2), "tokenizer": joined}
+    other = grow(family.seed, tmp_path / "other", **grown)
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "w5 w1 w2 w7 " * 10}))
+    recipe = EvalRecipe(
+        str(measured),
+        {"code": str(tmp_path / "text.jsonl")},
+        no_sources=True,
+        against={"other": str(other)},
+        tokens=30,
+        window=8,
+    )
+    report = evaluate(recipe)
+    score = scores(report, AGAINST)["code"]
+    assert report.domains["code"].tokens == 24
+    assert (score.tokens, score.same_tokens) == (18, False)
+    assert "Read other tokens" in "\n".join(
+        __import__("btx_merge.evaluation.tables").evaluation.tables.lines_of(report)
+    )
+
+
+def test_everything_wrong_is_said_at_once(measured, texts, tmp_path):
+    recipe = EvalRecipe(
+        str(measured),
+        {"code": texts["code"], "web": str(tmp_path / "gone.jsonl")},
+        sources={"coed": "somewhere"},
+        against={"other": str(tmp_path / "nothing")},
+        routing="domain",
+        window=8,
+    )
+    with pytest.raises(InputError) as error:
+        evaluate(recipe, options=Options(device="abacus"))
+    text = "\n".join(error.value.lines)
+    for part in ("gone.jsonl", "no source coed", "nothing: no such folder", "no expert web", "--device"):
+        assert part in text
+    with pytest.raises(InputError, match=r"window: 5000; expected at most 128, the model's positions"):
+        evaluate(EvalRecipe(str(measured), texts, window=5000))
+    with pytest.raises(InputError, match=r"against: the name 'a \| b'; expected letters"):
+        EvalRecipe(str(measured), texts, against={"a | b": "somewhere"})
+    with pytest.raises(InputError) as error:
+        EvalRecipe(str(measured), {}, soup=True, no_sources=True, dtype="float8", routing="best", tokens=0)
+    assert [problem.where for problem in error.value.problems] == ["routing", "tokens", "dtype", "data", "soup"]
+
+
+def test_a_moved_source_is_given(measured, texts, family, tmp_path):
+    copy = shutil.copytree(measured, tmp_path / "merged")
+    with pytest.raises(InputError, match=r"--source NAME=MODEL where it lies now, or --no-sources"):
+        evaluate(EvalRecipe(str(copy), texts))
+    sources = {"seed": str(family.seed), **family.experts}
+    report = evaluate(EvalRecipe(str(copy), texts, sources=sources, tokens=50))
+    assert [row.name for row in report.rows if row.kind == SOURCE] == ["seed", "code", "math"]
+
+
+def test_progress_ends_with_all_of_the_text(measured, texts):
+    told: list[tuple[int, int]] = []
+    reporter = Told(text_done=lambda done, of: told.append((done, of)))
+    report = evaluate(EvalRecipe(str(measured), texts, tokens=60), reporter=reporter)
+    whole = 4 * sum(amount.nbytes for amount in report.domains.values())
+    assert told[0] == (0, whole)
+    assert told[-1] == (whole, whole)
+
+
+def test_ctrl_c_writes_nothing(measured, texts, tmp_path):
+    def stop(done: int, of: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(MergeInterrupted, match="Nothing was written"):
+        evaluate(EvalRecipe(str(measured), texts), tmp_path / "report", reporter=Told(text_done=stop))
+    assert list(tmp_path.iterdir()) == []
