@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from btx_merge.finetuning.run import TrainReport, branch, train
     from btx_merge.fitting.recipe import FitRecipe
     from btx_merge.fitting.run import FitReport, fit
+    from btx_merge.inspecting.recipe import RoutingRecipe
+    from btx_merge.inspecting.run import RoutingReport, routing
     from btx_merge.merging.recipe import MergeRecipe
     from btx_merge.merging.run import Check, Report, check, merge
     from btx_merge.model.info import ModelInfo, info
@@ -57,6 +59,8 @@ __all__ = [
     "PushReport",
     "Report",
     "Reporter",
+    "RoutingRecipe",
+    "RoutingReport",
     "TrainRecipe",
     "TrainReport",
     "branch",
@@ -69,6 +73,7 @@ __all__ = [
     "info",
     "merge",
     "push",
+    "routing",
     "train",
 ]
 
@@ -96,6 +101,8 @@ _MODULES = {
     "PushReport": "btx_merge.publishing.run",
     "Report": "btx_merge.merging.run",
     "Reporter": "btx_merge.reporting",
+    "RoutingRecipe": "btx_merge.inspecting.recipe",
+    "RoutingReport": "btx_merge.inspecting.run",
     "TrainRecipe": "btx_merge.finetuning.recipe",
     "TrainReport": "btx_merge.finetuning.run",
     "branch": "btx_merge.finetuning.run",
@@ -108,6 +115,7 @@ _MODULES = {
     "info": "btx_merge.model.info",
     "merge": "btx_merge.merging.run",
     "push": "btx_merge.publishing.run",
+    "routing": "btx_merge.inspecting.run",
     "train": "btx_merge.finetuning.run",
 }
 """Where each public name is at home."""

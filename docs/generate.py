@@ -28,6 +28,7 @@ from btx_merge import (
     MergeRecipe,
     Options,
     Reporter,
+    RoutingRecipe,
     TrainRecipe,
 )
 from btx_merge.cli.app import app
@@ -44,6 +45,7 @@ RECIPES: dict[type, tuple[str, dict[str, str]]] = {
     BranchRecipe: ("branch", {"arguments": "each by its name"}),
     TrainRecipe: ("train", {"arguments": "each by its name"}),
     EditRecipe: ("edit", {}),
+    RoutingRecipe: ("routing", {}),
     EvalRecipe: ("eval", {}),
     DomainText: ("", {"name": "NAME=", "references": "TEXT, again for each", "weight": ":WEIGHT"}),
 }

@@ -24,7 +24,7 @@ FLOORS = [
     ("fitting",),
     ("merging",),
     ("measuring",),
-    ("editing", "evaluation", "exporting", "finetuning", "publishing"),
+    ("editing", "evaluation", "exporting", "finetuning", "inspecting", "publishing"),
     ("cli",),
 ]
 """From the ground up. A room imports from lower floors only."""

@@ -18,6 +18,7 @@ from btx_merge import (
     MergeRecipe,
     Options,
     Reporter,
+    RoutingRecipe,
     TrainRecipe,
     branch,
     check,
@@ -27,6 +28,7 @@ from btx_merge import (
     extract,
     fit,
     merge,
+    routing,
     train,
 )
 from tests.support.common import Told
@@ -39,6 +41,7 @@ VERBS = {
     "edit": lambda out, options: edit(EditRecipe("m", ("a",)), out, options),
     "export": lambda out, options: export("m", out, options),
     "extract": lambda out, options: extract("m", "a", out, options),
+    "routing": lambda out, options: routing(RoutingRecipe("m", {"a": "t"}), out, options),
     "evaluate": lambda out, options: evaluate(EvalRecipe("m", {"a": "t"}), out, options),
     "train": lambda out, options: train(TrainRecipe("m", {"a": "t"}, arguments={"max_steps": 1}), out, options),
 }
@@ -53,6 +56,7 @@ VERBS = {
         ("edit", Options(statistics="there"), "statistics: 'there', which edit has no use for"),
         ("export", Options(device="cuda"), "device: 'cuda', which export has no use for"),
         ("extract", Options(device="cuda"), "device: 'cuda', which extract has no use for"),
+        ("routing", Options(workers=2), "workers: 2, which routing has no use for; expected only overwrite, device"),
         ("evaluate", Options(workers=2), "workers: 2, which evaluate has no use for; expected only device, overwrite"),
         ("branch", Options(device="cpu"), "device: 'cpu', which branch has no use for; expected only overwrite"),
         (
@@ -73,7 +77,7 @@ def test_an_option_that_a_verb_would_pass_over_is_refused(
 
 
 def test_verbs_are_called_alike() -> None:
-    for name in ("merge", "edit", "evaluate", "fit", "export", "extract", "train"):
+    for name in ("merge", "edit", "evaluate", "fit", "export", "extract", "routing", "train"):
         parameters = inspect.signature(getattr(btx_merge, name)).parameters
         assert parameters["options"].default == Options()
         assert type(parameters["reporter"].default) is Reporter

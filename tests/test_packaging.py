@@ -49,6 +49,8 @@ def test_public_names():
         "PushReport",
         "Report",
         "Reporter",
+        "RoutingRecipe",
+        "RoutingReport",
         "TrainRecipe",
         "TrainReport",
         "branch",
@@ -61,6 +63,7 @@ def test_public_names():
         "info",
         "merge",
         "push",
+        "routing",
         "train",
     ]
     for name in btx_merge.__all__:
@@ -169,6 +172,7 @@ def test_wheel(wheel):
     ours |= {f"btx_merge/modeling/{file.name}" for file in (ROOT / "modeling").glob("*.py")}
     assert {file for file in names if file.endswith(".py")} == ours
     assert "btx_merge/py.typed" in names
+    assert "btx_merge/inspecting/page.html" in names
     assert metadata["Name"] == "btx-merge"
     assert metadata["Version"] == btx_merge.__version__
     assert metadata["License-Expression"] == "Apache-2.0"

@@ -43,6 +43,9 @@ SHORTER = {  # a page's steps are many, and made for models that are not tiny
 }
 
 
+REPORT_FILES = ["report.html", "routing.json", "routing.png", "routing.svg"]
+
+
 def blocks(page: str, *languages: str) -> list[tuple[str, str]]:
     """Return a page's blocks in these languages, each with its language, in their order."""
     found = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
@@ -113,7 +116,9 @@ def run_commands(block: str) -> None:
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, f"{line}\n{done.output}"
         assert done.stdout
-        if output and "--dry-run" not in words:
+        if output and words[0] == "routing":
+            assert sorted(file.name for file in output.iterdir()) == REPORT_FILES
+        elif output and "--dry-run" not in words:
             assert_complete(output)
 
 

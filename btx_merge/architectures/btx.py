@@ -13,6 +13,9 @@ GATE_UP_EXPERTS = "model.layers.{layer}.mlp.experts.gate_up_proj"
 DOWN_EXPERTS = "model.layers.{layer}.mlp.experts.down_proj"
 _MOE_TENSORS = {ROUTER: "E H", GATE_UP_EXPERTS: "E 2I H", DOWN_EXPERTS: "E H I"}
 SELECTION_BIAS = "model.layers.{layer}.mlp.routing.e_score_correction_bias"
+DEAD = 0.01
+"""Part of its ideal share of the choices, 1 / E, below which an expert of a layer counts as dead. It then gets next to
+no gradient."""
 
 
 def expert_names(config: Mapping[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ from btx_merge.cli.info import info_command
 from btx_merge.cli.merge import check_command, merge_command
 from btx_merge.cli.printing import error as print_error
 from btx_merge.cli.push import push_command
+from btx_merge.cli.routing import routing_command
 from btx_merge.cli.train import train_command
 from btx_merge.errors import BTXError, InputError, MergeInterrupted
 from btx_merge.reporting import printable
@@ -99,6 +100,7 @@ app.command("info")(_ends_in_one_line(info_command))
 app.command("fit")(_ends_in_one_line(fit_command))
 app.command("edit")(_ends_in_one_line(edit_command))
 app.command("eval")(_ends_in_one_line(eval_command))
+app.command("routing")(_ends_in_one_line(routing_command))
 app.command("push")(_ends_in_one_line(push_command))
 app.command("export")(_ends_in_one_line(export_command))
 app.command("extract")(_ends_in_one_line(extract_command))

@@ -31,6 +31,7 @@ from btx_merge.model.info import ModelInfo
 from btx_merge.reporting import printable, readable
 
 if TYPE_CHECKING:
+    from btx_merge.inspecting.run import RoutingReport
     from btx_merge.model.held_out import LayerFit
 
 
@@ -197,6 +198,33 @@ def print_info(info: ModelInfo) -> None:
     for title, texts in (("history", info.history), ("next", info.next)):
         for text in texts:  # a command is copied: no line of it is broken
             console.print(printable(f"{title}: {text}"), soft_wrap=True)
+
+
+def print_routing(report: RoutingReport) -> None:
+    """Print how each domain is routed, and which experts get next to nothing."""
+    console = _console()
+    model = report.model
+    table = Table("domain", box=SIMPLE, pad_edge=False)
+    for column in ("tokens", "loss", "own expert first", "best alone", "worth most", "regret"):
+        table.add_column(column, justify="right")
+    for domain in model.domains:
+        own, best, most = model.own_first(domain), "", ""
+        if domain.alone:
+            name = min(domain.alone, key=domain.alone.__getitem__)
+            best = f"{domain.alone[name]:.3f} ({name})"
+        if domain.without:
+            name = max(domain.without, key=domain.without.__getitem__)
+            most = f"{domain.without[name] - domain.loss:+.3f} without {name}"
+        cells = [f"{domain.tokens:,}", f"{domain.loss:.3f}", f"{sum(own) / len(own):.0%}" if own else "", best, most]
+        regret = "" if domain.regret is None else f"{domain.regret:.3f}"
+        table.add_row(*map(printable, (domain.domain, *cells, regret)))
+    console.print(table)
+    for figures in (report.model, *([report.against] if report.against else [])):
+        for item in figures.neglected:
+            kind = "dead" if item.is_dead else "cold"
+            line = f"{kind}  {item.expert} in layer {item.layer} of {figures.model}: {item.load:.2%} of the choices"
+            console.print(printable(line), soft_wrap=True)
+    console.print(_facts({"written": str(report.output), "took": f"{report.seconds:.1f} s"}))
 
 
 def print_evaluation(report: EvalReport) -> None:

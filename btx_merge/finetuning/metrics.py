@@ -15,12 +15,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from btx_merge.architectures.btx import DEAD
 from btx_merge.modeling.routing_btx import BTXRouting
 from btx_merge.reporting import Reporter
 
-DEAD = 0.01
-"""Part of its ideal share of the choices, 1 / E, below which an expert of a layer counts as dead. It then gets next to
-no gradient."""
 LOAD_PER_LAYER = "load_per_layer"
 
 

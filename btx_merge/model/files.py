@@ -11,6 +11,7 @@ from btx_merge.sources.tokenizer_files import copy_templates
 
 PICTURE = "training.png"
 ROUTING = "routing.jsonl"
+REPORT = "report.html"
 EVALUATION = "eval.png"
 BRANCH = "btx_branch.yaml"
 """The record of a branch: its seed, its data, all settings of the run."""

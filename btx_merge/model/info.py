@@ -14,6 +14,7 @@ from btx_merge.architectures.btx import active_parameters, experts_by_domain, ex
 from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES, STORED, TORCH_NAMES
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.files.folder import checked, read_json
+from btx_merge.model.files import REPORT
 from btx_merge.model.merged import MergedModel, open_config, open_merged
 from btx_merge.model.mixtral_limits import mixtral_refusals
 from btx_merge.model.records import RECIPE_FILE
@@ -135,7 +136,7 @@ def next_commands(result: str | Path) -> tuple[str, ...]:
     """Return the commands that lead on from what a verb has written: the next verb, or a program that serves it.
 
     Args:
-        result: a merged model, an export (a GGUF is a file), an extracted expert, or an adapter.
+        result: a merged model, an export (a GGUF is a file), an extracted expert, an adapter, or a report.
 
     Raises:
         InputError: it is none of these.
@@ -147,6 +148,8 @@ def next_commands(result: str | Path) -> tuple[str, ...]:
         base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         trained_on_folder = isinstance(base, str) and Path(base).is_dir()
         return (f"btx push {given} ORG/NAME" + (" --base-model ORG/BASE" if trained_on_folder else ""),)
+    if (path / REPORT).exists():
+        return (f"python -m webbrowser {shlex.quote(str(path / REPORT))}",)
     kind = read_json(path / "config.json").get("model_type")
     if kind == "btx":
         return info(str(result)).next
@@ -236,3 +239,5 @@ def _next(model: str, merged: MergedModel, untrained: tuple[str, ...]) -> Iterat
         yield f"btx export {given} {out}-mixtral"
     if not merged.located.repo_id:
         yield f"btx push {given} ORG/NAME"
+    data = " ".join(f"--data {name}=TEXT" for name in merged.domains if name != SEED)
+    yield f"btx routing {given} {data} -o {out}-routing"

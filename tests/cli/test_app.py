@@ -81,6 +81,10 @@ OPTIONS = {
         *("--router-ridge", "--num-experts-per-tok", "--allow-nonfinite", "--allow-unrelated", "--device"),
         *("--workers", "--overwrite", "--quiet", "-q", "--json"),
     },
+    "routing": {
+        *("model", "--output", "-o", "--data", "--against", "--tokens", "--window", "--batch-size", "--dtype"),
+        *("--ablation", "--no-ablation", "--page-tokens", "--device", "--overwrite", "--quiet", "-q", "--json"),
+    },
     "eval": {
         *("model", "--data", "--no-sources", "--source", "--soup", "--against", "--routing", "--tokens", "--window"),
         *("--batch-size", "--dtype", "--output", "-o", "--card", "--device", "--overwrite", "--quiet", "-q", "--json"),

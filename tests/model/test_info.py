@@ -66,7 +66,15 @@ def test_the_next_command_runs(merged: Path, texts: dict[str, str], tmp_path: Pa
     assert (done.returncode, done.stderr) == (0, "")
     found = info(str(tmp_path / "merged-fitted"))
     assert (found.routers, found.history[-1]) == ("fitted", "routers fitted: ridge")
-    assert [line.split()[1] for line in found.next] == ["export", "push"]
+    assert [line.split()[1] for line in found.next] == ["export", "push", "routing"]
+    (line,) = [line for line in found.next if line.startswith("btx routing ")]
+    for text in texts.values():
+        line = line.replace("TEXT", text, 1)
+    done = btx(*shlex.split(line)[1:], "-q", cwd=tmp_path, level="package")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert next_commands(tmp_path / "merged-fitted-routing") == (
+        f"python -m webbrowser {tmp_path / 'merged-fitted-routing/report.html'}",
+    )
 
 
 def test_what_was_done_since(family: Family, merged: Path, tmp_path: Path) -> None:
@@ -230,7 +238,12 @@ def test_each_verb_says_which_comes_next(merged: Path, texts: dict[str, str], tm
     given = [word for name, text in texts.items() for word in ("--domain-text", f"{name}={text}")]
     fitted, small = tmp_path / "fitted", tmp_path / "small"
     mixtral, code = tmp_path / "mixtral", tmp_path / "code"
-    lead_on = [f"btx export {fitted} fitted-mixtral", f"btx push {fitted} ORG/NAME"]
+    data = "--data code=TEXT --data math=TEXT"
+    lead_on = [
+        f"btx export {fitted} fitted-mixtral",
+        f"btx push {fitted} ORG/NAME",
+        f"btx routing {fitted} {data} -o fitted-routing",
+    ]
     assert told_next("fit", merged, *given, "-o", fitted) == lead_on == list(info(str(fitted)).next)
     assert told_next("edit", fitted, "--drop", "code", "--shared", "keep", "-o", small)[0].startswith("btx export ")
     assert told_next("export", fitted, mixtral) == [f"vllm serve {mixtral}", f"btx push {mixtral} ORG/NAME"]

@@ -1,0 +1,61 @@
+"""The recipe of a look at a model's routing: the model, the texts, how much of them, and what is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES
+from btx_merge.errors import InputError, Problem
+from btx_merge.texts.references import DomainText, as_domain_texts
+from btx_merge.values import Rule, at_least, one_of, value_problems
+
+RULES: dict[str, Rule] = {
+    "model": ("a merged checkpoint", bool),
+    "tokens": at_least(0),
+    "window": at_least(1),
+    "batch_size": at_least(1),
+    "dtype": one_of(SAFETENSORS_NAMES),
+    "page_tokens": at_least(0),
+}
+
+
+@dataclass(frozen=True)
+class RoutingRecipe:
+    """Everything that determines what is measured of a model's routing.
+
+    Raises:
+        InputError: a value that cannot be meant; all of them in one error.
+    """
+
+    model: str
+    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    data: tuple[DomainText, ...] = ()
+    """Text of each domain, best held out. A domain that has an expert's name has that expert for its own. Also a
+    mapping, as in `TrainRecipe`."""
+    against: str | None = None
+    """A second merged checkpoint whose routing is shown beside the first one's: the model before a finetuning, or one
+    that was trained without balancing."""
+    tokens: int = 20_000
+    """Tokens of each domain that are measured; 0 for all of them."""
+    window: int | None = None
+    """Tokens of a window. By default 1024, or the model's positions if these are fewer."""
+    batch_size: int = 8
+    """Windows of full length that are computed together; of shorter ones, more."""
+    dtype: str | None = None
+    """Dtype of the computation: float32, bfloat16 or float16. By default float32 on a CPU, the model's elsewhere."""
+    ablation: bool = True
+    """Measure what each expert is worth, with it switched off and with it alone. That takes two more passes over the
+    texts for each expert, and so most of the time."""
+    page_tokens: int = 20_000
+    """Tokens of all domains together that the page shows one by one; with 0 it has the figures alone."""
+
+    def __post_init__(self) -> None:
+        problems = value_problems(self, RULES)
+        try:
+            object.__setattr__(self, "data", as_domain_texts(self.data, "data"))
+            if not self.data:
+                problems.append(Problem("recipe", "data", "missing", "at least one domain, --data NAME=REFERENCE"))
+        except InputError as error:
+            problems += error.problems
+        if problems:
+            raise InputError(problems)

@@ -1,0 +1,104 @@
+"""A look at one or two models: how much text there is, then one model after the other on all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from btx_merge.checkpoints.dtypes import TORCH_NAMES
+from btx_merge.inspecting.figures import ModelFigures
+from btx_merge.inspecting.measure import Inspection, Switches
+from btx_merge.inspecting.page_text import PageText
+from btx_merge.inspecting.recipe import RoutingRecipe
+from btx_merge.inspecting.routes import Routes, running_experts
+from btx_merge.measuring.models import load_folder
+from btx_merge.measuring.windows import Window, amount_of, cut, windows_of
+from btx_merge.model.merged import MergedModel
+from btx_merge.reporting import Reporter
+from btx_merge.sources.tokenizer_files import load_tokenizer
+from btx_merge.texts.references import DomainText, documents
+
+_WINDOW = 1024
+"""Tokens that a model reads at a time, where the recipe does not say."""
+
+
+class Session:
+    """The passes over the texts that a recipe asks for."""
+
+    def __init__(self, recipe: RoutingRecipe, models: Sequence[MergedModel], device: str | None, reporter: Reporter):
+        """Read the texts once, to know how much there is of each, before a model is loaded.
+
+        Raises:
+            InputError: a text that cannot be read, or has no token.
+        """
+        self._recipe, self._models, self._reporter = recipe, models, reporter
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._tokenizers = [load_tokenizer(model.located.folder) for model in models]
+        longest = [model.config.get("max_position_embeddings", _WINDOW) for model in models]
+        self._length = recipe.window or min(_WINDOW, *longest)
+        self._experts = [running_experts(model.config) for model in models]
+        self._switches = Switches.of(self._experts[0]) if recipe.ablation else Switches((), ())
+        self._amounts = {text.name: amount_of(self._windows(0, text)) for text in recipe.data}
+        self._done = 0
+        nbytes = sum(amount.nbytes for amount in self._amounts.values())
+        self._total = nbytes * (self._switches.passes + len(models))
+        reporter.text_done(0, self._total)
+
+    def measure(self, number: int, page_tokens: int) -> tuple[ModelFigures, list[PageText]]:
+        """Measure one of the models, which is in memory meanwhile. The first is measured with experts switched off.
+
+        Args:
+            page_tokens: how many tokens the page shows.
+
+        Raises:
+            InputError: transformers cannot load the model.
+            NonFiniteError: a loss is not finite.
+        """
+        recipe, opened = self._recipe, self._models[number]
+        usual = "float32" if self._device.type == "cpu" else TORCH_NAMES[opened.dtype]
+        model = load_folder(opened.located, getattr(torch, recipe.dtype or usual), self._device)
+        routes = Routes(model, self._experts[number])
+        inspection = Inspection(
+            model,
+            self._tokenizers[number],
+            routes,
+            Switches((), ()) if number else self._switches,
+            recipe.batch_size * self._length,
+            self._text_done,
+        )
+        domains, texts = [], []
+        for text, most in zip(recipe.data, shares(self._tokens(), page_tokens), strict=True):
+            page = PageText(text.name, most, routes.num_layers, len(routes.experts))
+            domains.append(inspection.domain(text.name, self._windows(number, text), page))
+            texts.append(page)
+        name, router = opened.located.public_name, opened.config.get("router_type", "top_k")
+        return ModelFigures(name, router, tuple(routes.experts), tuple(domains)), texts
+
+    def _windows(self, number: int, text: DomainText) -> Iterator[Window]:
+        """Return a domain's windows; those of the second model are of the text that the first one has read."""
+        tokenizer = self._tokenizers[number]
+        read = documents(text, self._tokenizers[0])
+        if number == 0:
+            return windows_of(read, tokenizer, self._length, self._recipe.tokens or None, text.name)
+        return windows_of(cut(read, self._amounts[text.name]), tokenizer, self._length, None, text.name)
+
+    def _tokens(self) -> list[int]:
+        return [amount.tokens for amount in self._amounts.values()]
+
+    def _text_done(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._reporter.text_done(self._done, self._total)
+
+
+def shares(there: Sequence[int], most: int) -> list[int]:
+    """Divide `most` among domains that have so many tokens: evenly, but what one does not need goes to the others.
+
+    >>> shares([10, 1000, 1000], 110)
+    [10, 50, 50]
+    """
+    out = [0] * len(there)
+    by_size = sorted(range(len(there)), key=lambda place: there[place])
+    for position, place in enumerate(by_size):
+        out[place] = min(there[place], (most - sum(out)) // (len(there) - position))
+    return out

@@ -1,0 +1,53 @@
+"""What follows from the figures, by hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from btx_merge.inspecting.figures import DomainFigures, ModelFigures, WorstToken
+
+
+def domain_of(name: str, share: list[tuple[float, ...]], **changes: Any) -> DomainFigures:
+    values = {
+        "tokens": 10,
+        "routed": 9,
+        "loss": 2.0,
+        "first": tuple(share),
+        "weight": tuple(share),
+        "entropy": (0.5,) * len(share),
+        "without": {},
+        "alone": {},
+        "regret": None,
+    }
+    return DomainFigures(name, share=tuple(share), **{**values, **changes})
+
+
+def test_load_counts_each_domain_alike() -> None:
+    one = domain_of("code", [(1.0, 0.0, 0.0), (0.5, 0.5, 0.0)], tokens=1000)
+    other = domain_of("bio", [(0.5, 0.496, 0.004), (0.5, 0.42, 0.08)], tokens=10)
+    figures = ModelFigures("m", "top_k", ("code", "seed", "bio"), (one, other))
+    for row, expected in zip(figures.load, [(0.75, 0.248, 0.002), (0.5, 0.46, 0.04)], strict=True):
+        assert row == pytest.approx(expected)
+    dead, cold = figures.neglected  # an ideal share is a third
+    assert (dead.layer, dead.expert, dead.load, dead.is_dead) == (0, "bio", 0.002, True)
+    assert (cold.layer, cold.expert, cold.load, cold.is_dead) == (1, "bio", 0.04, False)
+
+
+def test_own_expert_first() -> None:
+    one, other = domain_of("code", [(0.2, 0.8)]), domain_of("law", [(0.2, 0.8)])
+    figures = ModelFigures("m", "top_k", ("seed", "code"), (one, other))
+    assert figures.own_first(one) == (0.8,)
+    assert figures.own_first(other) is None
+    plain = figures.to_dict()
+    assert [domain["own_first"] for domain in plain["domains"]] == [(0.8,), None]
+
+
+def test_figures_are_plain_values() -> None:
+    worst = WorstToken("a", "b", "c", 3.0, "code", 1.0)
+    domain = domain_of("code", [(0.2, 0.8)], without={"seed": 2.5}, alone={"seed": 2.0}, regret=0.1, worst=(worst,))
+    plain = json.loads(json.dumps(ModelFigures("m", "top_k", ("seed", "code"), (domain,)).to_dict()))
+    assert plain["domains"][0]["worst"][0] == pytest.approx(vars(worst))
+    assert plain["domains"][0]["without"] == {"seed": 2.5}
