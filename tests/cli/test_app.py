@@ -103,6 +103,14 @@ OPTIONS = {
         *("model", "expert", "--output", "-o", "--max-shard-size", "--overwrite", "--workers"),
         *("--quiet", "-q", "--json"),
     },
+    "branch": {
+        *("model", "--output", "-o", "--config", "--data", "--train", "--max-length", "--holdout", "--shuffle"),
+        *("--lora-target", "--lora-r", "--lora-alpha", "--fsdp-size"),
+        *("--max-steps", "--learning-rate", "--per-device-train-batch-size", "--gradient-accumulation-steps"),
+        *("--warmup-steps", "--lr-scheduler-type", "--weight-decay", "--logging-steps", "--eval-steps"),
+        *("--save-steps", "--seed", "--report-to"),
+        *("--resume", "--overwrite", "--quiet", "-q", "--json"),
+    },
     "train": {
         *("model", "--output", "-o", "--config", "--data", "--train", "--max-length", "--holdout", "--shuffle"),
         *("--router-grad", "--router-aux-loss-coef", "--router-aux-loss-scope"),
