@@ -195,6 +195,8 @@ def test_what_is_told_of_a_token(open_page: Any) -> None:
     assert f"loss {loss:.3f} nats, regret 0.500 (best: seed)" in told
     strip = "[...document.querySelectorAll('#about .strip i')].map((cell) => cell.className)"
     assert page.value(strip) == ["x1 here", "x2", "x0"]
+    bold = "[...document.querySelectorAll('#about td.best')].map((cell) => cell.textContent)"
+    assert page.value(bold) == [f"{loss - 0.5:.3f}", "code", "0.75"]
     page.hover("h1")
     page.wait("document.getElementById('about').hidden")
     page.hover("[data-token='99']")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from btx_merge import InputError, MergeRecipe, Options, RoutingRecipe, merge, routing
@@ -15,7 +17,7 @@ from btx_merge.cli.app import app
 from btx_merge.inspecting import session
 from btx_merge.inspecting.run import NUMBERS, PICTURES
 from btx_merge.model.files import REPORT
-from tests.support.common import Told, edit_json, files_of
+from tests.support.common import Told, edit_json, files_of, load_float32, tiny_tokenizer
 
 
 def recipe_of(model: Path | str, texts: dict[str, str], **changes: Any) -> RoutingRecipe:
@@ -144,6 +146,28 @@ def test_everything_is_checked_before_the_model_is_loaded(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["empty.jsonl", "out"]
 
 
+def test_a_second_model_may_read_other_tokens(merged: Path, texts: dict[str, str], tmp_path: Path) -> None:
+    """The text is the same, and every byte of it is scored by both."""
+    copy = tmp_path / "copy"
+    shutil.copytree(merged, copy)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["w"])  # the id 128, at the beginning of every word
+    tokenizer.save_pretrained(copy)
+    recipe = recipe_of(merged, texts, against=str(copy), ablation=False)
+    with pytest.raises(InputError, match="against: tokenizer: gives the id 128; expected below 128, the embedding"):
+        routing(recipe, tmp_path / "out")
+    model = load_float32(merged)
+    model.resize_token_embeddings(140)
+    model.save_pretrained(copy)
+    heard: list[tuple[int, int]] = []
+    reporter = Told(text_done=lambda done, of: heard.append((done, of)))
+    report = routing(recipe, tmp_path / "out", reporter=reporter)
+    assert heard[-1][0] == heard[-1][1]
+    assert report.against
+    counts = [[domain.tokens for domain in figures.domains] for figures in (report.model, report.against)]
+    assert all(other > 1.5 * one for one, other in zip(*counts, strict=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
@@ -198,10 +222,6 @@ def test_the_command(merged: Path, texts: dict[str, str], tmp_path: Path) -> Non
 
 def test_dead_experts_are_named(merged: Path, texts: dict[str, str], tmp_path: Path) -> None:
     """With a router that knows one expert alone, the others get what Top-1 leaves them: nothing."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     copy = tmp_path / "copy"
     shutil.copytree(merged, copy)
     for file in copy.glob("*.safetensors"):
