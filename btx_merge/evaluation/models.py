@@ -11,6 +11,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.evaluation.recipe import EvalRecipe
 from btx_merge.evaluation.report import AGAINST, MODEL, ROUTED, SOUP, SOURCE
 from btx_merge.files.folder import file_problems, read_json
+from btx_merge.files.placing import check_target
 from btx_merge.model.merged import MergedModel
 from btx_merge.sources.locate import SMALL_FILES, Located, locate
 from btx_merge.sources.source import Source
@@ -127,6 +128,17 @@ def routing_problems(recipe: EvalRecipe, model: MergedModel) -> list[Problem]:
     expected = f"one of {', '.join(model.domains)}"
     names = [text.name for text in recipe.data if recipe.routing and text.name not in model.domains]
     return [Problem("recipe", "routing", f"domain, and no expert {name}", expected, remedy) for name in names]
+
+
+def target_problems(target: Path, model: MergedModel | None, overwrite: bool) -> list[Problem]:
+    """Return why nothing can be written to a folder: a result takes its place, which must not hold the model."""
+    try:
+        check_target(target, overwrite)
+    except InputError as error:
+        return list(error.problems)
+    if model and model.located.folder.resolve().is_relative_to(target):
+        return [Problem("output", str(target), "is where the model lies", "", "Give another folder.")]
+    return []
 
 
 def hub_problem(located: Located) -> list[Problem]:
