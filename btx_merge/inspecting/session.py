@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -23,6 +24,8 @@ from btx_merge.texts.references import DomainText, documents
 
 _WINDOW = 1024
 """Tokens that a model reads at a time, where the recipe does not say."""
+_PAGE_GATES = 8_000_000
+"""Gate weights that the page holds at most, a byte each: those of 20,000 tokens in 40 layers of 10 experts."""
 
 
 class Session:
@@ -61,6 +64,9 @@ class Session:
             InputError: transformers cannot load the model.
             NonFiniteError: a loss is not finite.
         """
+        gc.collect()  # the first model is gone before the second one comes
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
         recipe, opened = self._recipe, self._models[number]
         usual = "float32" if self._device.type == "cpu" else TORCH_NAMES[opened.dtype]
         model = load_folder(opened.located, getattr(torch, recipe.dtype or usual), self._device)
@@ -73,6 +79,8 @@ class Session:
             recipe.batch_size * self._length,
             self._text_done,
         )
+        gates = routes.num_layers * len(routes.experts)
+        page_tokens = min(page_tokens, _PAGE_GATES // gates)
         domains, texts = [], []
         for text, most in zip(recipe.data, shares(self._tokens(), page_tokens), strict=True):
             page = PageText(text.name, most, routes.num_layers, len(routes.experts))

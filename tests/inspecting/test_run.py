@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,12 +14,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from btx_merge import InputError, MergeRecipe, Options, RoutingRecipe, merge, routing
+from btx_merge import InputError, MergeError, MergeInterrupted, MergeRecipe, Options, RoutingRecipe, merge, routing
 from btx_merge.cli.app import app
 from btx_merge.inspecting import session
 from btx_merge.inspecting.run import NUMBERS, PICTURES
 from btx_merge.model.files import REPORT
+from tests.support.browser import CHROMIUM, Browser
 from tests.support.common import Told, edit_json, files_of, load_float32, tiny_tokenizer
+
+in_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
 
 
 def recipe_of(model: Path | str, texts: dict[str, str], **changes: Any) -> RoutingRecipe:
@@ -205,6 +210,48 @@ def test_a_report_is_replaced_when_the_new_one_is_complete(
     routing(recipe, out, Options(overwrite=True))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
     assert not (out / "old").exists()
+
+
+def test_ctrl_c_and_a_full_disk_leave_nothing(merged: Path, texts: dict[str, str], tmp_path: Path) -> None:
+    recipe = recipe_of(merged, texts)
+
+    def stop(done: int, of: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(MergeInterrupted, match=r"^Interrupted\. Nothing was written\.$"):
+        routing(recipe, tmp_path / "out", reporter=Told(text_done=stop))
+    assert list(tmp_path.iterdir()) == []
+
+    def full(done: int, of: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "out"))
+
+    with pytest.raises(
+        MergeError, match=r"out: No space left on device\. Make room\. The same command begins anew\.$"
+    ):
+        routing(recipe, tmp_path / "out", reporter=Told(text_done=full))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_holds_fewer_tokens_of_a_model_with_many_experts(
+    merged: Path, texts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "_PAGE_GATES", 2 * 3 * 40)  # layers, experts, tokens
+    routing(recipe_of(merged, texts, ablation=False), tmp_path / "out")
+    assert [len(text["tokens"]) for text in payload(tmp_path / "out" / REPORT)["texts"]] == [20, 20]
+
+
+@in_chromium
+def test_the_page_of_a_real_run_works(written: tuple[Path, Any], tmp_path: Path) -> None:
+    out, _ = written
+    with Browser(tmp_path / "chromium") as browser:
+        browser.open(out / REPORT)
+        browser.wait("document.getElementById('text').getAttribute('aria-busy') === 'false'")
+        words = payload(out / REPORT)["texts"][0]["tokens"]
+        assert browser.value("spans.map((span) => span.textContent)") == words
+        browser.hover("[data-token='3']")
+        browser.wait("!document.getElementById('about').hidden")
+        assert browser.complaints == []
 
 
 def test_the_command(merged: Path, texts: dict[str, str], tmp_path: Path) -> None:
