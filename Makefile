@@ -5,7 +5,7 @@ ENGINES := $(patsubst tests/engines/%.txt,.engines/%/installed,$(wildcard tests/
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow demo-smollm2 benchmark benchmark-export benchmark-model benchmark-train docs format clean
+.PHONY: demo test slow demo-smollm2 benchmark benchmark-export benchmark-head benchmark-model benchmark-train benchmark-evaluate docs format clean
 
 demo: .venv/installed  ## train a small seed and three experts, merge, fit, finetune, compare and generate
 	$(BIN)/python examples/demo.py
@@ -28,11 +28,17 @@ benchmark: .venv/installed  ## btx merge against cp, and what else ARGS names
 benchmark-export: .venv/installed  ## btx export and btx extract against cp
 	$(BIN)/python benchmarks/export.py $(ARGS)
 
+benchmark-head: .venv/installed  ## a fitted head for a vocabulary of 128,000
+	$(BIN)/python benchmarks/head.py $(ARGS)
+
 benchmark-model: .venv/installed  ## the model against Mixtral and a dense Llama
 	$(BIN)/python benchmarks/model.py $(ARGS)
 
 benchmark-train: .venv/installed  ## a training step of the routers alone against a full one
 	$(BIN)/python benchmarks/train.py $(ARGS)
+
+benchmark-evaluate: .venv/installed  ## an evaluation against a plain forward loop
+	$(BIN)/python benchmarks/evaluate.py $(ARGS)
 
 docs: .venv/installed  ## the pages that repeat docstrings
 	$(BIN)/python docs/generate.py

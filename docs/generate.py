@@ -19,6 +19,7 @@ import btx_merge
 import btx_merge.lora
 import btx_merge.training
 from btx_merge import (
+    BranchRecipe,
     DomainText,
     EditRecipe,
     EvalRecipe,
@@ -41,6 +42,7 @@ RECIPES: dict[type, tuple[str, dict[str, str]]] = {
     MergeRecipe: ("merge", {"seed_weight": "--weight seed=NUMBER"}),
     ExpertSpec: ("merge", {"model": "--expert NAME=MODEL"}),
     FitRecipe: ("fit", {}),
+    BranchRecipe: ("branch", {"arguments": "each by its name"}),
     TrainRecipe: ("train", {"arguments": "each by its name"}),
     EditRecipe: ("edit", {}),
     RoutingRecipe: ("routing", {}),
@@ -64,7 +66,8 @@ def options_page() -> str:
         parts.append(_table(["key", "flag", "default", "what it is"], _option_rows(recipe, verb, flags)))
         if recipe is TrainRecipe:
             parts += [
-                "All of `TrainingArguments` are options by their names. `btx train --help` names these:",
+                "All of `TrainingArguments` are options of `btx branch` and of `btx train` by their names. "
+                "`--help` names these:",
                 _table(["flag", "what it is"], _trainer_rows()),
             ]
     parts += [
@@ -132,7 +135,7 @@ def _command_rows() -> Iterator[list[str]]:
     """Return the options of the command that no recipe has, each once, with the verbs that have it."""
     verbs: dict[tuple[str, str], list[str]] = {}
     for verb in typer.main.get_command(app).commands:  # type: ignore[attr-defined]
-        taken = {"weight", "base", *(known_names() if verb == "train" else ())}
+        taken = {"weight", "base", *(known_names() if verb in ("branch", "train") else ())}
         for recipe, (of_verb, _) in RECIPES.items():
             if of_verb == verb or (of_verb, verb) == ("merge", "check"):
                 taken |= {item.name for item in fields(recipe)}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from tests.support.common import (
     save_seed,
     tensors_of,
 )
+from tests.support.warm import BTX
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks for it
 
@@ -158,3 +161,28 @@ def test_what_the_scripts_write(demo, monkeypatch):
             runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         assert_complete(demo / output)
     assert "btx_merge" not in (EXAMPLES / "serve.py").read_text()
+
+
+@pytest.mark.parametrize("script", ["branches.sh", "branches.slurm"])
+def test_branches_of_all_texts_in_a_folder(script, texts, tmp_path):
+    """The loop does all; of the array job each task one. What is there already is passed over."""
+    seed, folder, out = save_seed(tmp_path / "seed"), tmp_path / "texts", tmp_path / "out of it"
+    folder.mkdir()
+    for name, text in texts.items():
+        shutil.copy(text, folder / f"{name}.jsonl")
+    flags = ["--train=ff", "--max-steps=2", "--max-length=32", "--use-cpu", "--report-to=none", "--save-steps=1"]
+    command = ["sh", str(EXAMPLES / script), str(seed), str(folder), str(out), *flags]
+    environment = {**os.environ, "PATH": f"{BTX.parent}:{os.environ['PATH']}"}
+    done = [
+        subprocess.run(command, env={**environment, "SLURM_ARRAY_TASK_ID": task}, capture_output=True, text=True)
+        for task in (("0", "1", "0") if script.endswith("slurm") else ("", ""))
+    ]
+    assert [run.returncode for run in done] == [0] * len(done), done
+    assert [run.stdout.count("written") for run in done] == ([1, 1, 0] if script.endswith("slurm") else [2, 0])
+    assert sorted(path.name for path in out.iterdir()) == ["code", "math"]
+    for name in texts:
+        assert_complete(out / name)
+    if script.endswith("sh"):
+        assert done[0].stdout.endswith(
+            f"btx merge --seed {seed} --expert code={out}/code --expert math={out}/math -o {out}/merged\n"
+        )

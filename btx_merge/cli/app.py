@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from btx_merge.cli.branch import branch_command
 from btx_merge.cli.edit import edit_command
 from btx_merge.cli.eval import eval_command
 from btx_merge.cli.export import export_command, extract_command
@@ -103,9 +104,10 @@ app.command("routing")(_ends_in_one_line(routing_command))
 app.command("push")(_ends_in_one_line(push_command))
 app.command("export")(_ends_in_one_line(export_command))
 app.command("extract")(_ends_in_one_line(extract_command))
-app.command("train", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    _ends_in_one_line(train_command)
-)
+for _name, _command in (("branch", branch_command), ("train", train_command)):  # with all of the Trainer's options
+    app.command(_name, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+        _ends_in_one_line(_command)
+    )
 
 
 def main() -> None:

@@ -71,11 +71,15 @@ class Lines(Reporter):
             print(printable(text), file=sys.stderr, flush=True)
 
 
-def tell_next(result: Path) -> None:
-    """Print which commands lead on from what a verb has written."""
+def tell_next(result: Path, *first: str) -> None:
+    """Print which commands lead on from what a verb has written.
+
+    Args:
+        first: those that only the verb itself knows.
+    """
     from btx_merge.model.info import next_commands
 
-    for command in next_commands(result):
+    for command in (*first, *next_commands(result)):
         _tell("next", command)
 
 

@@ -1,168 +1,33 @@
-"""`btx train`: a recipe from a file and from flags, then `finetuning.train`."""
+"""`btx train`: a merged model is finetuned."""
 
 from __future__ import annotations
 
-import signal
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from btx_merge.cli.options import Json, Output, Overwrite, Quiet, described, option
-from btx_merge.cli.printing import print_json, result, tell_next
+from btx_merge.cli.options import Json, Output, Overwrite, Quiet, described
+from btx_merge.cli.printing import tell_next
 from btx_merge.cli.takes import Given, takes
-from btx_merge.cli.terminal import end_like_ctrl_c, terminal
-from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
-from btx_merge.files.bounded_yaml import read_yaml
-from btx_merge.finetuning.launched import own_local_rank, own_rank
-from btx_merge.finetuning.recipe import OPTION_NAMES, RULES, TrainRecipe
-from btx_merge.options import Options
-from btx_merge.texts.references import domain_texts_of
-
-_BETWEEN_RANKS, _WAIT_FOR_THE_FIRST = 1, 10
-"""Seconds that a rank gives the first of its host to say why a run ended: by Ctrl-C, or by an error."""
+from btx_merge.cli.training import TRAINER_OPTIONS, Config, Resume, carry_out
+from btx_merge.finetuning.recipe import RULES, TrainRecipe
 
 
-_TRAINER = {
-    "max_steps": ("INTEGER", "Optimizer steps. Needed."),
-    "learning_rate": ("FLOAT", "Highest learning rate, after the warmup [default: 0.0001]."),
-    "per_device_train_batch_size": ("INTEGER", "Windows of a micro-batch on each rank [default: 4]."),
-    "gradient_accumulation_steps": ("INTEGER", "Micro-batches of a step [default: 1]."),
-    "warmup_steps": ("NUMBER", "Steps of the warmup [default: 100, at most a tenth of all]."),
-    "lr_scheduler_type": ("NAME", "Course of the learning rate [default: a cosine down to a tenth]."),
-    "weight_decay": ("FLOAT", "Weight decay of AdamW [default: 0.1]."),
-    "logging_steps": ("NUMBER", "Steps between two lines of losses and expert loads [default: 10]."),
-    "eval_steps": ("NUMBER", "Steps between two evaluations [default: only before and after]."),
-    "save_steps": ("NUMBER", "Steps between two checkpoints, for --resume [default: 100]."),
-    "seed": ("INTEGER", "Seed of all that is random [default: 0]."),
-    "report_to": ("NAME", "tensorboard, wandb, ... or none; again for each [default: tensorboard]."),
-}
-"""The arguments of the Trainer that `--help` names: the form of their values, and what they are."""
-
-
-def _trainer_option(name: str) -> Any:
-    """Return the option of a Trainer's argument. Its value stays text, which transformers reads."""
-    metavar, text = _TRAINER[name]
-    kind: Any = list[str] if name == "report_to" else str
-    return Annotated[kind | None, option(text, metavar=metavar)]
-
-
-@takes(TrainRecipe, RULES, more={name: _trainer_option(name) for name in _TRAINER})
+@takes(TrainRecipe, RULES, more=TRAINER_OPTIONS)
 def train_command(
     context: typer.Context,
     model: Annotated[str | None, typer.Argument(help=described(TrainRecipe, "model"))] = None,
     output: Output = ...,  # type: ignore[assignment]
-    config: Annotated[Path | None, option("YAML file with data and options, by name. Flags win over it.")] = None,
+    config: Config = None,
     given: Given = ...,  # type: ignore[assignment]
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """Finetune a merged model.
+    """Finetune a merged model. All of transformers.TrainingArguments are options too, as --adam-beta2 0.98."""
+    from btx_merge.finetuning.run import train
 
-    All of transformers.TrainingArguments are options too, by their names: --adam-beta2 0.98.
-    """
-    end_like_ctrl_c()  # a terminated run says in one line what is kept
-    with _the_first_speaks():
-        values = read_train_file(config) if config else {}
-        further = context.args
-        if model and model.startswith("--"):  # the model stands in the file, and this is the first further argument
-            further = [model, *further]
-        elif model:
-            values["model"] = model
-        values |= given.values | _further_arguments(further)
-        recipe = recipe_of(values, str(config or "command"), given)
-
-        from btx_merge.finetuning.run import train as finetune
-
-        with terminal(quiet or own_rank() > 0) as reporter:  # the first speaks for all
-            report = finetune(recipe, output, Options(overwrite), reporter, resume=resume)
-    if own_rank():
-        return
-    if json_output:
-        print_json(report)
-    elif not quiet:
-        result(f"written  {report.output}")
-        result(f"took     {report.seconds:.1f} s")
+    how = (resume, overwrite, quiet, json_output)
+    if carry_out(TrainRecipe, train, context.args, model, output, config, given, *how):
         tell_next(output)
-
-
-@contextmanager
-def _the_first_speaks() -> Iterator[None]:
-    """Have an error that all ranks of a host meet printed by the first of them.
-
-    The others wait, and the launcher ends them when the first has ended. Where nobody ends a rank, its error is its
-    own, and it says so.
-    """
-    try:
-        yield
-    except (BTXError, KeyboardInterrupt, OSError) as error:
-        if not own_local_rank():
-            raise
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
-        if isinstance(error, (MergeInterrupted, KeyboardInterrupt)):  # all ranks stop together
-            time.sleep(_BETWEEN_RANKS)
-            raise typer.Exit(130) from None
-        time.sleep(_WAIT_FOR_THE_FIRST)
-        raise
-
-
-def read_train_file(file: Path) -> dict[str, Any]:
-    """Read the values of a YAML file for `btx train`; relative paths in it are seen from the file.
-
-    Raises:
-        InputError: the file is missing, or is no YAML of this kind.
-    """
-    values = read_yaml(file, "train", "`data:` and options of btx train")
-    if "data" in values:
-        values["data"] = domain_texts_of(str(file), values["data"], [file.parent])
-    reference = values.get("model")
-    if isinstance(reference, str) and (file.parent / reference).is_dir():
-        values["model"] = str((file.parent / reference).resolve())
-    return values
-
-
-def recipe_of(values: Mapping[str, Any], origin: str, given: Given) -> TrainRecipe:
-    """Return a recipe from plain values: our own options, and arguments of the Trainer.
-
-    Raises:
-        InputError: an unknown name, or a value that cannot be meant.
-    """
-    from btx_merge.finetuning.arguments import check_names
-
-    own = {name: values[name] for name in ("model", "data", *OPTION_NAMES) if values.get(name) is not None}
-    arguments = {name: value for name, value in values.items() if name not in ("model", "data", *OPTION_NAMES)}
-    problems = check_names(arguments, origin, OPTION_NAMES)
-    try:
-        recipe = TrainRecipe(**{"model": "", **own}, arguments=arguments)
-    except InputError as error:
-        problems += [given.as_typed(replace(problem, source=origin)) for problem in error.problems]
-    if problems:
-        raise InputError(problems)
-    return recipe
-
-
-def _further_arguments(words: list[str]) -> dict[str, Any]:
-    """Return what is no option of our own by name, such as `--adam-beta2 0.98 --adam_beta1=0.8 --tf32`."""
-    out: dict[str, Any] = {}
-    name = ""
-    for word in words:
-        if word.startswith("--"):
-            name, separator, value = word.removeprefix("--").partition("=")
-            name = name.replace("-", "_")
-            out[name] = value if separator else "true"
-        elif not name:
-            raise InputError([Problem("command", word, "what is this for?", "options begin with --")])
-        else:
-            out[name] = word if out[name] == "true" else [*_listed(out[name]), word]
-    return out
-
-
-def _listed(value: Any) -> list[str]:
-    return value if isinstance(value, list) else [value]

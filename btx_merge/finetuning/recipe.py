@@ -105,27 +105,27 @@ class BranchRecipe:
     model: str
     """The seed, a dense Llama: a folder, `org/name` or `org/name@revision`."""
     data: tuple[DomainText, ...] = ()
-    """The domain, or several. Also a mapping: name to a reference, several, or `text:` and `weight:`."""
+    """Texts to train on, by domain, of which a branch has one as a rule: a file, a folder, a glob or a dataset of the
+    Hub. Several domains are mixed by their weights."""
     train: str = "all"
-    """all (the paper's); ff (feed-forward blocks only: every weight that a merge averages stays the seed's); lora (an
-    adapter).
-    """
+    """What is trained. all: every weight, as in the paper; ff: feed-forward blocks alone, so that all that a merge
+    averages stays the seed's; lora: an adapter."""
     max_length: int | None = None
-    """Tokens of a window; 1024, or what the model can take where that is less."""
+    """Tokens of a window, at least 2. By default 1024, or what the model takes if that is less."""
     holdout: float = 0.02
-    """Part of each domain's documents that is not trained on but scored, in [0, 0.5]."""
+    """Part of each domain's documents that is scored and not trained on, in [0, 0.5]."""
     shuffle: int = 256
-    """Windows of each domain among which the next one is drawn, at least 1."""
+    """Windows of each domain among which the next one is drawn at random, at least 1."""
     lora_target: str = "ff"
-    """lora: ff (feed-forward blocks) or all (attention, too)."""
+    """lora: what gets an adapter. ff: feed-forward blocks alone; all: attention, too."""
     lora_r: int = 16
-    """lora: rank."""
+    """lora: rank of the adapter, at least 1."""
     lora_alpha: float = 32
-    """lora: what is learned is scaled by lora_alpha / lora_r."""
+    """lora: what is learned is multiplied by lora_alpha / lora_r; above 0."""
     fsdp_size: int = 1
-    """Ranks that the parameters are sharded over (FSDP2): 1, or all of them."""
+    """Ranks that the parameters are sharded over (FSDP2), at least 1: one, or all of them."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Of `transformers.TrainingArguments`, by name. `max_steps` must be there."""
+    """Arguments of `transformers.TrainingArguments`, by name. `max_steps` must be there."""
 
     def __post_init__(self) -> None:
         if problems := _problems(self, BRANCH_RULES):
@@ -161,6 +161,3 @@ def sharded_over(recipe: Recipe) -> dict[str, int]:
 def option_names(recipe: type[TrainRecipe] | type[BranchRecipe]) -> tuple[str, ...]:
     """Return the names of a recipe's own options: neither the model, nor the texts, nor the Trainer's arguments."""
     return tuple(item.name for item in fields(recipe) if item.name not in ("model", "data", "arguments"))
-
-
-OPTION_NAMES = option_names(TrainRecipe)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from btx_merge.checkpoints.layout import INDEX_FILE
-from btx_merge.model.files import EVALUATION, MODEL_CODE, PICTURE, ROUTING
+from btx_merge.model.files import BRANCH, EVALUATION, MODEL_CODE, PICTURE, ROUTING
 from btx_merge.model.records import RECIPE_FILE
 from btx_merge.sources.tokenizer_files import TOKENIZER_FILES
 
@@ -50,10 +50,17 @@ class Kind:
 BTX = Kind("btx", "a merged model", (*_MODEL_FILES, *_OF_A_RUN, *MODEL_CODE), tags=("btx",))
 ADAPTER = Kind(
     "adapter",
-    "an adapter of btx train",
-    (ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE_FILE, *_OF_A_RUN, *_TOKENIZER_FILES),
+    "an adapter of btx train or btx branch",
+    (ADAPTER_CONFIG, ADAPTER_WEIGHTS, RECIPE_FILE, BRANCH, *_OF_A_RUN, *_TOKENIZER_FILES),
     library="peft",
     relations=("adapter",),
+)
+_BRANCH = Kind(
+    "llama",
+    "a Llama of btx branch",
+    (*_MODEL_FILES, PICTURE, BRANCH),
+    relations=("finetune",),
+    architecture="LlamaForCausalLM",
 )
 _KINDS = (
     BTX,
@@ -74,6 +81,8 @@ def kind_of(name: object, files: Collection[str], card: str) -> Kind | None:
         files: the names of its files.
         card: README.md.
     """
+    if name == _BRANCH.name and BRANCH in files:
+        return _BRANCH
     kind = next((kind for kind in _KINDS if kind.name == name), None)
     is_ours = kind is BTX or RECIPE_FILE in files or "btx-merge" in card
     return kind if is_ours else None

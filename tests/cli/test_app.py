@@ -86,8 +86,10 @@ OPTIONS = {
         *("--ablation", "--no-ablation", "--page-tokens", "--device", "--overwrite", "--quiet", "-q", "--json"),
     },
     "eval": {
-        *("model", "--data", "--no-sources", "--source", "--soup", "--against", "--routing", "--tokens", "--window"),
-        *("--batch-size", "--dtype", "--output", "-o", "--card", "--device", "--overwrite", "--quiet", "-q", "--json"),
+        *("model", "--data", "--no-sources", "--source", "--soup", "--against", "--routing", "--btm"),
+        *("--btm-text", "--tokens", "--window"),
+        *("--batch-size", "--dtype", "--output", "-o", "--card", "--lm-eval-tasks", "--device", "--overwrite"),
+        *("--quiet", "-q", "--json"),
     },
     "push": {
         *("model", "repo_id", "--private", "--revision", "--create-pr", "--commit-message", "--base-model"),
@@ -101,6 +103,14 @@ OPTIONS = {
     "extract": {
         *("model", "expert", "--output", "-o", "--max-shard-size", "--overwrite", "--workers"),
         *("--quiet", "-q", "--json"),
+    },
+    "branch": {
+        *("model", "--output", "-o", "--config", "--data", "--train", "--max-length", "--holdout", "--shuffle"),
+        *("--lora-target", "--lora-r", "--lora-alpha", "--fsdp-size"),
+        *("--max-steps", "--learning-rate", "--per-device-train-batch-size", "--gradient-accumulation-steps"),
+        *("--warmup-steps", "--lr-scheduler-type", "--weight-decay", "--logging-steps", "--eval-steps"),
+        *("--save-steps", "--seed", "--report-to"),
+        *("--resume", "--overwrite", "--quiet", "-q", "--json"),
     },
     "train": {
         *("model", "--output", "-o", "--config", "--data", "--train", "--max-length", "--holdout", "--shuffle"),

@@ -9,7 +9,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from btx_merge import EditRecipe, ExpertSpec, FitRecipe, MergeRecipe, Options, TrainRecipe
+from btx_merge import BranchRecipe, EditRecipe, ExpertSpec, FitRecipe, MergeRecipe, Options, TrainRecipe
 from btx_merge.cli.app import app
 from btx_merge.editing.recipe import RULES as EDIT_RULES
 from btx_merge.evaluation.recipe import RULES as EVAL_RULES
@@ -23,10 +23,11 @@ from btx_merge.values import choices, field_descriptions
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 OF_A_MERGE = (ExpertSpec, MergeRecipe)
 CLASSES = {"merge": OF_A_MERGE, "check": OF_A_MERGE, "fit": (FitRecipe,), "edit": (ExpertSpec, EditRecipe)}
-CLASSES |= {"train": (TrainRecipe,), "eval": (EvalRecipe,)}
+CLASSES |= {"train": (TrainRecipe,), "branch": (BranchRecipe,), "eval": (EvalRecipe,)}
 WITHOUT_FLAG = {
     "merge": {"seed_weight", "resolved", "model"},  # --weight seed=..; for a merge to write; --expert NAME=MODEL
     "check": {"seed_weight", "resolved", "model"},
+    "branch": {"arguments"},
     "train": {"arguments"},  # each is an option of its own
 }
 WITHOUT_FIELD = {
@@ -41,6 +42,7 @@ WITHOUT_FIELD = {
         *("eval_steps", "save_steps", "seed", "report_to"),
     },
 }
+WITHOUT_FIELD["branch"] = WITHOUT_FIELD["train"]
 OF_ALL = {"quiet", "json_output"}
 
 

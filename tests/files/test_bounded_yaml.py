@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from btx_merge import InputError, MergeRecipe
-from btx_merge.cli.train import read_train_file
+from btx_merge.cli.training import read_train_file
 from btx_merge.files.bounded_yaml import parse_yaml
 from btx_merge.merging.recipe_file import read_recipe_file
 

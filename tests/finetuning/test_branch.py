@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,16 +19,20 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
+from typer.testing import CliRunner
 
-from btx_merge import BranchRecipe, InputError, MergeRecipe, branch, check, merge
+from btx_merge import BranchRecipe, InputError, MergeRecipe, branch, check, info, merge
+from btx_merge.cli.app import app
 from btx_merge.errors import MergeInterrupted
 from btx_merge.files.placing import partial_of
 from btx_merge.finetuning import trainer
 from btx_merge.finetuning.data import DomainStream, MixedWindows, collate
 from btx_merge.finetuning.work_folder import SUFFIX
+from btx_merge.publishing.checks import examine
 from btx_merge.sources.source import SEED
 from btx_merge.texts.references import DomainText
 from tests.finetuning.test_run import ARGUMENTS, changed, losses_of, problems_of
+from tests.support import warm
 from tests.support.common import (
     Told,
     assert_complete,
@@ -40,6 +45,7 @@ from tests.support.common import (
     save_seed,
     tensors_of,
 )
+from tests.support.warm import BTX
 
 
 def recipe(seed: Path, texts: dict[str, str], **changes: Any) -> BranchRecipe:
@@ -340,3 +346,74 @@ def test_sharding_asks_for_ranks(family, texts, tmp_path):
         "recipe: fsdp_size: 2 on 1 ranks; expected the number of ranks. "
         "Start it by `torchrun --nproc-per-node 2 -m btx_merge branch ...`."
     ]
+
+
+# The command, and several ranks
+
+
+def flags_of(texts: dict[str, str], out: Path) -> list[str]:
+    return [
+        f"--data=code={texts['code']}",
+        "--max-length=32",
+        "--learning-rate=1e-2",
+        "--report-to=none",
+        f"--output={out}",
+    ]
+
+
+def test_the_command(family, texts, tmp_path):
+    """A recipe in a file and flags that win over it; the next command merges, as it stands there."""
+    file = tmp_path / "branch.yaml"
+    file.write_text(f"model: {family.seed}\ntrain: ff\nmax_steps: 9\nadam_beta2: 0.98\n")
+    out = tmp_path / "out"
+    words = ["branch", f"--config={file}", *flags_of(texts, out), "--max-steps=2", "--use-cpu"]
+    done = warm.run([BTX, *words], level="package", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"written  {out}\ntook ")
+    merging, pushing = [line for line in done.stderr.splitlines() if line.startswith("next: ")]
+    assert merging == f"next: btx merge --seed {family.seed} --expert code={out} -o MERGED"
+    assert pushing == f"next: btx push {out} ORG/NAME"
+    record = yaml.safe_load((out / "btx_branch.yaml").read_text())
+    assert (record["train"], record["steps"], record["arguments"]["adam_beta2"]) == ("ff", 2, 0.98)
+    done = CliRunner().invoke(app, [*merging.split()[2:-1], str(tmp_path / "merged"), "-q"])
+    assert done.exit_code == 0, done.output
+    assert_complete(tmp_path / "merged")
+    done = CliRunner().invoke(app, ["branch", str(family.seed), *flags_of(texts, tmp_path / "x"), "--train=shared"])
+    assert done.exit_code == 2
+    assert "error: command: --train: 'shared'; expected one of all, ff, lora" in done.stderr
+    (line,) = problems_of(info, str(out))
+    assert "Make an expert of it: btx merge" in line
+
+
+@pytest.mark.parametrize("model", ["untied", pytest.param("tied", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sizes", [[], ["--fsdp-size=2"]], ids=["copies", "shards"])
+def test_two_ranks_as_one(texts, tmp_path, model, sizes):
+    """Losses within 1e-5, relative; weights of about 1e-2 after six steps within 1e-3. A tied head counts once."""
+    seed = save_seed(tmp_path / "seed", tie_word_embeddings=model == "tied")
+    settings = {"per_device_train_batch_size": 4}
+    alone = branch(recipe(seed, texts, arguments=settings), tmp_path / "alone")
+    out = tmp_path / "out"
+    command = [*warm.torchrun("package", "-m", "btx_merge", "branch"), seed, *flags_of(texts, out), *sizes]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    words = [*command, "--max-steps=6", "--logging-steps=1", "--per-device-train-batch-size=2", "--json"]
+    done = warm.run(words, env=environment, timeout=300, level="torch")
+    assert done.returncode == 0, done.stderr[-5000:]
+    report = json.loads(done.stdout)
+    assert report["world_size"] == 2
+    assert report["trained_parameters"] == alone.entry["trained_parameters"]
+    assert report["losses"] == pytest.approx(alone.entry["losses"], rel=1e-5)
+    for when, scores in alone.entry["held_out_perplexity"].items():
+        assert report["held_out_perplexity"][when] == pytest.approx(scores, rel=1e-4)
+    assert_complete(out)
+    theirs = tensors_of(tmp_path / "alone")
+    assert set(tensors_of(out)) == set(theirs)
+    for name, tensor in tensors_of(out).items():
+        assert (tensor - theirs[name]).abs().max() <= 1e-3, name
+
+
+def test_a_branch_can_be_published(family, texts, tmp_path):
+    """As a Llama, with the record and the picture of the run."""
+    branch(recipe(family.seed, texts, train="ff"), tmp_path / "out")
+    found = examine(tmp_path / "out", "org/llama-code")
+    assert found.kind.text == "a Llama of btx branch"
+    assert {"btx_branch.yaml", "training.png", "model.safetensors"} <= set(found.files)

@@ -706,7 +706,7 @@ def test_what_the_command_refuses(merged, texts, tmp_path):
         "command: max_step: unknown name. Did you mean max_steps?",
         "command: lr: unknown name. Known are those of transformers.TrainingArguments.",
         "command: trian: unknown name. Did you mean train?",
-        "command: train: 'most'; expected one of routers, shared, all, lora",
+        "command: --train: 'most'; expected one of routers, shared, all, lora",
     ]
     done = btx_train(merged, code, "--data=math", "-o", out, "--max-steps", "3")
     assert (done.returncode, done.stderr.count("error: ")) == (2, 1)
