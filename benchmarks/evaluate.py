@@ -49,12 +49,13 @@ RUN = {"documents": 48, "longest": 700, "window": 1024, "batch_size": 4, "rounds
 GOAL = 0.9
 
 
-def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+def word_tokenizer(size: int) -> Any:
     """A token for each of the words w0, w1, ..., and one with which texts begin."""
     vocabulary = {f"w{number}": number for number in range(size - 1)} | {"<s>": size - 1}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", pad_token="w0")
+    made: Any = PreTrainedTokenizerFast
+    return made(tokenizer_object=tokenizer, bos_token="<s>", pad_token="w0")
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from btx_merge.sources.locate import SMALL_FILES, Located, locate
 from btx_merge.sources.source import Source
 from btx_merge.sources.tokenizer_files import has_tokenizer
 from btx_merge.sources.vocabulary import plan_vocabulary
+from btx_merge.texts.readers import is_installed
 
 DEFAULT_WINDOW = 1024
 """Tokens of a window where nobody says, as in a finetuning; the model's own length if that is less."""
@@ -107,6 +108,30 @@ def _other(name: str, reference: str, window: int) -> Entry:
             remedy = f"Give --window {positions}, for all models."
             raise InputError([Problem(name, "config.json", f"{positions} positions", f"at least {window}", remedy)])
     return Entry(name, (AGAINST,), located.folder, lambda dtype, device: load_folder(located, dtype, device))
+
+
+def ensemble_of(recipe: EvalRecipe, entries: Sequence[Entry]) -> list[Entry]:
+    """Return the sources that are experts of Branch-Train-Merge: those with text.
+
+    Raises:
+        InputError: a text of no source, or more experts for a context than there are.
+    """
+    names = [text.name for text in recipe.btm_text]
+    sources = [entry for entry in entries if entry.kinds == (SOURCE,)]
+    chosen = [entry for entry in sources if entry.name in names]
+    problems = []
+    for name in names:
+        if name not in [entry.name for entry in sources]:
+            expected = f"one of {', '.join(entry.name for entry in sources)}"
+            problems.append(Problem("recipe", "btm_text", f"no source {name}", expected))
+    if recipe.btm is not None and recipe.btm > len(names):
+        problems.append(Problem("recipe", "btm", f"{recipe.btm}", f"at most {len(names)}, the experts with text"))
+    if recipe.btm is not None and not is_installed("sklearn"):
+        remedy = "pip install '.[btm]' in a checkout of btx-merge."
+        problems.append(Problem("command", "scikit-learn", "is not installed", "", remedy))
+    if problems:
+        raise InputError(problems)
+    return chosen
 
 
 def window_of(recipe: EvalRecipe, config: Mapping[str, Any]) -> int:

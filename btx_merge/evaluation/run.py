@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from btx_merge.errors import InputError, MergeInterrupted, Problem
 from btx_merge.evaluation.card import update_card
 from btx_merge.evaluation.files import write_report
 from btx_merge.evaluation.harness import command, write_tasks
-from btx_merge.evaluation.models import Entry, entries_of, hub_problem, routing_problems, target_problems, window_of
+from btx_merge.evaluation.models import (
+    Entry,
+    ensemble_of,
+    entries_of,
+    hub_problem,
+    routing_problems,
+    target_problems,
+    window_of,
+)
 from btx_merge.evaluation.recipe import EvalRecipe
-from btx_merge.evaluation.report import ROUTED, EvalReport, Row, oracle_of, with_gaps
+from btx_merge.evaluation.report import BTM, ROUTED, EvalReport, Row, oracle_of, with_gaps
 from btx_merge.files.scratch import scratch_folder
 from btx_merge.fitting.run import device_problems
 from btx_merge.model.merged import MergedModel
@@ -39,6 +48,8 @@ class _Evaluation:
     model: MergedModel
     window: int
     entries: list[Entry]
+    ensemble: list[Entry]
+    """The experts of Branch-Train-Merge."""
     warnings: tuple[Problem, ...]
 
 
@@ -89,7 +100,7 @@ def _check(recipe: EvalRecipe, targets: Sequence[Path], options: Options, card: 
     model, problems = open_model(recipe.model, None, options.overwrite)
     for target in targets:
         problems += target_problems(target, model, options.overwrite)
-    problems += check_texts(recipe.data, model.located.folder if model else None)
+    problems += check_texts((*recipe.data, *recipe.btm_text), model.located.folder if model else None)
     problems += device_problems(options.device)
     if (targets or card) and not is_installed("matplotlib"):
         problems.append(Problem("command", "matplotlib", "is not installed", "", f"{EXTRA}."))
@@ -99,15 +110,16 @@ def _check(recipe: EvalRecipe, targets: Sequence[Path], options: Options, card: 
         folder = str(model.located.folder)
         problems.append(Problem("model", folder, "no tokenizer", "tokenizer.json or tokenizer.model"))
     problems += routing_problems(recipe, model) + (hub_problem(model.located) if card else [])
-    window, entries, warnings = 1, list[Entry](), list[Problem]()
+    window, entries, ensemble, warnings = 1, list[Entry](), list[Entry](), list[Problem]()
     try:
         window = window_of(recipe, model.dense_config)
         entries, warnings = entries_of(recipe, model, window, lambda: stack.enter_context(scratch_folder(None)))
+        ensemble = ensemble_of(recipe, entries)
     except InputError as error:
         problems += error.problems
     if problems:
         raise InputError(problems)
-    return _Evaluation(recipe, model, window, entries, tuple(warnings))
+    return _Evaluation(recipe, model, window, entries, ensemble, tuple(warnings))
 
 
 def _measure(
@@ -127,7 +139,7 @@ def _measure(
         write_tasks(domains, tasks, options.overwrite, reporter)
         names = [domain.text.name for domain in domains]
         reporter.note(f"the same by the harness: {command(recipe.model, names, tasks, checked.window, dtype)}")
-    kinds = sum(len(entry.kinds) for entry in checked.entries)
+    kinds = sum(len(entry.kinds) for entry in checked.entries) + len(checked.ensemble)
     progress = _Progress(reporter, kinds * sum(domain.amount.nbytes for domain in domains))
     rows: list[Row] = []
     for entry in checked.entries:
@@ -135,6 +147,8 @@ def _measure(
         gc.collect()  # the model is gone before the next one comes
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    if checked.ensemble:
+        rows.append(_ensemble_row(checked, getattr(torch, dtype), device, domains, tokenizer, progress))
     oracle = oracle_of(rows)
     return EvalReport(
         model.located.public_name,
@@ -168,6 +182,33 @@ def _rows_of(
                 scores[name] = score(loaded, domain, tokenizer, tokens, told)
         rows.append(Row(ROUTED_NAME if kind == ROUTED else entry.name, kind, scores, {}))
     return rows
+
+
+def _ensemble_row(
+    checked: _Evaluation, dtype: Any, device: Any, domains: Sequence[Any], tokenizer: Any, told: Callable[[int], None]
+) -> Row:
+    """Measure Branch-Train-Merge.
+
+    Raises:
+        InputError: an expert that reads other tokens than the merged model.
+    """
+    from btx_merge.evaluation.btm import BranchTrainMerge
+    from btx_merge.evaluation.ensemble import ensemble_score
+
+    problems = []
+    for entry in checked.ensemble:
+        own = load_tokenizer(entry.tokenizer)
+        if not all(domain.reads_alike(own) for domain in domains):
+            remedy = "Leave it out of --btm-text."
+            problems.append(Problem(entry.name, str(entry.tokenizer), "reads other tokens", "the model's", remedy))
+    if problems:
+        raise InputError(problems)
+    experts = {entry.name: partial(entry.load, dtype, device) for entry in checked.ensemble}
+    number = checked.recipe.btm or 1
+    ensemble = BranchTrainMerge(experts, checked.recipe.btm_text, tokenizer, number, on_demand=True)
+    tokens = checked.recipe.batch_size * checked.window
+    scores = {domain.text.name: ensemble_score(ensemble, domain, tokens, told) for domain in domains}
+    return Row(f"Branch-Train-Merge, top {number}", BTM, scores, {})
 
 
 def _dtype(recipe: EvalRecipe, model: MergedModel, device: str) -> str:

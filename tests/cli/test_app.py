@@ -86,7 +86,8 @@ OPTIONS = {
         *("--ablation", "--no-ablation", "--page-tokens", "--device", "--overwrite", "--quiet", "-q", "--json"),
     },
     "eval": {
-        *("model", "--data", "--no-sources", "--source", "--soup", "--against", "--routing", "--tokens", "--window"),
+        *("model", "--data", "--no-sources", "--source", "--soup", "--against", "--routing", "--btm"),
+        *("--btm-text", "--tokens", "--window"),
         *("--batch-size", "--dtype", "--output", "-o", "--card", "--lm-eval-tasks", "--device", "--overwrite"),
         *("--quiet", "-q", "--json"),
     },
