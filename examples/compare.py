@@ -38,6 +38,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "dare_linear": {"combine": "dare_linear"},
     "regmean": {"combine": "regmean"},
     "regmean_merged": {"combine": "regmean_merged"},
+    "regmean_merged, head": {"combine": "regmean_merged", "head": "fitted"},
 }
 ROUTERS: dict[str, dict[str, Any]] = {
     "random": {},
@@ -82,16 +83,25 @@ def print_row(name: str, bits: Mapping[str, float], closed: Mapping[str, float |
 @one_at_a_time()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+<<<<<<< HEAD
     parser.add_argument("--demo", type=Path, default=Path("demo"), help="what a demo left behind")
     parser.add_argument("--domain-tokens", type=int, default=100_000, help="of each domain that a fit reads")
     parser.add_argument("--window", type=int, help="tokens of a window that is scored [127; for SmolLM2 255]")
     parser.add_argument("--tokens", type=int, help="of each domain that are scored [all]")
+=======
+    parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="what a demo left behind")
+    parser.add_argument("--domain-tokens", type=int, default=100_000)
+    parser.add_argument("--half", type=int, choices=(0, 1), help="fit on every other document, from this one [on all]")
+    parser.add_argument("--window", type=int, help="tokens of a window that is scored [128; for SmolLM2 256]")
+    parser.add_argument("--heldout-chars", type=int, help="of each domain [all; for SmolLM2 24000]")
+>>>>>>> main
     parser.add_argument("--shared", nargs="*", default=list(SHARED), choices=list(SHARED))
     parser.add_argument("--routers", nargs="*", default=list(ROUTERS), choices=list(ROUTERS))
     options = parser.parse_args()
     window = options.window or (255 if options.demo.name == "smollm2" else 127)
     comparison = Comparison(options.demo, options.domain_tokens, window, options.tokens)
 
+<<<<<<< HEAD
     print(f"| model | {' | '.join(DOMAINS)} | gap closed: {' / '.join(DOMAINS)} | mean |")
     print("|---|" + "---|" * (len(DOMAINS) + 2))
     report = comparison.measure(options.demo / "btx", soup=True)
@@ -104,6 +114,40 @@ def main() -> None:
         if "fit_through" in ROUTERS[router] and "regmean" not in shared and shared != "mean":
             continue  # nothing is known of it that the plain mean does not show
         with TemporaryDirectory(dir=options.demo) as scratch:
+=======
+    def bits(model: Any) -> Bits:
+        return {d: common.score(model.eval(), tokenizer, text, window).bits_per_byte for d, text in texts.items()}
+
+    with TemporaryDirectory(dir=options.demo) as scratch:
+        folder = Path(scratch)
+        for domain in DOMAINS:
+            documents = corpora[domain]["train"]
+            if options.half is not None:
+                documents = documents[options.half :: 2]
+            lines = (json.dumps({"text": text}) for text in documents)
+            (folder / f"{domain}.jsonl").write_text("\n".join(lines), "utf-8")
+        names = ("seed", *DOMAINS)
+        singles = {name: bits(dense(options.demo / name)) for name in names}
+        table = Table(singles["seed"], list(singles.values()))
+        for name, found in singles.items():
+            table.add(name, found)
+        table.add("oracle", table.oracle)
+        table.add("soup", bits(dense(soup([options.demo / name for name in names], folder / "soup"))))
+        measure_merges(options, folder, bits, table)
+
+
+def measure_merges(options: argparse.Namespace, folder: Path, bits: Callable[[Any], Bits], table: Table) -> None:
+    """One row for each way to merge."""
+    texts = {domain: [str(folder / f"{domain}.jsonl")] for domain in DOMAINS}
+    for shared in options.shared:
+        for router in options.routers:
+            values: dict[str, Any] = {**SHARED[shared], **ROUTERS[router]}
+            if values.get("router_init") == "ridge" or "regmean" in shared:
+                values |= {"domain_text": texts, "domain_tokens": options.domain_tokens}
+            elif "fit_through" in values:
+                continue
+            experts = {domain: ExpertSpec(str(options.demo / domain)) for domain in DOMAINS}
+>>>>>>> main
             began = time.perf_counter()
             comparison.merge(shared, router, Path(scratch) / "btx")
             seconds = time.perf_counter() - began

@@ -107,10 +107,10 @@ def test_killed_at_random_moments(root, processes, tmp_path, record_property, ve
     out = tmp_path / "place" / "out"
     while seen["kills"] < KILLS:
         out.parent.mkdir()
-        old = {"old-model": b"precious"} if rng.random() < 0.5 else {}
+        old = {"old.safetensors": b"precious"} if rng.random() < 0.5 else {}
         if old:
             out.mkdir()
-            (out / "old-model").write_bytes(old["old-model"])
+            (out / "old.safetensors").write_bytes(old["old.safetensors"])
         for _ in range(rng.randint(1, 3)):
             killed, _ = ended_after(processes, rng.uniform(0, 1.05 * seconds), verb, root, out)
             seen["kills"] += killed

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.files.disk_errors import is_curable, remedy_of, sync
-from btx_merge.files.precious import precious_problem
+from btx_merge.files.precious import foreign_problem, precious_problem
 
 JOURNAL, LOCK = "btx_journal.jsonl", "btx_lock"
 MARKS = frozenset((JOURNAL, LOCK))
@@ -102,6 +102,8 @@ def check_target(target: Path, overwrite: bool) -> None:
         found = "a mount point" if mount == target else f"holds a mount point, {mount}"
         remedy = f"Give a folder in it, such as --output {mount / 'merged'}."
         raise InputError([Problem("output", str(target), found, "a folder that can be renamed", remedy)])
+    if problem := foreign_problem(target):
+        raise InputError([problem])
     if overwrite:
         return
     if target.is_dir() and any(target.iterdir()):

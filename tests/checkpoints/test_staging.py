@@ -169,11 +169,11 @@ def test_killed_while_finishing(sources, uninterrupted, tmp_path, event, number)
     """An old model lies there. At every moment it or the new one has the name, whole."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / "old-model").write_text("precious")
+    (out / "old.safetensors").write_text("precious")
     recipe, expected = recipe_of(sources), uninterrupted()
     total = len(expected["model.safetensors"]) - 100_000  # less its header: when the last block is written
     assert run_and_die(recipe, out, total, event=event, number=number)
-    assert files_of(out) == {"old-model": b"precious"} or expected.items() <= files_of(out).items()
+    assert files_of(out) == {"old.safetensors": b"precious"} or expected.items() <= files_of(out).items()
     merge(recipe, out, Options(overwrite=True))
     assert files_of(out) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -355,10 +355,10 @@ def test_an_untouched_merge_says_nothing(sources, uninterrupted, tmp_path):
 
 def test_a_folder_that_holds_something_is_not_touched_without_overwrite(sources, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    (tmp_path / "out" / "config.json").write_text("years of work")
     with pytest.raises(InputError, match=r"not empty.*--overwrite"):
         merge(recipe_of(sources), tmp_path / "out")
-    assert files_of(tmp_path) == {"out/thesis.txt": b"years of work"}
+    assert files_of(tmp_path) == {"out/config.json": b"years of work"}
 
 
 def test_overwrite_replaces_all_that_was_there(sources, uninterrupted, tmp_path):

@@ -440,26 +440,38 @@ def test_nothing_given_at_all(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_empty(family: Family, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "precious.txt").write_text("mine")
+    (out / "model.safetensors").write_text("mine")
     (line,) = errors_of(btx("merge", *sources(family), "-o", out))
     assert line == (
         f"output: {out}: not empty; expected an empty or a new folder. "
         "Give another --output, or --overwrite to replace it when the new model is complete."
     )
-    assert files_of(tmp_path) == {"out/precious.txt": b"mine"}
+    assert files_of(tmp_path) == {"out/model.safetensors": b"mine"}
     done = btx("merge", *sources(family), "-o", out, "--overwrite", "-q")
     assert (done.returncode, done.stderr) == (0, "")
     assert_complete(out)
-    assert not (out / "precious.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_of_other_things_is_never_replaced(family: Family, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    for further in ([], ["--overwrite"]):
+        (line,) = errors_of(btx("merge", *sources(family), "-o", out, *further))
+        assert line == (
+            f"output: {out}: not empty, and it holds neither a model nor a report; expected a new folder, an empty one "
+            "or an earlier result. Give another --output, or remove the folder yourself."
+        )
+        assert files_of(tmp_path) == {"out/thesis.txt": b"mine"}
 
 
 def test_overwrite_replaces_only_by_what_is_complete(family: Family, odd: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "precious.txt").write_text("mine")
+    (out / "model.safetensors").write_text("mine")
     errors_of(btx("merge", "--seed", family.seed, "--expert", f"odd={odd}", "-o", out, "--overwrite"))
-    assert files_of(tmp_path) == {"out/precious.txt": b"mine"}
+    assert files_of(tmp_path) == {"out/model.safetensors": b"mine"}
 
 
 def test_an_empty_folder_is_taken(family: Family, tmp_path: Path) -> None:

@@ -134,13 +134,13 @@ def test_a_dry_run_names_every_file_and_writes_none(family: Family, tmp_path: Pa
 def test_a_dry_run_refuses_what_the_merge_would(family: Family, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "precious.txt").write_text("mine")
+    (out / "model.safetensors").write_text("mine")
     arguments = ("merge", *sources(family), "--dry-run", "-o")
     (line,) = errors_of(btx(*arguments, out))
     assert line.startswith(f"output: {out}: not empty")
     done = btx(*arguments, out, "--overwrite", "-q")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert files_of(tmp_path) == {"out/precious.txt": b"mine"}
+    assert files_of(tmp_path) == {"out/model.safetensors": b"mine"}
     (line,) = errors_of(btx(*arguments, family.seed / "out"))
     assert "overlaps with the source seed" in line
 

@@ -615,6 +615,7 @@ def test_models_that_cannot_be_edited(root, two, tmp_path):
 
 def test_an_output_that_is_there(root, two, tmp_path):
     (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text("{}")
     (tmp_path / "out/mine").write_text("x")
     with pytest.raises(InputError, match="not empty"):
         edited(two, tmp_path / "out", drop=("code",))

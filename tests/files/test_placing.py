@@ -58,7 +58,7 @@ def recipe_of(root: Path, **options) -> MergeRecipe:
 
 def old_model(folder: Path) -> Path:
     folder.mkdir()
-    (folder / "old-model").write_text("precious")
+    (folder / "old.safetensors").write_text("precious")
     return folder
 
 
@@ -100,7 +100,7 @@ def test_the_output_is_never_absent_while_it_is_replaced(saved, tmp_path, moment
     done = subprocess.run(script, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0 if moment == "never" else -signal.SIGKILL, ""), done.stderr
     if moment == "before":
-        assert files_of(out) == {"old-model": b"precious"}
+        assert files_of(out) == {"old.safetensors": b"precious"}
     else:
         assert files_of(saved / "btx").items() <= files_of(out).items()
     merge(recipe_of(saved), out, Options(overwrite=True))
@@ -142,7 +142,7 @@ def test_a_name_that_the_disk_does_not_store_is_no_reason_to_repeat(saved, tmp_p
     assert re.search(r"complete and in its place.*What it replaced is .*out\.btx-old\.$", str(caught.value))
     assert not re.search("again|continues|same command|finishes", str(caught.value))
     assert files_of(out) == files_of(saved / "btx")
-    assert files_of(placing.old_of(out)) == {"old-model": b"precious"}
+    assert files_of(placing.old_of(out)) == {"old.safetensors": b"precious"}
 
     monkeypatch.setattr(os, "fsync", real)
     merge(recipe_of(saved), out, Options(overwrite=True))
@@ -184,7 +184,7 @@ def test_a_source_that_changes_while_it_is_merged_is_refused(sources, tmp_path, 
 
     with pytest.raises(InputError, match=rf"{changed}: changed while it was read"):
         merge(recipe_of(sources), out, Options(overwrite=True), reporter=Told(bytes_done=change))
-    assert files_of(out) == {"old-model": b"precious"}
+    assert files_of(out) == {"old.safetensors": b"precious"}
     merge(recipe_of(sources), out, Options(overwrite=True))
     assert files_of(out) == files_of(sources / "btx")
 

@@ -200,13 +200,14 @@ def test_a_report_is_replaced_when_the_new_one_is_complete(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
+    (out / "routing.json").write_text("old")
     (out / "old").write_text("old")
     recipe = recipe_of(merged, texts, ablation=False)
     with monkeypatch.context() as patched:
         patched.setattr("btx_merge.inspecting.page.embedded", lambda data: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             routing(recipe, out, Options(overwrite=True))
-    assert files_of(tmp_path) == {"out/old": b"old"}
+    assert files_of(tmp_path) == {"out/routing.json": b"old", "out/old": b"old"}
     routing(recipe, out, Options(overwrite=True))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out"]
     assert not (out / "old").exists()
