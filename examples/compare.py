@@ -22,7 +22,8 @@ from typing import Any
 from demo_common import held_out, one_at_a_time, training
 from demo_texts import DOMAINS
 
-from btx_merge import EvalRecipe, EvalReport, ExpertSpec, MergeRecipe, evaluate, merge
+from btx_merge import EvalRecipe, EvalReport, ExpertSpec, MergeRecipe, Options, evaluate, merge
+from btx_merge.evaluation.report import Row
 
 PROMPTS = {
     "code": ["def main(argv=None):", "    return self._value", "import os", "for index, item in enumerate(items):"],
@@ -38,6 +39,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "dare_linear": {"combine": "dare_linear"},
     "regmean": {"combine": "regmean"},
     "regmean_merged": {"combine": "regmean_merged"},
+    "regmean_merged, head": {"combine": "regmean_merged", "head": "fitted"},
     "regmean_merged, head": {"combine": "regmean_merged", "head": "fitted"},
 }
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -56,20 +58,35 @@ class Comparison:
     domain_tokens: int
     window: int
     tokens: int | None
+    texts: Mapping[str, Path]
+    """What fits read, by domain."""
 
     def merge(self, shared: str, router: str, output: Path) -> None:
         """Merge the demo's models in one of the ways."""
         values: dict[str, Any] = {**SHARED[shared], **ROUTERS[router]}
         if values.get("router_init") == "ridge" or "regmean" in shared:
-            texts = {domain: str(training(domain)) for domain in DOMAINS}
+            texts = {domain: str(file) for domain, file in self.texts.items()}
             values |= {"domain_text": texts, "domain_tokens": self.domain_tokens}
         experts = {domain: ExpertSpec(str(self.demo / domain)) for domain in DOMAINS}
-        merge(MergeRecipe(str(self.demo / "seed"), experts, **values), output)
+        merge(MergeRecipe(str(self.demo / "seed"), experts, **values), output, Options(overwrite=True))
 
     def measure(self, model: Path, **beside: Any) -> EvalReport:
         """Measure a merge on all held-out texts."""
         texts = {domain: str(held_out(domain)) for domain in DOMAINS}
         return evaluate(EvalRecipe(str(model), texts, window=self.window, tokens=self.tokens, **beside))
+
+
+def part_of(file: Path, half: int | None, folder: Path) -> Path:
+    """Write every other document of a file, from document `half` on, into a folder; without a half, take the file."""
+    if half is None:
+        return file
+    (folder / file.name).write_text("".join(file.read_text("utf-8").splitlines(keepends=True)[half::2]), "utf-8")
+    return folder / file.name
+
+
+def bits_of(row: Row) -> dict[str, float]:
+    """Return a row's bits per byte by domain."""
+    return {domain: score.bits_per_byte for domain, score in row.scores.items()}
 
 
 def print_row(name: str, bits: Mapping[str, float], closed: Mapping[str, float | None]) -> None:
@@ -86,11 +103,13 @@ def main() -> None:
 <<<<<<< HEAD
     parser.add_argument("--demo", type=Path, default=Path("demo"), help="what a demo left behind")
     parser.add_argument("--domain-tokens", type=int, default=100_000, help="of each domain that a fit reads")
+    parser.add_argument("--half", type=int, choices=(0, 1), help="fit on every other document, from this one [on all]")
     parser.add_argument("--window", type=int, help="tokens of a window that is scored [127; for SmolLM2 255]")
     parser.add_argument("--tokens", type=int, help="of each domain that are scored [all]")
 =======
     parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="what a demo left behind")
     parser.add_argument("--domain-tokens", type=int, default=100_000)
+    parser.add_argument("--half", type=int, choices=(0, 1), help="fit on every other document, from this one [on all]")
     parser.add_argument("--half", type=int, choices=(0, 1), help="fit on every other document, from this one [on all]")
     parser.add_argument("--window", type=int, help="tokens of a window that is scored [128; for SmolLM2 256]")
     parser.add_argument("--heldout-chars", type=int, help="of each domain [all; for SmolLM2 24000]")
@@ -99,62 +118,26 @@ def main() -> None:
     parser.add_argument("--routers", nargs="*", default=list(ROUTERS), choices=list(ROUTERS))
     options = parser.parse_args()
     window = options.window or (255 if options.demo.name == "smollm2" else 127)
-    comparison = Comparison(options.demo, options.domain_tokens, window, options.tokens)
-
-<<<<<<< HEAD
-    print(f"| model | {' | '.join(DOMAINS)} | gap closed: {' / '.join(DOMAINS)} | mean |")
-    print("|---|" + "---|" * (len(DOMAINS) + 2))
-    report = comparison.measure(options.demo / "btx", soup=True)
-    for row in report.rows[1:]:  # the first is a merge, and comes again
-        print_row(row.name, {domain: score.bits_per_byte for domain, score in row.scores.items()}, row.closed)
-    first = next(row for row in report.rows if row.name == "seed")
-    seed = {domain: score.bits_per_byte for domain, score in first.scores.items()}
-    oracle = {domain: best.bits_per_byte for domain, best in report.oracle.items()}
-    for shared, router in itertools.product(options.shared, options.routers):
-        if "fit_through" in ROUTERS[router] and "regmean" not in shared and shared != "mean":
-            continue  # nothing is known of it that the plain mean does not show
-        with TemporaryDirectory(dir=options.demo) as scratch:
-=======
-    def bits(model: Any) -> Bits:
-        return {d: common.score(model.eval(), tokenizer, text, window).bits_per_byte for d, text in texts.items()}
-
     with TemporaryDirectory(dir=options.demo) as scratch:
-        folder = Path(scratch)
-        for domain in DOMAINS:
-            documents = corpora[domain]["train"]
-            if options.half is not None:
-                documents = documents[options.half :: 2]
-            lines = (json.dumps({"text": text}) for text in documents)
-            (folder / f"{domain}.jsonl").write_text("\n".join(lines), "utf-8")
-        names = ("seed", *DOMAINS)
-        singles = {name: bits(dense(options.demo / name)) for name in names}
-        table = Table(singles["seed"], list(singles.values()))
-        for name, found in singles.items():
-            table.add(name, found)
-        table.add("oracle", table.oracle)
-        table.add("soup", bits(dense(soup([options.demo / name for name in names], folder / "soup"))))
-        measure_merges(options, folder, bits, table)
-
-
-def measure_merges(options: argparse.Namespace, folder: Path, bits: Callable[[Any], Bits], table: Table) -> None:
-    """One row for each way to merge."""
-    texts = {domain: [str(folder / f"{domain}.jsonl")] for domain in DOMAINS}
-    for shared in options.shared:
-        for router in options.routers:
-            values: dict[str, Any] = {**SHARED[shared], **ROUTERS[router]}
-            if values.get("router_init") == "ridge" or "regmean" in shared:
-                values |= {"domain_text": texts, "domain_tokens": options.domain_tokens}
-            elif "fit_through" in values:
-                continue
-            experts = {domain: ExpertSpec(str(options.demo / domain)) for domain in DOMAINS}
->>>>>>> main
+        texts = {domain: part_of(training(domain), options.half, Path(scratch)) for domain in DOMAINS}
+        comparison = Comparison(options.demo, options.domain_tokens, window, options.tokens, texts)
+        print(f"| model | {' | '.join(DOMAINS)} | gap closed: {' / '.join(DOMAINS)} | mean |")
+        print("|---|" + "---|" * (len(DOMAINS) + 2))
+        report = comparison.measure(options.demo / "btx", soup=True)
+        for row in report.rows[1:]:  # the first is a merge, and comes again
+            print_row(row.name, bits_of(row), row.closed)
+        seed = bits_of(next(row for row in report.rows if row.name == "seed"))
+        oracle = {domain: best.bits_per_byte for domain, best in report.oracle.items()}
+        for shared, router in itertools.product(options.shared, options.routers):
+            if "fit_through" in ROUTERS[router] and "regmean" not in shared and shared != "mean":
+                continue  # nothing is known of it that the plain mean does not show
+            output = Path(scratch) / "btx"
             began = time.perf_counter()
-            comparison.merge(shared, router, Path(scratch) / "btx")
+            comparison.merge(shared, router, output)
             seconds = time.perf_counter() - began
-            (row,) = comparison.measure(Path(scratch) / "btx", no_sources=True).rows
-        bits = {domain: score.bits_per_byte for domain, score in row.scores.items()}
-        closed = {d: (seed[d] - bits[d]) / (seed[d] - oracle[d]) if seed[d] > oracle[d] else None for d in DOMAINS}
-        print_row(f"{shared} + {router} ({seconds:.0f} s)", bits, closed)
+            bits = bits_of(comparison.measure(output, no_sources=True).rows[0])
+            closed = {d: (seed[d] - bits[d]) / (seed[d] - oracle[d]) if seed[d] > oracle[d] else None for d in DOMAINS}
+            print_row(f"{shared} + {router} ({seconds:.0f} s)", bits, closed)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_all_its_files(merged, tmp_path):
 
 def test_an_expert_that_there_is_not(merged, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    (tmp_path / "out" / "config.json").write_text("years of work")
     with pytest.raises(InputError) as error:
         extract(str(merged), "Code", tmp_path / "out", Options(max_shard_size="-1"))
     assert [str(problem) for problem in error.value.problems] == [
@@ -187,7 +187,7 @@ def test_an_expert_that_there_is_not(merged, tmp_path):
         "Give another --output, or --overwrite to replace it when the new model is complete.",
         "model: config.json: expert_names: no expert 'Code'; expected one of seed, code, math",
     ]
-    assert files_of(tmp_path) == {"out/thesis.txt": b"years of work"}
+    assert files_of(tmp_path) == {"out/config.json": b"years of work"}
 
 
 def test_experts_without_names_have_numbers(merged, family, tmp_path):
