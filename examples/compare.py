@@ -100,20 +100,11 @@ def print_row(name: str, bits: Mapping[str, float], closed: Mapping[str, float |
 @one_at_a_time()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-<<<<<<< HEAD
     parser.add_argument("--demo", type=Path, default=Path("demo"), help="what a demo left behind")
     parser.add_argument("--domain-tokens", type=int, default=100_000, help="of each domain that a fit reads")
     parser.add_argument("--half", type=int, choices=(0, 1), help="fit on every other document, from this one [on all]")
     parser.add_argument("--window", type=int, help="tokens of a window that is scored [127; for SmolLM2 255]")
     parser.add_argument("--tokens", type=int, help="of each domain that are scored [all]")
-=======
-    parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="what a demo left behind")
-    parser.add_argument("--domain-tokens", type=int, default=100_000)
-    parser.add_argument("--half", type=int, choices=(0, 1), help="fit on every other document, from this one [on all]")
-    parser.add_argument("--half", type=int, choices=(0, 1), help="fit on every other document, from this one [on all]")
-    parser.add_argument("--window", type=int, help="tokens of a window that is scored [128; for SmolLM2 256]")
-    parser.add_argument("--heldout-chars", type=int, help="of each domain [all; for SmolLM2 24000]")
->>>>>>> main
     parser.add_argument("--shared", nargs="*", default=list(SHARED), choices=list(SHARED))
     parser.add_argument("--routers", nargs="*", default=list(ROUTERS), choices=list(ROUTERS))
     options = parser.parse_args()

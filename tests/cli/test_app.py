@@ -461,7 +461,8 @@ def test_a_folder_of_other_things_is_never_replaced(family: Family, tmp_path: Pa
         (line,) = errors_of(btx("merge", *sources(family), "-o", out, *further))
         assert line == (
             f"output: {out}: not empty, and it holds neither a model nor a report; "
-            "expected a new folder, an empty one or an earlier result. Give another --output, or remove the folder yourself."
+            "expected a new folder, an empty one or an earlier result. "
+            "Give another --output, or remove the folder yourself."
         )
         assert files_of(tmp_path) == {"out/thesis.txt": b"mine"}
 
