@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from btx_merge.editing.recipe import EditRecipe
     from btx_merge.editing.run import EditReport, edit
     from btx_merge.errors import BTXError, InputError, MergeError, MergeInterrupted, NonFiniteError, Problem
+    from btx_merge.evaluation.btm import BranchTrainMerge
     from btx_merge.evaluation.recipe import EvalRecipe
     from btx_merge.evaluation.report import EvalReport
     from btx_merge.evaluation.run import evaluate
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BTXError",
     "BranchRecipe",
+    "BranchTrainMerge",
     "Check",
     "DomainText",
     "EditRecipe",
@@ -80,6 +82,7 @@ __all__ = [
 _MODULES = {
     "BTXError": "btx_merge.errors",
     "BranchRecipe": "btx_merge.finetuning.recipe",
+    "BranchTrainMerge": "btx_merge.evaluation.btm",
     "Check": "btx_merge.merging.run",
     "DomainText": "btx_merge.texts.references",
     "EditRecipe": "btx_merge.editing.recipe",

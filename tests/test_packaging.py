@@ -28,6 +28,7 @@ def test_public_names():
     assert btx_merge.__all__ == [
         "BTXError",
         "BranchRecipe",
+        "BranchTrainMerge",
         "Check",
         "DomainText",
         "EditRecipe",

@@ -118,6 +118,8 @@ def run_commands(block: str) -> None:
         assert done.stdout
         if output and words[0] == "routing":
             assert sorted(file.name for file in output.iterdir()) == REPORT_FILES
+        elif output and words[0] == "eval":
+            assert sorted(file.name for file in output.iterdir()) == ["eval.json", "eval.md", "eval.png"]
         elif output and "--dry-run" not in words:
             assert_complete(output)
 

@@ -20,6 +20,9 @@ def eval_command(
     model: Model,
     given: Given,
     output: Annotated[Path | None, option("Folder for eval.json, eval.md and eval.png.", "--output", "-o")] = None,
+    lm_eval_tasks: Annotated[
+        Path | None, option("Folder for the same texts as tasks of lm-evaluation-harness.")
+    ] = None,
     card: Annotated[
         bool, typer.Option("--card", help="Put table, picture and figures into the model's own card.")
     ] = False,
@@ -33,7 +36,8 @@ def eval_command(
 
     recipe = given.build(EvalRecipe, model)
     with terminal(quiet, "measuring") as reporter:
-        report = evaluate(recipe, output, Options(overwrite, device=device), reporter, card=card)
+        options = Options(overwrite, device=device)
+        report = evaluate(recipe, output, options, reporter, card=card, lm_eval_tasks=lm_eval_tasks)
     if json_output:
         print_json(report)
     else:  # its result is what it says

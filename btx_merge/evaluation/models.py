@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.evaluation.recipe import EvalRecipe
 from btx_merge.evaluation.report import AGAINST, MODEL, ROUTED, SOUP, SOURCE
 from btx_merge.files.folder import file_problems, read_json
+from btx_merge.files.placing import check_target
 from btx_merge.model.merged import MergedModel
 from btx_merge.sources.locate import SMALL_FILES, Located, locate
 from btx_merge.sources.source import Source
 from btx_merge.sources.tokenizer_files import has_tokenizer
 from btx_merge.sources.vocabulary import plan_vocabulary
+from btx_merge.texts.readers import is_installed
 
 DEFAULT_WINDOW = 1024
 """Tokens of a window where nobody says, as in a finetuning; the model's own length if that is less."""
@@ -108,6 +110,30 @@ def _other(name: str, reference: str, window: int) -> Entry:
     return Entry(name, (AGAINST,), located.folder, lambda dtype, device: load_folder(located, dtype, device))
 
 
+def ensemble_of(recipe: EvalRecipe, entries: Sequence[Entry]) -> list[Entry]:
+    """Return the sources that are experts of Branch-Train-Merge: those with text.
+
+    Raises:
+        InputError: a text of no source, or more experts for a context than there are.
+    """
+    names = [text.name for text in recipe.btm_text]
+    sources = [entry for entry in entries if entry.kinds == (SOURCE,)]
+    chosen = [entry for entry in sources if entry.name in names]
+    problems = []
+    for name in names:
+        if name not in [entry.name for entry in sources]:
+            expected = f"one of {', '.join(entry.name for entry in sources)}"
+            problems.append(Problem("recipe", "btm_text", f"no source {name}", expected))
+    if recipe.btm is not None and recipe.btm > len(names):
+        problems.append(Problem("recipe", "btm", f"{recipe.btm}", f"at most {len(names)}, the experts with text"))
+    if recipe.btm is not None and not is_installed("sklearn"):
+        remedy = "pip install '.[btm]' in a checkout of btx-merge."
+        problems.append(Problem("command", "scikit-learn", "is not installed", "", remedy))
+    if problems:
+        raise InputError(problems)
+    return chosen
+
+
 def window_of(recipe: EvalRecipe, config: Mapping[str, Any]) -> int:
     """Return the tokens of a window.
 
@@ -127,6 +153,17 @@ def routing_problems(recipe: EvalRecipe, model: MergedModel) -> list[Problem]:
     expected = f"one of {', '.join(model.domains)}"
     names = [text.name for text in recipe.data if recipe.routing and text.name not in model.domains]
     return [Problem("recipe", "routing", f"domain, and no expert {name}", expected, remedy) for name in names]
+
+
+def target_problems(target: Path, model: MergedModel | None, overwrite: bool) -> list[Problem]:
+    """Return why nothing can be written to a folder: a result takes its place, which must not hold the model."""
+    try:
+        check_target(target, overwrite)
+    except InputError as error:
+        return list(error.problems)
+    if model and model.located.folder.resolve().is_relative_to(target):
+        return [Problem("output", str(target), "is where the model lies", "", "Give another folder.")]
+    return []
 
 
 def hub_problem(located: Located) -> list[Problem]:

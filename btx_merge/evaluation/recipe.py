@@ -37,6 +37,11 @@ class EvalRecipe:
     routing: str | None = None
     """domain: measure the merged model once more, every token sent to its own domain's expert, which has the domain's
     name. That is what a perfect router would reach."""
+    btm: int | None = None
+    """Branch-Train-Merge: experts that run side by side for a context, their distributions averaged; at least 1."""
+    btm_text: tuple[DomainText, ...] = ()
+    """Training text of each expert of Branch-Train-Merge, or some of it, by which experts are chosen for a context.
+    Experts without text are left out."""
     tokens: int | None = None
     """Most tokens of each domain that are scored, at least 1; only whole windows are. By default all."""
     window: int | None = None
@@ -57,8 +62,15 @@ class EvalRecipe:
                 problems.append(Problem("recipe", "data", "missing", "at least one domain, --data NAME=TEXT"))
         except InputError as error:
             problems += error.problems
-        if self.no_sources and (self.soup or self.sources):
-            given = "soup" if self.soup else "sources"
+        try:
+            object.__setattr__(self, "btm_text", as_domain_texts(self.btm_text, "btm_text"))
+        except InputError as error:
+            problems += error.problems
+        if (self.btm is None) != (not self.btm_text):
+            found, other = ("btm", "btm_text") if self.btm_text else ("btm_text", "btm")
+            problems.append(Problem("recipe", found, "missing", f"both, or {other} left out"))
+        if self.no_sources and (self.soup or self.sources or self.btm):
+            given = "soup" if self.soup else "sources" if self.sources else "btm"
             problems.append(Problem("recipe", given, "given without sources", "", "Leave out --no-sources."))
         if problems:
             raise InputError(problems)
@@ -75,6 +87,7 @@ class EvalRecipe:
 
 
 RULES: dict[str, Rule] = {
+    "btm": at_least(1),
     "tokens": at_least(1),
     "window": at_least(1),
     "batch_size": at_least(1),

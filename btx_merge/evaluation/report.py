@@ -12,9 +12,9 @@ from btx_merge.errors import Problem
 from btx_merge.measuring.windows import Amount
 from btx_merge.sources.source import SEED
 
-MODEL, ROUTED, SOURCE, SOUP, AGAINST = "model", "routed", "source", "soup", "against"
+MODEL, ROUTED, SOURCE, SOUP, BTM, AGAINST = "model", "routed", "source", "soup", "btm", "against"
 """Kinds of rows: the merged model, the same with each domain sent to its own expert, one of its sources, their dense
-mean, another model."""
+mean, the sources side by side as Branch-Train-Merge has them, another model."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Row:
     name: str
     """What it is called in tables."""
     kind: str
-    """One of `MODEL`, `ROUTED`, `SOURCE`, `SOUP`, `AGAINST`."""
+    """model, routed, source, soup, btm or against."""
     scores: Mapping[str, Score]
     """By domain."""
     closed: Mapping[str, float | None]

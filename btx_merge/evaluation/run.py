@@ -6,16 +6,26 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from btx_merge.errors import InputError, MergeInterrupted, Problem
 from btx_merge.evaluation.card import update_card
 from btx_merge.evaluation.files import write_report
-from btx_merge.evaluation.models import Entry, entries_of, hub_problem, routing_problems, window_of
+from btx_merge.evaluation.harness import command, write_tasks
+from btx_merge.evaluation.models import (
+    Entry,
+    ensemble_of,
+    entries_of,
+    hub_problem,
+    routing_problems,
+    target_problems,
+    window_of,
+)
 from btx_merge.evaluation.recipe import EvalRecipe
-from btx_merge.evaluation.report import ROUTED, EvalReport, Row, oracle_of, with_gaps
+from btx_merge.evaluation.report import BTM, ROUTED, EvalReport, Row, oracle_of, with_gaps
 from btx_merge.files.scratch import scratch_folder
 from btx_merge.fitting.run import device_problems
 from btx_merge.model.merged import MergedModel
@@ -38,6 +48,8 @@ class _Evaluation:
     model: MergedModel
     window: int
     entries: list[Entry]
+    ensemble: list[Entry]
+    """The experts of Branch-Train-Merge."""
     warnings: tuple[Problem, ...]
 
 
@@ -48,6 +60,7 @@ def evaluate(
     reporter: Reporter = Reporter(),
     *,
     card: bool = False,
+    lm_eval_tasks: str | Path | None = None,
 ) -> EvalReport:
     """Measure a merged model on held-out text by domain, beside the models that it was made of.
 
@@ -56,36 +69,40 @@ def evaluate(
     Args:
         output: a folder for the report: `eval.json`, `eval.md` and `eval.png`. None: nothing is written.
         options: `device`; `overwrite`, for `output`.
+        lm_eval_tasks: a folder for the same texts as tasks of lm-evaluation-harness. None: none are written.
         card: whether table and picture go into the model's own card, with the figures in its metadata.
 
     Raises:
         InputError: every reason to refuse, before a model is loaded; or a text that cannot be read.
-        MergeInterrupted: Ctrl-C; nothing was written.
+        MergeInterrupted: Ctrl-C; no report was written.
     """
     began = time.perf_counter()
     refuse_unused(options, "evaluate", "device", "overwrite")
-    target = None if output is None else Path(output).expanduser().resolve()
+    target, tasks = (None if path is None else Path(path).expanduser().resolve() for path in (output, lm_eval_tasks))
     try:
         with ExitStack() as stack:
-            checked = _check(recipe, target, options, card, stack)
+            checked = _check(recipe, [path for path in (target, tasks) if path], options, card, stack)
             for warning in checked.warnings:
                 reporter.warn(str(warning))
-            report = _measure(checked, target, options, reporter, began)
+            report = _measure(checked, target, tasks, options, reporter)
+            report = replace(report, seconds=time.perf_counter() - began)
             if target is not None:
                 write_report(report, target, options.overwrite, reporter)
             if card:
                 update_card(report, checked.model.located.folder)
     except KeyboardInterrupt:
-        raise MergeInterrupted("Interrupted. Nothing was written.") from None
+        raise MergeInterrupted("Interrupted. No report was written.") from None
     return report
 
 
-def _check(recipe: EvalRecipe, target: Path | None, options: Options, card: bool, stack: ExitStack) -> _Evaluation:
-    """Open everything without reading weights."""
-    model, problems = open_model(recipe.model, target, options.overwrite)
-    problems += check_texts(recipe.data, model.located.folder if model else None)
+def _check(recipe: EvalRecipe, targets: Sequence[Path], options: Options, card: bool, stack: ExitStack) -> _Evaluation:
+    """Open everything without reading weights. `targets` are the folders that will be written."""
+    model, problems = open_model(recipe.model, None, options.overwrite)
+    for target in targets:
+        problems += target_problems(target, model, options.overwrite)
+    problems += check_texts((*recipe.data, *recipe.btm_text), model.located.folder if model else None)
     problems += device_problems(options.device)
-    if (target or card) and not is_installed("matplotlib"):
+    if (targets or card) and not is_installed("matplotlib"):
         problems.append(Problem("command", "matplotlib", "is not installed", "", f"{EXTRA}."))
     if model is None:
         raise InputError(problems)
@@ -93,21 +110,22 @@ def _check(recipe: EvalRecipe, target: Path | None, options: Options, card: bool
         folder = str(model.located.folder)
         problems.append(Problem("model", folder, "no tokenizer", "tokenizer.json or tokenizer.model"))
     problems += routing_problems(recipe, model) + (hub_problem(model.located) if card else [])
-    window, entries, warnings = 1, list[Entry](), list[Problem]()
+    window, entries, ensemble, warnings = 1, list[Entry](), list[Entry](), list[Problem]()
     try:
         window = window_of(recipe, model.dense_config)
         entries, warnings = entries_of(recipe, model, window, lambda: stack.enter_context(scratch_folder(None)))
+        ensemble = ensemble_of(recipe, entries)
     except InputError as error:
         problems += error.problems
     if problems:
         raise InputError(problems)
-    return _Evaluation(recipe, model, window, entries, tuple(warnings))
+    return _Evaluation(recipe, model, window, entries, ensemble, tuple(warnings))
 
 
 def _measure(
-    checked: _Evaluation, target: Path | None, options: Options, reporter: Reporter, began: float
+    checked: _Evaluation, target: Path | None, tasks: Path | None, options: Options, reporter: Reporter
 ) -> EvalReport:
-    """Run one model after the other."""
+    """Run one model after the other; before that, write the tasks for the harness."""
     import torch
 
     from btx_merge.evaluation.scoring import Domain
@@ -117,7 +135,11 @@ def _measure(
     dtype = _dtype(recipe, model, device.type)
     tokenizer = load_tokenizer(model.located.folder)
     domains = [Domain.counted(text, tokenizer, checked.window, recipe.tokens) for text in recipe.data]
-    kinds = sum(len(entry.kinds) for entry in checked.entries)
+    if tasks:
+        write_tasks(domains, tasks, options.overwrite, reporter)
+        names = [domain.text.name for domain in domains]
+        reporter.note(f"the same by the harness: {command(recipe.model, names, tasks, checked.window, dtype)}")
+    kinds = sum(len(entry.kinds) for entry in checked.entries) + len(checked.ensemble)
     progress = _Progress(reporter, kinds * sum(domain.amount.nbytes for domain in domains))
     rows: list[Row] = []
     for entry in checked.entries:
@@ -125,6 +147,8 @@ def _measure(
         gc.collect()  # the model is gone before the next one comes
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    if checked.ensemble:
+        rows.append(_ensemble_row(checked, getattr(torch, dtype), device, domains, tokenizer, progress))
     oracle = oracle_of(rows)
     return EvalReport(
         model.located.public_name,
@@ -134,7 +158,7 @@ def _measure(
         checked.window,
         dtype,
         str(device),
-        time.perf_counter() - began,
+        0.0,
         checked.warnings,
         target,
     )
@@ -158,6 +182,33 @@ def _rows_of(
                 scores[name] = score(loaded, domain, tokenizer, tokens, told)
         rows.append(Row(ROUTED_NAME if kind == ROUTED else entry.name, kind, scores, {}))
     return rows
+
+
+def _ensemble_row(
+    checked: _Evaluation, dtype: Any, device: Any, domains: Sequence[Any], tokenizer: Any, told: Callable[[int], None]
+) -> Row:
+    """Measure Branch-Train-Merge.
+
+    Raises:
+        InputError: an expert that reads other tokens than the merged model.
+    """
+    from btx_merge.evaluation.btm import BranchTrainMerge
+    from btx_merge.evaluation.ensemble import ensemble_score
+
+    problems = []
+    for entry in checked.ensemble:
+        own = load_tokenizer(entry.tokenizer)
+        if not all(domain.reads_alike(own) for domain in domains):
+            remedy = "Leave it out of --btm-text."
+            problems.append(Problem(entry.name, str(entry.tokenizer), "reads other tokens", "the model's", remedy))
+    if problems:
+        raise InputError(problems)
+    experts = {entry.name: partial(entry.load, dtype, device) for entry in checked.ensemble}
+    number = checked.recipe.btm or 1
+    ensemble = BranchTrainMerge(experts, checked.recipe.btm_text, tokenizer, number, on_demand=True)
+    tokens = checked.recipe.batch_size * checked.window
+    scores = {domain.text.name: ensemble_score(ensemble, domain, tokens, told) for domain in domains}
+    return Row(f"Branch-Train-Merge, top {number}", BTM, scores, {})
 
 
 def _dtype(recipe: EvalRecipe, model: MergedModel, device: str) -> str:

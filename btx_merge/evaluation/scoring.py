@@ -36,16 +36,20 @@ class Domain:
         windows = windows_of(documents(text, tokenizer), tokenizer, window, tokens, text.name)
         return cls(text, tokenizer, window, tokens, amount_of(windows))
 
+    def documents(self) -> Iterator[str]:
+        """Give out the text that is measured, the last document cut where it ends."""
+        return cut(documents(self.text, self.tokenizer), self.amount)
+
     def reads_alike(self, tokenizer: Any) -> bool:
         """Return whether a tokenizer makes the merged model's tokens of the text."""
         return amount_of(self.windows(tokenizer, True)).digest == self.amount.digest
 
     def windows(self, tokenizer: Any, same_tokens: bool) -> Iterator[Window]:
         """Cut the text that is measured, all of it, into windows of any model's tokens."""
-        found = documents(self.text, self.tokenizer)
         if same_tokens:
+            found = documents(self.text, self.tokenizer)
             return windows_of(found, tokenizer, self.window, self.tokens, self.text.name)
-        return windows_of(cut(found, self.amount), tokenizer, self.window, source=self.text.name)
+        return windows_of(self.documents(), tokenizer, self.window, source=self.text.name)
 
 
 def score(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from btx_merge.inspecting.words import words_of
 from btx_merge.measuring.windows import Window
 
-_NOT_ROUTED = 255
+_NOT_ROUTED = 65535
 """In place of the first choice of a token that was not routed."""
 
 Numbers = NDArray[np.float32]
@@ -85,7 +85,7 @@ class PageText:
             "domain": self._domain,
             "tokens": self._words,
             "documents": self._documents,
-            "first": _encoded(first.astype(np.uint8)),
+            "first": _encoded(first.astype("<u2")),
             "weights": _encoded((gates / unit).round().astype(np.uint8)),
             "unit": unit,
             "losses": _encoded(self._losses[:count].astype("<f4")),

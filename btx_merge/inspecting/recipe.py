@@ -47,7 +47,8 @@ class RoutingRecipe:
     """Measure what each expert is worth, with it switched off and with it alone. That takes two more passes over the
     texts for each expert, and so most of the time."""
     page_tokens: int = 20_000
-    """Tokens of all domains together that the page shows one by one; with 0 it has the figures alone."""
+    """Tokens of all domains together that the page shows one by one; fewer where layers times experts are more than
+    400. With 0 the page has the figures alone."""
 
     def __post_init__(self) -> None:
         problems = value_problems(self, RULES)

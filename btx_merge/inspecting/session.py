@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
 from btx_merge.checkpoints.dtypes import TORCH_NAMES
+from btx_merge.errors import InputError, Problem
 from btx_merge.inspecting.figures import ModelFigures
 from btx_merge.inspecting.measure import Inspection, Switches
 from btx_merge.inspecting.page_text import PageText
 from btx_merge.inspecting.recipe import RoutingRecipe
 from btx_merge.inspecting.routes import Routes, running_experts
 from btx_merge.measuring.models import load_folder
-from btx_merge.measuring.windows import Window, amount_of, cut, windows_of
+from btx_merge.measuring.windows import Amount, Window, amount_of, cut, windows_of
 from btx_merge.model.merged import MergedModel
 from btx_merge.reporting import Reporter
 from btx_merge.sources.tokenizer_files import load_tokenizer
@@ -21,6 +24,8 @@ from btx_merge.texts.references import DomainText, documents
 
 _WINDOW = 1024
 """Tokens that a model reads at a time, where the recipe does not say."""
+_PAGE_GATES = 8_000_000
+"""Gate weights that the page holds at most, a byte each: those of 20,000 tokens in 40 layers of 10 experts."""
 
 
 class Session:
@@ -30,7 +35,7 @@ class Session:
         """Read the texts once, to know how much there is of each, before a model is loaded.
 
         Raises:
-            InputError: a text that cannot be read, or has no token.
+            InputError: a text that cannot be read, or has no token; a tokenizer with tokens that its model has not.
         """
         self._recipe, self._models, self._reporter = recipe, models, reporter
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -39,9 +44,13 @@ class Session:
         self._length = recipe.window or min(_WINDOW, *longest)
         self._experts = [running_experts(model.config) for model in models]
         self._switches = Switches.of(self._experts[0]) if recipe.ablation else Switches((), ())
-        self._amounts = {text.name: amount_of(self._windows(0, text)) for text in recipe.data}
+        self._amounts: list[dict[str, Amount]] = []
+        for number in range(len(models)):
+            self._amounts.append({text.name: amount_of(self._windows(number, text)) for text in recipe.data})
+        if problems := self._token_problems():
+            raise InputError(problems)
         self._done = 0
-        nbytes = sum(amount.nbytes for amount in self._amounts.values())
+        nbytes = sum(amount.nbytes for amount in self._amounts[0].values())
         self._total = nbytes * (self._switches.passes + len(models))
         reporter.text_done(0, self._total)
 
@@ -55,6 +64,9 @@ class Session:
             InputError: transformers cannot load the model.
             NonFiniteError: a loss is not finite.
         """
+        gc.collect()  # the first model is gone before the second one comes
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
         recipe, opened = self._recipe, self._models[number]
         usual = "float32" if self._device.type == "cpu" else TORCH_NAMES[opened.dtype]
         model = load_folder(opened.located, getattr(torch, recipe.dtype or usual), self._device)
@@ -67,6 +79,8 @@ class Session:
             recipe.batch_size * self._length,
             self._text_done,
         )
+        gates = routes.num_layers * len(routes.experts)
+        page_tokens = min(page_tokens, _PAGE_GATES // gates)
         domains, texts = [], []
         for text, most in zip(recipe.data, shares(self._tokens(), page_tokens), strict=True):
             page = PageText(text.name, most, routes.num_layers, len(routes.experts))
@@ -76,15 +90,29 @@ class Session:
         return ModelFigures(name, router, tuple(routes.experts), tuple(domains)), texts
 
     def _windows(self, number: int, text: DomainText) -> Iterator[Window]:
-        """Return a domain's windows; those of the second model are of the text that the first one has read."""
-        tokenizer = self._tokenizers[number]
-        read = documents(text, self._tokenizers[0])
+        """Return a domain's windows; those of the second model are of the text that the first one reads."""
+        tokenizer, most = self._tokenizers[number], self._recipe.tokens or None
+        read = partial(documents, text, self._tokenizers[0])
+        windows = windows_of(read(), tokenizer, self._length, most, text.name)
         if number == 0:
-            return windows_of(read, tokenizer, self._length, self._recipe.tokens or None, text.name)
-        return windows_of(cut(read, self._amounts[text.name]), tokenizer, self._length, None, text.name)
+            return windows
+        amount = self._amounts[0][text.name]
+        if amount_of(windows).digest == amount.digest:  # of the same tokens, none is cut
+            return windows_of(read(), tokenizer, self._length, most, text.name)
+        return windows_of(cut(read(), amount), tokenizer, self._length, None, text.name)
+
+    def _token_problems(self) -> list[Problem]:
+        """Check that each model has a row in its embedding for every token of the texts."""
+        problems = []
+        for name, model, amounts in zip(("model", "against"), self._models, self._amounts, strict=False):
+            largest, rows = max(amount.largest_id for amount in amounts.values()), model.config["vocab_size"]
+            if largest >= rows:
+                expected = f"below {rows}, the embedding's rows"
+                problems.append(Problem(name, "tokenizer", f"gives the id {largest}", expected))
+        return problems
 
     def _tokens(self) -> list[int]:
-        return [amount.tokens for amount in self._amounts.values()]
+        return [amount.tokens for amount in self._amounts[0].values()]
 
     def _text_done(self, nbytes: int) -> None:
         self._done += nbytes

@@ -240,4 +240,5 @@ def _next(model: str, merged: MergedModel, untrained: tuple[str, ...]) -> Iterat
     if not merged.located.repo_id:
         yield f"btx push {given} ORG/NAME"
     data = " ".join(f"--data {name}=TEXT" for name in merged.domains if name != SEED)
+    yield f"btx eval {given} {data}"
     yield f"btx routing {given} {data} -o {out}-routing"

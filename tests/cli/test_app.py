@@ -86,8 +86,10 @@ OPTIONS = {
         *("--ablation", "--no-ablation", "--page-tokens", "--device", "--overwrite", "--quiet", "-q", "--json"),
     },
     "eval": {
-        *("model", "--data", "--no-sources", "--source", "--soup", "--against", "--routing", "--tokens", "--window"),
-        *("--batch-size", "--dtype", "--output", "-o", "--card", "--device", "--overwrite", "--quiet", "-q", "--json"),
+        *("model", "--data", "--no-sources", "--source", "--soup", "--against", "--routing", "--btm"),
+        *("--btm-text", "--tokens", "--window"),
+        *("--batch-size", "--dtype", "--output", "-o", "--card", "--lm-eval-tasks", "--device", "--overwrite"),
+        *("--quiet", "-q", "--json"),
     },
     "push": {
         *("model", "repo_id", "--private", "--revision", "--create-pr", "--commit-message", "--base-model"),

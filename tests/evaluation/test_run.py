@@ -203,6 +203,6 @@ def test_ctrl_c_writes_nothing(measured, texts, tmp_path):
         if done:
             raise KeyboardInterrupt
 
-    with pytest.raises(MergeInterrupted, match="Nothing was written"):
+    with pytest.raises(MergeInterrupted, match="No report was written"):
         evaluate(EvalRecipe(str(measured), texts), tmp_path / "report", reporter=Told(text_done=stop))
     assert list(tmp_path.iterdir()) == []

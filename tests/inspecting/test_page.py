@@ -195,6 +195,8 @@ def test_what_is_told_of_a_token(open_page: Any) -> None:
     assert f"loss {loss:.3f} nats, regret 0.500 (best: seed)" in told
     strip = "[...document.querySelectorAll('#about .strip i')].map((cell) => cell.className)"
     assert page.value(strip) == ["x1 here", "x2", "x0"]
+    bold = "[...document.querySelectorAll('#about td.best')].map((cell) => cell.textContent)"
+    assert page.value(bold) == [f"{loss - 0.5:.3f}", "code", "0.75"]
     page.hover("h1")
     page.wait("document.getElementById('about').hidden")
     page.hover("[data-token='99']")
@@ -408,5 +410,6 @@ def test_the_shown_text_is_bounded_and_the_unseen_part_has_no_route() -> None:
     plain = page.to_dict()
     assert plain["tokens"] == ["a", "b", "c"]
     assert plain["documents"] == [0]
-    assert list(base64.b64decode(plain["first"])) == [1, 1, 1, 1, 255, 255]  # [N, mean and one layer]
+    first = np.frombuffer(base64.b64decode(plain["first"]), "<u2").tolist()  # [N, mean and one layer]
+    assert first == [1, 1, 1, 1, 65535, 65535]
     assert np.frombuffer(base64.b64decode(plain["losses"]), "<f4").tolist() == [0, 1, 2]

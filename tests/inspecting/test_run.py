@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from btx_merge import InputError, MergeRecipe, Options, RoutingRecipe, merge, routing
+from btx_merge import InputError, MergeError, MergeInterrupted, MergeRecipe, Options, RoutingRecipe, merge, routing
 from btx_merge.cli.app import app
 from btx_merge.inspecting import session
 from btx_merge.inspecting.run import NUMBERS, PICTURES
 from btx_merge.model.files import REPORT
-from tests.support.common import Told, edit_json, files_of
+from tests.support.browser import CHROMIUM, Browser
+from tests.support.common import Told, edit_json, files_of, load_float32, tiny_tokenizer
+
+in_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
 
 
 def recipe_of(model: Path | str, texts: dict[str, str], **changes: Any) -> RoutingRecipe:
@@ -144,6 +151,28 @@ def test_everything_is_checked_before_the_model_is_loaded(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["empty.jsonl", "out"]
 
 
+def test_a_second_model_may_read_other_tokens(merged: Path, texts: dict[str, str], tmp_path: Path) -> None:
+    """The text is the same, and every byte of it is scored by both."""
+    copy = tmp_path / "copy"
+    shutil.copytree(merged, copy)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["w"])  # the id 128, at the beginning of every word
+    tokenizer.save_pretrained(copy)
+    recipe = recipe_of(merged, texts, against=str(copy), ablation=False)
+    with pytest.raises(InputError, match="against: tokenizer: gives the id 128; expected below 128, the embedding"):
+        routing(recipe, tmp_path / "out")
+    model = load_float32(merged)
+    model.resize_token_embeddings(140)
+    model.save_pretrained(copy)
+    heard: list[tuple[int, int]] = []
+    reporter = Told(text_done=lambda done, of: heard.append((done, of)))
+    report = routing(recipe, tmp_path / "out", reporter=reporter)
+    assert heard[-1][0] == heard[-1][1]
+    assert report.against
+    counts = [[domain.tokens for domain in figures.domains] for figures in (report.model, report.against)]
+    assert all(other > 1.5 * one for one, other in zip(*counts, strict=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
@@ -183,6 +212,48 @@ def test_a_report_is_replaced_when_the_new_one_is_complete(
     assert not (out / "old").exists()
 
 
+def test_ctrl_c_and_a_full_disk_leave_nothing(merged: Path, texts: dict[str, str], tmp_path: Path) -> None:
+    recipe = recipe_of(merged, texts)
+
+    def stop(done: int, of: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(MergeInterrupted, match=r"^Interrupted\. Nothing was written\.$"):
+        routing(recipe, tmp_path / "out", reporter=Told(text_done=stop))
+    assert list(tmp_path.iterdir()) == []
+
+    def full(done: int, of: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "out"))
+
+    with pytest.raises(
+        MergeError, match=r"out: No space left on device\. Make room\. The same command begins anew\.$"
+    ):
+        routing(recipe, tmp_path / "out", reporter=Told(text_done=full))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_holds_fewer_tokens_of_a_model_with_many_experts(
+    merged: Path, texts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "_PAGE_GATES", 2 * 3 * 40)  # layers, experts, tokens
+    routing(recipe_of(merged, texts, ablation=False), tmp_path / "out")
+    assert [len(text["tokens"]) for text in payload(tmp_path / "out" / REPORT)["texts"]] == [20, 20]
+
+
+@in_chromium
+def test_the_page_of_a_real_run_works(written: tuple[Path, Any], tmp_path: Path) -> None:
+    out, _ = written
+    with Browser(tmp_path / "chromium") as browser:
+        browser.open(out / REPORT)
+        browser.wait("document.getElementById('text').getAttribute('aria-busy') === 'false'")
+        words = payload(out / REPORT)["texts"][0]["tokens"]
+        assert browser.value("spans.map((span) => span.textContent)") == words
+        browser.hover("[data-token='3']")
+        browser.wait("!document.getElementById('about').hidden")
+        assert browser.complaints == []
+
+
 def test_the_command(merged: Path, texts: dict[str, str], tmp_path: Path) -> None:
     words = ["routing", str(merged), *(f"--data={name}={text}" for name, text in texts.items())]
     words += ["-o", str(tmp_path / "out"), "--tokens", "200", "--window", "32", "--batch-size", "2"]
@@ -198,10 +269,6 @@ def test_the_command(merged: Path, texts: dict[str, str], tmp_path: Path) -> Non
 
 def test_dead_experts_are_named(merged: Path, texts: dict[str, str], tmp_path: Path) -> None:
     """With a router that knows one expert alone, the others get what Top-1 leaves them: nothing."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     copy = tmp_path / "copy"
     shutil.copytree(merged, copy)
     for file in copy.glob("*.safetensors"):

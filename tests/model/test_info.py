@@ -66,7 +66,7 @@ def test_the_next_command_runs(merged: Path, texts: dict[str, str], tmp_path: Pa
     assert (done.returncode, done.stderr) == (0, "")
     found = info(str(tmp_path / "merged-fitted"))
     assert (found.routers, found.history[-1]) == ("fitted", "routers fitted: ridge")
-    assert [line.split()[1] for line in found.next] == ["export", "push", "routing"]
+    assert [line.split()[1] for line in found.next] == ["export", "push", "eval", "routing"]
     (line,) = [line for line in found.next if line.startswith("btx routing ")]
     for text in texts.values():
         line = line.replace("TEXT", text, 1)
@@ -242,6 +242,7 @@ def test_each_verb_says_which_comes_next(merged: Path, texts: dict[str, str], tm
     lead_on = [
         f"btx export {fitted} fitted-mixtral",
         f"btx push {fitted} ORG/NAME",
+        f"btx eval {fitted} {data}",
         f"btx routing {fitted} {data} -o fitted-routing",
     ]
     assert told_next("fit", merged, *given, "-o", fitted) == lead_on == list(info(str(fitted)).next)
