@@ -30,8 +30,8 @@ class RoutingRecipe:
     model: str
     """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
     data: tuple[DomainText, ...] = ()
-    """Text of each domain, best held out. A domain that has an expert's name has that expert for its own. Also a
-    mapping, as in `TrainRecipe`."""
+    """Held-out text of each domain: a file, a folder, a glob or a dataset of the Hub. The expert of a domain's name is
+    its own."""
     against: str | None = None
     """A second merged checkpoint whose routing is shown beside the first one's: the model before a finetuning, or one
     that was trained without balancing."""

@@ -170,6 +170,13 @@ def test_losses_and_regrets_are_colours_too(open_page: Any) -> None:
     page.click("#modes label:nth-of-type(3) span")
     wait_for_text(page)
     assert classes(page, 0) >= {"heat", "s1"}
+    assert page.value("document.getElementById('hint').textContent").startswith("The stronger a colour, the better")
+    page.click("#experts button:nth-of-type(1)")
+    wait_for_text(page)
+    assert classes(page, 0) >= {"heat", "s1"}  # by the mean of the layers the first expert is always first
+    page.click("#experts button:nth-of-type(2)")
+    wait_for_text(page)
+    assert "off" in classes(page, 0)
 
 
 @in_chromium
