@@ -41,6 +41,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "dare_linear": {"combine": "dare_linear"},
     "regmean": {"combine": "regmean"},
     "regmean_merged": {"combine": "regmean_merged"},
+    "regmean_merged, head": {"combine": "regmean_merged", "head": "fitted"},
 }
 ROUTERS: dict[str, dict[str, Any]] = {
     "random": {},
@@ -93,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=ROOT / "demo", help="what a demo left behind")
     parser.add_argument("--domain-tokens", type=int, default=100_000)
+    parser.add_argument("--half", type=int, choices=(0, 1), help="fit on every other document, from this one [on all]")
     parser.add_argument("--window", type=int, help="tokens of a window that is scored [128; for SmolLM2 256]")
     parser.add_argument("--heldout-chars", type=int, help="of each domain [all; for SmolLM2 24000]")
     parser.add_argument("--shared", nargs="*", default=list(SHARED), choices=list(SHARED))
@@ -112,7 +114,10 @@ def main() -> None:
     with TemporaryDirectory(dir=options.demo) as scratch:
         folder = Path(scratch)
         for domain in DOMAINS:
-            lines = (json.dumps({"text": text}) for text in corpora[domain]["train"])
+            documents = corpora[domain]["train"]
+            if options.half is not None:
+                documents = documents[options.half :: 2]
+            lines = (json.dumps({"text": text}) for text in documents)
             (folder / f"{domain}.jsonl").write_text("\n".join(lines), "utf-8")
         names = ("seed", *DOMAINS)
         singles = {name: bits(dense(options.demo / name)) for name in names}

@@ -58,18 +58,20 @@ def fit_head_by_frequency(
         NonFiniteError: a solution that the checkpoint's dtype cannot hold.
     """
     names, device = list(counts), checkpoint.device
-    grams = torch.stack([moments[f"gram.{name}"] for name in names]).to(device)
-    crosses = torch.stack([moments[f"cross.{name}"] for name in names]).to(device)
+    grams = [moments[f"gram.{name}"].to(device) for name in names]
+    crosses = [moments[f"cross.{name}"].to(device) for name in names]
     bins, middles = share_bins(torch.stack([counts[name].double().cpu() for name in names], dim=1))
-    for number, middle in enumerate(middles.to(device)):
-        gram = torch.einsum("d,dij->ij", middle, grams)
+    for number, middle in enumerate(middles):
+        gram = torch.zeros_like(grams[0])
+        for share, own_gram in zip(middle.tolist(), grams, strict=True):
+            gram.add_(own_gram, alpha=share)
         penalty = ridge * gram.diagonal().mean()
         gram.diagonal().add_(penalty)
         factor = torch.linalg.cholesky(gram)
         for rows in torch.split((bins == number).nonzero()[:, 0], _ROWS):
             mean = _gathered(checkpoint, rows)
             target = penalty * mean.double()  # [R, H]
-            for name, share, cross in zip(names, middle, crosses, strict=True):
+            for name, share, cross in zip(names, middle.tolist(), crosses, strict=True):
                 own = _gathered(checkpoint, rows, sources[name], mean)
                 target += share * (own.double() @ cross.T)
             solved = torch.cholesky_solve(target.T, factor).T

@@ -60,9 +60,12 @@ class Plan(Mixture):
         if self.recipe.is_fitted:
             # in float32: a layer, and the hidden states of all tokens, once more where the sources' own are needed
             tokens = self.recipe.domain_tokens * len(self.recipe.domain_text)
-            states = tokens * (1 + self.recipe.fits_shared) * int(self.seed.config["hidden_size"])
+            hidden = int(self.seed.config["hidden_size"])
+            states = tokens * (1 + self.recipe.fits_shared) * hidden
             layer = self.parameters // int(self.seed.config["num_hidden_layers"])
-            return _MEMORY_OF_FIT + 4 * (layer + states)
+            # a head of its own: two matrices in float64 for each domain
+            products = 2 * hidden**2 * len(self.recipe.domain_text) * self.recipe.has_own_head
+            return _MEMORY_OF_FIT + 4 * (layer + states) + 8 * products
         if self.recipe.combine in DIFFERENCE_METHODS:
             return _MEMORY + _MEMORY_OF_TORCH + _MEMORY_OF_DIFFERENCES * len(self.experts)
         return _MEMORY
