@@ -22,7 +22,7 @@ from typing import Any
 from demo_common import held_out, one_at_a_time, training
 from demo_texts import DOMAINS
 
-from btx_merge import EvalRecipe, EvalReport, ExpertSpec, MergeRecipe, Options, evaluate, merge
+from btx_merge import DomainText, EvalRecipe, EvalReport, ExpertSpec, MergeRecipe, Options, evaluate, merge
 from btx_merge.evaluation.report import Row
 
 PROMPTS = {
@@ -39,7 +39,6 @@ SHARED: dict[str, dict[str, Any]] = {
     "dare_linear": {"combine": "dare_linear"},
     "regmean": {"combine": "regmean"},
     "regmean_merged": {"combine": "regmean_merged"},
-    "regmean_merged, head": {"combine": "regmean_merged", "head": "fitted"},
     "regmean_merged, head": {"combine": "regmean_merged", "head": "fitted"},
 }
 ROUTERS: dict[str, dict[str, Any]] = {
@@ -72,7 +71,7 @@ class Comparison:
 
     def measure(self, model: Path, **beside: Any) -> EvalReport:
         """Measure a merge on all held-out texts."""
-        texts = {domain: str(held_out(domain)) for domain in DOMAINS}
+        texts = tuple(DomainText(domain, (str(held_out(domain)),)) for domain in DOMAINS)
         return evaluate(EvalRecipe(str(model), texts, window=self.window, tokens=self.tokens, **beside))
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import demo_common as common
 from demo_common import ROOT, console, shown, texts, training
@@ -21,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 DEMO = ROOT / "demo"
 WINDOW = 128
-MODEL = {
+MODEL: dict[str, Any] = {
     "vocab_size": 1024,
     "hidden_size": 128,
     "intermediate_size": 352,
@@ -32,8 +33,8 @@ MODEL = {
     "initializer_range": 0.05,
     "tie_word_embeddings": True,
 }
-SEED_STEPS, EXPERT_STEPS = 400, 120
-TRAINING = ["--max-length", str(WINDOW), "--per-device-train-batch-size", "8", "--logging-steps", "40"]
+SEED_STEPS, EXPERT_STEPS = 300, 100
+TRAINING = ["--max-length", str(WINDOW), "--per-device-train-batch-size", "8", "--logging-steps", "20"]
 TRAINING += ["--report-to", "none"]
 FIT_TOKENS = 30_000
 

@@ -170,6 +170,7 @@ def merge_and_look(demo: Demo, *, fit_tokens: int, window: int, tokens: int | No
     demo.btx("evaluation", "eval", f"{folder}/fitted", *measured, *further)
 
     console.rule("[bold]Who gets which tokens?", align="left")
-    demo.btx("routing", "routing", f"{folder}/fitted", *measured)
+    looked_at = [*texts("--data", held_out), "--window", str(window), "--tokens", "6000"]
+    demo.btx("routing", "routing", f"{folder}/fitted", *looked_at)
     console.print(f"\nopen {shown(demo.folder / 'routing' / 'report.html')} in a browser", style="bold")
     demo.close()
