@@ -28,7 +28,7 @@ class RoutingRecipe:
     """
 
     model: str
-    """The merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    """A merged checkpoint: a folder, `org/name` or `org/name@revision`."""
     data: tuple[DomainText, ...] = ()
     """Held-out text of each domain: a file, a folder, a glob or a dataset of the Hub. The expert of a domain's name is
     its own."""
@@ -36,19 +36,19 @@ class RoutingRecipe:
     """A second merged checkpoint whose routing is shown beside the first one's: the model before a finetuning, or one
     that was trained without balancing."""
     tokens: int = 20_000
-    """Tokens of each domain that are measured; 0 for all of them."""
+    """Most tokens of each domain that are measured, at least 0; only whole windows are. With 0 all of them."""
     window: int | None = None
-    """Tokens of a window. By default 1024, or the model's positions if these are fewer."""
+    """Tokens of a window, at least 1. By default 1024, or the model's positions if these are fewer."""
     batch_size: int = 8
-    """Windows of full length that are computed together; of shorter ones, more."""
+    """Windows of full length that are computed together, at least 1; of shorter ones, more."""
     dtype: str | None = None
     """Dtype of the computation: float32, bfloat16 or float16. By default float32 on a CPU, the model's elsewhere."""
     ablation: bool = True
     """Measure what each expert is worth, with it switched off and with it alone. That takes two more passes over the
     texts for each expert, and so most of the time."""
     page_tokens: int = 20_000
-    """Tokens of all domains together that the page shows one by one; fewer where layers times experts are more than
-    400. With 0 the page has the figures alone."""
+    """Most tokens of all domains together that the page shows one by one, at least 0; fewer where layers times experts
+    are more than 400. With 0 the page has the figures alone."""
 
     def __post_init__(self) -> None:
         problems = value_problems(self, RULES)

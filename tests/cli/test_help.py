@@ -9,7 +9,7 @@ import pytest
 import typer.main
 from typer.testing import CliRunner
 
-from btx_merge import BranchRecipe, EditRecipe, ExpertSpec, FitRecipe, MergeRecipe, Options, TrainRecipe
+from btx_merge import BranchRecipe, EditRecipe, ExpertSpec, FitRecipe, MergeRecipe, Options, RoutingRecipe, TrainRecipe
 from btx_merge.cli.app import app
 from btx_merge.editing.recipe import RULES as EDIT_RULES
 from btx_merge.evaluation.recipe import RULES as EVAL_RULES
@@ -17,13 +17,14 @@ from btx_merge.evaluation.recipe import EvalRecipe
 from btx_merge.finetuning.arguments import DEFAULTS
 from btx_merge.finetuning.recipe import RULES as TRAIN_RULES
 from btx_merge.fitting.recipe import RULES as FIT_RULES
+from btx_merge.inspecting.recipe import RULES as ROUTING_RULES
 from btx_merge.merging.recipe import RULES as MERGE_RULES
 from btx_merge.values import choices, field_descriptions
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 OF_A_MERGE = (ExpertSpec, MergeRecipe)
 CLASSES = {"merge": OF_A_MERGE, "check": OF_A_MERGE, "fit": (FitRecipe,), "edit": (ExpertSpec, EditRecipe)}
-CLASSES |= {"train": (TrainRecipe,), "branch": (BranchRecipe,), "eval": (EvalRecipe,)}
+CLASSES |= {"train": (TrainRecipe,), "branch": (BranchRecipe,), "eval": (EvalRecipe,), "routing": (RoutingRecipe,)}
 WITHOUT_FLAG = {
     "merge": {"seed_weight", "resolved", "model"},  # --weight seed=..; for a merge to write; --expert NAME=MODEL
     "check": {"seed_weight", "resolved", "model"},
@@ -36,6 +37,7 @@ WITHOUT_FIELD = {
     "fit": {"output"},
     "edit": {"output"},
     "eval": {"output", "card"},
+    "routing": {"output"},
     "train": {
         *("output", "config", "resume", "max_steps", "learning_rate", "per_device_train_batch_size"),
         *("gradient_accumulation_steps", "warmup_steps", "lr_scheduler_type", "weight_decay", "logging_steps"),
@@ -82,6 +84,7 @@ def test_an_export_is_described_by_the_options_of_all_verbs(verb: str) -> None:
 
 RULES = {MergeRecipe: MERGE_RULES, FitRecipe: FIT_RULES, TrainRecipe: TRAIN_RULES, EditRecipe: EDIT_RULES}
 RULES[EvalRecipe] = EVAL_RULES
+RULES[RoutingRecipe] = ROUTING_RULES
 
 
 @pytest.mark.parametrize("recipe", RULES)
