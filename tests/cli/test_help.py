@@ -36,7 +36,7 @@ WITHOUT_FIELD = {
     "check": {"recipe"},
     "fit": {"output"},
     "edit": {"output"},
-    "eval": {"output", "card"},
+    "eval": {"output", "card", "lm_eval_tasks"},
     "routing": {"output"},
     "train": {
         *("output", "config", "resume", "max_steps", "learning_rate", "per_device_train_batch_size"),
