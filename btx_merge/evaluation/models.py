@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ class Entry:
     """A row for each."""
     tokenizer: Path
     """The folder of its tokenizer."""
+    folders: tuple[Path, ...]
+    """Where it lies, and an adapter's base."""
     load: Callable[[Any, Any], Any]
     """Takes a dtype and a device of torch."""
 
@@ -50,7 +53,8 @@ def entries_of(
     warnings: list[Problem] = []
     folder = model.located.folder
     kinds = (MODEL, ROUTED) if recipe.routing else (MODEL,)
-    entries = [Entry("merged", kinds, folder, lambda dtype, device: load_folder(model.located, dtype, device))]
+    load: Callable[[Any, Any], Any] = lambda dtype, device: load_folder(model.located, dtype, device)  # noqa: E731
+    entries = [Entry("merged", kinds, folder, (folder,), load)]
     if not recipe.no_sources:
         try:
             of_sources, warnings = _source_entries(recipe, model, scratch)
@@ -74,7 +78,8 @@ def _source_entries(
 
     def entry(source: Source) -> Entry:
         tokenizer = source.tokenizer_folder or model.located.folder
-        return Entry(source.name, (SOURCE,), tokenizer, lambda dtype, device: load_source(source, dtype, device))
+        load: Callable[[Any, Any], Any] = lambda dtype, device: load_source(source, dtype, device)  # noqa: E731
+        return Entry(source.name, (SOURCE,), tokenizer, source.folders, load)
 
     sources, warnings = open_sources(model, recipe.sources, scratch)
     entries = [entry(source) for source in sources.values()]
@@ -82,7 +87,7 @@ def _source_entries(
         each = list(sources.values())
         plan_vocabulary(each)  # says now what cannot be averaged
         load: Callable[[Any, Any], Any] = lambda dtype, device: load_mean(each, dtype, device)  # noqa: E731
-        entries.append(Entry("soup", (SOUP,), model.located.folder, load))
+        entries.append(Entry("soup", (SOUP,), model.located.folder, (), load))
     return entries, warnings
 
 
@@ -107,7 +112,8 @@ def _other(name: str, reference: str, window: int) -> Entry:
         if isinstance(positions, int) and positions < window:
             remedy = f"Give --window {positions}, for all models."
             raise InputError([Problem(name, "config.json", f"{positions} positions", f"at least {window}", remedy)])
-    return Entry(name, (AGAINST,), located.folder, lambda dtype, device: load_folder(located, dtype, device))
+    load: Callable[[Any, Any], Any] = lambda dtype, device: load_folder(located, dtype, device)  # noqa: E731
+    return Entry(name, (AGAINST,), located.folder, (located.folder,), load)
 
 
 def ensemble_of(recipe: EvalRecipe, entries: Sequence[Entry]) -> list[Entry]:
@@ -155,15 +161,34 @@ def routing_problems(recipe: EvalRecipe, model: MergedModel) -> list[Problem]:
     return [Problem("recipe", "routing", f"domain, and no expert {name}", expected, remedy) for name in names]
 
 
-def target_problems(target: Path, model: MergedModel | None, overwrite: bool) -> list[Problem]:
-    """Return why nothing can be written to a folder: a result takes its place, which must not hold the model."""
-    try:
-        check_target(target, overwrite)
-    except InputError as error:
-        return list(error.problems)
-    if model and model.located.folder.resolve().is_relative_to(target):
-        return [Problem("output", str(target), "is where the model lies", "", "Give another folder.")]
-    return []
+def target_problems(targets: Sequence[Path], overwrite: bool) -> list[Problem]:
+    """Return why nothing can be written to the folders of report and tasks."""
+    problems: list[Problem] = []
+    for target in targets:
+        try:
+            check_target(target, overwrite)
+        except InputError as error:
+            problems += error.problems
+    for target, other in pairwise(targets):  # there are two at most
+        if target.is_relative_to(other) or other.is_relative_to(target):
+            found, expected = f"overlaps with {target}, the folder of the report", "a folder for the tasks alone"
+            problems.append(Problem("command", "--lm-eval-tasks", found, expected, "Give another folder."))
+    return problems
+
+
+def overlap_problems(targets: Sequence[Path], folders: Mapping[str, Sequence[Path]]) -> list[Problem]:
+    """Return which models a result would remove: it takes the place of all that its folder holds.
+
+    Args:
+        folders: of each model, by its name.
+    """
+    problems = []
+    for target in targets:
+        for name, places in folders.items():
+            if any(place.resolve().is_relative_to(target) for place in places):
+                found = f"is where the model {name} lies, or holds it"
+                problems.append(Problem("output", str(target), found, "", "Give another folder."))
+    return problems
 
 
 def hub_problem(located: Located) -> list[Problem]:

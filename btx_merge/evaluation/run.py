@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from btx_merge.errors import InputError, MergeInterrupted, Problem
+from btx_merge.errors import InputError, MergeInterrupted, NonFiniteError, Problem
 from btx_merge.evaluation.card import update_card
 from btx_merge.evaluation.files import write_report
 from btx_merge.evaluation.harness import command, write_tasks
@@ -20,12 +21,13 @@ from btx_merge.evaluation.models import (
     ensemble_of,
     entries_of,
     hub_problem,
+    overlap_problems,
     routing_problems,
     target_problems,
     window_of,
 )
 from btx_merge.evaluation.recipe import EvalRecipe
-from btx_merge.evaluation.report import BTM, ROUTED, EvalReport, Row, oracle_of, with_gaps
+from btx_merge.evaluation.report import BTM, ROUTED, EvalReport, Row, Score, oracle_of, with_gaps
 from btx_merge.files.scratch import scratch_folder
 from btx_merge.fitting.run import device_problems
 from btx_merge.model.merged import MergedModel
@@ -74,6 +76,7 @@ def evaluate(
 
     Raises:
         InputError: every reason to refuse, before a model is loaded; or a text that cannot be read.
+        NonFiniteError: a loss is not finite; no report was written.
         MergeInterrupted: Ctrl-C; no report was written.
     """
     began = time.perf_counter()
@@ -98,8 +101,7 @@ def evaluate(
 def _check(recipe: EvalRecipe, targets: Sequence[Path], options: Options, card: bool, stack: ExitStack) -> _Evaluation:
     """Open everything without reading weights. `targets` are the folders that will be written."""
     model, problems = open_model(recipe.model, None, options.overwrite)
-    for target in targets:
-        problems += target_problems(target, model, options.overwrite)
+    problems += target_problems(targets, options.overwrite)
     problems += check_texts((*recipe.data, *recipe.btm_text), model.located.folder if model else None)
     problems += device_problems(options.device)
     if (targets or card) and not is_installed("matplotlib"):
@@ -117,6 +119,8 @@ def _check(recipe: EvalRecipe, targets: Sequence[Path], options: Options, card: 
         ensemble = ensemble_of(recipe, entries)
     except InputError as error:
         problems += error.problems
+    folders = {entry.name: entry.folders for entry in entries} or {"merged": (model.located.folder,)}
+    problems += overlap_problems(targets, folders)
     if problems:
         raise InputError(problems)
     return _Evaluation(recipe, model, window, entries, ensemble, tuple(warnings))
@@ -180,6 +184,7 @@ def _rows_of(
             name = domain.text.name
             with sent_to(loaded, checked.model.experts_of(name)) if kind == ROUTED else nullcontext():
                 scores[name] = score(loaded, domain, tokenizer, tokens, told)
+        _refuse_nonfinite(entry.name, scores)
         rows.append(Row(ROUTED_NAME if kind == ROUTED else entry.name, kind, scores, {}))
     return rows
 
@@ -208,7 +213,19 @@ def _ensemble_row(
     ensemble = BranchTrainMerge(experts, checked.recipe.btm_text, tokenizer, number, on_demand=True)
     tokens = checked.recipe.batch_size * checked.window
     scores = {domain.text.name: ensemble_score(ensemble, domain, tokens, told) for domain in domains}
+    _refuse_nonfinite("Branch-Train-Merge", scores)
     return Row(f"Branch-Train-Merge, top {number}", BTM, scores, {})
+
+
+def _refuse_nonfinite(name: str, scores: Mapping[str, Score]) -> None:
+    """Refuse figures that are none: nothing can be compared with them, and no oracle found.
+
+    Raises:
+        NonFiniteError: a loss is not finite.
+    """
+    for domain, found in scores.items():
+        if not math.isfinite(found.bits_per_byte):
+            raise NonFiniteError(f"{name}: its loss on {domain} is not finite. No report was written.")
 
 
 def _dtype(recipe: EvalRecipe, model: MergedModel, device: str) -> str:

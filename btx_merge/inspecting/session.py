@@ -35,7 +35,8 @@ class Session:
         """Read the texts once, to know how much there is of each, before a model is loaded.
 
         Raises:
-            InputError: a text that cannot be read, or has no token; a tokenizer with tokens that its model has not.
+            InputError: a text that cannot be read, or has no token that is routed; a tokenizer with tokens that its
+                model has not.
         """
         self._recipe, self._models, self._reporter = recipe, models, reporter
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -47,7 +48,7 @@ class Session:
         self._amounts: list[dict[str, Amount]] = []
         for number in range(len(models)):
             self._amounts.append({text.name: amount_of(self._windows(number, text)) for text in recipe.data})
-        if problems := self._token_problems():
+        if problems := self._token_problems() + self._routed_problems():
             raise InputError(problems)
         self._done = 0
         nbytes = sum(amount.nbytes for amount in self._amounts[0].values())
@@ -110,6 +111,16 @@ class Session:
                 expected = f"below {rows}, the embedding's rows"
                 problems.append(Problem(name, "tokenizer", f"gives the id {largest}", expected))
         return problems
+
+    def _routed_problems(self) -> list[Problem]:
+        """Check that each model routes a token of every text: a document's last one predicts nothing."""
+        problems = []
+        for number in range(len(self._models)):
+            for text in self._recipe.data:
+                if not any(window.scored > 1 or window.offset for window in self._windows(number, text)):
+                    expected = "a document of two tokens or more, for routers to see one"
+                    problems.append(Problem(text.name, "text", "one token in each document", expected))
+        return list(dict.fromkeys(problems))
 
     def _tokens(self) -> list[int]:
         return [amount.tokens for amount in self._amounts[0].values()]

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from btx_merge import EvalRecipe, InputError, MergeInterrupted, MergeRecipe, Options, evaluate, merge
+from btx_merge import EvalRecipe, InputError, MergeInterrupted, MergeRecipe, NonFiniteError, Options, evaluate, merge
 from btx_merge.evaluation.report import AGAINST, MODEL, ROUTED, SOUP, SOURCE, Row, Score, oracle_of, with_gaps
-from tests.support.common import VOCAB, WORDS, Told, force_expert, grow, load_float32, tiny_tokenizer
+from tests.support.common import VOCAB, WORDS, Told, files_of, force_expert, grow, load_float32, tiny_tokenizer
 
 BOS = 126
 
@@ -206,3 +206,33 @@ def test_ctrl_c_writes_nothing(measured, texts, tmp_path):
     with pytest.raises(MergeInterrupted, match="No report was written"):
         evaluate(EvalRecipe(str(measured), texts), tmp_path / "report", reporter=Told(text_done=stop))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("role", ["sources", "against"])
+def test_no_model_beside_the_merged_one_is_overwritten(measured, texts, family, tmp_path, role):
+    moved = shutil.copytree(family.math, tmp_path / "place" / "math")
+    before = files_of(tmp_path)
+    for out in (moved, tmp_path / "place"):
+        recipe = EvalRecipe(str(measured), texts, **{role: {"math": str(moved)}})
+        with pytest.raises(InputError, match="is where the model math lies, or holds it"):
+            evaluate(recipe, out, Options(overwrite=True))
+    with pytest.raises(InputError, match="is where the model math lies"):
+        evaluate(recipe, options=Options(overwrite=True), lm_eval_tasks=moved)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("tasks", ["report", "report/tasks", "."])
+def test_report_and_tasks_need_a_folder_each(measured, texts, tmp_path, tasks):
+    out = tmp_path / "new" / "report"
+    with pytest.raises(InputError, match=r"--lm-eval-tasks: overlaps with .*, the folder of the report"):
+        evaluate(EvalRecipe(str(measured), texts), out, lm_eval_tasks=out.parent / tasks)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_is_no_figure(measured, texts, family, tmp_path):
+    """A NaN would be the best of all sources, or none, and is no JSON."""
+    broken = grow(family.seed, tmp_path / "broken", change=lambda model: model.model.norm.weight.data.fill_(math.nan))
+    recipe = EvalRecipe(str(measured), texts, sources={"seed": str(broken)}, tokens=60)
+    with pytest.raises(NonFiniteError, match=r"seed: its loss on .* is not finite. No report was written"):
+        evaluate(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -285,3 +285,11 @@ def test_dead_experts_are_named(merged: Path, texts: dict[str, str], tmp_path: P
     for layer in range(2):
         for name in ("code", "math"):
             assert f"dead  {name} in layer {layer} of copy: 0.00% of the choices" in done.stdout
+
+
+def test_text_of_which_no_token_is_routed_is_refused(merged: Path, tmp_path: Path) -> None:
+    """Otherwise every expert would be called dead."""
+    (tmp_path / "short.jsonl").write_text('{"text": "w1"}\n{"text": ""}\n{"text": "w2"}\n')
+    with pytest.raises(InputError, match="code: text: one token in each document; expected a document of two tokens"):
+        routing(recipe_of(merged, {"code": str(tmp_path / "short.jsonl")}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
