@@ -36,7 +36,7 @@ MODEL: dict[str, Any] = {
 SEED_STEPS, EXPERT_STEPS = 300, 100
 TRAINING = ["--max-length", str(WINDOW), "--per-device-train-batch-size", "8", "--logging-steps", "20"]
 TRAINING += ["--report-to", "none"]
-FIT_TOKENS = 30_000
+FIT = ["--head", "fitted", "--domain-tokens", "30000"]
 
 
 def untrained_llama(folder: Path) -> None:
@@ -81,7 +81,7 @@ def main() -> None:
     for domain in DOMAINS:
         demo.btx(domain, "branch", "demo/seed", *texts("--data", training, (domain,)), *steps)
 
-    common.merge_and_look(demo, fit_tokens=FIT_TOKENS, window=WINDOW - 1)
+    common.merge_and_look(demo, FIT, window=WINDOW - 1)
 
 
 if __name__ == "__main__":

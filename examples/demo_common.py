@@ -145,10 +145,11 @@ def package_fingerprint() -> str:
     return fingerprint([(str(file.relative_to(ROOT)), file.read_text("utf-8")) for file in files])
 
 
-def merge_and_look(demo: Demo, *, fit_tokens: int, window: int, tokens: int | None = None) -> None:
+def merge_and_look(demo: Demo, fit: list[str], *, window: int, tokens: int | None = None) -> None:
     """Merge what lies in a demo's folder, say what that is worth, and show which expert gets which tokens.
 
     Args:
+        fit: further options of the merge that is fitted.
         tokens: of each domain's held-out text, where not all of it is measured.
     """
     folder = shown(demo.folder)
@@ -158,9 +159,8 @@ def merge_and_look(demo: Demo, *, fit_tokens: int, window: int, tokens: int | No
 
     console.rule("[bold]Mix: the experts in one model, with random routers, and with everything fitted", align="left")
     demo.btx("btx", "merge", *sources)
-    fit = ["--combine", "regmean_merged", "--router-init", "ridge", "--fit-through", "router"]
-    fit += [*texts("--domain-text", training), "--domain-tokens", str(fit_tokens)]
-    demo.btx("fitted", "merge", *sources, *fit)
+    fitted = ["--combine", "regmean_merged", "--router-init", "ridge", "--fit-through", "router", *fit]
+    demo.btx("fitted", "merge", *sources, *fitted, *texts("--domain-text", training))
 
     console.rule("[bold]What is it worth?", align="left")
     measured = [*texts("--data", held_out), "--window", str(window)]

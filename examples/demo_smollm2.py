@@ -26,7 +26,7 @@ WINDOW = 256
 LORA = ["--train", "lora", "--lora-r", "16", "--lora-alpha", "32", "--lora-target", "all"]
 TRAINING = ["--max-steps", "70", "--learning-rate", "5e-4", "--per-device-train-batch-size", "2"]
 TRAINING += ["--max-length", str(WINDOW), "--report-to", "none"]
-FIT_TOKENS = 12_000
+FIT = ["--domain-tokens", "12000"]
 HELD_OUT_TOKENS = 6_000
 
 
@@ -62,7 +62,7 @@ def main() -> None:
     for domain in DOMAINS:
         demo.btx(domain, "branch", "demo/smollm2/seed", *texts("--data", training, (domain,)), *LORA, *TRAINING)
 
-    common.merge_and_look(demo, fit_tokens=FIT_TOKENS, window=WINDOW - 1, tokens=HELD_OUT_TOKENS)
+    common.merge_and_look(demo, FIT, window=WINDOW - 1, tokens=HELD_OUT_TOKENS)
 
 
 if __name__ == "__main__":

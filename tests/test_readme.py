@@ -74,7 +74,8 @@ def world(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     for folder in ("demo/texts", "math"):
         (root / folder).mkdir()
-    for file in ("code.jsonl", "bio.jsonl", "demo/texts/code.jsonl", "demo/texts/math.jsonl"):
+    demo = [f"demo/texts/{name}.jsonl" for name in ("code", "math", "code-held-out", "math-held-out")]
+    for file in ("code.jsonl", "bio.jsonl", *demo):
         (root / file).write_text(lines)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / "math/part.parquet")
     return root

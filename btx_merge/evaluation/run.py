@@ -39,7 +39,7 @@ from btx_merge.sources.tokenizer_files import has_tokenizer, load_tokenizer
 from btx_merge.texts.readers import is_installed
 from btx_merge.texts.references import EXTRA
 
-ROUTED_NAME = "merged, each domain by its own expert"
+ROUTED_NAME = "merged, own expert"
 
 
 @dataclass(frozen=True, eq=False)

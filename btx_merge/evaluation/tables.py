@@ -24,7 +24,7 @@ def bits_table(report: EvalReport) -> Table:
     best = [report.oracle[domain] for domain in domains]
     full = ["" if domain in report.without_gap else "100%" for domain in domains]
     oracle = [*(f"{one.bits_per_byte:.3f} ({one.source})" for one in best), *full, "100%" if any(full) else ""]
-    rows.append(["oracle: the best single source", *oracle])
+    rows.append(["oracle, best source", *oracle])
     return head, rows
 
 

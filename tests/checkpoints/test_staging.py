@@ -529,6 +529,7 @@ def test_an_output_that_cannot_be_one(sources, tmp_path):
 
 def test_a_source_is_never_overwritten(sources, tmp_path):
     copies = tuple(shutil.copytree(folder, tmp_path / "sources" / folder.name) for folder in sources)
+    (tmp_path / "sources" / "config.json").write_text("{}")  # all of it could be an earlier result
     before = files_of(tmp_path)
     for output in (copies[0], tmp_path / "sources", copies[1] / "merged"):
         with pytest.raises(InputError, match="overlaps with the source"):
@@ -539,7 +540,7 @@ def test_a_source_is_never_overwritten(sources, tmp_path):
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_the_size_of_jobs_and_blocks_does_not_matter(sources, uninterrupted, tmp_path, monkeypatch, name):
     expected = uninterrupted(**RECIPES[name])
-    monkeypatch.setattr("btx_merge.merging.plan.JOB_BYTES", 100_000)
+    monkeypatch.setattr("btx_merge.merging.mixture.JOB_BYTES", 100_000)
     monkeypatch.setattr("btx_merge.checkpoints.layout.BLOCK_BYTES", 7_000)
     merge(recipe_of(sources, **RECIPES[name]), tmp_path / "out", Options(workers=3))
     assert files_of(tmp_path / "out") == expected

@@ -496,6 +496,7 @@ def test_an_output_that_overlaps_with_a_source(place: str, family: Family, tmp_p
     """Replacing it would destroy what is read."""
     room = tmp_path / "room"
     shutil.copytree(family.seed, room / "seed")
+    (room / "config.json").write_text("{}")  # all of it could be an earlier result
     out = {"itself": room / "seed", "inside": room / "seed" / "out", "around": room}[place]
     before = files_of(tmp_path)
     done = btx("merge", "--seed", room / "seed", "--expert", f"code={family.code}", "-o", out, "--overwrite")

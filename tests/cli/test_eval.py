@@ -20,7 +20,7 @@ def test_an_evaluation(family: Family, texts: dict[str, str], tmp_path: Path) ->
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     rows = {line.strip().split("  ")[0] for line in lines}
-    for name in ("merged", "merged, each domain by its own expert", "seed", "code", "math", "soup"):
+    for name in ("merged", "merged, own expert", "seed", "code", "math", "soup"):
         assert name in rows
     report = json.loads((tmp_path / "report" / "eval.json").read_text())
     assert f"{report['rows'][0]['scores']['code']['bits_per_byte']:.3f}" in done.stdout

@@ -35,7 +35,7 @@ def test_a_folder_has_numbers_tables_and_a_picture(measured, texts, tmp_path):
 def test_the_table_has_every_model_and_the_oracle(found):
     head, rows = bits_table(found)
     assert head == ["model", "code", "math", "gap closed, code", "gap closed, math", "mean"]
-    assert [row[0] for row in rows] == ["merged", "seed", "code", "math", "soup", "oracle: the best single source"]
+    assert [row[0] for row in rows] == ["merged", "seed", "code", "math", "soup", "oracle, best source"]
     for cells, row in zip(rows, found.rows, strict=False):
         assert cells[1] == f"{row.scores['code'].bits_per_byte:.3f}"
         assert cells[3] == ("no gap" if row.closed["code"] is None else f"{row.closed['code']:.1%}")

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import LlamaForCausalLM
 
-from btx_merge import InputError, MergeRecipe, check, merge
-from tests.support.common import edit_json, load_float32, logits_of, move_trainable, save_seed
+from btx_merge import InputError, MergeRecipe, merge
+from tests.support.common import load_float32, logits_of, move_trainable, save_seed
 
 # What peft and transformers say to who trains is not about us.
 pytestmark = [pytest.mark.filterwarnings("ignore:::peft"), pytest.mark.filterwarnings("ignore:::transformers")]
@@ -24,6 +24,7 @@ VIRTUAL: dict[str, Any] = {"num_virtual_tokens": 3}
 
 MERGED: dict[str, dict[str, Any]] = {
     "ADALORA": {**LINEAR, "total_step": 10},
+    "ADAMSS": {**LINEAR, "r": 16, "num_subspaces": 4},
     "BEFT": {"target_modules": ["q_proj"]},
     "BOFT": LINEAR,
     "C3A": {**LINEAR, "block_size": 32},
@@ -72,7 +73,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "XLORA": {"hidden_size": 64},
 }
 """Types that add to what goes through the model, that depend on the input, or that peft does not merge."""
-NOT_MADE = {"ADAMSS": "peft needs scikit-learn to make one, which the tests do not install"}
 QUICK = ["BEFT", "FOURIERFT", "IA3", "LN_TUNING", "LOHA", "LORA", "OFT", "SHIRA", "TRAINABLE_TOKENS", "VERA"]
 QUICK += ["LILY", "POLY", "PROMPT_TUNING"]
 """One of each family, on a tied base; the others and the untied base are slow."""
@@ -81,7 +81,6 @@ TYPES = sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)
 WALK = [
     pytest.param(kind, tied, id=f"{kind}-{'tied' if tied else 'untied'}", marks=[] if quick else [pytest.mark.slow])
     for kind in TYPES
-    if kind not in NOT_MADE
     for tied in (True, False)
     for quick in [tied and kind in QUICK]
 ]
@@ -122,7 +121,7 @@ def assert_merged_as_unmerged(base: Path, adapter: Path, model: Any, out: Path) 
 
 
 def test_the_walk_knows_every_type() -> None:
-    known = {*MERGED, *REFUSED, *NOT_MADE}
+    known = {*MERGED, *REFUSED}
     assert set(TYPES) <= known, "a type that peft has gained: put it into the table that fits"
     assert set(QUICK) <= known
 
@@ -144,13 +143,3 @@ def test_every_type_is_merged_exactly_or_refused(
     with pytest.raises(InputError, match=f"an adapter of type {kind}"):
         merge(alone(base, tmp_path / "adapter"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("kind", NOT_MADE)
-def test_a_type_that_cannot_be_made_here(kind: str, base_of: Callable[[bool], Path], tmp_path: Path) -> None:
-    """Without what peft needs for it, it cannot be merged either."""
-    base = base_of(False)
-    adapted(base, tmp_path / "adapter", LoraConfig(task_type="CAUSAL_LM", **LINEAR))
-    edit_json(tmp_path / "adapter" / "adapter_config.json", peft_type=kind)
-    with pytest.raises(InputError, match=f"an adapter of type {kind}"):
-        check(alone(base, tmp_path / "adapter"))
