@@ -129,7 +129,7 @@ def read_train_file(file: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, or is no YAML of this kind.
     """
-    values = read_yaml(file, "train", "`data:` and options of the command")
+    values = read_yaml(file, "config", "`data:` and options of the command")
     if "data" in values:
         values["data"] = domain_texts_of(str(file), values["data"], [file.parent])
     reference = values.get("model")

@@ -28,6 +28,8 @@ from btx_merge.evaluation.models import (
 )
 from btx_merge.evaluation.recipe import EvalRecipe
 from btx_merge.evaluation.report import BTM, ROUTED, EvalReport, Row, Score, oracle_of, with_gaps
+from btx_merge.files.disk_errors import disk_error
+from btx_merge.files.folder import file_problems
 from btx_merge.files.scratch import scratch_folder
 from btx_merge.fitting.run import device_problems
 from btx_merge.model.merged import MergedModel
@@ -77,7 +79,7 @@ def evaluate(
     Raises:
         InputError: every reason to refuse, before a model is loaded; or a text that cannot be read.
         NonFiniteError: a loss is not finite; no report was written.
-        MergeInterrupted: Ctrl-C; no report was written.
+        MergeError: the disk refused; `MergeInterrupted` for Ctrl-C, and no report was written.
     """
     began = time.perf_counter()
     refuse_unused(options, "evaluate", "device", "overwrite")
@@ -87,6 +89,10 @@ def evaluate(
             checked = _check(recipe, [path for path in (target, tasks) if path], options, card, stack)
             for warning in checked.warnings:
                 reporter.warn(str(warning))
+            places = [path for path in (target, tasks, checked.model.located.folder if card else None) if path]
+            for place in places:
+                with scratch_folder(place.parent):
+                    pass  # what is measured for hours can be written
             report = _measure(checked, target, tasks, options, reporter)
             report = replace(report, seconds=time.perf_counter() - began)
             if target is not None:
@@ -95,6 +101,8 @@ def evaluate(
                 update_card(report, checked.model.located.folder)
     except KeyboardInterrupt:
         raise MergeInterrupted("Interrupted. No report was written.") from None
+    except OSError as error:
+        raise disk_error(error, target or tasks or Path(recipe.model), "") from error
     return report
 
 
@@ -111,7 +119,9 @@ def _check(recipe: EvalRecipe, targets: Sequence[Path], options: Options, card: 
     if not has_tokenizer(model.located.folder):
         folder = str(model.located.folder)
         problems.append(Problem("model", folder, "no tokenizer", "tokenizer.json or tokenizer.model"))
-    problems += routing_problems(recipe, model) + (hub_problem(model.located) if card else [])
+    problems += routing_problems(recipe, model)
+    if card:
+        problems += [*hub_problem(model.located), *file_problems(model.located.folder, ["README.md"])]
     window, entries, ensemble, warnings = 1, list[Entry](), list[Entry](), list[Problem]()
     try:
         window = window_of(recipe, model.dense_config)

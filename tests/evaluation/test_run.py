@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -10,7 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from btx_merge import EvalRecipe, InputError, MergeInterrupted, MergeRecipe, NonFiniteError, Options, evaluate, merge
+from btx_merge import (
+    EvalRecipe,
+    InputError,
+    MergeError,
+    MergeInterrupted,
+    MergeRecipe,
+    NonFiniteError,
+    Options,
+    evaluate,
+    merge,
+)
+from btx_merge.evaluation import run
 from btx_merge.evaluation.report import AGAINST, MODEL, ROUTED, SOUP, SOURCE, Row, Score, oracle_of, with_gaps
 from tests.support.common import VOCAB, WORDS, Told, files_of, force_expert, grow, load_float32, tiny_tokenizer
 
@@ -236,3 +248,29 @@ def test_a_loss_that_is_not_finite_is_no_figure(measured, texts, family, tmp_pat
     with pytest.raises(NonFiniteError, match=r"seed: its loss on .* is not finite. No report was written"):
         evaluate(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_found_before_anything_is_measured(measured, texts, tmp_path, monkeypatch):
+    def refuse(parent: Path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(parent))
+
+    def measured_yet(done: int, of: int) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(run, "scratch_folder", refuse)
+    recipe = EvalRecipe(str(measured), texts, no_sources=True)
+    calls = ({"output": tmp_path / "report"}, {"lm_eval_tasks": tmp_path / "tasks"}, {"card": True})
+    for call, parent in zip(calls, (tmp_path, tmp_path, measured.parent), strict=True):
+        with pytest.raises(MergeError, match=f"{parent}: Permission denied"):
+            evaluate(recipe, **call, reporter=Told(text_done=measured_yet))
+
+
+def test_a_card_that_is_a_folder_is_refused_before_anything_is_measured(measured, texts, tmp_path):
+    model = shutil.copytree(measured, tmp_path / "model")
+    (model / "README.md").unlink()
+    (model / "README.md").mkdir()
+    told: list[int] = []
+    reporter = Told(text_done=lambda done, of: told.append(done))
+    with pytest.raises(InputError, match=r"README.md: a folder; expected a plain file"):
+        evaluate(EvalRecipe(str(model), texts, no_sources=True), reporter=reporter, card=True)
+    assert not told

@@ -381,6 +381,10 @@ def test_the_command(family, texts, tmp_path):
     done = CliRunner().invoke(app, ["branch", str(family.seed), *flags_of(texts, tmp_path / "x"), "--train=shared"])
     assert done.exit_code == 2
     assert "error: command: --train: 'shared'; expected one of all, ff, lora" in done.stderr
+    file.write_text("- a list\n")
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2
+    assert f"error: config: {file}: no keys; expected `data:`" in done.stderr
     (line,) = problems_of(info, str(out))
     assert "Make an expert of it: btx merge" in line
 
