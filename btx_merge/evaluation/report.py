@@ -17,6 +17,10 @@ MODEL, ROUTED, SOURCE, SOUP, BTM, AGAINST = "model", "routed", "source", "soup",
 mean, the sources side by side as Branch-Train-Merge has them, another model."""
 
 
+_LEAST_GAP = 0.001
+"""Of the seed's bits: a choice. Fractions of a smaller gap are figures with many digits that mean nothing."""
+
+
 @dataclass(frozen=True)
 class Score:
     """How well a model predicts a domain."""
@@ -88,8 +92,8 @@ class EvalReport:
 
     @property
     def without_gap(self) -> list[str]:
-        """Domains for which no source is better than the seed."""
-        return [domain for domain, best in self.oracle.items() if best.source == SEED]
+        """Domains for which no source is clearly better than the seed."""
+        return [domain for domain in self.oracle if self.rows[0].closed.get(domain) is None]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `--json` prints them; null where a number is not finite."""
@@ -147,6 +151,7 @@ def with_gaps(rows: Sequence[Row], oracle: Mapping[str, Oracle]) -> tuple[Row, .
         for domain, best in oracle.items():
             bits = seed.scores[domain].bits_per_byte
             gap = bits - best.bits_per_byte
-            closed[domain] = (bits - row.scores[domain].bits_per_byte) / gap if gap > 0 else None
+            is_gap = gap > _LEAST_GAP * bits
+            closed[domain] = (bits - row.scores[domain].bits_per_byte) / gap if is_gap else None
         out.append(replace(row, closed=closed))
     return tuple(out)

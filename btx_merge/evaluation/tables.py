@@ -43,7 +43,8 @@ def lines_of(report: EvalReport) -> list[str]:
     lines.append(f"Every token is scored once, in windows of at most {report.window:,} tokens, {dtype}.")
     if report.without_gap:
         lines.append(
-            f"No source is better than the seed at {', '.join(report.without_gap)}: there is no gap to close."
+            f"No source is better than the seed at {', '.join(report.without_gap)} by a thousandth of its bits: "
+            "there is no gap to close."
         )
     others = {row.name for row in report.rows for score in row.scores.values() if not score.same_tokens}
     if others:

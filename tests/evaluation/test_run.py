@@ -120,19 +120,20 @@ def row(kind: str, name: str, **bits: float) -> Row:
 
 def test_gaps_by_hand():
     rows = [
-        row(MODEL, "merged", code=1.4, math=2.0, web=1.0),
-        row(SOURCE, "seed", code=2.0, math=2.0, web=0.9),
-        row(SOURCE, "a", code=1.0, math=2.1, web=1.5),
-        row(SOURCE, "b", code=1.8, math=1.6, web=0.9),
+        row(MODEL, "merged", code=1.4, math=2.0, web=1.0, wiki=3.0),
+        row(SOURCE, "seed", code=2.0, math=2.0, web=0.9, wiki=2.0),
+        row(SOURCE, "a", code=1.0, math=2.1, web=1.5, wiki=1.9985),
+        row(SOURCE, "b", code=1.8, math=1.6, web=0.9, wiki=2.1),
     ]
     oracle = oracle_of(rows)
     assert {domain: (best.source, best.bits_per_byte) for domain, best in oracle.items()} == {
         "code": ("a", 1.0),
         "math": ("b", 1.6),
         "web": ("seed", 0.9),  # as good as b: no source is better
+        "wiki": ("a", 1.9985),  # better, but by less than a thousandth
     }
     merged, _, a, _ = with_gaps(rows, oracle)
-    assert merged.closed == {"code": pytest.approx(0.6), "math": 0.0, "web": None}
+    assert merged.closed == {"code": pytest.approx(0.6), "math": 0.0, "web": None, "wiki": None}
     assert merged.mean_closed == pytest.approx(0.3)
     assert a.closed["math"] == pytest.approx(-0.25)
 
