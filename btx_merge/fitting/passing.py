@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from btx_merge.fitting.streams import TokenStream
 from btx_merge.modeling.configuration_btx import BTXConfig
@@ -34,6 +34,12 @@ class Passage:
     def __init__(self, config: BTXConfig, device: torch.device):
         self.config, self.device = config, device
         self.rotary = LlamaRotaryEmbedding(config).to(device)
+
+    def norm(self, weight: torch.Tensor) -> LlamaRMSNorm:
+        """Return a norm with this weight, [H]."""
+        norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        norm.weight.data = weight
+        return norm
 
     def attend(self, stream: TokenStream, states: torch.Tensor, layer: Any) -> None:
         """Send all states [B, T, H] of a stream through a layer's attention, in place."""

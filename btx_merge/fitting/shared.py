@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from btx_merge.architectures.llama import EMBEDDING, HEAD
 from btx_merge.fitting.checkpoint import Checkpoint
 from btx_merge.fitting.dense_source import DenseSource, row_blocks
 from btx_merge.fitting.equations import Moments, Statistics, ridge_solution, scaled_off_diagonal
+from btx_merge.fitting.evidence import Evidence
 from btx_merge.fitting.head import fit_head_by_frequency
 from btx_merge.fitting.passing import Passage
 from btx_merge.fitting.recipe import FitTask
@@ -50,6 +50,7 @@ class SharedFit:
         self.statistics, self.task, self.passage = statistics, task, passage
         self.device = checkpoint.device
         self.takes_own_inputs = task.combine == "regmean"
+        self.evidence = Evidence(texts, task.evidence, checkpoint.device) if task.evidence else None
 
     def fit_embedding(self) -> None:
         """Solve RegMean where inputs are one-hot: every row is the mean by how often a source's text has its token.
@@ -156,8 +157,8 @@ class SharedFit:
 
     def _input_products(self, stream: TokenStream, norm_name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum the products of a domain's inputs behind a norm with themselves, and with the source's own, [H, H]."""
-        norm = self._norm(self.checkpoint.read(norm_name))
-        own = self._norm(self.sources[stream.name].tensor(norm_name))
+        norm = self.passage.norm(self.checkpoint.read(norm_name))
+        own = self.passage.norm(self.sources[stream.name].tensor(norm_name))
         gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in stream.batches(stream.fitted):
             dense = own(stream.dense[batch].to(self.device)).flatten(0, 1)
@@ -176,19 +177,23 @@ class SharedFit:
         On the way the sources' states pass their attention, so that they are ready for the feed-forward blocks.
         """
         gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
-        for stream in self.texts:
-            dense = self.sources[stream.name].layer(index, "attention")
-            if self.takes_own_inputs:
+        if self.takes_own_inputs:
+            for stream in self.texts:
+                dense = self.sources[stream.name].layer(index, "attention")
                 own_gram = scaled_off_diagonal(self._own_heads_gram(stream, dense)) * stream.per_token
                 gram = gram + own_gram
                 cross = cross + own_gram @ dense.self_attn.o_proj.weight.T.double()
-                continue
-            self.passage.attend(stream, stream.dense, dense)
+            return {"gram": gram, "cross": cross}
+        for stream in self.texts:
+            self.passage.attend(stream, stream.dense, self.sources[stream.name].layer(index, "attention"))
+        if self.evidence:
+            self.evidence.set_marks()
+        for stream in self.texts:
             for batch in stream.batches(stream.fitted):
                 hidden = stream.merged[batch].to(self.device)
                 heads = self.passage.attention(layer, stream, hidden, batch).heads
                 # where the source's state stands behind attention, seen from the merged state before it
-                target = (stream.dense[batch].to(self.device) - hidden).flatten(0, 1)
+                target = (stream.dense[batch].to(self.device) + stream.mark - hidden).flatten(0, 1)
                 gram = gram + (heads.T @ heads).double() * stream.per_token
                 cross = cross + (heads.T @ target).double() * stream.per_token
         return {"gram": gram, "cross": cross}
@@ -204,10 +209,3 @@ class SharedFit:
             fitted = max(0, min(batch.stop, stream.fitted.stop) - batch.start) * stream.ids.shape[1]
             gram = gram + (heads[:fitted].T @ heads[:fitted]).double()
         return gram
-
-    def _norm(self, weight: torch.Tensor) -> LlamaRMSNorm:
-        """Return a norm with this weight, [H]."""
-        config = self.passage.config
-        norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        norm.weight.data = weight
-        return norm

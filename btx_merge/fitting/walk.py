@@ -19,7 +19,8 @@ from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.routers import RouterFit
 from btx_merge.fitting.shared import SharedFit
 from btx_merge.fitting.streams import TokenStream
-from btx_merge.model.held_out import LayerFit
+from btx_merge.fitting.trial import Trial
+from btx_merge.model.held_out import Fitted, LayerFit
 from btx_merge.modeling.configuration_btx import BTXConfig
 from btx_merge.modeling.modeling_btx import BTXDecoderLayer
 from btx_merge.reporting import Reporter
@@ -42,7 +43,7 @@ class Walk:
         config._attn_implementation = "sdpa"
         config._experts_implementation = "eager"
         self.checkpoint, self.config, self.streams = checkpoint, config, streams
-        self.task, self.sources = task, sources
+        self.task, self.sources = task, sources if task.combine else {}
         self.passage = Passage(config, checkpoint.device)
         self.shared, self.routers = None, None
         if task.combine:
@@ -51,9 +52,12 @@ class Walk:
         if task.router:
             self.routers = RouterFit(checkpoint, config, streams, statistics, task)
         self.passes = not statistics.are_there  # otherwise no token passes: all moments are kept
+        self.trial = None
+        if task.rows is None:  # the rows of an edit are a part of a router
+            self.trial = Trial(checkpoint, streams, sources, statistics, task, self.passage)
 
     @torch.no_grad()
-    def run(self, reporter: Reporter) -> list[LayerFit]:
+    def run(self, reporter: Reporter) -> Fitted:
         """Fit everything, from the embedding to the head.
 
         Args:
@@ -81,10 +85,12 @@ class Walk:
             if self.passes:
                 for stream in self.streams:
                     self.passage.feed_forward(stream, stream.merged, layer, self._block(layer, stream))
+            if self.passes and self.trial:
+                self.trial.pass_layer(index, layer)
         reporter.layer_done(layers, layers)
         if self.shared:
             self.shared.fit_head()
-        return fits
+        return Fitted(tuple(fits), self.trial.losses() if self.trial else ())
 
     def _layer(self, index: int) -> BTXDecoderLayer:
         """Read one layer of the checkpoint. Built on the meta device, it takes no memory before it has its weights."""
@@ -96,18 +102,21 @@ class Walk:
     def _embed(self) -> None:
         """Look up the first hidden states of every stream, in the merged model and in its own source."""
         vocab, hidden = self.checkpoint.tensors[EMBEDDING].shape
-        for stream in self.streams:
+        streams = [(stream, self.sources.get(stream.name)) for stream in self.streams]
+        if self.trial:
+            streams += self.trial.streams()
+        for stream, source in streams:
             stream.merged = torch.empty(*stream.ids.shape, hidden)
-            if stream.name in self.sources:
+            if source:
                 stream.dense = torch.empty_like(stream.merged)
         for start, stop in row_blocks(vocab):
             rows = self.checkpoint.read(EMBEDDING, start, stop).cpu()
-            for stream in self.streams:
+            for stream, source in streams:
                 # the places [B, T] of the tokens whose rows are in this block
                 here = (stream.ids >= start) & (stream.ids < stop)
                 stream.merged[here] = rows[stream.ids[here] - start]
-                if stream.name in self.sources:
-                    own = self.sources[stream.name].rows(EMBEDDING, start, rows.to(self.checkpoint.device)).cpu()
+                if source:
+                    own = source.rows(EMBEDDING, start, rows.to(self.checkpoint.device)).cpu()
                     stream.dense[here] = own[stream.ids[here] - start]
 
     def _attend(self, index: int, layer: BTXDecoderLayer) -> None:

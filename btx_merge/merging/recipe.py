@@ -13,7 +13,7 @@ from typing import Any
 
 from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES
 from btx_merge.errors import InputError, Problem
-from btx_merge.fitting.recipe import FIT_THROUGH, ROUTER_FITS
+from btx_merge.fitting.recipe import FIT_THROUGH, ROUTER_FITS, TEXT_ROUTERS
 from btx_merge.merging.recipe_file import read_recipe_file
 from btx_merge.reporting import short
 from btx_merge.sources.source import SEED, ExpertSpec, as_spec, path_as_text
@@ -71,6 +71,9 @@ class MergeRecipe:
     """What becomes of the language modelling head. combined: it is combined like all else, or is the embedding where
     all sources tie them; fitted: the result has a head of its own in any case, each row fitted by how often each
     domain has its token (for regmean, regmean_merged)."""
+    evidence: float = 0.0
+    """regmean_merged: size of the mark of its domain that attention is fitted to leave in each hidden state, relative
+    to the state; later routers know the domain by it. At least 0 (none); 0.15 is a good one, 0.5 too large."""
     density: float = 0.8
     """ties, dare_*: part of each difference from the seed that is kept, in (0, 1]."""
     scale: float = 1.0
@@ -84,8 +87,8 @@ class MergeRecipe:
     """Multiply each expert's gate and up projections by its own post-attention norm over the merged one, so that
     it sees the inputs that it was trained on."""
     router_init: str = "random"
-    """How the routers begin. random: normal with `router_std`; zeros: every expert equally likely; ridge: fitted
-    on `domain_text`; prompts: fitted on `prompts`."""
+    """How the routers begin. random: normal with `router_std`; zeros: every expert equally likely; ridge, logistic:
+    fitted on `domain_text`, by ridge or by multinomial logistic regression; prompts: fitted on `prompts`."""
     router_std: float | None = None
     """Standard deviation of random routers, above 0. By default the seed's initializer_range."""
     random_seed: int = 0
@@ -233,6 +236,7 @@ RULES: dict[str, Rule] = {
     "seed_weight": ("a number, at least 0", lambda value: 0 <= value < math.inf),
     "combine": one_of(COMBINE_METHODS),
     "head": one_of(HEADS),
+    "evidence": at_least(0),
     "density": ("in (0, 1]", lambda value: 0 < value <= 1),
     "scale": ("a finite number", math.isfinite),
     "expert_mode": one_of(EXPERT_MODES),
@@ -281,7 +285,7 @@ def together_problems(recipe: MergeRecipe) -> list[Problem]:
 def _fit_problems(recipe: MergeRecipe) -> list[Problem]:
     """Check that what is fitted has its text, and that no text is given in vain."""
     problems = []
-    needs_text = recipe.fits_shared or recipe.router_init == "ridge"
+    needs_text = recipe.fits_shared or recipe.router_init in TEXT_ROUTERS
     needs_prompts = recipe.router_init == "prompts"
     known = dict.fromkeys((*((SEED,) if recipe.seed_expert else ()), *recipe.experts))
     for key, flag, given, needed in (
@@ -305,6 +309,9 @@ def _fit_problems(recipe: MergeRecipe) -> list[Problem]:
     if recipe.has_own_head and not recipe.fits_shared:
         found, expected = f"fitted, with combine: {recipe.combine}", f"combine: {' or '.join(REGMEAN_METHODS)}"
         problems.append(Problem("recipe", "head", found, expected, "Say combine: regmean_merged, or leave it out."))
+    if recipe.evidence and recipe.combine != "regmean_merged":
+        found, remedy = f"{recipe.evidence:g}, with combine: {recipe.combine}", "Say so, or leave it out."
+        problems.append(Problem("recipe", "evidence", found, "combine: regmean_merged", remedy))
     if recipe.is_fitted and recipe.expert_mode == "blend":
         remedy = "Choose whole or split, or fit nothing."
         problems.append(Problem("recipe", "expert_mode", "blend", "experts that belong to a domain", remedy))

@@ -465,7 +465,7 @@ WRONG = {
         "gone.jsonl",
     ),
     "a line that is no JSON": (["--domain-text", "code={code}", "--domain-text", "math={broken}"], "line 2"),
-    "a method that is none": (["--method", "lasso"], "one of ridge, prompts"),
+    "a method that is none": (["--method", "lasso"], "one of ridge, logistic, prompts"),
     "prompts for ridge": (["--prompt", "code=x"], "does not use it"),
     "a penalty of nothing": (["--router-ridge", "0"], "above 0"),
     "a device that is none": (
