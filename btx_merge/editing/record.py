@@ -19,7 +19,7 @@ from btx_merge.editing.plan import EditPlan
 from btx_merge.files.folder import read_text
 from btx_merge.fitting.recipe import TEXT_ROUTERS
 from btx_merge.merging.files import public_source
-from btx_merge.merging.recipe import REGMEAN_METHODS
+from btx_merge.merging.fits import REGMEAN_METHODS
 from btx_merge.model.card_update import update_card
 from btx_merge.model.records import RECIPE_FILE, append_record
 from btx_merge.model.router_state import trainings

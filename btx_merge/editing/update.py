@@ -14,8 +14,9 @@ from btx_merge.editing.record import recipe_of_new_set, shared_over
 from btx_merge.editing.shared import SharedUpdate
 from btx_merge.errors import InputError, Problem
 from btx_merge.merging.checks import examine
+from btx_merge.merging.fits import REGMEAN_METHODS
 from btx_merge.merging.plan import Plan, make_plan
-from btx_merge.merging.recipe import DIFFERENCE_METHODS, REGMEAN_METHODS, MergeRecipe
+from btx_merge.merging.recipe import DIFFERENCE_METHODS, MergeRecipe
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.records import RECIPE_FILE, RECORDS, anchor_sources
 from btx_merge.sources.source import SEED, Source

@@ -47,7 +47,7 @@ class Evidence:
         gram = torch.zeros((), dtype=torch.float64, device=self.device)
         for stream in self.texts:
             for batch in stream.batches(stream.fitted):
-                rows = stream.dense[batch].to(self.device).flatten(0, 1)  # [N, H]
+                rows = stream.dense[batch].flatten(0, 1)  # [N, H]
                 gram = gram + (rows.T @ rows).double() * stream.per_token
         _, vectors = torch.linalg.eigh(gram)  # columns, by ascending eigenvalue
         chosen = vectors[:, : len(self.texts)].T.float()
@@ -56,5 +56,5 @@ class Evidence:
     def _square(self, stream: TokenStream) -> float:
         """Return the sum of |h|^2 over a stream's merged states, each token with its weight."""
         batches = stream.batches(stream.fitted)
-        total = sum(stream.merged[batch].to(self.device).square().sum().item() for batch in batches)
+        total = sum(stream.merged[batch].square().sum().item() for batch in batches)
         return total * stream.per_token

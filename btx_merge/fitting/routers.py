@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from btx_merge.architectures.btx import experts_by_domain
 from btx_merge.fitting.checkpoint import Checkpoint
 from btx_merge.fitting.equations import (
     TEMPERATURES,
@@ -25,7 +26,7 @@ from btx_merge.fitting.equations import (
     winning_temperature,
 )
 from btx_merge.fitting.logistic import Labelled, logistic_solution
-from btx_merge.fitting.passing import every_expert, own_experts
+from btx_merge.fitting.passing import expert_output, own_experts
 from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.streams import TokenStream
 from btx_merge.model.held_out import LayerFit
@@ -36,6 +37,9 @@ from btx_merge.modeling.routing_btx import RouterCall
 _HELD_OUT_TOKENS = 512
 """Tokens of each domain's held-out windows that the temperature is chosen on, per layer. Every expert runs on each, so
 this bounds the time; a share of 512 tokens is known to about two points."""
+
+_LOGISTIC_PENALTY = 1e-4
+"""On the weights of logistic routers, relative to the mean square of the inputs."""
 
 
 class RouterFit:
@@ -92,12 +96,13 @@ class RouterFit:
         def batches() -> Iterator[Labelled]:
             for domain, stream in enumerate(self.texts):
                 for batch in stream.batches(stream.fitted):
-                    read = layer.post_attention_layernorm(stream.merged[batch].to(self.device))
+                    read = layer.post_attention_layernorm(stream.merged[batch])
                     yield Labelled(read.flatten(0, 1), domain, stream.per_token / total)
 
         start = torch.stack([ridge[stream.experts[0]] for stream in self.texts])
         rows = torch.zeros_like(ridge)
-        solution = logistic_solution(batches, gram / total, start, 1e-4)
+        silent = len(experts_by_domain(self.config.to_dict())) - len(self.texts)
+        solution = logistic_solution(batches, gram / total, start, _LOGISTIC_PENALTY, silent)
         for stream, row in zip(self.texts, solution, strict=True):
             rows[stream.experts] = row
         return rows
@@ -119,7 +124,7 @@ class RouterFit:
         moments: Moments = {}
         inputs = []
         for stream in self.prompts:
-            read = layer.post_attention_layernorm(stream.merged.to(self.device)).flatten(0, 1)  # [N, H]
+            read = layer.post_attention_layernorm(stream.merged[stream.all]).flatten(0, 1)  # [N, H]
             # the chunks of a split source share its prompts
             moments |= {f"mean.{expert}": read.mean(dim=0) for expert in stream.experts}
             inputs.append(read)
@@ -138,17 +143,17 @@ class RouterFit:
         for stream in self.texts:
             for batch in stream.batches(stream.fitted):
                 # the router's true input: behind the norm of the feed-forward block, [N, H]
-                read = layer.post_attention_layernorm(stream.merged[batch].to(self.device)).flatten(0, 1)
+                read = layer.post_attention_layernorm(stream.merged[batch]).flatten(0, 1)
                 gram += (read.T @ read).double() * stream.per_token
                 # a token's label is 1 at its own experts and 0 at the others, so X^T Y is a sum of inputs
                 labels[:, stream.experts] += read.sum(dim=0).double()[:, None] * stream.per_token
             held = stream.merged[stream.held_out].flatten(0, 1)
             # evenly over the held-out windows, so that no document stands for all
             chosen = torch.linspace(0, len(held) - 1, min(_HELD_OUT_TOKENS, len(held))).long()
-            before = held[chosen].to(self.device)
+            before = held[chosen]
             read = layer.post_attention_layernorm(before)
             if self.task.combine:
-                aim = stream.dense[stream.held_out].flatten(0, 1)[chosen].to(self.device) + stream.mark
+                aim = stream.dense[stream.held_out].flatten(0, 1)[chosen] + stream.mark
                 target = aim - before
             else:
                 target = own_experts(layer, stream, read)
@@ -163,7 +168,10 @@ class _Temperatures:
         self.fit, self.layer, self.solution = fit, layer, solution
         self.inputs = [moments[f"inputs.{stream.name}"] for stream in fit.texts]
         self.targets = [moments[f"targets.{stream.name}"] for stream in fit.texts]
-        self.outputs = [every_expert(layer, read, fit.experts) for read in self.inputs]  # once, not for each factor
+        # [E, N, H] by domain; computed once, not for each factor
+        self.outputs = [
+            torch.stack([expert_output(layer, expert, read) for expert in range(fit.experts)]) for read in self.inputs
+        ]
         self.call = RouterCall(fit.config.num_experts_per_tok)
 
     def best(self, index: int) -> tuple[LayerFit, torch.Tensor]:

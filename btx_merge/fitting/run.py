@@ -166,7 +166,7 @@ def fit_folder(
 
     from btx_merge.fitting.checkpoint import Checkpoint
     from btx_merge.fitting.dense_source import DenseSource
-    from btx_merge.fitting.equations import Statistics
+    from btx_merge.fitting.equations import STATISTICS_FORMAT, Statistics
     from btx_merge.fitting.streams import streams_of
     from btx_merge.fitting.walk import Walk
     from btx_merge.modeling.configuration_btx import BTXConfig
@@ -177,7 +177,8 @@ def fit_folder(
     read = {name: [*map(public_reference, text.references), text.weight] for name, text in task.texts.items()}
     # all that the moments depend on; penalties are not among it, so that another can be tried without the texts
     key = {
-        "model": checkpoint.digest(),
+        "format": STATISTICS_FORMAT,
+        "model": checkpoint.digest() if options.statistics else None,  # it reads a bit of every tensor
         "experts": expert_names(config.to_dict()),
         "domain_text": read,
         "prompts": {name: list(lines) for name, lines in task.prompts.items()},

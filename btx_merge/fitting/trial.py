@@ -65,8 +65,9 @@ class Trial:
             self.passage.attend(stream, stream.merged, layer)
             self.passage.feed_forward(stream, stream.merged, layer, self._other_block(layer, stream))
             if source:
-                self.passage.attend(stream, stream.dense, source.layer(index, "attention"))
-                dense = source.layer(index, "feed_forward")
+                attention, feed_forward = (source.read_part(index, part) for part in ("attention", "feed_forward"))
+                self.passage.attend(stream, stream.dense, source.layer(index, attention))
+                dense = source.layer(index, feed_forward)
                 self.passage.feed_forward(stream, stream.dense, dense, dense.mlp)
 
     def losses(self) -> tuple[DomainLoss, ...]:
@@ -93,15 +94,15 @@ class Trial:
         through_router = self.task.through == "router"
         found = {}
         for walked, windows in zip(self.walked, self.windows, strict=True):
-            merged = walked.merged[walked.held_out], windows.merged
+            merged = walked.merged[walked.held_out], windows.merged[windows.all]
             routed, own = merged if through_router else merged[::-1]
             states = {"own_expert": own, "routed": routed}
-            ways = {way: norm(hidden.to(self.checkpoint.device)) for way, hidden in states.items()}
+            ways = {way: norm(hidden) for way, hidden in states.items()}
             if windows.name in self.sources:
-                dense = windows.dense if self.moves_sources else walked.dense[walked.held_out]
+                dense = windows.dense[windows.all] if self.moves_sources else walked.dense[walked.held_out]
                 source = self.sources[windows.name]
                 own_norm = self.passage.norm(source.tensor("model.norm.weight"))
-                ways["source"] = own_norm(dense.to(self.checkpoint.device))
+                ways["source"] = own_norm(dense)
             bits = [self._bits(windows, ways[way], way) if way in ways else math.nan for way in _WAYS]
             found[windows.name] = torch.tensor(bits, dtype=torch.float64)
         return found

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from btx_merge.merging.fits import REGMEAN_METHODS
 from btx_merge.merging.mixture import Mixture
 from btx_merge.merging.plan import Plan
-from btx_merge.merging.recipe import REGMEAN_METHODS
 from btx_merge.model.card import (
     CITATION,
     LICENCE_KEYS,

@@ -14,7 +14,8 @@ from typing import Any
 from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES
 from btx_merge.errors import InputError, Problem
 from btx_merge.fitting.recipe import FIT_THROUGH, ROUTER_FITS, TEXT_ROUTERS
-from btx_merge.merging.recipe_file import read_recipe_file
+from btx_merge.merging.fits import REGMEAN_METHODS, fit_of_text
+from btx_merge.merging.recipe_file import as_resolved, read_recipe_file
 from btx_merge.reporting import short
 from btx_merge.sources.source import SEED, ExpertSpec, as_spec, path_as_text
 from btx_merge.texts.references import DomainText, as_domain_texts, as_prompts
@@ -24,7 +25,6 @@ from btx_merge.values import (
     SHARD_SIZE,
     Rule,
     at_least,
-    is_text,
     one_of,
     parse_size,
     unknown_problems,
@@ -34,8 +34,6 @@ from btx_merge.values import (
 DIFFERENCE_METHODS = ("ties", "dare_ties", "dare_linear")
 """Ways to combine that work on differences from the seed."""
 
-REGMEAN_METHODS = ("regmean", "regmean_merged")
-"""Ways to combine that are fitted on text."""
 COMBINE_METHODS = ("mean", "weighted", "seed", "ties", "dare_ties", "dare_linear", *REGMEAN_METHODS)
 HEADS = ("combined", "fitted")
 EXPERT_MODES = ("whole", "split", "blend")
@@ -95,7 +93,8 @@ class MergeRecipe:
     """Seed of random routers and of the weights that DARE drops, in [0, 2**32)."""
     domain_text: Mapping[str, DomainText] = field(default_factory=dict)
     """Text of each expert's domain, for what is fitted: a file, a folder, a glob or a dataset of the Hub. The seed
-    may go without."""
+    may go without. If nothing else asks for a fit, text does: what is not given of combine, head, evidence,
+    router_init and fit_through is then regmean_merged, fitted, 0.15, logistic and router."""
     domain_tokens: int = 200_000
     """Tokens that are read of each domain, from the beginning of its text; at least 64."""
     prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -137,7 +136,17 @@ class MergeRecipe:
     resolved: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """Written by a merge, not by hand. Of its `sources`, name to digest, each must be the same model again."""
 
+    def __new__(cls, *args: Any, **values: Any) -> MergeRecipe:
+        """Remember which options are given, for those win over the fit that text alone asks for."""
+        recipe = super().__new__(cls)
+        names = [item.name for item in fields(cls)]
+        object.__setattr__(recipe, "_given", (*names[: len(args)], *values))
+        return recipe
+
     def __post_init__(self) -> None:
+        given: tuple[str, ...] = self.__dict__.pop("_given")
+        for key, value in fit_of_text({name: getattr(self, name) for name in given}).items():
+            object.__setattr__(self, key, value)
         problems: list[Problem] = []
         specs = {}
         object.__setattr__(self, "seed", path_as_text(self.seed))
@@ -150,7 +159,7 @@ class MergeRecipe:
             except InputError as error:
                 problems += error.problems
         object.__setattr__(self, "experts", specs)
-        for key, parse in (("domain_text", _by_name), ("prompts", as_prompts), ("resolved", _as_resolved)):
+        for key, parse in (("domain_text", _by_name), ("prompts", as_prompts), ("resolved", as_resolved)):
             try:
                 object.__setattr__(self, key, parse(getattr(self, key)))
             except InputError as error:
@@ -219,16 +228,6 @@ class MergeRecipe:
 
 def _by_name(values: Any) -> dict[str, DomainText]:
     return {text.name: text for text in as_domain_texts(values, "domain_text")}
-
-
-def _as_resolved(values: Any) -> dict[str, dict[str, str]]:
-    """Return the digests of the sources; what else a merge wrote down there is for people."""
-    sources = values.get("sources", {}) if isinstance(values, Mapping) else values
-    if not isinstance(sources, Mapping) or not all(is_text(part) for item in sources.items() for part in item):
-        remedy = "Leave `resolved` out: then the sources are not compared."
-        expected = "name to digest, as `btx merge` writes it"
-        raise InputError([Problem("recipe", "resolved.sources", short(sources), expected, remedy)])
-    return {"sources": dict(sources)}
 
 
 RULES: dict[str, Rule] = {
@@ -303,7 +302,7 @@ def _fit_problems(recipe: MergeRecipe) -> list[Problem]:
             expected = "for every expert but the seed, which may go without"
             problems.append(Problem("recipe", key, f"none for {', '.join(missing)}", expected, remedy))
         elif given and not needed:
-            remedy = "Say router_init: ridge or combine: regmean_merged, or leave it out."
+            remedy = "Leave out combine or router_init, for which the best is taken then; or leave out the text."
             remedy = "Say router_init: prompts, or leave them out." if key == "prompts" else remedy
             problems.append(Problem("recipe", key, "given, but nothing is fitted on it", "", remedy))
     if recipe.has_own_head and not recipe.fits_shared:
