@@ -10,8 +10,9 @@ from btx_merge.fitting.recipe import ROUTER_FITS
 REGMEAN_METHODS = ("regmean", "regmean_merged")
 """Ways to combine that are fitted on text."""
 _BEST_SHARED = {"combine": "regmean_merged", "head": "fitted", "evidence": 0.15}
-_BEST_ROUTERS = {"router_init": "logistic", "fit_through": "router"}
 """What was best on validation text of near and of far experts (docs/results.md)."""
+_BEST_ROUTERS = {"router_init": "logistic", "fit_through": "router"}
+"""The same of routers."""
 
 
 def fit_of_text(given: Mapping[str, Any]) -> dict[str, Any]:

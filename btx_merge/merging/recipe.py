@@ -86,15 +86,15 @@ class MergeRecipe:
     it sees the inputs that it was trained on."""
     router_init: str = "random"
     """How the routers begin. random: normal with `router_std`; zeros: every expert equally likely; ridge, logistic:
-    fitted on `domain_text`, by ridge or by multinomial logistic regression; prompts: fitted on `prompts`."""
+    ridge or multinomial logistic regression, fitted on `domain_text`; prompts: fitted on `prompts`."""
     router_std: float | None = None
     """Standard deviation of random routers, above 0. By default the seed's initializer_range."""
     random_seed: int = 0
     """Seed of random routers and of the weights that DARE drops, in [0, 2**32)."""
     domain_text: Mapping[str, DomainText] = field(default_factory=dict)
     """Text of each expert's domain, for what is fitted: a file, a folder, a glob or a dataset of the Hub. The seed
-    may go without. If nothing else asks for a fit, text does: what is not given of combine, head, evidence,
-    router_init and fit_through is then regmean_merged, fitted, 0.15, logistic and router."""
+    may go without. If nothing else asks for a fit, text does: `combine` regmean_merged, `head` fitted, `evidence`
+    0.15, `router_init` logistic and `fit_through` router, where they are not given."""
     domain_tokens: int = 200_000
     """Tokens that are read of each domain, from the beginning of its text; at least 64."""
     prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

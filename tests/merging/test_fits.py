@@ -1,4 +1,4 @@
-"""Text alone asks for the best fit; what is given beside it wins; what says itself what is fitted means what it did."""
+"""Text alone asks for the best fit, and what is given beside it wins; who says what is fitted gets that, as ever."""
 
 import copy
 import dataclasses
@@ -58,7 +58,7 @@ def test_without_text_nothing_is_fitted():
 
 
 def test_text_that_nothing_is_to_be_fitted_on_is_refused_still():
-    with pytest.raises(InputError, match="nothing is fitted on it. Leave out combine or router_init"):
+    with pytest.raises(InputError, match=r"nothing is fitted on it. Leave out combine or router_init"):
         fit_of(domain_text={"code": "code.jsonl"}, combine="mean", router_init="random")
 
 
