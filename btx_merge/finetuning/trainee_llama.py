@@ -42,6 +42,7 @@ class SeedTrainee:
         self.recipe = recipe
         self.source = source
         self.located = source.located
+        self.teachers: Sequence[Source] = ()
         # left out is what a Llama computes: buffers, and the head of a tied one, which may be stored once more
         computed = {HEAD} if source.config["tie_word_embeddings"] else set()
         kept = [name for name in source.tensors if name not in computed and not is_computed(name)]
