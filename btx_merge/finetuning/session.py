@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,9 @@ class Run:
         if self.is_adapter:
             from peft import get_peft_model
 
-            adapted = get_peft_model(model, self.trainee.lora(model))
+            with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for it by its old name
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                adapted = get_peft_model(model, self.trainee.lora(model))
             of = adapted.peft_config["default"]  # peft knows no org/name@revision
             of.base_model_name_or_path = self.located.repo_id or str(self.located.folder.resolve())
             of.revision = self.located.revision

@@ -28,6 +28,7 @@ from btx_merge.reporting import Reporter
 from btx_merge.sources.digest import model_digest
 from btx_merge.sources.locate import Located
 from btx_merge.sources.source import Source
+from btx_merge.sources.tokenizer_files import copy_tokenizer
 from btx_merge.training import GumbelAnnealing, RouterBiasUpdate
 
 _OF_THE_CONFIG = ("router_grad", "router_aux_loss_coef", "router_aux_loss_scope")
@@ -99,6 +100,7 @@ class MergedTrainee:
         is_adapter = self.recipe.train == "lora"
         if is_adapter:
             write_adapter_card(folder, self.located, entry)
+            copy_tokenizer(self.located.folder, folder)
         else:
             copy_files(self.located.folder, folder)
         loads = [
