@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from btx_merge.errors import Problem
-from btx_merge.reporting import Reporter, printable
+from btx_merge.reporting import MOST_CHARACTERS, Reporter, printable
 
 
 class Reported(Protocol):
@@ -95,7 +95,7 @@ def result(line: str) -> None:
 
 def _tell(kind: str, line: str) -> None:
     """Print to stderr; the word in colour where that is a terminal, unless NO_COLOR is set."""
-    line = printable(line)
+    line = printable(line, len(line) if kind == "next" else MOST_CHARACTERS)  # of a command nothing is left out
     if not sys.stderr.isatty():
         print(f"{kind}: {line}", file=sys.stderr, flush=True)
         return
