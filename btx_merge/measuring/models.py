@@ -22,7 +22,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.records import RECIPE_FILE, anchor_sources, read_record
 from btx_merge.sources.digest import changed_problems
-from btx_merge.sources.locate import Located
+from btx_merge.sources.locate import Located, is_folder
 from btx_merge.sources.opening import open_each
 from btx_merge.sources.segments import within
 from btx_merge.sources.source import SEED, ExpertSpec, Source, as_spec
@@ -30,7 +30,6 @@ from btx_merge.sources.vocabulary import Vocabulary, plan_vocabulary
 
 _ROWS = 16_384
 """Rows of a tensor that are held in float32 at once."""
-_MOVED = "Give --source NAME=MODEL where it lies now, or --no-sources."
 
 Rows = Callable[[str, int, int], Float32]
 """Rows [start, stop) of a tensor by its name in a Llama."""
@@ -73,14 +72,24 @@ def open_sources(
         InputError: every source that cannot be opened.
     """
     specs = source_specs(model, moved)
-    seed, problems = open_each({SEED: specs.pop(SEED)}, None, scratch)
-    experts, more = open_each(specs, seed.get(SEED), scratch)
+    seed, problems = open_each({SEED: specs[SEED]}, None, scratch)
+    experts, more = open_each({name: spec for name, spec in specs.items() if name != SEED}, seed.get(SEED), scratch)
     if problems or more:
-        raise InputError([replace(problem, remedy=_MOVED) for problem in (*problems, *more)])
+        raise InputError([_with_ways_out(problem, specs) for problem in (*problems, *more)])
     sources = {**seed, **experts}
     digests = (read_record(model.located.folder).get("resolved") or {}).get("sources")
     changed = changed_problems(sources.values(), digests if isinstance(digests, Mapping) else {})
     return sources, [replace(problem, remedy="Give the one that was merged by --source.") for problem in changed]
+
+
+def _with_ways_out(problem: Problem, specs: Mapping[str, ExpertSpec]) -> Problem:
+    """Add to what can be done about a source that its place came from a recipe, and that it can be done without."""
+    model, option = specs[problem.source].model, f"--source {problem.source}=MODEL"
+    is_path = "/" not in model or model.startswith(("/", ".", "~"))  # otherwise the Hub's, whose answer says more
+    if is_path and not is_folder(model):
+        return replace(problem, remedy=f"Give {option} where it lies now, or --no-sources.")
+    otherwise = f"{option}, another copy of it, or --no-sources."
+    return replace(problem, remedy=f"{problem.remedy} Or give {otherwise}" if problem.remedy else f"Give {otherwise}")
 
 
 def load_source(source: Source, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
