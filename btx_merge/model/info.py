@@ -127,7 +127,7 @@ def info(model: str) -> ModelInfo:
         disk_bytes=None if located.repo_id else _disk_bytes(located),
         tokenizer=any((located.folder / name).exists() for name in names),
         history=tuple(_history(recipe)),
-        next=tuple(_next(str(model), merged, untrained)),
+        next=tuple(_next(str(model), merged, recipe, untrained)),
     )
 
 
@@ -226,16 +226,18 @@ def _names(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _next(model: str, merged: MergedModel, untrained: tuple[str, ...]) -> Iterator[str]:
+def _next(model: str, merged: MergedModel, recipe: Mapping[str, Any], untrained: tuple[str, ...]) -> Iterator[str]:
     given, name = pasted(model), merged.located.public_name.rpartition("/")[2]
     fitted, trained, mixtral, routing = (
         pasted(f"{name}-{kind}") for kind in ("fitted", "trained", "mixtral", "routing")
     )
-    domains = [domain for domain in merged.domains if domain != SEED]
+    is_blended = recipe.get("expert_mode") == "blend"  # the domains are still those of the sources
+    domains = [domain for domain in (recipe["experts"] if is_blended else merged.domains) if domain != SEED]
     data = " ".join(f"--data {pasted(f'{domain}=TEXT')}" for domain in domains)
     if untrained:
         texts = " ".join(f"--domain-text {pasted(f'{domain}=TEXT')}" for domain in domains)
-        yield f"btx fit {given} {texts} -o {fitted}"
+        if not is_blended:
+            yield f"btx fit {given} {texts} -o {fitted}"
         yield f"btx train {given} {data} --train routers -o {trained}"
         return
     if not any(mixtral_refusals(merged)):

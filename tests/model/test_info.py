@@ -116,6 +116,10 @@ def test_split_and_blended_experts(family: Family, tmp_path: Path) -> None:
     split, blend = info(str(tmp_path / "split")), info(str(tmp_path / "blend"))
     assert [expert.model for expert in split.experts] == ["llama-seed", "llama-seed", "llama-code", "llama-code"]
     assert {expert.model for expert in blend.experts} == {None}
+    assert [line.split()[1] for line in split.next] == ["fit", "train"]
+    (line,) = blend.next  # what has no domain cannot be fitted; the texts are still those of the domains
+    assert line.startswith("btx train ")
+    assert "--data code=TEXT --train routers" in line
 
 
 def test_the_command(merged: Path, tmp_path: Path) -> None:
