@@ -5,7 +5,7 @@ ENGINES := $(patsubst tests/engines/%.txt,.engines/%/installed,$(wildcard tests/
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow demo-smollm2 benchmark benchmark-export benchmark-head benchmark-model benchmark-train benchmark-evaluate docs format clean
+.PHONY: demo test slow demo-smollm2 benchmark benchmark-export benchmark-fit benchmark-head benchmark-model benchmark-train benchmark-evaluate docs format clean
 
 demo: .venv/installed  ## train a small seed and three experts, merge, fit, finetune, compare and generate
 	$(BIN)/python examples/demo.py
@@ -27,6 +27,9 @@ benchmark: .venv/installed  ## btx merge against cp, and what else ARGS names
 
 benchmark-export: .venv/installed  ## btx export and btx extract against cp
 	$(BIN)/python benchmarks/export.py $(ARGS)
+
+benchmark-fit: .venv/installed  ## the walk of a fit against the forward passes that it needs
+	$(BIN)/python benchmarks/fit_walk.py $(ARGS)
 
 benchmark-head: .venv/installed  ## a fitted head for a vocabulary of 128,000
 	$(BIN)/python benchmarks/head.py $(ARGS)

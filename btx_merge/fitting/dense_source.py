@@ -8,6 +8,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from btx_merge.fitting.passing import ATTENTION
+from btx_merge.fitting.reading import Tensors, fill_layer, on_device, read_stored
 from btx_merge.sources.segments import Segment, within
 from btx_merge.sources.source import Source
 
@@ -33,22 +35,37 @@ class DenseSource:
         config.pop("dtype", None)
         config.pop("torch_dtype", None)
         self.config = LlamaConfig.from_dict(config)
-        self.config._attn_implementation = "sdpa"
+        self.config._attn_implementation = ATTENTION
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return rows [start, stop) of a tensor, all by default, on the host.
+
+        In the dtype that the file has, or in float32 where an adapter's delta is added.
+        """
+        stored = self.source.stored_name(name)
+        tensor = self.source.tensors[stored]
+        if stored not in self.source.deltas:
+            return read_stored(tensor, self.device, start, stop)
+        return torch.from_numpy(self.source.rows(name, start, tensor.shape[0] if stop is None else stop))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Return a whole tensor in float32, an adapter's delta included."""
-        rows = self.source.tensors[self.source.stored_name(name)].shape[0]
-        return torch.from_numpy(self.source.rows(name, 0, rows)).to(self.device)
+        """Return a whole tensor on the device in float32, an adapter's delta included."""
+        return on_device(self.read(name), self.device)
 
-    def layer(self, index: int, part: str) -> LlamaDecoderLayer:
-        """Build a layer with the weights of `part`, `attention` or `feed_forward`, and of the norm before it."""
-        with torch.device("meta"):
-            layer = LlamaDecoderLayer(self.config, index)
+    def read_part(self, index: int, part: str) -> Tensors:
+        """Read a layer's weights of `part`, `attention` or `feed_forward`, and of the norm before it, by name."""
         wanted = ("self_attn.", "input_layernorm.") if part == "attention" else ("mlp.", "post_attention_layernorm.")
-        names = [name for name, _ in layer.named_parameters() if name.startswith(wanted)]
-        tensors = {name: self.tensor(f"model.layers.{index}.{name}") for name in names}
-        layer.load_state_dict(tensors, strict=False, assign=True)
-        return layer.eval()
+        names = [name for name, _ in self._empty_layer(index).named_parameters() if name.startswith(wanted)]
+        return {name: self.read(f"model.layers.{index}.{name}") for name in names}
+
+    def layer(self, index: int, tensors: Tensors) -> LlamaDecoderLayer:
+        """Build a layer of which a part has weights, those that `read_part` gave."""
+        layer: LlamaDecoderLayer = fill_layer(self._empty_layer(index), tensors, self.device, is_part=True)
+        return layer
+
+    def _empty_layer(self, index: int) -> LlamaDecoderLayer:
+        with torch.device("meta"):
+            return LlamaDecoderLayer(self.config, index)
 
     def rows(self, name: str, start: int, others: torch.Tensor) -> torch.Tensor:
         """Return rows of its embedding or head in the result's vocabulary; of tokens that it does not know, `others`.
@@ -59,6 +76,6 @@ class DenseSource:
         """
         out = others.clone()
         for segment in within(self.segments, start, start + len(others)):
-            rows = self.source.rows(name, segment.row, segment.row + segment.count)
-            out[segment.out - start : segment.out - start + segment.count] = torch.from_numpy(rows).to(self.device)
+            rows = on_device(self.read(name, segment.row, segment.row + segment.count), self.device)
+            out[segment.out - start : segment.out - start + segment.count] = rows
         return out

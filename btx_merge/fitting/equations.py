@@ -21,6 +21,8 @@ OFF_DIAGONAL = 0.9
 TEMPERATURES = tuple(2 ** (half / 2) for half in range(17))
 """Factors on a fitted router that are tried: 1 to 256, in steps of sqrt(2). The regression's targets are 0 and 1, so
 that its solution is softer than any router should be; at 256 its choice is as good as certain."""
+STATISTICS_FORMAT = 2
+"""Of what is kept in a folder of statistics. Others cannot be told from those of another model."""
 _KEY_FILE = "statistics.json"
 """What the moments in a folder were collected from. It is written last: without it the folder is incomplete."""
 
@@ -146,6 +148,8 @@ class Statistics:
             differing = [name for name in key if recorded.get(name) != key[name]]
             if differing:
                 found = f"they were collected with another {', '.join(differing)}"
+                if "format" in differing:
+                    found = "another version of btx-merge has collected them"
                 remedy = "Give another --statistics, or remove this folder to collect them anew."
                 raise InputError([Problem("statistics", str(folder), found, "", remedy)])
             self.are_there = True

@@ -9,14 +9,21 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, repeat_kv
 
+from btx_merge.fitting.states import States
 from btx_merge.fitting.streams import TokenStream
 from btx_merge.modeling.configuration_btx import BTXConfig
 from btx_merge.modeling.modeling_btx import BTXDecoderLayer
 
 Block = Callable[[torch.Tensor], torch.Tensor]
 """A feed-forward block: from what stands behind its norm, [B, T, H], to what it adds."""
+
+
+ATTENTION = "btx_documents"
+"""transformers' name of the attention below: `_attn_implementation` of a config whose layers are sent through here."""
 
 
 class Attended(NamedTuple):
@@ -35,17 +42,17 @@ class Passage:
         self.config, self.device = config, device
         self.rotary = LlamaRotaryEmbedding(config).to(device)
 
-    def attend(self, stream: TokenStream, states: torch.Tensor, layer: Any) -> None:
-        """Send all states [B, T, H] of a stream through a layer's attention, in place."""
+    def attend(self, stream: TokenStream, states: States, layer: Any) -> None:
+        """Send all states of a stream through a layer's attention, in place."""
         for batch in stream.batches(stream.all):
-            hidden = states[batch].to(self.device)
-            states[batch] = (hidden + self.attention(layer, stream, hidden, batch).added).to(states.device)
+            hidden = states[batch]
+            states[batch] = hidden + self.attention(layer, stream, hidden, batch).added
 
-    def feed_forward(self, stream: TokenStream, states: torch.Tensor, layer: Any, block: Block) -> None:
-        """Send all states [B, T, H] of a stream through a layer's norm and a feed-forward block, in place."""
+    def feed_forward(self, stream: TokenStream, states: States, layer: Any, block: Block) -> None:
+        """Send all states of a stream through a layer's norm and a feed-forward block, in place."""
         for batch in stream.batches(stream.all):
-            hidden = states[batch].to(self.device)
-            states[batch] = (hidden + block(layer.post_attention_layernorm(hidden))).to(states.device)
+            hidden = states[batch]
+            states[batch] = hidden + block(layer.post_attention_layernorm(hidden))
 
     def attention(self, layer: Any, stream: TokenStream, hidden: torch.Tensor, batch: slice) -> Attended:
         """Compute a layer's attention for one batch of states. No document sees another.
@@ -54,34 +61,60 @@ class Passage:
             hidden: [B, T, H].
             batch: which of the stream's windows they are.
         """
-        positions = stream.positions[batch].to(self.device)
-        # [B, T]; causal attention within a document: [B, T, T]
-        document = (positions == 0).cumsum(dim=-1)  # 1, 1, 1, 2, 2, ...: positions begin again at 0 in each document
-        order = torch.arange(positions.shape[1], device=self.device)
-        mask = (document[:, :, None] == document[:, None]) & (order[:, None] >= order)
         # the heads' outputs exist inside attention alone; a hook catches them on their way into the output projection
         heads: list[torch.Tensor] = []
         keep: Any = lambda module, inputs: heads.append(inputs[0].flatten(0, 1))  # noqa: E731
         hook = layer.self_attn.o_proj.register_forward_pre_hook(keep)
         added, _ = layer.self_attn(
             hidden_states=layer.input_layernorm(hidden),
-            position_embeddings=self.rotary(hidden, positions),
-            attention_mask=mask[:, None],
+            position_embeddings=self.rotary(hidden, stream.positions[batch].to(self.device)),
+            attention_mask=None,
+            documents=stream.documents[batch],
         )
         hook.remove()
         return Attended(added, heads[0])
 
 
+def attention_by_document(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    **call: Any,
+) -> tuple[torch.Tensor, None]:
+    """Compute causal attention within each document, as transformers wants it from an attention function.
+
+    Masks [B, T, T] would cost the same for windows of many short documents as for those of a long one.
+
+    Args:
+        query: [B, heads, T, d], and key and value with perhaps fewer heads.
+        call: `documents`, of each window where its documents begin and end, and `scaling` of the scores.
+
+    Returns:
+        [B, T, heads, d], and nothing for the weights.
+    """
+    key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
+    out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+    for window, runs in enumerate(call["documents"]):
+        for start, stop in runs:
+            q, k, v = (states[window, None, :, start:stop] for states in (query, key, value))
+            attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=call["scaling"])
+            out[window, start:stop] = attended[0].transpose(0, 1)
+    return out, None
+
+
+AttentionInterface.register(ATTENTION, attention_by_document)
+
+
+def expert_output(layer: BTXDecoderLayer, expert: int, read: torch.Tensor) -> torch.Tensor:
+    """Compute what one expert gives for [..., H]."""
+    experts = layer.mlp.experts
+    gate, up = F.linear(read, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+    return F.linear(experts.act_fn(gate) * up, experts.down_proj[expert])
+
+
 def own_experts(layer: BTXDecoderLayer, stream: TokenStream, read: torch.Tensor) -> torch.Tensor:
     """Compute what a domain's own expert adds to [..., H]; its chunks together are its source's block."""
-    rows = read.flatten(0, -2)  # [N, H]
-    chosen = torch.tensor(stream.experts, device=rows.device).expand(len(rows), -1)
-    weights = torch.ones_like(chosen, dtype=rows.dtype)
-    return torch.as_tensor(layer.mlp.experts(rows, chosen, weights)).reshape(read.shape)
-
-
-def every_expert(layer: BTXDecoderLayer, read: torch.Tensor, experts: int) -> torch.Tensor:
-    """Compute what each expert gives for inputs [N, H]: [E, N, H]."""
-    one = torch.ones(len(read), 1, device=read.device)
-    chosen = (torch.full_like(one, expert, dtype=torch.long) for expert in range(experts))
-    return torch.stack([layer.mlp.experts(read, expert, one) for expert in chosen])
+    first, *others = (expert_output(layer, expert, read) for expert in stream.experts)
+    return sum(others, start=first)

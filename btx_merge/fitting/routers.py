@@ -23,7 +23,7 @@ from btx_merge.fitting.equations import (
     ridge_solution,
     winning_temperature,
 )
-from btx_merge.fitting.passing import every_expert, own_experts
+from btx_merge.fitting.passing import expert_output, own_experts
 from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.streams import TokenStream
 from btx_merge.model.held_out import LayerFit
@@ -93,7 +93,7 @@ class RouterFit:
         moments: Moments = {}
         inputs = []
         for stream in self.prompts:
-            read = layer.post_attention_layernorm(stream.merged.to(self.device)).flatten(0, 1)  # [N, H]
+            read = layer.post_attention_layernorm(stream.merged[stream.all]).flatten(0, 1)  # [N, H]
             # the chunks of a split source share its prompts
             moments |= {f"mean.{expert}": read.mean(dim=0) for expert in stream.experts}
             inputs.append(read)
@@ -112,17 +112,17 @@ class RouterFit:
         for stream in self.texts:
             for batch in stream.batches(stream.fitted):
                 # the router's true input: behind the norm of the feed-forward block, [N, H]
-                read = layer.post_attention_layernorm(stream.merged[batch].to(self.device)).flatten(0, 1)
+                read = layer.post_attention_layernorm(stream.merged[batch]).flatten(0, 1)
                 gram += (read.T @ read).double() * stream.per_token
                 # a token's label is 1 at its own experts and 0 at the others, so X^T Y is a sum of inputs
                 labels[:, stream.experts] += read.sum(dim=0).double()[:, None] * stream.per_token
             held = stream.merged[stream.held_out].flatten(0, 1)
             # evenly over the held-out windows, so that no document stands for all
             chosen = torch.linspace(0, len(held) - 1, min(_HELD_OUT_TOKENS, len(held))).long()
-            before = held[chosen].to(self.device)
+            before = held[chosen]
             read = layer.post_attention_layernorm(before)
             if self.task.combine:
-                target = stream.dense[stream.held_out].flatten(0, 1)[chosen].to(self.device) - before
+                target = stream.dense[stream.held_out].flatten(0, 1)[chosen] - before
             else:
                 target = own_experts(layer, stream, read)
             moments |= {f"inputs.{stream.name}": read, f"targets.{stream.name}": target}
@@ -137,7 +137,10 @@ class _Temperatures:
         self.solution = ridge_solution(moments["gram"], moments["labels"], fit.task.router_ridge)
         self.inputs = [moments[f"inputs.{stream.name}"] for stream in fit.texts]
         self.targets = [moments[f"targets.{stream.name}"] for stream in fit.texts]
-        self.outputs = [every_expert(layer, read, fit.experts) for read in self.inputs]  # once, not for each factor
+        # [E, N, H] by domain; computed once, not for each factor
+        self.outputs = [
+            torch.stack([expert_output(layer, expert, read) for expert in range(fit.experts)]) for read in self.inputs
+        ]
         self.call = RouterCall(fit.config.num_experts_per_tok)
 
     def best(self, index: int) -> tuple[LayerFit, torch.Tensor]:

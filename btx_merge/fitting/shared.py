@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from btx_merge.architectures.llama import EMBEDDING, HEAD
 from btx_merge.fitting.checkpoint import Checkpoint
@@ -21,6 +21,7 @@ from btx_merge.fitting.dense_source import DenseSource, row_blocks
 from btx_merge.fitting.equations import Moments, Statistics, ridge_solution, scaled_off_diagonal
 from btx_merge.fitting.head import fit_head_by_frequency
 from btx_merge.fitting.passing import Passage
+from btx_merge.fitting.reading import Tensors
 from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.streams import TokenStream
 from btx_merge.modeling.modeling_btx import BTXDecoderLayer
@@ -68,19 +69,24 @@ class SharedFit:
                 weight += count
             self.checkpoint.write(EMBEDDING, total / weight, start)
 
-    def fit_attention(self, index: int, layer: BTXDecoderLayer) -> None:
+    def fit_attention(self, index: int, layer: BTXDecoderLayer, parts: Mapping[str, Tensors]) -> None:
         """Solve for q, k and v; then, behind them, for the output projection.
 
         The sources' states are sent through their attention meanwhile.
+
+        Args:
+            parts: the weights of the sources' attention and of the norm before it, by the domain's name.
         """
-        norm = f"model.layers.{index}.input_layernorm.weight"
-        inputs = self.statistics.get(f"layer-{index:03}.inputs", lambda: self._input_moments(norm))
+        dense = {name: self.sources[name].layer(index, part) for name, part in parts.items()}
+        norms = {name: own.input_layernorm for name, own in dense.items()}
+        inputs = self.statistics.get(
+            f"layer-{index:03}.inputs", lambda: self._input_moments(layer.input_layernorm, norms)
+        )
         for name in _PROJECTIONS:
-            tensor = f"model.layers.{index}.self_attn.{name}.weight"
-            weights = {stream.name: self.sources[stream.name].tensor(tensor) for stream in self.texts}
+            weights = {domain: getattr(own.self_attn, name).weight for domain, own in dense.items()}
             self._solve(index, layer, name, *self._normal_equations(inputs, weights))
         # only now: the output projection's inputs depend on q, k and v as they were just solved for
-        outputs = self.statistics.get(f"layer-{index:03}.outputs", lambda: self._output_moments(index, layer))
+        outputs = self.statistics.get(f"layer-{index:03}.outputs", lambda: self._output_moments(layer, dense))
         self._solve(index, layer, "o_proj", outputs["gram"], outputs["cross"])
 
     def fit_head(self) -> None:
@@ -91,7 +97,7 @@ class SharedFit:
             by_domain = self.statistics.get("head-by-domain", self._head_moments)
             fit_head_by_frequency(self.checkpoint, self.sources, self._counts(), by_domain, self.task.regmean_ridge)
             return
-        moments = self.statistics.get("head", lambda: self._input_moments("model.norm.weight"))
+        moments = self.statistics.get("head", lambda: self._input_moments(*self._last_norms()))
         for start, stop in row_blocks(self.checkpoint.tensors[HEAD].shape[0]):
             mean = self.checkpoint.read(HEAD, start, stop)
             weights = {stream.name: self.sources[stream.name].rows(HEAD, start, mean) for stream in self.texts}
@@ -131,8 +137,11 @@ class SharedFit:
         self.checkpoint.write(tensor, solution)
         projection.weight.data = self.checkpoint.read(tensor)
 
-    def _input_moments(self, norm_name: str) -> Moments:
+    def _input_moments(self, norm: LlamaRMSNorm, own_norms: Mapping[str, LlamaRMSNorm]) -> Moments:
         """Collect moments of what stands behind a norm, all [H, H].
+
+        Args:
+            own_norms: the sources', by the domain's name.
 
         Returns:
             `gram`: `sum x x^T` of the inputs that are fitted on, over all domains; by domain, their cross moment with
@@ -140,7 +149,7 @@ class SharedFit:
         """
         moments: Moments = {}
         for stream in self.texts:
-            gram, cross = self._input_products(stream, norm_name)
+            gram, cross = self._input_products(stream, norm, own_norms[stream.name])
             moments["gram"] = moments.get("gram", 0) + gram * stream.per_token
             moments[stream.name] = cross * stream.per_token
         return moments
@@ -148,47 +157,48 @@ class SharedFit:
     def _head_moments(self) -> Moments:
         """Collect the same of what stands behind the last norm, each domain's own and per token."""
         moments: Moments = {}
+        norm, own_norms = self._last_norms()
         for stream in self.texts:
-            gram, cross = self._input_products(stream, "model.norm.weight")
+            gram, cross = self._input_products(stream, norm, own_norms[stream.name])
             tokens = stream.ids[stream.fitted].numel()
             moments |= {f"gram.{stream.name}": gram / tokens, f"cross.{stream.name}": cross / tokens}
         return moments
 
-    def _input_products(self, stream: TokenStream, norm_name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _input_products(
+        self, stream: TokenStream, norm: LlamaRMSNorm, own_norm: LlamaRMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum the products of a domain's inputs behind a norm with themselves, and with the source's own, [H, H]."""
-        norm = self._norm(self.checkpoint.read(norm_name))
-        own = self._norm(self.sources[stream.name].tensor(norm_name))
         gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in stream.batches(stream.fitted):
-            dense = own(stream.dense[batch].to(self.device)).flatten(0, 1)
+            dense = own_norm(stream.dense[batch]).flatten(0, 1)
             fitted = dense  # x~, on which the weights are fitted; [N, H] as `dense`, the source's own x
             if not self.takes_own_inputs:
-                fitted = norm(stream.merged[batch].to(self.device)).flatten(0, 1)
+                fitted = norm(stream.merged[batch]).flatten(0, 1)
             gram = gram + (fitted.T @ fitted).double()
             cross = cross + (fitted.T @ dense).double()
         if self.takes_own_inputs:  # both are `sum x x^T` then
             gram = cross = scaled_off_diagonal(gram)
         return gram, cross
 
-    def _output_moments(self, index: int, layer: BTXDecoderLayer) -> Moments:
+    def _output_moments(self, layer: BTXDecoderLayer, dense: Mapping[str, LlamaDecoderLayer]) -> Moments:
         """Collect the output projection's moments, `gram` [Q, Q] and `cross` [Q, H], over all domains.
 
         On the way the sources' states pass their attention, so that they are ready for the feed-forward blocks.
         """
         gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
         for stream in self.texts:
-            dense = self.sources[stream.name].layer(index, "attention")
+            own = dense[stream.name]
             if self.takes_own_inputs:
-                own_gram = scaled_off_diagonal(self._own_heads_gram(stream, dense)) * stream.per_token
+                own_gram = scaled_off_diagonal(self._own_heads_gram(stream, own)) * stream.per_token
                 gram = gram + own_gram
-                cross = cross + own_gram @ dense.self_attn.o_proj.weight.T.double()
+                cross = cross + own_gram @ own.self_attn.o_proj.weight.T.double()
                 continue
-            self.passage.attend(stream, stream.dense, dense)
+            self.passage.attend(stream, stream.dense, own)
             for batch in stream.batches(stream.fitted):
-                hidden = stream.merged[batch].to(self.device)
+                hidden = stream.merged[batch]
                 heads = self.passage.attention(layer, stream, hidden, batch).heads
                 # where the source's state stands behind attention, seen from the merged state before it
-                target = (stream.dense[batch].to(self.device) - hidden).flatten(0, 1)
+                target = (stream.dense[batch] - hidden).flatten(0, 1)
                 gram = gram + (heads.T @ heads).double() * stream.per_token
                 cross = cross + (heads.T @ target).double() * stream.per_token
         return {"gram": gram, "cross": cross}
@@ -197,13 +207,19 @@ class SharedFit:
         """Send a source's states through its attention; return its heads' Gram matrix [Q, Q] on fitted windows."""
         gram = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in stream.batches(stream.all):
-            hidden = stream.dense[batch].to(self.device)
+            hidden = stream.dense[batch]
             added, heads = self.passage.attention(dense, stream, hidden, batch)
-            stream.dense[batch] = (hidden + added).to(stream.dense.device)
+            stream.dense[batch] = hidden + added
             # held-out windows are sent on as well, but only tokens of windows that are fitted on count
             fitted = max(0, min(batch.stop, stream.fitted.stop) - batch.start) * stream.ids.shape[1]
             gram = gram + (heads[:fitted].T @ heads[:fitted]).double()
         return gram
+
+    def _last_norms(self) -> tuple[LlamaRMSNorm, dict[str, LlamaRMSNorm]]:
+        """Read the norm before the head, and the sources' own by the domain's name."""
+        name = "model.norm.weight"
+        own = {domain: self._norm(source.tensor(name)) for domain, source in self.sources.items()}
+        return self._norm(self.checkpoint.read(name)), own
 
     def _norm(self, weight: torch.Tensor) -> LlamaRMSNorm:
         """Return a norm with this weight, [H]."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from transformers import AutoTokenizer
 
 from btx_merge.architectures.btx import experts_by_domain
 from btx_merge.errors import InputError, Problem
+from btx_merge.fitting.states import States
 from btx_merge.texts.references import DomainText, documents
 from btx_merge.texts.windows import packed_windows
 
 _WINDOW = 512
-"""Tokens of a window, at most. Attention's masks [B, T, T] grow with it; a choice, not a measured optimum."""
+"""Tokens of a window, at most; a choice, not a measured optimum."""
 _TOKENS_AT_ONCE = 8192
 """Of one stream, on the device at a time. It bounds the memory for activations: 16 windows, or 0.13 GB for each array
 [N, H] in float32 where H is 4,096."""
@@ -45,10 +47,19 @@ class TokenStream:
     """Its weight among the domains."""
     is_prompt: bool = False
     """Whether it is a domain's prompts, of which nothing is held out."""
-    merged: torch.Tensor = field(init=False)
+    merged: States = field(init=False)
     """Hidden states in the merged model, [B, T, H]."""
-    dense: torch.Tensor = field(init=False)
+    dense: States = field(init=False)
     """Hidden states in its own source, where shared weights are fitted."""
+
+    @cached_property
+    def documents(self) -> list[list[tuple[int, int]]]:
+        """Of each window, where its documents begin and end. Positions begin again at 0 in each document."""
+        length, found = self.ids.shape[1], []
+        for window in self.positions:
+            starts = {0, *torch.nonzero(window == 0).flatten().tolist()}  # the first may go on from another window
+            found.append([*itertools.pairwise([*sorted(starts), length])])
+        return found
 
     @property
     def all(self) -> slice:

@@ -6,7 +6,8 @@ that back, move on. Memory is one layer and the tokens' hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -14,10 +15,12 @@ from btx_merge.architectures.llama import EMBEDDING
 from btx_merge.fitting.checkpoint import Checkpoint
 from btx_merge.fitting.dense_source import DenseSource, row_blocks
 from btx_merge.fitting.equations import Statistics
-from btx_merge.fitting.passing import Block, Passage, own_experts
+from btx_merge.fitting.passing import ATTENTION, Block, Passage, own_experts
+from btx_merge.fitting.reading import ReadAhead, Tensors, fill_layer
 from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.routers import RouterFit
 from btx_merge.fitting.shared import SharedFit
+from btx_merge.fitting.states import States, place_of_states
 from btx_merge.fitting.streams import TokenStream
 from btx_merge.model.held_out import LayerFit
 from btx_merge.modeling.configuration_btx import BTXConfig
@@ -39,7 +42,7 @@ class Walk:
     ):
         """Set up a walk over the streams; nothing is computed yet."""
         # set by hand: only layers are built, not the model that would choose them
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = ATTENTION
         config._experts_implementation = "eager"
         self.checkpoint, self.config, self.streams = checkpoint, config, streams
         self.task, self.sources = task, sources
@@ -68,49 +71,64 @@ class Walk:
             self._embed()
         fits: list[LayerFit] = []
         layers = self.config.num_hidden_layers
-        for index in range(layers):
-            reporter.layer_done(index, layers)
-            layer = self._layer(index)
-            # in this order: the attention's solution changes what the router reads
-            if self.shared:
-                self.shared.fit_attention(index, layer)
-            if self.passes:
-                self._attend(index, layer)
-            if self.routers:
-                fits += self.routers.fit(index, layer)
-            if self.passes:
-                for stream in self.streams:
-                    self.passage.feed_forward(stream, stream.merged, layer, self._block(layer, stream))
+        with ReadAhead(self._reads()) as weights:
+            for index in range(layers):
+                reporter.layer_done(index, layers)
+                fits += self._fit_layer(index, weights)
         reporter.layer_done(layers, layers)
         if self.shared:
             self.shared.fit_head()
         return fits
 
-    def _layer(self, index: int) -> BTXDecoderLayer:
-        """Read one layer of the checkpoint. Built on the meta device, it takes no memory before it has its weights."""
+    def _reads(self) -> Iterator[tuple[str, Callable[[], Tensors]]]:
+        """List all layers' weights in the order in which `_fit_layer` takes them."""
+        for index in range(self.config.num_hidden_layers):
+            yield f"layer {index}", partial(self.checkpoint.read_layer, index)
+            for name, source in self.sources.items():
+                yield f"attention {index} of {name}", partial(source.read_part, index, "attention")
+            if self.passes:
+                for name, source in self.sources.items():
+                    yield f"feed-forward {index} of {name}", partial(source.read_part, index, "feed_forward")
+
+    def _fit_layer(self, index: int, weights: ReadAhead) -> list[LayerFit]:
+        """Fit one layer, and send all states through it."""
         with torch.device("meta"):
             layer = BTXDecoderLayer(self.config, index)
-        layer.load_state_dict(self.checkpoint.layer(index), assign=True)
-        return layer.eval()
+        fill_layer(layer, weights.take(f"layer {index}"), self.checkpoint.device)
+        # in this order: the attention's solution changes what the router reads
+        if self.shared:
+            parts = {name: weights.take(f"attention {index} of {name}") for name in self.sources}
+            self.shared.fit_attention(index, layer, parts)
+        if self.passes:
+            self._attend(index, layer, weights)
+        fits = self.routers.fit(index, layer) if self.routers else []
+        if self.passes:
+            for stream in self.streams:
+                self.passage.feed_forward(stream, stream.merged, layer, self._block(layer, stream))
+        return fits
 
     def _embed(self) -> None:
         """Look up the first hidden states of every stream, in the merged model and in its own source."""
         vocab, hidden = self.checkpoint.tensors[EMBEDDING].shape
+        device = self.checkpoint.device
+        states = sum(stream.ids.numel() * (1 + (stream.name in self.sources)) for stream in self.streams)
+        place = place_of_states(device, states * hidden)
         for stream in self.streams:
-            stream.merged = torch.empty(*stream.ids.shape, hidden)
+            stream.merged = States((*stream.ids.shape, hidden), device, place)
             if stream.name in self.sources:
-                stream.dense = torch.empty_like(stream.merged)
+                stream.dense = States((*stream.ids.shape, hidden), device, place)
         for start, stop in row_blocks(vocab):
-            rows = self.checkpoint.read(EMBEDDING, start, stop).cpu()
+            rows = self.checkpoint.read(EMBEDDING, start, stop)
             for stream in self.streams:
                 # the places [B, T] of the tokens whose rows are in this block
-                here = (stream.ids >= start) & (stream.ids < stop)
-                stream.merged[here] = rows[stream.ids[here] - start]
+                here = ((stream.ids >= start) & (stream.ids < stop)).to(place)
+                tokens = stream.ids.to(place)[here] - start
+                stream.merged.kept[here] = rows.to(place)[tokens]
                 if stream.name in self.sources:
-                    own = self.sources[stream.name].rows(EMBEDDING, start, rows.to(self.checkpoint.device)).cpu()
-                    stream.dense[here] = own[stream.ids[here] - start]
+                    own = self.sources[stream.name].rows(EMBEDDING, start, rows)
+                    stream.dense.kept[here] = own.to(place)[tokens]
 
-    def _attend(self, index: int, layer: BTXDecoderLayer) -> None:
+    def _attend(self, index: int, layer: BTXDecoderLayer, weights: ReadAhead) -> None:
         """Send the merged states through attention, and the sources' own through their feed-forward blocks.
 
         The sources' states went through attention when it was fitted; the router's targets are their states behind
@@ -118,10 +136,10 @@ class Walk:
         """
         for stream in self.streams:
             self.passage.attend(stream, stream.merged, layer)
-        for stream in self.streams:
-            if stream.name in self.sources:
-                dense = self.sources[stream.name].layer(index, "feed_forward")
-                self.passage.feed_forward(stream, stream.dense, dense, dense.mlp)
+        by_name = {stream.name: stream for stream in self.streams}
+        for name, source in self.sources.items():
+            dense = source.layer(index, weights.take(f"feed-forward {index} of {name}"))
+            self.passage.feed_forward(by_name[name], by_name[name].dense, dense, dense.mlp)
 
     def _block(self, layer: BTXDecoderLayer, stream: TokenStream) -> Block:
         """Return what leads to the next layer: the domain's own expert, or what the router chooses."""

@@ -48,3 +48,10 @@ def test_how_far_it_is_every_ten_seconds(capsys, monkeypatch) -> None:
         "measured 25%, about 30 s left",
         "measured 50%, about 25 s left",
     ]
+    times = iter([0.0, 11.0, 22.0, 23.0])
+    for done in range(4):
+        lines.layer_done(done, 4)
+    assert capsys.readouterr().err.splitlines() == [
+        "fitted 1 of 4 layers, about 33 s left",
+        "fitted 2 of 4 layers, about 22 s left",
+    ]

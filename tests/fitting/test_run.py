@@ -425,6 +425,51 @@ def test_statistics_are_reused(grown, tmp_path):
     assert not list(tmp_path.glob("*.btx-partial"))
 
 
+def test_statistics_of_an_earlier_version_are_refused(grown, tmp_path):
+    folder, texts = grown
+    merge(recipe_of(folder), tmp_path / "btx")
+    recipe = FitRecipe(str(tmp_path / "btx"), domain_text=tuple(texts.values()))
+    fit(recipe, tmp_path / "first", Options(statistics=tmp_path / "statistics"))
+    file = tmp_path / "statistics/statistics.json"
+    kept = json.loads(file.read_text())
+    kept.pop("format")
+    file.write_text(json.dumps(kept))
+    with pytest.raises(InputError, match="another version of btx-merge has collected them"):
+        fit(recipe, tmp_path / "second", Options(statistics=tmp_path / "statistics"))
+
+
+def test_a_checkpoint_is_hashed_for_statistics_alone(grown, tmp_path, monkeypatch):
+    folder, texts = grown
+
+    def digest(self) -> str:
+        raise AssertionError("hashed")
+
+    monkeypatch.setattr("btx_merge.fitting.checkpoint.Checkpoint.digest", digest)
+    recipe = recipe_of(folder, texts, router_init="ridge")
+    merge(recipe, tmp_path / "btx")
+    with pytest.raises(AssertionError, match="hashed"):
+        merge(recipe, tmp_path / "kept", Options(statistics=tmp_path / "statistics"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU")
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_a_fit_on_a_gpu_is_that_on_the_cpu(grown, tmp_path, monkeypatch, place):
+    """Weights within 1 % of a tensor's largest: each is solved from states that the layers below have rounded."""
+    if place == "host":
+        monkeypatch.setattr("btx_merge.fitting.states.free_memory", lambda device: 0)
+    folder, texts = grown
+    recipe = recipe_of(
+        folder, texts, router_init="ridge", combine="regmean_merged", head="fitted", fit_through="router"
+    )
+    merge(recipe, tmp_path / "cpu", Options(device="cpu"))
+    merge(recipe, tmp_path / "gpu", Options(device="cuda"))
+    expected, found = tensors_of(tmp_path / "cpu"), tensors_of(tmp_path / "gpu")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name].float(), tensor.float(), atol=0.01 * float(tensor.abs().max()), rtol=0, msg=name
+        )
+
+
 def test_statistics_of_both_fits_come_from_one_pass(grown, tmp_path):
     folder, texts = grown
     recipe = recipe_of(folder, texts, router_init="ridge", combine="regmean_merged")
