@@ -242,9 +242,9 @@ def print_evaluation(report: EvalReport) -> None:
 
 def _cells(title: str, cells: Cells) -> Table:
     head, rows = cells
-    table = Table(printable(head[0]), title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-    for name in head[1:]:
-        table.add_column(printable(name), justify="right", overflow="fold")
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for number, name in enumerate(head):
+        table.add_column(printable(name), justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(printable, row))
     return table

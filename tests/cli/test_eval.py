@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 from btx_merge import MergeRecipe, merge
+from btx_merge.cli.display import print_evaluation
 from btx_merge.cli.printing import Lines
+from btx_merge.evaluation.report import BTM, MODEL, EvalReport, Row, Score
+from btx_merge.measuring.windows import Amount
 from tests.cli.test_app import btx, errors_of
 from tests.conftest import Family
 
@@ -27,6 +30,18 @@ def test_an_evaluation(family: Family, texts: dict[str, str], tmp_path: Path) ->
     done = btx("eval", merged, *data, "--tokens", "60", "--no-sources", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["rows"][0]["scores"] == report["rows"][0]["scores"]
+
+
+def test_no_name_is_shortened_on_a_narrow_terminal(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    score = {name: Score(1.5, 20.0, 100) for name in ("code", "english", "math")}
+    rows = (Row("merged", MODEL, score, {}), Row("Branch-Train-Merge, top 1", BTM, score, {}))
+    amounts = {name: Amount(1, 1, 100, 400, 400, 7, "") for name in score}
+    print_evaluation(EvalReport("model", amounts, rows, {}, 128, "float32", "cpu", 1.0))
+    out = capsys.readouterr().out
+    assert "…" not in out
+    first = "".join(line.strip().split("  ")[0] for line in out.splitlines())  # of the cells of each line
+    assert first.replace(" ", "").count("Branch-Train-Merge,top1") == 2
 
 
 def test_a_mistake_is_one_line(family: Family, texts: dict[str, str]) -> None:
