@@ -21,28 +21,39 @@ import torch
 from torch.nn import functional as F
 
 _ROUNDS = 100
-"""Steps of L-BFGS, at most; some 15 are enough."""
+"""Steps of L-BFGS, at most; some tens are enough."""
 _GRADIENT = 1e-5
 """Largest entry of the gradient at which it ends, where inputs are white and losses are nats per token."""
 
 
 class Labelled(NamedTuple):
-    """Tokens of one domain."""
+    """Tokens of one domain. A norm stands in front of a router: token n's input is `scales[n] * gain * states[n]`.
 
-    inputs: torch.Tensor
+    Taken apart like this it need not be computed in each pass, of which it would be most.
+    """
+
+    states: torch.Tensor
     """[N, H]"""
+    scales: torch.Tensor
+    """[N, 1]"""
     domain: int
     weight: float
     """Of each token."""
 
 
 def logistic_solution(
-    batches: Callable[[], Iterator[Labelled]], gram: torch.Tensor, start: torch.Tensor, penalty: float, silent: int
+    batches: Callable[[], Iterator[Labelled]],
+    gain: torch.Tensor,
+    gram: torch.Tensor,
+    start: torch.Tensor,
+    penalty: float,
+    silent: int,
 ) -> torch.Tensor:
     """Go from the rows `start` [D, H] to the optimum; return it, [D, H] in float32.
 
     Args:
         batches: gives out all tokens once, in the same order each time. Weights add up to 1.
+        gain: the norm's weight, [H].
         gram: `sum_n a_n x_n x_n^T`, [H, H].
         penalty: lambda.
         silent: M.
@@ -65,7 +76,7 @@ def logistic_solution(
     def closure() -> torch.Tensor:
         """Compute the loss and, into `white.grad`, its gradient."""
         rows = dyed(white.detach())
-        loss, gradient = _loss(batches(), rows, silent)
+        loss, gradient = _loss(batches(), gain, rows, silent)
         loss += scale / 2 * rows.square().sum()
         gradient += scale * rows
         white.grad = torch.linalg.solve_triangular(factor.T, gradient, upper=True, left=False).contiguous()
@@ -75,18 +86,20 @@ def logistic_solution(
     return dyed(white.detach()).float()
 
 
-def _loss(batches: Iterator[Labelled], rows: torch.Tensor, silent: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _loss(
+    batches: Iterator[Labelled], gain: torch.Tensor, rows: torch.Tensor, silent: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the tokens' weighed loss, and its gradient by the rows [D, H], in float64."""
     loss = torch.zeros((), dtype=torch.float64, device=rows.device)
     gradient = torch.zeros_like(rows)
-    narrow = rows.float()
-    for inputs, domain, weight in batches:
-        logits = inputs @ narrow.T
+    narrow = rows.float() * gain
+    for states, scales, domain, weight in batches:
+        logits = scales * (states @ narrow.T)
         if silent:  # their logits are 0, and exp(log M + 0) = M
             logits = torch.cat([logits, torch.full_like(logits[:, :1], math.log(silent))], dim=-1)
         logs = F.log_softmax(logits, dim=-1)[:, : len(rows)]  # [N, D]
         loss -= weight * logs[:, domain].sum().double()
         errors = logs.exp()
         errors[:, domain] -= 1
-        gradient += weight * (errors.T @ inputs).double()
-    return loss, gradient
+        gradient += weight * ((scales * errors).T @ states).double()
+    return loss, gradient * gain

@@ -93,16 +93,23 @@ class RouterFit:
         """
         total = sum(stream.share for stream in self.texts)
 
+        norm = layer.post_attention_layernorm
+        scales: dict[tuple[int, int], torch.Tensor] = {}  # what the norm divides by, [N, 1] of each batch
+
         def batches() -> Iterator[Labelled]:
             for domain, stream in enumerate(self.texts):
                 for batch in stream.batches(stream.fitted):
-                    read = layer.post_attention_layernorm(stream.merged[batch])
-                    yield Labelled(read.flatten(0, 1), domain, stream.per_token / total)
+                    states = stream.merged[batch].flatten(0, 1)
+                    place = domain, batch.start
+                    if place not in scales:
+                        square = states.square().mean(dim=-1, keepdim=True)
+                        scales[place] = torch.rsqrt(square + norm.variance_epsilon)
+                    yield Labelled(states, scales[place], domain, stream.per_token / total)
 
         start = torch.stack([ridge[stream.experts[0]] for stream in self.texts])
         rows = torch.zeros_like(ridge)
         silent = len(experts_by_domain(self.config.to_dict())) - len(self.texts)
-        solution = logistic_solution(batches, gram / total, start, _LOGISTIC_PENALTY, silent)
+        solution = logistic_solution(batches, norm.weight, gram / total, start, _LOGISTIC_PENALTY, silent)
         for stream, row in zip(self.texts, solution, strict=True):
             rows[stream.experts] = row
         return rows

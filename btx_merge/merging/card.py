@@ -44,11 +44,12 @@ def model_card(plan: Plan, fitted: Fitted = Fitted()) -> str:
         "blend": "Each expert is blended from a part of every source's feed-forward blocks.",
     }[recipe.expert_mode]
     deviation = recipe.router_std or seed.config["initializer_range"]
+    on_text = f"layer by layer, on up to {recipe.domain_tokens:,} tokens per domain."
     router = {
         "random": f"random, normal with standard deviation {deviation}. {UNTRAINED}",
         "zeros": f"zeros: every expert is equally likely. {UNTRAINED}",
-        "ridge": f"fitted by ridge regression, layer by layer, on {recipe.domain_tokens:,} tokens per domain.",
-        "logistic": f"fitted by logistic regression, layer by layer, on {recipe.domain_tokens:,} tokens per domain.",
+        "ridge": f"fitted by ridge regression, {on_text}",
+        "logistic": f"fitted by logistic regression, {on_text}",
         "prompts": "the mean inputs of a few prompts per expert.",
     }[recipe.router_init]
     head = "\n- Head: of its own, each row fitted by how often each domain has its token."

@@ -65,13 +65,18 @@ def test_it_comes_to_the_optimum_from_anywhere(start, silent):
     shares = [0.5, 0.25, 0.25]
     gram = sum(share * x.T.double() @ x.double() / len(x) for share, x in zip(shares, inputs, strict=True))
     passes = []
+    gain = torch.rand(12, generator=generator) + 0.5
+    sizes = torch.rand(300, 1, generator=generator) + 0.5  # of a norm in front of the router
 
     def batches():
         passes.append(1)
         for domain, (share, x) in enumerate(zip(shares, inputs, strict=True)):
-            yield from (Labelled(part, domain, share / len(x)) for part in x.split(128))
+            yield from (
+                Labelled(part / gain / scale, scale, domain, share / len(x))
+                for part, scale in zip(x.split(128), sizes.split(128), strict=True)
+            )
 
-    found = logistic_solution(batches, gram, torch.full((3, 12), start), PENALTY, silent)
+    found = logistic_solution(batches, gain, gram, torch.full((3, 12), start), PENALTY, silent)
     expected = newton([x.double() for x in inputs], shares, silent)
     # passes over the tokens are in float32, and end at gradients of 1e-5
     torch.testing.assert_close(found.double(), expected, atol=1e-3 * float(expected.abs().max()), rtol=0)

@@ -9,7 +9,8 @@ import torch
 
 from btx_merge import MergeRecipe, merge
 from btx_merge.errors import InputError
-from btx_merge.measuring.models import load_folder, load_mean, load_source, open_sources, source_specs
+from btx_merge.measuring.models import load_folder, load_mean, load_source
+from btx_merge.measuring.sources import open_sources, source_specs
 from btx_merge.model.merged import open_merged
 from btx_merge.sources.locate import Located
 from tests.support.common import VOCAB, grow, load_float32, logits_of, move_trainable, tiny_tokenizer
@@ -108,7 +109,7 @@ def test_a_merged_model_is_loaded_in_the_dtype_that_is_asked_for(merged):
 
 def test_a_source_that_has_moved_is_named_with_its_remedy(family, merged, tmp_path):
     copy = shutil.copytree(merged, tmp_path / "merged")
-    with pytest.raises(InputError, match=r"code: llama-code: .*--source NAME=MODEL") as caught:
+    with pytest.raises(InputError, match=r"code: llama-code: .*--source code=MODEL") as caught:
         opened(copy, tmp_path)
     assert [problem.source for problem in caught.value.problems] == ["seed", "code", "math"]
     sources, warnings = opened(copy, tmp_path, seed=str(family.seed), **family.experts)
