@@ -132,10 +132,18 @@ def read_train_file(file: Path) -> dict[str, Any]:
     values = read_yaml(file, "config", "`data:` and options of the command")
     if "data" in values:
         values["data"] = domain_texts_of(str(file), values["data"], [file.parent])
-    reference = values.get("model")
-    if isinstance(reference, str) and (file.parent / reference).is_dir():
-        values["model"] = str((file.parent / reference).resolve())
+    if "model" in values:
+        values["model"] = _seen_from(file.parent, values["model"])
+    if isinstance(sources := values.get("sources"), Mapping):
+        values["sources"] = {name: _seen_from(file.parent, model) for name, model in sources.items()}
     return values
+
+
+def _seen_from(folder: Path, reference: Any) -> Any:
+    """Return a model's reference, where it is a path of a folder as it is seen from another one."""
+    if isinstance(reference, str) and (folder / reference).is_dir():
+        return str((folder / reference).resolve())
+    return reference
 
 
 def _recipe_of(recipe: type[Recipe], values: Mapping[str, Any], origin: str, given: Given) -> Recipe:

@@ -74,7 +74,8 @@ def entries_of(
 def _source_entries(
     recipe: EvalRecipe, model: MergedModel, scratch: Callable[[], Path]
 ) -> tuple[list[Entry], list[Problem]]:
-    from btx_merge.measuring.models import load_mean, load_source, open_sources
+    from btx_merge.measuring.models import load_mean, load_source
+    from btx_merge.measuring.sources import open_sources
 
     def entry(source: Source) -> Entry:
         tokenizer = source.tokenizer_folder or model.located.folder

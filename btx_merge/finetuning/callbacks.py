@@ -45,9 +45,13 @@ class StopOnSignal(TrainerCallback):
 class ConsoleLines(TrainerCallback):
     """One short line for each logging step, under a head that names the columns."""
 
-    def __init__(self, reporter: Reporter, domains: Sequence[str], experts: Sequence[str]):
+    def __init__(self, reporter: Reporter, domains: Sequence[str], experts: Sequence[str], is_taught: bool):
         self.reporter = reporter
-        self._columns = {"loss": "loss", **({"aux_loss": "balancing"} if experts else {})}
+        self._columns = {"loss": "loss"}
+        if is_taught:
+            self._columns |= {"lm_loss": "LM loss", "teacher_loss": "teacher"}
+        if experts:
+            self._columns["aux_loss"] = "balancing"
         self._columns |= {f"perplexity/{name}": f"ppl {name}" for name in domains}
         self._columns |= {f"load/{name}": f"to {name}" for name in experts}
         self._widths = [max(len(title), 9) for title in ("step", *self._columns.values())]

@@ -16,6 +16,7 @@ _TRAINED = {
     "all": "All weights were trained.",
     "ff": "Its feed-forward blocks were trained; every other weight is the seed's own, to the byte.",
 }
+_TAUGHT = "\nEach domain was taught by its own source, whose divergence from the model joined the loss."
 
 
 def training_section(verb: str, entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
@@ -39,17 +40,19 @@ def training_section(verb: str, entry: Mapping[str, Any], history: Sequence[Mapp
     shown = logged[:: max(1, -(-len(logged) // 10))]
     if logged and shown[-1] is not logged[-1]:
         shown.append(logged[-1])
-    keys = [key for key in ("loss", "aux_loss", "dead_experts") if logged and key in logged[-1]]
-    titles = {"loss": "loss", "aux_loss": "balancing loss", "dead_experts": "dead experts"}
+    titles = {"loss": "loss", "lm_loss": "LM loss", "teacher_loss": "teacher's loss"}
+    titles |= {"aux_loss": "balancing loss", "dead_experts": "dead experts"}
+    keys = [key for key in titles if logged and key in logged[-1]]
     curve = _table(
         ["step", *(titles[key] for key in keys)],
         [[str(item["step"]), *(f"{item[key]:.4g}" if key in item else "" for key in keys)] for item in shown],
     )
     arguments = entry["arguments"]
+    taught = _TAUGHT if entry.get("teacher") else ""
     return f"""## Training
 
 `btx {verb} --train {entry["train"]}`: {entry["trained_parameters"]:,} parameters, {entry["steps"]} steps,
-{entry["tokens"]:,} tokens in windows of {entry["max_length"]}, learning rate {arguments["learning_rate"]:g}.
+{entry["tokens"]:,} tokens in windows of {entry["max_length"]}, learning rate {arguments["learning_rate"]:g}.{taught}
 
 {OF_THIS_MODEL}
 

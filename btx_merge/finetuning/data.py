@@ -23,7 +23,7 @@ from btx_merge.texts.references import DomainText, documents
 from btx_merge.texts.windows import packed_windows
 
 Window = tuple[list[int], list[int]]
-_IGNORED = -100
+IGNORED = -100
 """The label of a token that is not learned: what torch's cross entropy passes over."""
 _T = TypeVar("_T")
 
@@ -124,7 +124,7 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {
         "input_ids": ids,
         "position_ids": positions,
-        "labels": ids.masked_fill(positions == 0, _IGNORED),
+        "labels": ids.masked_fill(positions == 0, IGNORED),
         "domain": torch.tensor([row["domain"] for row in rows]),
     }
 

@@ -33,7 +33,8 @@ class DomainLosses:
         self._start()
 
     def _start(self) -> None:
-        self._losses: Any = torch.zeros(2, len(self.domains))  # sums, then counts
+        self._losses: Any = torch.zeros(3, len(self.domains))  # sums, counts, sums of divergences from the teachers
+        self._is_taught = False
 
     @contextmanager
     def watching(self, is_watching: bool) -> Iterator[None]:
@@ -49,17 +50,27 @@ class DomainLosses:
             self._losses[0, domain] += loss.to(self._losses)
             self._losses[1, domain] += int((row[1:] != -100).sum())
 
+    def add_divergences(self, divergences: torch.Tensor) -> None:
+        """Add a pass's divergences from the teachers, the sum over the tokens of each domain: [D]."""
+        self._losses[2] += divergences.to(self._losses)
+        self._is_taught = True
+
     def take(self, step: int, device: torch.device) -> tuple[dict[str, float], list[list[float]] | None]:
         """Return what was measured since the last call, on all ranks: values to log, and the load [L, E] as shares."""
         (losses,), _ = _summed([self._losses], device)
+        log = self._logged(losses)
         self._start()
-        return self._perplexities(losses), None
+        return log, None
 
-    def _perplexities(self, losses: torch.Tensor) -> dict[str, float]:
+    def _logged(self, losses: torch.Tensor) -> dict[str, float]:
+        """Return the perplexity of each domain that came; with teachers also the two parts of the loss, per token."""
         log = {}
-        for name, total, count in zip(self.domains, *losses.tolist(), strict=True):
+        for name, total, count, _ in zip(self.domains, *losses.tolist(), strict=True):
             if count:
                 log[f"perplexity/{name}"] = perplexity(total / count)
+        if self._is_taught:
+            total, count, divergence = losses.sum(dim=1).tolist()
+            log |= {"lm_loss": total / max(count, 1), "teacher_loss": divergence / max(count, 1)}
         return log
 
 
@@ -124,7 +135,7 @@ class Meter(DomainLosses):
         log["dead_experts"] = self._warn_of_dead(step, load)
         if self._balance:
             log["aux_loss"] = float(balances) / ranks
-        log |= self._perplexities(losses)
+        log |= self._logged(losses)
         self._start()
         return log, load.tolist()
 

@@ -33,7 +33,9 @@ def figure_of(history: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> A
     FigureCanvasAgg(figure)
     panels = iter(figure.subplots(2 if experts else 1, 3).flatten())
     loss = next(panels)
-    _curve(loss, history, "loss")
+    _curve(loss, history, "loss", "loss" if _points(history, "teacher_loss")[0] else "")
+    _curve(loss, history, "lm_loss", "language model", "C1")
+    _curve(loss, history, "teacher_loss", "teacher", "C2")
     _panel(loss, "loss")
     if experts:
         balance = next(panels)

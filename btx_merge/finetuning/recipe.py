@@ -9,9 +9,10 @@ from typing import Any
 from btx_merge.errors import InputError, Problem
 from btx_merge.reporting import short
 from btx_merge.texts.references import DomainText, as_domain_texts
-from btx_merge.values import ABOVE_ZERO, Rule, at_least, one_of, value_problems
+from btx_merge.values import ABOVE_ZERO, Rule, at_least, mapping_problems, one_of, value_problems
 
 TRAIN_MODES = ("routers", "shared", "all", "lora")
+TEACHERS = ("sources",)
 LORA_TARGETS = {"routers": "routers", "shared": "routers + shared", "experts": "experts"}
 BRANCH_MODES = ("all", "ff", "lora")
 BRANCH_LORA_TARGETS = ("ff", "all")
@@ -31,6 +32,7 @@ RULES: dict[str, Rule] = {
     "router_grad": one_of(("sparse", "dense")),
     "router_aux_loss_coef": at_least(0),
     "router_aux_loss_scope": one_of(("global_batch", "micro_batch")),
+    "teacher": one_of(TEACHERS),
     "lora_target": one_of(LORA_TARGETS),
     "ep_size": at_least(1),
 }
@@ -72,6 +74,11 @@ class TrainRecipe:
     router_aux_loss_scope: str = "global_batch"
     """Tokens over which the load is balanced. global_batch: those of all ranks and accumulated micro-batches;
     micro_batch: those of each micro-batch."""
+    teacher: str | None = None
+    """sources: each domain's text is taught by the source of its name, too: the divergence from what that source
+    predicts joins the loss. By default nobody teaches."""
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """teacher: where sources of the model's own recipe lie now, if they have moved."""
     lora_target: str = "shared"
     """lora: what gets an adapter. routers: these alone; shared: routers and attention; experts: these alone."""
     lora_r: int = 16
@@ -87,6 +94,9 @@ class TrainRecipe:
 
     def __post_init__(self) -> None:
         problems = _problems(self, RULES)
+        problems += mapping_problems("sources", self.sources, "`name: model`, one line for each")
+        if self.sources and self.teacher is None:
+            problems.append(Problem("recipe", "sources", "given without a teacher", "", "Give --teacher sources."))
         if not problems and self.fsdp_size % self.ep_size:
             found, remedy = f"{self.ep_size} with fsdp_size {self.fsdp_size}", "Give --fsdp-size, the number of ranks."
             problems.append(Problem("recipe", "ep_size", found, "a divisor of fsdp_size", remedy))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,10 @@ from btx_merge.errors import InputError, MergeInterrupted
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.disk_errors import disk_error
 from btx_merge.files.placing import remove, repair
+from btx_merge.files.scratch import scratch_folder
 from btx_merge.finetuning.checks import check_model, check_seed
 from btx_merge.finetuning.recipe import BranchRecipe, Recipe, TrainRecipe
+from btx_merge.finetuning.teacher_sources import teacher_sources
 from btx_merge.finetuning.work_folder import begin, held, what_is_kept, work_folder
 from btx_merge.options import Options, refuse_unused
 from btx_merge.reporting import Reporter
@@ -73,14 +75,17 @@ def train(
     """
     call = _Call(recipe, Path(output).expanduser().resolve(), options, reporter, resume)
     refuse_unused(options, "train", *_OPTIONS)
-    located = check_model(recipe, call.target, resume, options.overwrite)
+    with ExitStack() as stack:  # what peft had to merge of a teacher stays as long as it teaches
+        located = check_model(recipe, call.target, resume, options.overwrite)
+        scratch: Callable[[], Path] = lambda: stack.enter_context(scratch_folder(None))  # noqa: E731
+        sources = teacher_sources(recipe, located, scratch, reporter)
 
-    def trainee() -> Trainee:
-        from btx_merge.finetuning.trainee_btx import MergedTrainee
+        def trainee() -> Trainee:
+            from btx_merge.finetuning.trainee_btx import MergedTrainee
 
-        return MergedTrainee(recipe, located)
+            return MergedTrainee(recipe, located, sources)
 
-    return _carry_out(call, ReadFiles.of_folder("model", located.stamps), trainee)
+        return _carry_out(call, ReadFiles.of_folder("model", located.stamps), trainee)
 
 
 def branch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from btx_merge.finetuning.picture import draw
 from btx_merge.finetuning.ranks import check_launch, check_ranks
 from btx_merge.finetuning.recipe import Recipe, sharded_over
 from btx_merge.finetuning.result import check_finite, check_stored, result_staging
+from btx_merge.finetuning.teachers import Teachers
 from btx_merge.finetuning.trainee import Trainee
 from btx_merge.finetuning.trainer import BTXTrainer, trained_tensors, whole
 from btx_merge.finetuning.work_folder import last_checkpoint, tools, what_is_kept
@@ -76,6 +78,7 @@ class Run:
         """
         self.model = self._load_model()
         self.streams = self._streams()
+        self.teachers = self._teachers()
         held_out = self._held_out()
         if held_out:
             self.args.eval_on_start = not resume
@@ -152,7 +155,9 @@ class Run:
         if self.is_adapter:
             from peft import get_peft_model
 
-            adapted = get_peft_model(model, self.trainee.lora(model))
+            with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for it by its old name
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                adapted = get_peft_model(model, self.trainee.lora(model))
             of = adapted.peft_config["default"]  # peft knows no org/name@revision
             of.base_model_name_or_path = self.located.repo_id or str(self.located.folder.resolve())
             of.revision = self.located.revision
@@ -176,6 +181,17 @@ class Run:
             raise InputError([Problem("model", "tokenizer", found, f"at most {config.vocab_size}, the embedding's")])
         return [DomainStream(text, tokenizer, length, recipe.holdout) for text in recipe.data]
 
+    def _teachers(self) -> Teachers | None:
+        """Return the sources that teach, joined to the loss of the model; None where nobody does."""
+        args, sources = self.args, self.trainee.teachers
+        if not sources:
+            return None
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        teachers = Teachers(sources, dtype, args.device, rows * self.streams[0].length)
+        teachers.join(self.model.get_base_model() if self.is_adapter else self.model)
+        return teachers
+
     def _held_out(self) -> dict[str, list[dict[str, Any]]]:
         out = {}
         for domain, stream in enumerate(self.streams):
@@ -189,13 +205,15 @@ class Run:
     def _trainer(self, held_out: dict[str, list[dict[str, Any]]]) -> BTXTrainer:
         domains = [stream.text.name for stream in self.streams]
         meter = self.trainee.meter(self.model, domains, self.reporter)
-        callbacks: list[TrainerCallback] = [ConsoleLines(self.reporter, domains, meter.experts)]
+        is_taught = self.teachers is not None
+        callbacks: list[TrainerCallback] = [ConsoleLines(self.reporter, domains, meter.experts, is_taught)]
         callbacks += [StepCount(self.reporter), *self.trainee.callbacks()]
         trainer = BTXTrainer(
             meter,
             self.model,
             held_out,
             self.args,
+            self.teachers,
             train_dataset=MixedWindows(self.streams, self.recipe.shuffle, self.args.seed),
             data_collator=collate,
             callbacks=callbacks,
@@ -223,6 +241,9 @@ class Run:
             f"on {ranks}, {args.device.type}{shares}: {rows:,} windows of {length:,} tokens a step, "
             f"{rows * length:,} tokens"
         )
+        if self.teachers:
+            names = ", ".join(source.name for source in self.teachers.sources)
+            self.reporter.line(f"taught by the sources {names}, of which one is in memory at a time")
 
     def _entry(self) -> dict[str, Any]:
         """Return what the recipe and the card record. A file stands there by its name alone, without its path."""

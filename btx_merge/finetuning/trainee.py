@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
     from btx_merge.finetuning.metrics import DomainLosses
+    from btx_merge.sources.source import Source
 
 
 class Trainee(Protocol):
@@ -28,6 +29,8 @@ class Trainee(Protocol):
     """The checkpoint that the run begins with."""
     stored: Mapping[str, StoredTensor]
     """Its tensors by name."""
+    teachers: Sequence[Source]
+    """The source that teaches each domain, in the domains' order; none where nobody teaches."""
 
     def digest(self) -> str:
         """Return a text that says which weights the checkpoint has."""

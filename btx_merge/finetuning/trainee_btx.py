@@ -27,6 +27,8 @@ from btx_merge.modeling import BTXForCausalLM
 from btx_merge.reporting import Reporter
 from btx_merge.sources.digest import model_digest
 from btx_merge.sources.locate import Located
+from btx_merge.sources.source import Source
+from btx_merge.sources.tokenizer_files import copy_tokenizer
 from btx_merge.training import GumbelAnnealing, RouterBiasUpdate
 
 _OF_THE_CONFIG = ("router_grad", "router_aux_loss_coef", "router_aux_loss_scope")
@@ -44,9 +46,10 @@ class MergedTrainee:
 
     verb = "train"
 
-    def __init__(self, recipe: TrainRecipe, located: Located):
+    def __init__(self, recipe: TrainRecipe, located: Located, teachers: Sequence[Source] = ()):
         self.recipe = recipe
         self.located = located
+        self.teachers = teachers
         self.stored: Mapping[str, StoredTensor] = stored_tensors(located.folder)
 
     def digest(self) -> str:
@@ -88,14 +91,16 @@ class MergedTrainee:
         return same_layout(self.located.folder)
 
     def settings(self) -> dict[str, Any]:
-        """Return how tokens were routed and balanced."""
-        return {name: getattr(self._config, name) for name in _OF_THE_CONFIG}
+        """Return how tokens were routed and balanced, and who taught."""
+        of_config = {name: getattr(self._config, name) for name in _OF_THE_CONFIG}
+        return of_config if self.recipe.teacher is None else {**of_config, "teacher": self.recipe.teacher}
 
     def write_files(self, folder: Path, entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
         """Write the model's other files, the training's part of recipe and card, and the load of every layer."""
         is_adapter = self.recipe.train == "lora"
         if is_adapter:
             write_adapter_card(folder, self.located, entry)
+            copy_tokenizer(self.located.folder, folder)
         else:
             copy_files(self.located.folder, folder)
         loads = [

@@ -26,7 +26,7 @@ from btx_merge.model.held_out import training_results
 from btx_merge.reporting import Reporter
 from btx_merge.sources.digest import source_digest
 from btx_merge.sources.source import Source
-from btx_merge.sources.tokenizer_files import TOKENIZER_FILES, copy_files, copy_templates
+from btx_merge.sources.tokenizer_files import copy_files, copy_tokenizer
 
 FEED_FORWARD = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 _SHARD_BYTES = 5_000_000_000
@@ -42,6 +42,7 @@ class SeedTrainee:
         self.recipe = recipe
         self.source = source
         self.located = source.located
+        self.teachers: Sequence[Source] = ()
         # left out is what a Llama computes: buffers, and the head of a tied one, which may be stored once more
         computed = {HEAD} if source.config["tie_word_embeddings"] else set()
         kept = [name for name in source.tensors if name not in computed and not is_computed(name)]
@@ -89,9 +90,9 @@ class SeedTrainee:
             card = (folder / "README.md").read_text(encoding="utf-8")
         else:
             write_index(self.layout(), folder)
-            copy_files(("config.json", "generation_config.json", *TOKENIZER_FILES), seed.folder, folder)
-            copy_templates(seed.folder, folder)
+            copy_files(("config.json", "generation_config.json"), seed.folder, folder)
             card = branch_card(seed, entry)
+        copy_tokenizer(seed.folder, folder)
         card = updated_card(card, branch_section(seed, entry, history), "", None, training_results(entry))
         (folder / "README.md").write_text(card, encoding="utf-8")
         name = f"{seed.repo_id}@{seed.revision}" if seed.repo_id else seed.public_name

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.files.placing import remove
 from btx_merge.finetuning.metrics import LOAD_PER_LAYER, DomainLosses, perplexity
+from btx_merge.finetuning.teachers import STATES, Teachers
 from btx_merge.finetuning.work_folder import COMPLETE, what_is_kept
 
 TRAINED = "trained.safetensors"
@@ -57,12 +60,22 @@ class BTXTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
 
-    def __init__(self, meter: DomainLosses, model: Any, held_out: Mapping[str, list[Row]], args: Any, **options: Any):
+    def __init__(
+        self,
+        meter: DomainLosses,
+        model: Any,
+        held_out: Mapping[str, list[Row]],
+        args: Any,
+        teachers: Teachers | None = None,
+        **options: Any,
+    ):
         # Trainer cannot save the optimizer of a model that was sharded as it was loaded, and refuses; below it is done
         args.save_only_model = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         super().__init__(model=model, args=args, eval_dataset=dict(held_out), **options)
         args.save_only_model = False
         self.meter = meter
+        self.teachers = teachers
+        self._taught: deque[Any] = deque()
         self.carried_loss = 0.0
         self.held_out = held_out
         self.checkpoints_kept = self.args.save_total_limit
@@ -84,6 +97,16 @@ class BTXTrainer(Trainer):
             self._load_from_checkpoint(str(checkpoint))
             self.state = saved
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Take the micro-batches of a step; with teachers those of many steps, for them to look at."""
+        if self.teachers is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self._taught:
+            for _ in range(min(self.teachers.steps_ahead, self.args.max_steps - self.state.global_step)):
+                self._taught.append(super().get_batch_samples(epoch_iterator, num_batches, device))
+            self.teachers.look_at([batch for batches, _ in self._taught for batch in batches])
+        return self._taught.popleft()
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -93,14 +116,17 @@ class BTXTrainer(Trainer):
     ) -> Any:
         """Compute the loss as Trainer does, and measure it where the step will be logged."""
         inputs = dict(inputs)
-        domains = inputs.pop("domain")
+        domains, states = inputs.pop("domain"), inputs.pop(STATES, None)
         step = self.state.global_step + 1
         is_logged = step % self.state.logging_steps == 0 or (self.args.logging_first_step and step == 1)
         is_measured = model.training and is_logged
-        with self.meter.watching(is_measured):
+        taught = nullcontext() if self.teachers is None else self.teachers.teaching(states, domains)
+        with self.meter.watching(is_measured), taught:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if is_measured:
             self.meter.add(outputs, inputs["labels"], domains)
+            if self.teachers:
+                self.meter.add_divergences(self.teachers.last)
         return (loss, outputs) if return_outputs else loss
 
     def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, *arguments: Any, **options: Any) -> None:

@@ -22,7 +22,7 @@ _RUN_FILE = "run.json"
 _LOCK = "lock"
 _FREE_TO_CHANGE = {  # of the arguments, what may differ when a run is continued
     *("logging_steps", "logging_first_step", "save_steps", "save_total_limit", "eval_steps", "report_to", "run_name"),
-    *("disable_tqdm", "log_level", "project"),
+    *("disable_tqdm", "log_level", "project", "sources"),
 }
 
 

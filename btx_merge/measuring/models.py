@@ -1,13 +1,11 @@
-"""Models to be measured: a merged one, the sources that its own recipe names, their mean, and any other.
+"""Models in memory: a merged one, the sources that it was made of, their mean, and any other.
 
 Each is what transformers makes of it, in one dtype on one device, and only one should be in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,68 +17,16 @@ from transformers.utils import logging
 from btx_merge.architectures.llama import EMBEDDING, HEAD
 from btx_merge.checkpoints.dtypes import Float32
 from btx_merge.errors import InputError, Problem
-from btx_merge.model.merged import MergedModel
-from btx_merge.model.records import RECIPE_FILE, anchor_sources, read_record
-from btx_merge.sources.digest import changed_problems
 from btx_merge.sources.locate import Located
-from btx_merge.sources.opening import open_each
 from btx_merge.sources.segments import within
-from btx_merge.sources.source import SEED, ExpertSpec, Source, as_spec
+from btx_merge.sources.source import Source
 from btx_merge.sources.vocabulary import Vocabulary, plan_vocabulary
 
 _ROWS = 16_384
 """Rows of a tensor that are held in float32 at once."""
-_MOVED = "Give --source NAME=MODEL where it lies now, or --no-sources."
 
 Rows = Callable[[str, int, int], Float32]
 """Rows [start, stop) of a tensor by its name in a Llama."""
-
-
-def source_specs(model: MergedModel, moved: Mapping[str, str]) -> dict[str, ExpertSpec]:
-    """Return the models that a merged one was made of, by its own recipe: the seed, then the experts.
-
-    Args:
-        moved: source to where it lies now, for those that are not where the recipe says.
-
-    Raises:
-        InputError: the model has no recipe, or none of the sources has the name of one that has moved.
-    """
-    folder = model.located.folder.resolve()
-    where, values = str(folder / RECIPE_FILE), read_record(folder)
-    if not values.get("seed"):
-        remedy = "Copy it there from the model that this one was made of, or give --no-sources."
-        raise InputError([Problem("model", where, "no recipe, which would name the sources", "", remedy)])
-    values = anchor_sources(values, [folder, folder.parent])
-    experts = {name: as_spec(name, spec) for name, spec in (values.get("experts") or {}).items()}
-    specs = {SEED: ExpertSpec(values["seed"]), **experts}
-    known = f"one of {', '.join(specs)}"
-    if unknown := [Problem("command", "--source", f"no source {name}", known) for name in moved if name not in specs]:
-        raise InputError(unknown)
-    return {name: replace(spec, model=moved.get(name, spec.model)) for name, spec in specs.items()}
-
-
-def open_sources(
-    model: MergedModel, moved: Mapping[str, str], scratch: Callable[[], Path]
-) -> tuple[dict[str, Source], list[Problem]]:
-    """Open the models that a merged one was made of, without reading weights, the seed first.
-
-    Returns with them warnings: sources that are not what was merged.
-
-    Args:
-        scratch: makes a folder for what peft has to merge itself.
-
-    Raises:
-        InputError: every source that cannot be opened.
-    """
-    specs = source_specs(model, moved)
-    seed, problems = open_each({SEED: specs.pop(SEED)}, None, scratch)
-    experts, more = open_each(specs, seed.get(SEED), scratch)
-    if problems or more:
-        raise InputError([replace(problem, remedy=_MOVED) for problem in (*problems, *more)])
-    sources = {**seed, **experts}
-    digests = (read_record(model.located.folder).get("resolved") or {}).get("sources")
-    changed = changed_problems(sources.values(), digests if isinstance(digests, Mapping) else {})
-    return sources, [replace(problem, remedy="Give the one that was merged by --source.") for problem in changed]
 
 
 def load_source(source: Source, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:

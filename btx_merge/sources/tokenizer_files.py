@@ -60,6 +60,12 @@ def copy_templates(source: Path, folder: Path) -> None:
         copy_file(file, folder / TEMPLATES / file.name, source)
 
 
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy all that a tokenizer consists of, its chat templates among it."""
+    copy_files(TOKENIZER_FILES, source, folder)
+    copy_templates(source, folder)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Return what transformers reads texts with.
 

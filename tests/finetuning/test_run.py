@@ -122,6 +122,8 @@ def test_an_adapter(merged, texts, tmp_path):
         before = base(ids).logits
         after = PeftModel.from_pretrained(base, tmp_path / "out")(ids).logits
     assert (before - after).abs().max() > 1e-4
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (merged / name).read_bytes()
     assert report.entry["lora_target"] == "routers"
     assert yaml.safe_load((tmp_path / "out/btx_recipe.yaml").read_text())["training"][0]["train"] == "lora"
 

@@ -9,7 +9,8 @@ import torch
 
 from btx_merge import MergeRecipe, merge
 from btx_merge.errors import InputError
-from btx_merge.measuring.models import load_folder, load_mean, load_source, open_sources, source_specs
+from btx_merge.measuring.models import load_folder, load_mean, load_source
+from btx_merge.measuring.sources import open_sources, source_specs
 from btx_merge.model.merged import open_merged
 from btx_merge.sources.locate import Located
 from tests.support.common import VOCAB, grow, load_float32, logits_of, move_trainable, tiny_tokenizer
