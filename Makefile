@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test slow demo-smollm2 benchmark benchmark-export benchmark-fit benchmark-head benchmark-model benchmark-train benchmark-evaluate docs format clean
 
-demo: .venv/installed  ## train a small seed and three experts, merge, fit, finetune, compare and generate
+demo: .venv/installed  ## train a small seed and three branches of it, merge and fit them, measure, draw who gets which tokens
 	$(BIN)/python examples/demo.py
 
 test: .venv/installed  ## lint, types, tests

@@ -5,14 +5,16 @@ Such text is shown on one line, without control characters, of a bounded length.
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 import resource
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-_MOST_CHARACTERS = 4000  # some fifty lines of a terminal; the longest path that Linux takes has 4096
+MOST_CHARACTERS = 4000  # some fifty lines of a terminal; the longest path that Linux takes has 4096
 _MOST_BITS = 1000  # Python refuses to write out integers of more than 4300 digits
 
 
@@ -44,7 +46,7 @@ class Reporter:
         """Take a line by which a person follows a finetuning: losses, perplexities, loads."""
 
 
-def printable(text: str, most: int = _MOST_CHARACTERS) -> str:
+def printable(text: str, most: int = MOST_CHARACTERS) -> str:
     r"""Return the text with what cannot be seen as escapes (`\n`, `\x1b`, `\u202e`), cut in the middle if it is long.
 
     A name in a checkpoint can hold anything: an escape sequence that rewrites the terminal, a line end behind which a
@@ -59,6 +61,25 @@ def printable(text: str, most: int = _MOST_CHARACTERS) -> str:
 
 def _escaped(letter: str) -> str:
     return letter.encode("unicode_escape").decode("ascii")
+
+
+def pasted(word: str) -> str:
+    r"""Return a path or a name as a word of a command that can be pasted into bash or zsh; all of it can be seen.
+
+    >>> print(pasted("it's mine"), pasted("-o"), pasted("two\nlines"))
+    'it'"'"'s mine' ./-o $'two\x0alines'
+    """
+    if word.startswith("-"):
+        word = f"./{word}"  # no option
+    if word.isprintable():
+        return shlex.quote(word)
+    letters = []
+    for letter in word:
+        if letter.isprintable():
+            letters.append(f"\\{letter}" if letter in "\\'" else letter)
+        else:
+            letters += [f"\\x{byte:02x}" for byte in os.fsencode(letter)]
+    return f"$'{''.join(letters)}'"
 
 
 def short(value: Any) -> str:

@@ -33,6 +33,7 @@ from btx_merge.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ROOT / "demo" / "texts"
+SECONDS_BETWEEN_LINES = 5
 console = Console(highlight=False)
 
 
@@ -105,7 +106,16 @@ def write_texts() -> None:
     """Write each domain's training and held-out texts as a user has them: one JSON line per document."""
     shutil.rmtree(TEXTS, ignore_errors=True)
     TEXTS.mkdir(parents=True)
-    for domain, corpus in load_corpora():
+    told = time.monotonic()
+
+    def tell(domain: str, files: int) -> None:
+        """Print how far the reading is, for machines on which it takes long."""
+        nonlocal told
+        if time.monotonic() - told > SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            console.print(f"{domain}: {files} files read", style="dim")
+
+    for domain, corpus in load_corpora(tell):
         for file, documents in ((training(domain), corpus.train), (held_out(domain), corpus.heldout)):
             file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), "utf-8")
         sizes = [sum(map(len, documents)) / 1000 for documents in (corpus.train, corpus.heldout)]

@@ -10,6 +10,7 @@ import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import TypeGuard
@@ -32,26 +33,31 @@ TRAIN_CHARS = 450_000
 TRAIN_CHARS_PER_FILE = 20_000
 
 
-def load_corpora() -> Iterator[tuple[str, Corpus]]:
+def load_corpora(told: Callable[[str, int], None]) -> Iterator[tuple[str, Corpus]]:
     """Read three domains from what Python and our dependencies install: different texts from different files.
 
     code     the standard library's sources without docstrings and comments
     english  the paragraphs of prose in Python's manual (`pydoc_data`) and in the library's docstrings
     math     the docstrings of sympy and mpmath: formulas in LaTeX, worked examples
+
+    Args:
+        told: called for each file with the domain, and how many files of it were read before.
     """
     sources = {"code": _code_files, "english": _english_files, "math": _math_files}
     seen: set[str] = set()
     for domain in DOMAINS:
-        yield domain, _split(sources[domain](), seen)
+        yield domain, _split(sources[domain](), seen, partial(told, domain))
 
 
-def _split(files: Iterable[tuple[str, Callable[[], str]]], seen: set[str]) -> Corpus:
+def _split(files: Iterable[tuple[str, Callable[[], str]]], seen: set[str], told: Callable[[int], None]) -> Corpus:
     """Take held-out documents first, then those to train on, in an order that looks random but never changes.
 
     What held-out has, train loses: a block of text that was seen before is dropped.
     """
     corpus, chars = Corpus([], []), 0
-    for _, read in sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest()):
+    in_order = sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest())
+    for number, (_, read) in enumerate(in_order):
+        told(number)
         if chars >= TRAIN_CHARS:
             break
         text = _without_seen_blocks(read(), seen)

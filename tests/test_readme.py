@@ -72,10 +72,10 @@ def world(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(source, root / folder)
     rows = [{"text": " ".join(f"w{(7 * row + word) % 120}" for word in range(50))} for row in range(20)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    for folder in ("demo/texts", "math"):
+    for folder in ("demo/texts", "math", "held"):
         (root / folder).mkdir()
     demo = [f"demo/texts/{name}.jsonl" for name in ("code", "math", "code-held-out", "math-held-out")]
-    for file in ("code.jsonl", "bio.jsonl", *demo):
+    for file in ("code.jsonl", "bio.jsonl", "held/code.jsonl", "held/math.jsonl", *demo):
         (root / file).write_text(lines)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / "math/part.parquet")
     return root

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ from btx_merge.cli.printing import tell_next
 from btx_merge.cli.takes import Given, takes
 from btx_merge.cli.training import TRAINER_OPTIONS, Config, Resume, carry_out
 from btx_merge.finetuning.recipe import BRANCH_RULES, BranchRecipe
+from btx_merge.reporting import pasted
 
 
 @takes(BranchRecipe, BRANCH_RULES, more=TRAINER_OPTIONS)
@@ -33,5 +33,5 @@ def branch_command(
     recipe = carry_out(BranchRecipe, branch, context.args, model, output, config, given, *how)
     if recipe:
         name = recipe.data[0].name if len(recipe.data) == 1 else "NAME"
-        expert = shlex.quote(f"{name}={output}")
-        tell_next(output, f"btx merge --seed {shlex.quote(recipe.model)} --expert {expert} -o MERGED")
+        seed, expert = pasted(recipe.model), pasted(f"{name}={output}")
+        tell_next(output, f"btx merge --seed {seed} --expert {expert} -o MERGED")

@@ -195,9 +195,10 @@ def print_info(info: ModelInfo) -> None:
         "tokenizer": "yes" if info.tokenizer else "none",
     }
     console.print(_facts(lines))
-    for title, texts in (("history", info.history), ("next", info.next)):
-        for text in texts:  # a command is copied: no line of it is broken
-            console.print(printable(f"{title}: {text}"), soft_wrap=True)
+    for text in info.history:
+        console.print(printable(f"history: {text}"), soft_wrap=True)
+    for command in info.next:  # to be copied: nothing of it is left out, and no line of it is broken
+        console.print(printable(f"next: {command}", len(command) + 6), soft_wrap=True)
 
 
 def print_routing(report: RoutingReport) -> None:
@@ -241,9 +242,9 @@ def print_evaluation(report: EvalReport) -> None:
 
 def _cells(title: str, cells: Cells) -> Table:
     head, rows = cells
-    table = Table(printable(head[0]), title=title, title_justify="left", box=SIMPLE, pad_edge=False)
-    for name in head[1:]:
-        table.add_column(printable(name), justify="right", overflow="fold")
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for number, name in enumerate(head):
+        table.add_column(printable(name), justify="right" if number else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(printable, row))
     return table

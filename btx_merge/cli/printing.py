@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from btx_merge.errors import Problem
-from btx_merge.reporting import Reporter, printable
+from btx_merge.reporting import MOST_CHARACTERS, Reporter, printable
 
 
 class Reported(Protocol):
@@ -56,14 +56,22 @@ class Lines(Reporter):
         warning(line)
 
     def text_done(self, done: int, of: int) -> None:
-        """Print how much of the text is measured and how long the rest may take, every ten seconds."""
+        """Print how much of the text is measured."""
+        self._tell_how_far(f"measured {done / of:.0%}", done, of)
+
+    def layer_done(self, done: int, of: int) -> None:
+        """Print how many layers are fitted."""
+        self._tell_how_far(f"fitted {done} of {of} layers", done, of)
+
+    def _tell_how_far(self, work: str, done: int, of: int) -> None:
+        """Print how far a verb's work is and how long the rest may take, every ten seconds."""
         now = time.monotonic()
         if done == 0:
             self._began = self._told = now
         elif now - self._told >= _SECONDS_BETWEEN_LINES:
             self._told = now
             left = (now - self._began) * (of - done) / done
-            self.line(f"measured {done / of:.0%}, about {left:.0f} s left")
+            self.line(f"{work}, about {left:.0f} s left")
 
     def line(self, text: str) -> None:
         """Print how a finetuning goes, unless nobody wants to know."""
@@ -95,7 +103,7 @@ def result(line: str) -> None:
 
 def _tell(kind: str, line: str) -> None:
     """Print to stderr; the word in colour where that is a terminal, unless NO_COLOR is set."""
-    line = printable(line)
+    line = printable(line, len(line) if kind == "next" else MOST_CHARACTERS)  # of a command nothing is left out
     if not sys.stderr.isatty():
         print(f"{kind}: {line}", file=sys.stderr, flush=True)
         return

@@ -14,6 +14,7 @@ from btx_merge.evaluation.report import AGAINST, MODEL, ROUTED, SOUP, SOURCE
 from btx_merge.files.folder import file_problems, read_json
 from btx_merge.files.placing import check_target
 from btx_merge.model.merged import MergedModel
+from btx_merge.model.records import is_blended
 from btx_merge.sources.locate import SMALL_FILES, Located, locate
 from btx_merge.sources.source import Source
 from btx_merge.sources.tokenizer_files import has_tokenizer
@@ -156,6 +157,9 @@ def window_of(recipe: EvalRecipe, config: Mapping[str, Any]) -> int:
 
 def routing_problems(recipe: EvalRecipe, model: MergedModel) -> list[Problem]:
     """Return which domains have no expert of their own to be routed to."""
+    if recipe.routing and is_blended(model.located.folder):
+        found, expected = "domain, and experts that are each a part of every source", "an expert of each domain"
+        return [Problem("recipe", "routing", found, expected, "Leave --routing out.")]
     remedy = "Give each domain the name of its expert, or leave --routing out."
     expected = f"one of {', '.join(model.domains)}"
     names = [text.name for text in recipe.data if recipe.routing and text.name not in model.domains]

@@ -36,7 +36,7 @@ class EvalRecipe:
     """Further causal language models, of any kind that transformers loads without code from outside."""
     routing: str | None = None
     """domain: measure the merged model once more, every token sent to its own domain's expert, which has the domain's
-    name. That is what a perfect router would reach."""
+    name. That is what a perfect router would reach. Blended experts are of no domain, so they are refused."""
     btm: int | None = None
     """Branch-Train-Merge: experts that run side by side for a context, their distributions averaged; at least 1."""
     btm_text: tuple[DomainText, ...] = ()

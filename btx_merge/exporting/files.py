@@ -16,6 +16,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.files.folder import copy_file, read_text, write_json
 from btx_merge.model.card import LICENCE_KEYS, PAPER, UNTRAINED, hub_ids, link_licence, project_link, with_metadata
+from btx_merge.model.card_update import title_of
 from btx_merge.model.held_out import MODEL_INDEX
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.records import RECIPE_FILE
@@ -71,7 +72,9 @@ def write_export_files(
     for name in ("generation_config.json", RECIPE_FILE):
         if os.path.lexists(source / name):
             copy_file(source / name, folder / name)
-    metadata = _metadata(model.located, tags, keeps_figures)
+    metadata = _metadata(model.located, tags)
+    if keeps_figures and (figures := _figures(model.located, title_of(card))):
+        metadata[MODEL_INDEX] = figures
     (folder / "README.md").write_text(with_metadata(metadata, f"\n{card}"), encoding="utf-8")
     write_json(folder / "config.json", config)
 
@@ -127,7 +130,15 @@ def _card_of(located: Located) -> str:
         return ""
 
 
-def _metadata(located: Located, tags: list[str], keeps_figures: bool) -> dict[str, Any]:
+def _figures(located: Located, title: str) -> list[Any]:
+    """Return the held-out figures in the model's card, under the title of another card."""
+    figures = front_matter(_card_of(located))[0].get(MODEL_INDEX)
+    if not isinstance(figures, list):
+        return []
+    return [{**entry, "name": title} if isinstance(entry, dict) else entry for entry in figures]
+
+
+def _metadata(located: Located, tags: list[str]) -> dict[str, Any]:
     """Return the metadata of the merged model's card as far as they hold for what is made of it."""
     known = card_texts(located.folder)
     given = known.get("tags", [])
@@ -141,8 +152,5 @@ def _metadata(located: Located, tags: list[str], keeps_figures: bool) -> dict[st
         out["base_model"] = bases
         out |= {key: known[key] for key in ("base_model_relation",) if key in known}
     out |= {key: known[key] for key in (*LICENCE_KEYS, "language") if key in known}
-    figures = front_matter(_card_of(located))[0].get(MODEL_INDEX)
-    if keeps_figures and figures:
-        out[MODEL_INDEX] = figures
     link_licence(out, located)
     return out

@@ -21,7 +21,7 @@ from btx_merge.model.card_update import update_card
 from btx_merge.model.files import copy_files
 from btx_merge.model.held_out import router_results, router_table
 from btx_merge.model.opening import find_model
-from btx_merge.model.records import append_record
+from btx_merge.model.records import append_record, is_blended
 from btx_merge.options import Options, refuse_unused
 from btx_merge.reporting import Reporter
 from btx_merge.sources.locate import Located
@@ -118,6 +118,11 @@ def device_problems(device: str | None) -> list[Problem]:
 
 def _name_problems(recipe: FitRecipe, folder: Path) -> list[Problem]:
     """Check that every expert has its text (or its prompts), and every text its expert."""
+    if is_blended(folder):
+        remedy = "Train the routers: btx train --train routers."
+        return [
+            Problem("model", "expert_mode", "blend: every expert is a part of all sources", "whole or split", remedy)
+        ]
     domains = experts_by_domain(read_json(folder / "config.json"))
     texts = [text.name for text in recipe.domain_text]
     given, flag = (texts, "--domain-text") if recipe.method == "ridge" else (list(recipe.prompts), "--prompt")

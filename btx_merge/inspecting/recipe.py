@@ -34,7 +34,7 @@ class RoutingRecipe:
     its own."""
     against: str | None = None
     """A second merged checkpoint whose routing is shown beside the first one's: the model before a finetuning, or one
-    that was trained without balancing."""
+    that was trained without balancing. What experts are worth is measured of the first one alone."""
     tokens: int = 20_000
     """Most tokens of each domain that are measured, at least 0; only whole windows are. With 0 all of them."""
     window: int | None = None

@@ -10,6 +10,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.records import RECIPE_FILE, anchor_sources, read_record
 from btx_merge.sources.digest import changed_problems
+from btx_merge.sources.locate import is_folder
 from btx_merge.sources.opening import open_each
 from btx_merge.sources.source import SEED, ExpertSpec, Source, as_spec
 
@@ -62,12 +63,21 @@ def open_sources(
     specs = source_specs(model, moved, without)
     if only is not None:
         specs = {name: spec for name, spec in specs.items() if name in {SEED, *only}}
-    seed, problems = open_each({SEED: specs.pop(SEED)}, None, scratch)
-    experts, more = open_each(specs, seed.get(SEED), scratch)
+    seed, problems = open_each({SEED: specs[SEED]}, None, scratch)
+    experts, more = open_each({name: spec for name, spec in specs.items() if name != SEED}, seed.get(SEED), scratch)
     if problems or more:
-        remedy = f"Give --source NAME=MODEL where it lies now, or {without}."
-        raise InputError([replace(problem, remedy=remedy) for problem in (*problems, *more)])
+        raise InputError([_with_ways_out(problem, specs, without) for problem in (*problems, *more)])
     sources = {**seed, **experts}
     digests = (read_record(model.located.folder).get("resolved") or {}).get("sources")
     changed = changed_problems(sources.values(), digests if isinstance(digests, Mapping) else {})
     return sources, [replace(problem, remedy="Give the one that was merged by --source.") for problem in changed]
+
+
+def _with_ways_out(problem: Problem, specs: Mapping[str, ExpertSpec], without: str) -> Problem:
+    """Add to what can be done about a source that its place came from a recipe, and that it can be done without."""
+    model, option = specs[problem.source].model, f"--source {problem.source}=MODEL"
+    is_path = "/" not in model or model.startswith(("/", ".", "~"))  # otherwise the Hub's, whose answer says more
+    if is_path and not is_folder(model):
+        return replace(problem, remedy=f"Give {option} where it lies now, or {without}.")
+    otherwise = f"{option}, another copy of it, or {without}."
+    return replace(problem, remedy=f"{problem.remedy} Or give {otherwise}" if problem.remedy else f"Give {otherwise}")

@@ -50,7 +50,7 @@ def model_card(plan: Plan, layers: Sequence[LayerFit] = ()) -> str:
     router = {
         "random": f"random, normal with standard deviation {deviation}. {UNTRAINED}",
         "zeros": f"zeros: every expert is equally likely. {UNTRAINED}",
-        "ridge": f"fitted by ridge regression, layer by layer, on {recipe.domain_tokens:,} tokens per domain.",
+        "ridge": f"fitted by ridge regression, layer by layer, on up to {recipe.domain_tokens:,} tokens per domain.",
         "prompts": "the mean inputs of a few prompts per expert.",
     }[recipe.router_init]
     head = "\n- Head: of its own, each row fitted by how often each domain has its token."

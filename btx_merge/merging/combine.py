@@ -97,36 +97,45 @@ def owners_mean(
     Returns:
         The rows, [R, *W], and which of them have an owner among the shares, [R].
     """
-    total, weight = _weighted_sum(mixture, name, shares, start, stop)
-    owned = weight > 0
+    mean, owned = _weighted_mean(mixture, name, shares, start, stop)
     if not owned.all():
-        others, count = _weighted_sum(mixture, name, [(source, 1.0) for source in mixture.sources], start, stop)
-        total[~owned], weight[~owned] = others[~owned], count[~owned]
-    total /= weight.reshape(-1, *[1] * (total.ndim - 1))  # [R] beside [R, *W]
-    return total, owned
+        everybody = [(source, 1.0) for source in mixture.sources]
+        mean[~owned] = _weighted_mean(mixture, name, everybody, start, stop)[0][~owned]
+    return mean, owned
 
 
-def _weighted_sum(
+def _weighted_mean(
     mixture: Mixture, name: str, shares: list[tuple[Source, float]], start: int, stop: int
-) -> tuple[Float32, Float32]:
-    """Sum weight times row over the sources that own the row, [R, *W], and their weights, [R].
+) -> tuple[Float32, NDArray[np.bool_]]:
+    """Compute the mean of a row over the sources that own it, [R, *W], 0 where none does; and where one does, [R].
 
     A source reads only the rows that it owns: of a matrix all of them, of the embedding those of its own tokens, which
     may lie elsewhere than in the result.
+
+    Where all owners have one value, the mean is that value, to the bit. The quotient alone would not be: in float32
+    the sum of three equal numbers, divided by 3, differs from them in the last bit for one number in seven.
     """
     layout, seed = mixture.source_layout(name), mixture.seed
     finite = not mixture.allow_nonfinite
     row_shape = seed.tensors[seed.stored_name(name)].shape[1:]
-    total = np.zeros((stop - start, *row_shape), np.float32)
-    weights = np.zeros(stop - start, np.float32)
+    mean = np.zeros((stop - start, *row_shape), np.float32)
+    first = np.zeros_like(mean)  # the value of a row's first owner
+    is_one = np.ones(mean.shape, np.bool_)  # whether all others have it too
+    weights = np.zeros((stop - start, *(1 for _ in row_shape)), np.float32)
     for source, weight in shares:
         for segment in within(layout[source.name], start, stop):
-            first = segment.out - start  # of the block, which begins at row `start` of the result
-            out = slice(first, first + segment.count)
+            begin = segment.out - start  # of the block, which begins at row `start` of the result
+            out = slice(begin, begin + segment.count)
             rows = source.rows(name, segment.row, segment.row + segment.count, finite)
-            total[out] += rows if weight == 1 else np.float32(weight) * rows
+            mean[out] += rows if weight == 1 else np.float32(weight) * rows
+            if weight > 0:
+                np.copyto(first[out], rows, where=weights[out] == 0)
+                is_one[out] &= rows == first[out]
             weights[out] += np.float32(weight)
-    return total, weights
+    owned = weights > 0  # [R, 1, ...]
+    np.divide(mean, weights, out=mean, where=owned)
+    np.copyto(mean, first, where=is_one)
+    return mean, owned.reshape(-1)
 
 
 def _difference_rule(plan: Plan, name: str) -> Rule:
@@ -175,9 +184,9 @@ def _differences(plan: Plan, name: str, others: list[Source], start: int, stop: 
     base, seed_owns = _base_rows(plan, name, start, stop)
     differences = []
     for source in others:
-        values, weight = _weighted_sum(plan, name, [(source, 1.0)], start, stop)
+        values, owned = _weighted_mean(plan, name, [(source, 1.0)], start, stop)
         values -= base
-        values[(weight == 0) | ~seed_owns] = 0
+        values[~(owned & seed_owns)] = 0
         differences.append(values)
     return base, differences
 

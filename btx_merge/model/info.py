@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from btx_merge.model.merged import MergedModel, open_config, open_merged
 from btx_merge.model.mixtral_limits import mixtral_refusals
 from btx_merge.model.records import RECIPE_FILE
 from btx_merge.model.router_state import untrained_experts
-from btx_merge.reporting import short
+from btx_merge.reporting import pasted, short
 from btx_merge.sources.locate import Located, locate
 from btx_merge.sources.source import SEED
 
@@ -128,7 +127,7 @@ def info(model: str) -> ModelInfo:
         disk_bytes=None if located.repo_id else _disk_bytes(located),
         tokenizer=any((located.folder / name).exists() for name in names),
         history=tuple(_history(recipe)),
-        next=tuple(_next(str(model), merged, untrained)),
+        next=tuple(_next(str(model), merged, recipe, untrained)),
     )
 
 
@@ -141,7 +140,7 @@ def next_commands(result: str | Path) -> tuple[str, ...]:
     Raises:
         InputError: it is none of these.
     """
-    path, given = Path(result), shlex.quote(str(result))
+    path, given = Path(result), pasted(str(result))
     if path.is_file():
         return (f"llama-server -m {given}",)
     if (path / "adapter_config.json").exists():
@@ -149,7 +148,7 @@ def next_commands(result: str | Path) -> tuple[str, ...]:
         trained_on_folder = isinstance(base, str) and Path(base).is_dir()
         return (f"btx push {given} ORG/NAME" + (" --base-model ORG/BASE" if trained_on_folder else ""),)
     if (path / REPORT).exists():
-        return (f"python -m webbrowser {shlex.quote(str(path / REPORT))}",)
+        return (f"python -m webbrowser {(path / REPORT).resolve().as_uri()}",)  # on a Mac it takes no path
     kind = read_json(path / "config.json").get("model_type")
     if kind == "btx":
         return info(str(result)).next
@@ -227,18 +226,23 @@ def _names(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _next(model: str, merged: MergedModel, untrained: tuple[str, ...]) -> Iterator[str]:
-    given, out = shlex.quote(model), shlex.quote(merged.located.public_name.rpartition("/")[2])
+def _next(model: str, merged: MergedModel, recipe: Mapping[str, Any], untrained: tuple[str, ...]) -> Iterator[str]:
+    given, name = pasted(model), merged.located.public_name.rpartition("/")[2]
+    fitted, trained, mixtral, routing = (
+        pasted(f"{name}-{kind}") for kind in ("fitted", "trained", "mixtral", "routing")
+    )
+    is_blended = recipe.get("expert_mode") == "blend"  # the domains are still those of the sources
+    domains = [domain for domain in (recipe["experts"] if is_blended else merged.domains) if domain != SEED]
+    data = " ".join(f"--data {pasted(f'{domain}=TEXT')}" for domain in domains)
     if untrained:
-        texts = " ".join(f"--domain-text {name}=TEXT" for name in merged.domains if name != SEED)
-        yield f"btx fit {given} {texts} -o {out}-fitted"
-        data = " ".join(f"--data {name}=TEXT" for name in merged.domains if name != SEED)
-        yield f"btx train {given} {data} --train routers -o {out}-trained"
+        texts = " ".join(f"--domain-text {pasted(f'{domain}=TEXT')}" for domain in domains)
+        if not is_blended:
+            yield f"btx fit {given} {texts} -o {fitted}"
+        yield f"btx train {given} {data} --train routers -o {trained}"
         return
     if not any(mixtral_refusals(merged)):
-        yield f"btx export {given} {out}-mixtral"
+        yield f"btx export {given} {mixtral}"
     if not merged.located.repo_id:
         yield f"btx push {given} ORG/NAME"
-    data = " ".join(f"--data {name}=TEXT" for name in merged.domains if name != SEED)
     yield f"btx eval {given} {data}"
-    yield f"btx routing {given} {data} -o {out}-routing"
+    yield f"btx routing {given} {data} -o {routing}"

@@ -88,6 +88,15 @@ def _odd_values(file: Path, prefix: str, values: Mapping[str, Any]) -> list[Prob
     return problems
 
 
+def is_blended(folder: Path) -> bool:
+    """Return whether a model's experts are each a part of every source, and so of no domain, as its recipe says.
+
+    Raises:
+        InputError: the recipe cannot be read.
+    """
+    return bool(read_record(folder).get("expert_mode") == "blend")
+
+
 def anchor_sources(values: Mapping[str, Any], roots: Sequence[Path]) -> dict[str, Any]:
     """Return a recipe's values with its sources' folders made absolute, seen from the first root where one is."""
 

@@ -115,7 +115,7 @@ OPTIONS = {
     "train": {
         *("model", "--output", "-o", "--config", "--data", "--train", "--max-length", "--holdout", "--shuffle"),
         *("--router-grad", "--router-aux-loss-coef", "--router-aux-loss-scope"),
-        *("--lora-target", "--lora-r", "--lora-alpha", "--fsdp-size", "--ep-size"),
+        *("--teacher", "--source", "--lora-target", "--lora-r", "--lora-alpha", "--fsdp-size", "--ep-size"),
         *("--max-steps", "--learning-rate", "--per-device-train-batch-size", "--gradient-accumulation-steps"),
         *("--warmup-steps", "--lr-scheduler-type", "--weight-decay", "--logging-steps", "--eval-steps"),
         *("--save-steps", "--seed", "--report-to"),

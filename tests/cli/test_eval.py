@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 from btx_merge import MergeRecipe, merge
+from btx_merge.cli.display import print_evaluation
 from btx_merge.cli.printing import Lines
+from btx_merge.evaluation.report import BTM, MODEL, EvalReport, Row, Score
+from btx_merge.measuring.windows import Amount
 from tests.cli.test_app import btx, errors_of
 from tests.conftest import Family
 
@@ -29,6 +32,18 @@ def test_an_evaluation(family: Family, texts: dict[str, str], tmp_path: Path) ->
     assert json.loads(done.stdout)["rows"][0]["scores"] == report["rows"][0]["scores"]
 
 
+def test_no_name_is_shortened_on_a_narrow_terminal(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    score = {name: Score(1.5, 20.0, 100) for name in ("code", "english", "math")}
+    rows = (Row("merged", MODEL, score, {}), Row("Branch-Train-Merge, top 1", BTM, score, {}))
+    amounts = {name: Amount(1, 1, 100, 400, 400, 7, "") for name in score}
+    print_evaluation(EvalReport("model", amounts, rows, {}, 128, "float32", "cpu", 1.0))
+    out = capsys.readouterr().out
+    assert "…" not in out
+    first = "".join(line.strip().split("  ")[0] for line in out.splitlines())  # of the cells of each line
+    assert first.replace(" ", "").count("Branch-Train-Merge,top1") == 2
+
+
 def test_a_mistake_is_one_line(family: Family, texts: dict[str, str]) -> None:
     assert errors_of(btx("eval", family.seed, "--data", f"code={texts['code']}")) == [
         "model: config.json: model_type: 'llama', a dense Llama; expected 'btx'. "
@@ -47,4 +62,11 @@ def test_how_far_it_is_every_ten_seconds(capsys, monkeypatch) -> None:
     assert capsys.readouterr().err.splitlines() == [
         "measured 25%, about 30 s left",
         "measured 50%, about 25 s left",
+    ]
+    times = iter([0.0, 11.0, 22.0, 23.0])
+    for done in range(4):
+        lines.layer_done(done, 4)
+    assert capsys.readouterr().err.splitlines() == [
+        "fitted 1 of 4 layers, about 33 s left",
+        "fitted 2 of 4 layers, about 22 s left",
     ]

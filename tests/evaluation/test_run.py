@@ -13,6 +13,7 @@ import torch
 
 from btx_merge import (
     EvalRecipe,
+    FitRecipe,
     InputError,
     MergeError,
     MergeInterrupted,
@@ -20,6 +21,7 @@ from btx_merge import (
     NonFiniteError,
     Options,
     evaluate,
+    fit,
     merge,
 )
 from btx_merge.evaluation import run
@@ -103,6 +105,19 @@ def test_all_chunks_of_a_split_expert_are_its_source(family, texts, tmp_path):
     report = evaluate(EvalRecipe(str(tmp_path / "merged"), {"code": texts["code"]}, no_sources=True, routing="domain"))
     bits, _ = slow_bits(load_float32(code), texts["code"])
     assert scores(report, ROUTED)["code"].bits_per_byte == pytest.approx(bits, rel=1e-5)
+
+
+def test_blended_experts_are_of_no_domain(family, texts, tmp_path):
+    """Whatever the domains are called: by the name of such an expert, too."""
+    merge(MergeRecipe(str(family.seed), family.experts, expert_mode="blend"), tmp_path / "blend")
+    for name in ("code", "blend.0"):
+        with pytest.raises(InputError) as error:
+            evaluate(EvalRecipe(str(tmp_path / "blend"), {name: texts["code"]}, no_sources=True, routing="domain"))
+        (line,) = error.value.lines
+        assert line.endswith("each a part of every source; expected an expert of each domain. Leave --routing out.")
+    recipe = FitRecipe(str(tmp_path / "blend"), domain_text=texts)
+    with pytest.raises(InputError, match=r"blend: every expert is a part of all sources.* btx train --train routers"):
+        fit(recipe, tmp_path / "fitted")
 
 
 def test_counts_are_those_of_the_text(measured, texts):
@@ -195,11 +210,32 @@ def test_everything_wrong_is_said_at_once(measured, texts, tmp_path):
 
 def test_a_moved_source_is_given(measured, texts, family, tmp_path):
     copy = shutil.copytree(measured, tmp_path / "merged")
-    with pytest.raises(InputError, match=r"--source NAME=MODEL where it lies now, or --no-sources"):
+    with pytest.raises(InputError) as error:
         evaluate(EvalRecipe(str(copy), texts))
+    for name, line in zip(("seed", "code", "math"), error.value.lines, strict=True):
+        assert line.endswith(f"Give --source {name}=MODEL where it lies now, or --no-sources.")
     sources = {"seed": str(family.seed), **family.experts}
     report = evaluate(EvalRecipe(str(copy), texts, sources=sources, tokens=50))
     assert [row.name for row in report.rows if row.kind == SOURCE] == ["seed", "code", "math"]
+
+
+def test_a_source_that_cannot_be_opened_has_the_remedy_of_its_reason(measured, texts, family, tmp_path):
+    """And the two that an evaluation has beside it."""
+    holder = tmp_path / "holder"
+    shutil.copytree(family.code, holder / "checkpoint-5")
+    broken = shutil.copytree(family.math, tmp_path / "broken")
+    (broken / "config.json").write_text("{")
+    where = {"seed": "org/name", "code": str(holder), "math": str(broken)}
+    with pytest.raises(InputError) as error:
+        evaluate(EvalRecipe(str(measured), texts, sources=where))
+    seed, *lines = error.value.lines
+    assert "not a folder, not in the Hub's cache" in seed
+    assert "or give a folder. Or give --source seed=MODEL, another copy of it, or --no-sources." in seed
+    code = next(line for line in lines if line.startswith("code: "))
+    assert f"Give {holder / 'checkpoint-5'}. Or give --source code=MODEL, another" in code
+    math = next(line for line in lines if line.startswith("math: "))
+    assert "config.json" in math
+    assert "download it again. Or give --source math=MODEL, another copy of it, or --no-sources." in math
 
 
 def test_progress_ends_with_all_of_the_text(measured, texts):

@@ -245,7 +245,7 @@ def test_a_source_that_has_moved(family, texts, tmp_path):
     asked = recipe(tmp_path / "merged", texts, teacher="sources", sources=there, arguments={"max_steps": 1})
     (line,) = refused(asked, tmp_path / "out")
     assert line.startswith("code: ")
-    assert line.endswith("Give --source NAME=MODEL where it lies now, or leave out --teacher.")
+    assert line.endswith("Give --source code=MODEL where it lies now, or leave out --teacher.")
     found = TrainRecipe(**{**asked.__dict__, "sources": {**there, "code": str(tmp_path / "elsewhere")}})
     train(found, tmp_path / "out")
     warnings: list[str] = []

@@ -109,7 +109,7 @@ def test_a_merged_model_is_loaded_in_the_dtype_that_is_asked_for(merged):
 
 def test_a_source_that_has_moved_is_named_with_its_remedy(family, merged, tmp_path):
     copy = shutil.copytree(merged, tmp_path / "merged")
-    with pytest.raises(InputError, match=r"code: llama-code: .*--source NAME=MODEL") as caught:
+    with pytest.raises(InputError, match=r"code: llama-code: .*--source code=MODEL") as caught:
         opened(copy, tmp_path)
     assert [problem.source for problem in caught.value.problems] == ["seed", "code", "math"]
     sources, warnings = opened(copy, tmp_path, seed=str(family.seed), **family.experts)

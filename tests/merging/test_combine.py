@@ -18,6 +18,7 @@ from tests.support.common import (
     assert_rounded_once,
     files_of,
     grow,
+    raw_bytes,
     save_seed,
     tensors_of,
     tiny_tokenizer,
@@ -104,6 +105,29 @@ def test_the_mean_is_summed_in_float32(tmp_path, dtype, values, mean, naive):
     experts = {f"e{number}": str(folder) for number, folder in enumerate(folders[1:])}
     merge(MergeRecipe(str(folders[0]), experts), tmp_path / "out")
     assert set(tensors_of(tmp_path / "out")[NORM].tolist()) == {mean}
+
+
+@pytest.mark.parametrize("copies", [3, 5, 6, 7])
+@pytest.mark.parametrize("combine", ["mean", "weighted"])
+def test_the_mean_of_one_model_is_that_model_to_the_bit(tmp_path, copies, combine):
+    """Sums in float32 are rounded, and so are products with weights: the quotient alone differs in the last bit."""
+
+    def negative_zero(model):
+        model.get_parameter(NORM).data[0] = -0.0
+
+    seed = grow(save_seed(tmp_path / "origin"), tmp_path / "seed", noise=0.3, change=negative_zero)
+    values = tensors_of(seed)[EMBEDDING]
+    assert not torch.equal(sum([values] * copies) / copies, values)
+    weights = [0.7, 0.1, 1 / 3, 0, 5.3, 2]  # one of them has no say
+    if combine == "mean":
+        recipe = MergeRecipe(str(seed), {f"e{number}": str(seed) for number in range(copies - 1)})
+    else:
+        experts = {f"e{number}": ExpertSpec(str(seed), weights[number]) for number in range(copies - 1)}
+        recipe = MergeRecipe(str(seed), experts, combine=combine, seed_weight=0.3)
+    merge(recipe, tmp_path / "out")
+    merged = shared(tmp_path / "out")
+    for name, tensor in shared(seed).items():
+        assert raw_bytes(merged[name]) == raw_bytes(tensor), name
 
 
 RULES = {"ties": merge_utils.ties, "dare_ties": merge_utils.dare_ties, "dare_linear": merge_utils.dare_linear}

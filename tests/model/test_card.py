@@ -22,6 +22,7 @@ from btx_merge.model.held_out import (
     training_results,
 )
 from btx_merge.model.router_state import untrained_experts
+from btx_merge.sources.cards import front_matter
 from btx_merge.sources.locate import Located
 from btx_merge.texts.references import DomainText
 from tests.conftest import Family
@@ -97,6 +98,8 @@ def test_an_edit_keeps_the_figures_only_where_the_model_computes_the_same(
 def test_an_export_keeps_the_figures_and_an_extract_does_not(ridge: tuple[Path, Any], tmp_path: Path) -> None:
     report = export(str(ridge[0]), tmp_path / "mixtral")
     assert results_of(tmp_path / "mixtral") == results_of(ridge[0])
+    (index,) = front_matter(text_of(tmp_path / "mixtral"))[0]["model-index"]
+    assert index["name"] == "ridge as a Mixtral"
     assert report.warnings == ()
     assert UNTRAINED not in text_of(tmp_path / "mixtral")
     extract(str(ridge[0]), "code", tmp_path / "code")

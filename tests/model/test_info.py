@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_the_next_command_runs(merged: Path, texts: dict[str, str], tmp_path: Pa
     done = btx(*shlex.split(line)[1:], "-q", cwd=tmp_path, level="package")
     assert (done.returncode, done.stderr) == (0, "")
     assert next_commands(tmp_path / "merged-fitted-routing") == (
-        f"python -m webbrowser {tmp_path / 'merged-fitted-routing/report.html'}",
+        f"python -m webbrowser {(tmp_path / 'merged-fitted-routing/report.html').as_uri()}",
     )
 
 
@@ -115,6 +116,10 @@ def test_split_and_blended_experts(family: Family, tmp_path: Path) -> None:
     split, blend = info(str(tmp_path / "split")), info(str(tmp_path / "blend"))
     assert [expert.model for expert in split.experts] == ["llama-seed", "llama-seed", "llama-code", "llama-code"]
     assert {expert.model for expert in blend.experts} == {None}
+    assert [line.split()[1] for line in split.next] == ["fit", "train"]
+    (line,) = blend.next  # what has no domain cannot be fitted; the texts are still those of the domains
+    assert line.startswith("btx train ")
+    assert "--data code=TEXT --train routers" in line
 
 
 def test_the_command(merged: Path, tmp_path: Path) -> None:
@@ -256,6 +261,32 @@ def test_each_verb_says_which_comes_next(merged: Path, texts: dict[str, str], tm
 def test_a_fresh_merge_says_that_its_routers_come_next(family: Family, tmp_path: Path) -> None:
     given = ["--seed", family.seed, "--expert", f"code={family.code}", "-o", tmp_path / "out"]
     assert [line.split()[1] for line in told_next("merge", *given)] == ["fit", "train"]
+
+
+@pytest.mark.parametrize("name", ['it\'s "my" $model', "-dash", "two\nlines \\ 'quoted' \x1b[2J\u202e\x85", "a" * 200])
+def test_what_comes_next_can_be_pasted(family: Family, tmp_path: Path, name: str) -> None:
+    """Whatever the folder's name: bash takes the command apart into the words that are meant."""
+    given = ["--seed", str(family.seed), "--expert", f"code={family.code}"]
+    done = btx("merge", *given, "-o", name, cwd=tmp_path)
+    line = next(line for line in done.stderr.splitlines() if line.startswith("next: btx fit "))
+    assert line.isprintable()
+    words = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {line.removeprefix('next: ')}"], capture_output=True, check=True
+    )
+    model, output = f"./{name}" if name.startswith("-") else name, f"{name}-fitted"
+    output = f"./{output}" if output.startswith("-") else output
+    expected = ["btx", "fit", model, "--domain-text", "code=TEXT", "-o", output]
+    assert words.stdout.decode().split("\0")[:-1] == expected
+    shown = btx("info", model, cwd=tmp_path)
+    assert line in shown.stdout.splitlines()
+
+
+def test_a_long_command_is_shown_whole(family: Family, tmp_path: Path) -> None:
+    experts = [word for number in range(130) for word in ("--expert", f"the-expert-number-{number}={family.code}")]
+    done = btx("merge", "--seed", str(family.seed), *experts, "-o", "out", cwd=tmp_path)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("next: btx fit ")]
+    assert len(line) > 4000
+    assert line.count("--domain-text") == 130
 
 
 def test_what_comes_after_an_adapter_and_a_gguf(merged: Path, tmp_path: Path) -> None:
