@@ -38,6 +38,7 @@ NOT_RUN = (  # what needs another program, many minutes or another machine
 )
 SHORTER = {  # a page's steps are many, and made for models that are not tiny
     "--max-steps 1000": "--max-steps 2 --use-cpu --max-length 32",
+    "--max-steps 100 ": "--max-steps 2 --use-cpu --max-length 32 ",
     "max_steps: 1000": "max_steps: 2\nuse_cpu: true\nmax_length: 32",
     '{"max_steps": 1000}': '{"max_steps": 2, "use_cpu": True}',
 }
