@@ -5,7 +5,7 @@ ENGINES := $(patsubst tests/engines/%.txt,.engines/%/installed,$(wildcard tests/
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow demo-smollm2 benchmark benchmark-export benchmark-fit benchmark-head benchmark-model benchmark-train benchmark-evaluate docs format clean
+.PHONY: demo test slow demo-smollm2 benchmark benchmark-export benchmark-fit benchmark-head benchmark-loop benchmark-model benchmark-train benchmark-evaluate docs format clean
 
 demo: .venv/installed  ## train a small seed and three branches of it, merge and fit them, measure, draw who gets which tokens
 	$(BIN)/python examples/demo.py
@@ -39,6 +39,9 @@ benchmark-model: .venv/installed  ## the model against Mixtral and a dense Llama
 
 benchmark-train: .venv/installed  ## a training step of the routers alone against a full one
 	$(BIN)/python benchmarks/train.py $(ARGS)
+
+benchmark-loop: .venv/installed  ## the steps of btx train against a bare loop
+	$(BIN)/python benchmarks/train_loop.py $(ARGS)
 
 benchmark-evaluate: .venv/installed  ## an evaluation against a plain forward loop
 	$(BIN)/python benchmarks/evaluate.py $(ARGS)

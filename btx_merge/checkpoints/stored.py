@@ -136,3 +136,8 @@ def part_of(tensor: StoredTensor, index: int, start: int = 0, stop: int | None =
     return StoredTensor(
         tensor.name, tensor.file, tensor.dtype, (stop - start, columns), first, (stop - start) * row_bytes
     )
+
+
+def flat_bytes(tensor: StoredTensor) -> StoredTensor:
+    """Return a tensor in one piece as rows of one byte, without reading them."""
+    return replace(tensor, shape=(tensor.nbytes,))

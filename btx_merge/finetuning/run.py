@@ -5,7 +5,6 @@ Both say what to train, on which texts, with which settings of `transformers.Tra
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from btx_merge.files.placing import remove, repair
 from btx_merge.files.scratch import scratch_folder
 from btx_merge.finetuning.checks import balanced_as_fits, check_model, check_seed
 from btx_merge.finetuning.recipe import BranchRecipe, Recipe, TrainRecipe
+from btx_merge.finetuning.stopwatch import Stopwatch
 from btx_merge.finetuning.teacher_sources import teacher_sources
 from btx_merge.finetuning.work_folder import begin, held, what_is_kept, work_folder
 from btx_merge.options import Options, refuse_unused
@@ -44,10 +44,13 @@ class TrainReport:
     """What was logged, step by step."""
     seconds: float
     """Wall time in seconds, checks and evaluations included."""
+    parts: Mapping[str, float]
+    """The same by what it went into. start: imports and checks; loading: the model, and the texts that are held out;
+    steps: training; evaluations: of what is held out; checkpoints: for `resume`; writing: the result."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as `--json` prints them."""
-        return {"output": str(self.output), "seconds": self.seconds, **self.entry}
+        return {"output": str(self.output), "seconds": self.seconds, "parts": dict(self.parts), **self.entry}
 
 
 def train(
@@ -126,7 +129,7 @@ class _Call:
     options: Options
     reporter: Reporter
     resume: bool
-    began: float = field(default_factory=time.perf_counter)
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
 
 def _carry_out(call: _Call, read: ReadFiles, make_trainee: Callable[[], Trainee]) -> TrainReport:
@@ -141,17 +144,18 @@ def _carry_out(call: _Call, read: ReadFiles, make_trainee: Callable[[], Trainee]
         from btx_merge.finetuning.session import Run
 
         trainee = make_trainee()
-        run = Run(call.recipe, trainee, work, call.reporter)
+        run = Run(call.recipe, trainee, work, call.reporter, call.watch)
         with held(work, trainee.verb) if run.is_main else nullcontext():
             if run.is_main:
                 repair(call.target, call.reporter.note)
                 begin(work, asdict(call.recipe), run.settings, call.resume, trainee.digest())
             run.wait()
             run.train(call.resume)
-            entry = run.finish(call.target, call.options, read)
-            if run.is_main:
-                remove(work, call.reporter.note)
-            run.wait()
+            with call.watch.part("writing"):
+                entry = run.finish(call.target, call.options, read)
+                if run.is_main:
+                    remove(work, call.reporter.note)
+                run.wait()
     except (MergeInterrupted, KeyboardInterrupt):
         raise MergeInterrupted(f"Interrupted. {what_is_kept(work)}") from None
     except Exception as error:
@@ -160,4 +164,5 @@ def _carry_out(call: _Call, read: ReadFiles, make_trainee: Callable[[], Trainee]
         if isinstance(error, OSError):
             raise disk_error(error, work, what_is_kept(work)) from error
         raise
-    return TrainReport(call.target, entry, tuple(run.history), time.perf_counter() - call.began)
+    parts = call.watch.book()
+    return TrainReport(call.target, entry, tuple(run.history), sum(parts.values()), parts)

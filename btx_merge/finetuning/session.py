@@ -27,6 +27,7 @@ from btx_merge.finetuning.picture import draw
 from btx_merge.finetuning.ranks import check_launch, check_ranks
 from btx_merge.finetuning.recipe import Recipe, sharded_over
 from btx_merge.finetuning.result import check_finite, check_stored, result_staging
+from btx_merge.finetuning.stopwatch import Stopwatch
 from btx_merge.finetuning.teachers import Teachers
 from btx_merge.finetuning.trainee import Trainee
 from btx_merge.finetuning.trainer import BTXTrainer, trained_tensors, whole
@@ -48,12 +49,12 @@ settle a perplexity to about a hundredth."""
 class Run:
     """From a recipe to a result. Everything that all ranks must do together is done here, by each of them."""
 
-    def __init__(self, recipe: Recipe, trainee: Trainee, work: Path, reporter: Reporter):
+    def __init__(self, recipe: Recipe, trainee: Trainee, work: Path, reporter: Reporter, watch: Stopwatch):
         check_launch(trainee.verb)
         self.recipe = recipe
         self.trainee = trainee
         self.located = trainee.located
-        self.work = work
+        self.work, self.watch = work, watch
         self.sizes = sharded_over(recipe)
         self.is_adapter = recipe.train == "lora"
         arguments = {**_precision(recipe, self.located), **recipe.arguments}
@@ -76,10 +77,11 @@ class Run:
             InputError: a text cannot be read; the steps before are saved.
             MergeInterrupted: Ctrl-C or SIGTERM; likewise.
         """
-        self.model = self._load_model()
-        self.streams = self._streams()
-        self.teachers = self._teachers()
-        held_out = self._held_out()
+        with self.watch.part("loading"):
+            self.model = self._load_model()
+            self.streams = self._streams()
+            self.teachers = self._teachers()
+            held_out = self._held_out()
         if held_out:
             self.args.eval_on_start = not resume
             if "eval_strategy" not in self.recipe.arguments:
@@ -91,10 +93,11 @@ class Run:
             self.trainer.add_callback(stop)
         try:
             checkpoint = last_checkpoint(self.work) if resume else None
-            if checkpoint:
-                self.trainer.continue_from(checkpoint)
-            else:
-                self.trainer.train()
+            with self.watch.part("steps"):
+                if checkpoint:
+                    self.trainer.continue_from(checkpoint)
+                else:
+                    self.trainer.train()
         except InputError:
             if self.trainer.state.global_step:
                 self.trainer.save_now()
@@ -212,10 +215,11 @@ class Run:
         callbacks += [StepCount(self.reporter), *self.trainee.callbacks()]
         trainer = BTXTrainer(
             meter,
-            self.model,
+            self.watch,
             held_out,
             self.args,
             self.teachers,
+            model=self.model,
             train_dataset=MixedWindows(self.streams, self.recipe.shuffle, self.args.seed),
             data_collator=collate,
             callbacks=callbacks,

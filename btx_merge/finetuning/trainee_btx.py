@@ -53,8 +53,8 @@ class MergedTrainee:
         self.stored: Mapping[str, StoredTensor] = stored_tensors(located.folder)
 
     def digest(self) -> str:
-        """Return the digest of all tensors."""
-        return model_digest(self.located.folder)
+        """Return a digest of all tensors."""
+        return model_digest(self.stored)
 
     def read_model(self, **settings: Any) -> Any:
         """Return the model, with the recipe's routing in its config."""

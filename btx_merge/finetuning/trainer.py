@@ -24,6 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.files.placing import remove
 from btx_merge.finetuning.metrics import LOAD_PER_LAYER, DomainLosses, perplexity
+from btx_merge.finetuning.stopwatch import Stopwatch
 from btx_merge.finetuning.teachers import STATES, Teachers
 from btx_merge.finetuning.work_folder import COMPLETE, what_is_kept
 
@@ -63,17 +64,17 @@ class BTXTrainer(Trainer):
     def __init__(
         self,
         meter: DomainLosses,
-        model: Any,
+        watch: Stopwatch,
         held_out: Mapping[str, list[Row]],
         args: Any,
         teachers: Teachers | None = None,
         **options: Any,
     ):
         # Trainer cannot save the optimizer of a model that was sharded as it was loaded, and refuses; below it is done
-        args.save_only_model = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-        super().__init__(model=model, args=args, eval_dataset=dict(held_out), **options)
+        args.save_only_model = any(isinstance(parameter, DTensor) for parameter in options["model"].parameters())
+        super().__init__(args=args, eval_dataset=dict(held_out), **options)
         args.save_only_model = False
-        self.meter = meter
+        self.meter, self.watch = meter, watch
         self.teachers = teachers
         self._taught: deque[Any] = deque()
         self.carried_loss = 0.0
@@ -150,6 +151,13 @@ class BTXTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Compute the perplexity of what is held out of each domain, over all its tokens; each rank scores a part."""
+        with self.watch.part("evaluations"):
+            metrics = self._perplexities()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _perplexities(self) -> dict[str, float]:
         self.model.eval()
         metrics = {}
         for domain, rows in self.held_out.items():
@@ -167,8 +175,6 @@ class BTXTrainer(Trainer):
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(total)
             metrics[f"eval_perplexity/{domain}"] = perplexity(float(total[0] / total[1].clamp(min=1)))
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -183,6 +189,10 @@ class BTXTrainer(Trainer):
         self._save_checkpoint(self.model, None)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self.watch.part("checkpoints"):
+            self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(str(self.args.output_dir))
         try:
             super()._save_checkpoint(model, trial)
@@ -202,6 +212,8 @@ class BTXTrainer(Trainer):
                 remove(folder / f"checkpoint-{step}", self.meter.reporter.note)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.state.global_step >= self.args.max_steps:  # no step follows that would need them
+            return
         if not self.is_sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return

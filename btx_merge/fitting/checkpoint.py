@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
 
 from btx_merge.checkpoints.dtypes import all_finite, from_float32
-from btx_merge.checkpoints.stored import StoredTensor
 from btx_merge.checkpoints.tensor_files import stored_tensors
 from btx_merge.errors import NonFiniteError
 from btx_merge.fitting.reading import Tensors, on_device, read_stored
-
-_SAMPLED_PLACES, _SAMPLED_BYTES = 16, 4096
-"""Places of each tensor, and bytes from each, by which a checkpoint is known again: any training changes them."""
+from btx_merge.sources.digest import model_digest
 
 
 class Checkpoint:
@@ -50,22 +46,5 @@ class Checkpoint:
         return {name.removeprefix(prefix): read_stored(tensor, self.device) for name, tensor in found.items()}
 
     def digest(self) -> str:
-        """Tell checkpoints apart by names, shapes and some bytes of every tensor but the routers."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in sorted(self.tensors.items()):
-            if not name.endswith(".mlp.gate.weight"):
-                digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-                digest.update(_sample(tensor))
-        return digest.hexdigest()
-
-
-def _sample(tensor: StoredTensor) -> bytes:
-    """Return bytes from places spread evenly over a tensor; of experts [E, ...], from each of them."""
-    places = max(_SAMPLED_PLACES, tensor.shape[0] if len(tensor.shape) == 3 else 0)
-    found = bytearray()
-    with tensor.file.open("rb", buffering=0) as file:
-        for place in range(places):
-            first = tensor.nbytes * place // places
-            file.seek(tensor.start + first)
-            found += file.read(min(_SAMPLED_BYTES, tensor.nbytes - first))
-    return bytes(found)
+        """Return a digest of all tensors but the routers, on which no statistics depend."""
+        return model_digest({name: at for name, at in self.tensors.items() if not name.endswith(".mlp.gate.weight")})

@@ -35,6 +35,7 @@ from btx_merge.finetuning.recipe import TrainRecipe
 from btx_merge.finetuning.result import check_finite
 from btx_merge.finetuning.run import TrainReport, train
 from btx_merge.finetuning.session import Run
+from btx_merge.finetuning.stopwatch import Stopwatch
 from btx_merge.finetuning.work_folder import SUFFIX, held
 from btx_merge.texts.references import DomainText
 from tests.support import warm
@@ -779,3 +780,41 @@ def test_a_name_of_a_text_does_not_break_the_cards_table():
     }
     (row,) = [line for line in training_section("train", entry, []).splitlines() if line.startswith("| code ")]
     assert row == "| code | <code>a&#124;b&#96;&#60;i&#62;.jsonl</code>, `c.txt` | 100% |  | 2.5 |"
+
+
+def test_the_report_says_what_the_time_went_into(merged, texts, tmp_path):
+    report = train(recipe(merged, texts, arguments={"save_steps": 3}), tmp_path / "out")
+    assert list(report.parts) == ["start", "loading", "evaluations", "steps", "checkpoints", "writing"]
+    assert all(seconds > 0 for seconds in report.parts.values())
+    assert sum(report.parts.values()) == pytest.approx(report.seconds)
+    assert report.to_dict()["parts"] == report.parts
+
+
+def test_a_part_inside_another_stops_its_clock(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    watch = Stopwatch()
+    with watch.part("steps"), watch.part("evaluations"):
+        pass
+    spent = watch.book()
+    assert (spent["start"], spent["steps"], spent["evaluations"]) == (1 + 16, 2 + 8, 4)
+
+
+def test_the_last_checkpoint_keeps_no_optimizer(merged, texts, tmp_path, monkeypatch):
+    """No step follows it: it is there in case that the result cannot be written, and then gives the same result."""
+    settings = recipe(merged, texts, arguments={"save_steps": 3})
+    train(settings, tmp_path / "undisturbed")
+
+    def refuse(*_: Any) -> None:
+        raise OSError("no room")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("btx_merge.finetuning.session.draw", refuse)
+        with pytest.raises(MergeError, match="no room"):
+            train(settings, tmp_path / "out")
+    work = tmp_path / f"out{SUFFIX}"
+    assert (work / "checkpoint-3/optimizer.pt").exists()
+    assert (work / "checkpoint-6/trained.safetensors").exists()
+    assert not (work / "checkpoint-6/optimizer.pt").exists()
+    train(settings, tmp_path / "out", resume=True)
+    assert changed(tmp_path / "undisturbed", tmp_path / "out") == set()
