@@ -46,7 +46,8 @@ class TrainReport:
     """Wall time in seconds, checks and evaluations included."""
     parts: Mapping[str, float]
     """The same by what it went into. start: imports and checks; loading: the model, and the texts that are held out;
-    steps: training; evaluations: of what is held out; checkpoints: for `resume`; writing: the result."""
+    teachers: what they say of the steps ahead; steps: training; evaluations: of what is
+    held out; checkpoints: for `resume`; writing: the result."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as `--json` prints them."""
