@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -42,16 +42,16 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+_PARTS = {"lm_loss": "LM loss", "teacher_loss": "teacher", "aux_loss": "balancing"}
+
+
 class ConsoleLines(TrainerCallback):
     """One short line for each logging step, under a head that names the columns."""
 
-    def __init__(self, reporter: Reporter, domains: Sequence[str], experts: Sequence[str], is_taught: bool):
+    def __init__(self, reporter: Reporter, domains: Sequence[str], experts: Sequence[str], parts: Collection[str]):
+        """Take the names of the domains, of the experts, and of the parts of the loss that are logged."""
         self.reporter = reporter
-        self._columns = {"loss": "loss"}
-        if is_taught:
-            self._columns |= {"lm_loss": "LM loss", "teacher_loss": "teacher"}
-        if experts:
-            self._columns["aux_loss"] = "balancing"
+        self._columns = {"loss": "loss", **{name: title for name, title in _PARTS.items() if name in parts}}
         self._columns |= {f"perplexity/{name}": f"ppl {name}" for name in domains}
         self._columns |= {f"load/{name}": f"to {name}" for name in experts}
         self._widths = [max(len(title), 9) for title in ("step", *self._columns.values())]

@@ -208,8 +208,10 @@ class Run:
     def _trainer(self, held_out: dict[str, list[dict[str, Any]]]) -> BTXTrainer:
         domains = [stream.text.name for stream in self.streams]
         meter = self.trainee.meter(self.model, domains, self.reporter)
-        is_taught = self.teachers is not None
-        callbacks: list[TrainerCallback] = [ConsoleLines(self.reporter, domains, meter.experts, is_taught)]
+        parts = ["lm_loss", "teacher_loss"] if self.teachers else []
+        if getattr(self.model.config, "router_aux_loss_coef", 0):
+            parts.append("aux_loss")
+        callbacks: list[TrainerCallback] = [ConsoleLines(self.reporter, domains, meter.experts, parts)]
         callbacks += [StepCount(self.reporter), *self.trainee.callbacks()]
         trainer = BTXTrainer(
             meter,

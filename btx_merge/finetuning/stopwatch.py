@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PARTS = ("start", "loading", "evaluations", "steps", "checkpoints", "writing")
+PARTS = ("start", "loading", "evaluations", "teachers", "steps", "checkpoints", "writing")
 
 
 class Stopwatch:

@@ -105,7 +105,8 @@ class BTXTrainer(Trainer):
         if not self._taught:
             for _ in range(min(self.teachers.steps_ahead, self.args.max_steps - self.state.global_step)):
                 self._taught.append(super().get_batch_samples(epoch_iterator, num_batches, device))
-            self.teachers.look_at([batch for batches, _ in self._taught for batch in batches])
+            with self.watch.part("teachers"):
+                self.teachers.look_at([batch for batches, _ in self._taught for batch in batches])
         return self._taught.popleft()
 
     def compute_loss(

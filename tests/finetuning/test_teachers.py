@@ -118,6 +118,7 @@ def test_what_the_result_says(merged, texts, tmp_path):
         if "loss" in entry:
             both = entry["lm_loss"] + entry["teacher_loss"] + 0.01 * entry["aux_loss"]
             assert entry["loss"] == pytest.approx(both, rel=1e-5)
+    assert 0 < report.parts["teachers"] < report.seconds
     (written,) = yaml.safe_load((tmp_path / "out/btx_recipe.yaml").read_text())["training"]
     assert written["teacher"] == "sources"
     card = (tmp_path / "out/README.md").read_text()
