@@ -5,9 +5,11 @@ projection is fitted to write down what it finds: in each layer its target is th
 
     c s (u_i - u)
 
-with u_i a direction for domain i, u the mean of all domains' directions, and s the root of the mean |h|^2 over the
-merged states in front of the layer. Directions are the eigenvectors with the smallest eigenvalues of `sum h h^T`, over
-the sources' states behind their first attention: the sources write next to nothing there, and read next to nothing.
+with u_i a direction for domain i, u the mean of all domains' directions, and s the median of |h| over the merged
+states in front of the layer. The mean would be that of a few first tokens, 100 times as large as all others in
+many models (massive activations, arXiv 2402.17762), and marks of their size spoil the model. Directions are the
+eigenvectors with the smallest eigenvalues of `sum h h^T`, over the sources' states behind their first attention: the
+sources write next to nothing there, and read next to nothing.
 
 Legend: B windows, T tokens in each, N tokens, H hidden, D domains.
 """
@@ -38,9 +40,9 @@ class Evidence:
         if self.directions is None:
             self.directions = self._directions()
         shares = sum(stream.share for stream in self.texts)
-        square = sum(self._square(stream) for stream in self.texts) / shares
+        size = self.size * sum(self._median(stream) * stream.share for stream in self.texts) / shares
         for stream, direction in zip(self.texts, self.directions, strict=True):
-            stream.mark = self.size * square**0.5 * direction
+            stream.mark = size * direction
 
     def _directions(self) -> torch.Tensor:
         """Return u_i - u, [D, H]."""
@@ -53,8 +55,7 @@ class Evidence:
         chosen = vectors[:, : len(self.texts)].T.float()
         return torch.as_tensor(chosen - chosen.mean(dim=0))
 
-    def _square(self, stream: TokenStream) -> float:
-        """Return the sum of |h|^2 over a stream's merged states, each token with its weight."""
-        batches = stream.batches(stream.fitted)
-        total = sum(stream.merged[batch].square().sum().item() for batch in batches)
-        return total * stream.per_token
+    def _median(self, stream: TokenStream) -> float:
+        """Return the median of |h| over a stream's merged states."""
+        lengths = [stream.merged[batch].norm(dim=-1).flatten() for batch in stream.batches(stream.fitted)]
+        return torch.cat(lengths).median().item()

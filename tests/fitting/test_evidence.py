@@ -5,6 +5,9 @@ import torch
 
 from btx_merge import InputError, MergeRecipe, merge
 from btx_merge.fitting.equations import Statistics
+from btx_merge.fitting.evidence import Evidence
+from btx_merge.fitting.states import States
+from btx_merge.fitting.streams import TokenStream
 from btx_merge.options import Options
 from btx_merge.texts.references import DomainText
 from tests.fitting.test_run import DOMAINS, fitted_documents, inputs_of, recipe_of, write_texts
@@ -42,12 +45,11 @@ def slow_outputs(folder, merged, texts, evidence: float) -> list[torch.Tensor]:
     found = []
     for layer in range(LAYERS):
         states = {name: own[name][before[layer]] for name in texts}
-        square = sum(share[name] * states[name].square().sum() for name in texts) / sum(
-            t.weight for t in texts.values()
-        )
+        median = sum(text.weight * states[name].norm(dim=1).median() for name, text in texts.items())
+        size = evidence * median / sum(text.weight for text in texts.values())
         gram = cross = 0
         for number, name in enumerate(texts):
-            mark = evidence * square.sqrt() * (empty[number] - mean)
+            mark = size * (empty[number] - mean)
             heads = own[name][outputs[layer]]
             gram = gram + share[name] * heads.T @ heads
             cross = cross + share[name] * heads.T @ (dense[name][behind[layer]] + mark - states[name])
@@ -68,6 +70,23 @@ def test_the_output_projection_is_fitted_to_the_sources_states_and_the_mark(grow
         torch.testing.assert_close(
             found[f"{OUTPUT.format(layer)}.weight"].double(), expected[layer], atol=5e-5, rtol=1e-3
         )
+
+
+def test_marks_do_not_grow_with_the_first_tokens_that_outgrow_all_others():
+    """Massive activations: one token in 64 is 100 times as large as the others."""
+    states = torch.randn(2, 64, 8, generator=torch.Generator().manual_seed(0))
+    sizes = []
+    for factor in (1, 100):
+        texts = []
+        for number in range(2):
+            stream = TokenStream(f"{number}", [number], torch.zeros(2, 64).long(), torch.arange(64).expand(2, 64))
+            stream.merged = stream.dense = States((2, 64, 8), torch.device("cpu"), torch.device("cpu"))
+            stream.merged[0:2] = states
+            stream.merged.kept[:, 0] *= factor
+            texts.append(stream)
+        Evidence(texts, 0.15, torch.device("cpu")).set_marks()
+        sizes.append(float(texts[0].mark.norm()))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
 
 
 def test_states_have_the_mark_of_their_domain(grown, tmp_path):
