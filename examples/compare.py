@@ -40,12 +40,14 @@ SHARED: dict[str, dict[str, Any]] = {
     "regmean": {"combine": "regmean"},
     "regmean_merged": {"combine": "regmean_merged"},
     "regmean_merged, head": {"combine": "regmean_merged", "head": "fitted"},
+    "regmean_merged, head, evidence": {"combine": "regmean_merged", "head": "fitted", "evidence": 0.15},
 }
 ROUTERS: dict[str, dict[str, Any]] = {
     "random": {},
     "prompts": {"router_init": "prompts", "prompts": PROMPTS},
     "ridge": {"router_init": "ridge"},
     "ridge, through router": {"router_init": "ridge", "fit_through": "router"},
+    "logistic, through router": {"router_init": "logistic", "fit_through": "router"},
 }
 
 
@@ -63,7 +65,7 @@ class Comparison:
     def merge(self, shared: str, router: str, output: Path) -> None:
         """Merge the demo's models in one of the ways."""
         values: dict[str, Any] = {**SHARED[shared], **ROUTERS[router]}
-        if values.get("router_init") == "ridge" or "regmean" in shared:
+        if values.get("router_init") in ("ridge", "logistic") or "regmean" in shared:
             texts = {domain: str(file) for domain, file in self.texts.items()}
             values |= {"domain_text": texts, "domain_tokens": self.domain_tokens}
         experts = {domain: ExpertSpec(str(self.demo / domain)) for domain in DOMAINS}

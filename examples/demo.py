@@ -36,7 +36,7 @@ MODEL: dict[str, Any] = {
 SEED_STEPS, EXPERT_STEPS = 300, 100
 TRAINING = ["--max-length", str(WINDOW), "--per-device-train-batch-size", "8", "--logging-steps", "20"]
 TRAINING += ["--report-to", "none"]
-FIT = ["--head", "fitted", "--domain-tokens", "30000"]
+FIT = ["--domain-tokens", "30000"]
 
 
 def untrained_llama(folder: Path) -> None:

@@ -169,8 +169,7 @@ def merge_and_look(demo: Demo, fit: list[str], *, window: int, tokens: int | Non
 
     console.rule("[bold]Mix: the experts in one model, with random routers, and with everything fitted", align="left")
     demo.btx("btx", "merge", *sources)
-    fitted = ["--combine", "regmean_merged", "--router-init", "ridge", "--fit-through", "router", *fit]
-    demo.btx("fitted", "merge", *sources, *fitted, *texts("--domain-text", training))
+    demo.btx("fitted", "merge", *sources, *texts("--domain-text", training), *fit)
 
     console.rule("[bold]What is it worth?", align="left")
     measured = [*texts("--data", held_out), "--window", str(window)]

@@ -109,4 +109,4 @@ def test_reports_are_plain_values(family, tmp_path: Path) -> None:
     reports = [check(recipe), merge(recipe, merged), fit(prompts, fitted), export(str(fitted), tmp_path / "mixtral")]
     for report in reports:
         assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
-    assert set(reports[2].to_dict()) == {"output", "seconds", "layers"}
+    assert set(reports[2].to_dict()) == {"output", "seconds", "layers", "losses"}

@@ -27,6 +27,7 @@ from btx_merge.exporting.run import ExportReport
 from btx_merge.merging.plan import Fate
 from btx_merge.merging.run import Check, Report
 from btx_merge.model.card import count
+from btx_merge.model.held_out import fit_advice
 from btx_merge.model.info import ModelInfo
 from btx_merge.reporting import printable, readable
 
@@ -124,6 +125,7 @@ def print_check(checked: Check) -> None:
         "experts": f"{plan.num_experts} ({recipe.expert_mode}): {', '.join(plan.expert_names)}",
         "shared weights": recipe.combine
         + (", a head of its own" if recipe.has_own_head else "")
+        + (f", marks of the domain ({recipe.evidence:g})" if recipe.evidence else "")
         + (", norms folded into the experts" if recipe.fold_norms else "")
         + lossless,
         "routers": f"{recipe.router_type}, {recipe.router_init}, experts per token: {plan.experts_per_token}",
@@ -160,6 +162,8 @@ def print_report(report: Report) -> None:
     }
     if report.layers:
         lines["routers"] = fit_line(report.layers)
+    if report.losses:
+        lines["lost"] = fit_advice(report.losses)
     if plan.recipe.router_init in ("random", "zeros"):
         lines["routers"] = "untrained: fit or train them before you judge the model"
     console.print(_facts(lines))

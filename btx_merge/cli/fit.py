@@ -24,6 +24,7 @@ def fit_command(
     """Fit a merged model's routers in closed form, without training."""
     from btx_merge.cli.display import fit_line
     from btx_merge.fitting.run import fit
+    from btx_merge.model.held_out import fit_advice
 
     recipe = given.build(FitRecipe, model)
     with terminal(quiet) as reporter:
@@ -34,5 +35,7 @@ def fit_command(
         result(f"written  {report.output}")
         if report.layers:
             result(f"routers  {fit_line(report.layers)}")
+        if report.losses:
+            result(f"lost     {fit_advice(report.losses)}")
         result(f"took     {report.seconds:.1f} s")
         tell_next(output)

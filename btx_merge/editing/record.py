@@ -17,8 +17,9 @@ import yaml
 from btx_merge.editing.card import edit_section, edited_card
 from btx_merge.editing.plan import EditPlan
 from btx_merge.files.folder import read_text
+from btx_merge.fitting.recipe import TEXT_ROUTERS
 from btx_merge.merging.files import public_source
-from btx_merge.merging.recipe import REGMEAN_METHODS
+from btx_merge.merging.fits import REGMEAN_METHODS
 from btx_merge.model.card_update import update_card
 from btx_merge.model.records import RECIPE_FILE, append_record
 from btx_merge.model.router_state import trainings
@@ -50,7 +51,7 @@ def recipe_of_new_set(edit: EditPlan, *, public: bool) -> dict[str, Any]:
     values["num_experts_per_tok"] = edit.mixture.num_experts_per_tok
     for key in ("domain_text", "prompts"):
         values[key] = _of_those_that_stay(edit, values.get(key) or {})
-    if values.get("router_init") == "ridge" or values.get("combine") in REGMEAN_METHODS:
+    if values.get("router_init") in TEXT_ROUTERS or values.get("combine") in REGMEAN_METHODS:
         for text in edit.recipe.domain_text:
             if text.name in edit.new:
                 references = [public_reference(reference) for reference in text.references]

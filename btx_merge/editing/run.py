@@ -195,10 +195,10 @@ def _config(edit: EditPlan) -> dict[str, Any]:
     return config
 
 
-def _fit(edit: EditPlan, folder: Path, files: Path, options: Options, reporter: Reporter) -> list[LayerFit]:
+def _fit(edit: EditPlan, folder: Path, files: Path, options: Options, reporter: Reporter) -> tuple[LayerFit, ...]:
     """Fit the rows of new experts in the folder where the weights were just written."""
     recipe = edit.recipe
     texts = {text.name: text for text in recipe.domain_text}
     rows = tuple(edit.fitted_rows)
     task = FitTask(texts, {}, recipe.domain_tokens, router="ridge", router_ridge=recipe.router_ridge, rows=rows)
-    return fit_folder(folder, files, task, options, reporter)
+    return fit_folder(folder, files, task, options, reporter).layers

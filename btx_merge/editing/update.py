@@ -14,8 +14,9 @@ from btx_merge.editing.record import recipe_of_new_set, shared_over
 from btx_merge.editing.shared import SharedUpdate
 from btx_merge.errors import InputError, Problem
 from btx_merge.merging.checks import examine
+from btx_merge.merging.fits import REGMEAN_METHODS
 from btx_merge.merging.plan import Plan, make_plan
-from btx_merge.merging.recipe import DIFFERENCE_METHODS, REGMEAN_METHODS, MergeRecipe
+from btx_merge.merging.recipe import DIFFERENCE_METHODS, MergeRecipe
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.records import RECIPE_FILE, RECORDS, anchor_sources
 from btx_merge.sources.source import SEED, Source
@@ -135,7 +136,7 @@ def dense_recipe(values: Mapping[str, Any], model: MergedModel, moved: Mapping[s
     plain |= {"experts": experts, "combine": "mean" if combine in REGMEAN_METHODS else combine}
     if plain.pop("head", None) == "fitted":
         plain["untie"] = True  # it could mix tied and untied sources
-    plain |= {"router_init": "zeros", "domain_text": {}, "prompts": {}, "num_experts_per_tok": 1}
+    plain |= {"evidence": 0.0, "router_init": "zeros", "domain_text": {}, "prompts": {}, "num_experts_per_tok": 1}
     plain |= {"dtype": TORCH_NAMES[model.dtype], "tokenizer_source": SEED}
     return MergeRecipe.from_dict(plain, str(model.located.folder / RECIPE_FILE))
 

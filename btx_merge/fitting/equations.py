@@ -84,13 +84,19 @@ def best_temperature(
     """
     best = (float("inf"), 1.0)
     for factor in factors:
-        errors = []
-        for domain, target in enumerate(targets):
-            # relative to the target, so that no domain weighs more because its outputs are larger
-            distance = (routed(factor, domain) - target).square().sum()
-            errors.append((distance / target.square().sum().clamp(min=1e-30)).item())  # a target may be all zeros
-        best = min(best, (round(sum(errors) / len(errors), 6), factor))  # a tie goes to the softer router
+        error = relative_error(targets, [routed(factor, domain) for domain in range(len(targets))])
+        best = min(best, (round(error, 6), factor))  # a tie goes to the softer router
     return best[1], best[0]
+
+
+def relative_error(targets: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> float:
+    """Return the mean over domains of `sum |y - target|^2 / sum |target|^2`, of outputs and targets [N, H]."""
+    errors = []
+    for target, output in zip(targets, outputs, strict=True):
+        # relative to the target, so that no domain weighs more because its outputs are larger
+        distance = (output - target).square().sum()
+        errors.append((distance / target.square().sum().clamp(min=1e-30)).item())  # a target may be all zeros
+    return sum(errors) / len(errors)
 
 
 def winning_temperature(wins: Callable[[float], float], part: float = 0.9) -> float:

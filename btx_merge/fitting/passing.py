@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 from transformers import AttentionInterface
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, repeat_kv
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, repeat_kv
 
 from btx_merge.fitting.states import States
 from btx_merge.fitting.streams import TokenStream
@@ -41,6 +41,12 @@ class Passage:
     def __init__(self, config: BTXConfig, device: torch.device):
         self.config, self.device = config, device
         self.rotary = LlamaRotaryEmbedding(config).to(device)
+
+    def norm(self, weight: torch.Tensor) -> LlamaRMSNorm:
+        """Return a norm with this weight, [H]."""
+        norm = LlamaRMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
+        norm.weight.data = weight
+        return norm
 
     def attend(self, stream: TokenStream, states: States, layer: Any) -> None:
         """Send all states of a stream through a layer's attention, in place."""

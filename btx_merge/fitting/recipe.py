@@ -10,7 +10,9 @@ from btx_merge.texts.references import DomainText, as_domain_texts, as_prompts
 from btx_merge.values import ABOVE_ZERO, Rule, at_least, one_of, value_problems
 
 FIT_THROUGH = ("expert", "router")
-ROUTER_FITS = ("ridge", "prompts")
+TEXT_ROUTERS = ("ridge", "logistic")
+"""Routers that are fitted on text of each domain."""
+ROUTER_FITS = (*TEXT_ROUTERS, "prompts")
 """Routers that are fitted in closed form."""
 
 
@@ -34,10 +36,11 @@ class FitRecipe:
     model: str
     """A merged checkpoint: a folder, `org/name` or `org/name@revision`."""
     method: str = "ridge"
-    """How routers are fitted. ridge: on `domain_text`; prompts: on `prompts`."""
+    """How routers are fitted. ridge, logistic: on `domain_text`, by ridge or by multinomial logistic regression;
+    prompts: on `prompts`."""
     domain_text: tuple[DomainText, ...] = ()
-    """Text of each expert's domain, for ridge: a file, a folder, a glob or a dataset of the Hub. The seed may go
-    without."""
+    """Text of each expert's domain, for ridge and logistic: a file, a folder, a glob or a dataset of the Hub. The seed
+    may go without."""
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """A few typical lines of each expert, for the method prompts."""
     domain_tokens: int = 200_000
@@ -58,7 +61,7 @@ class FitRecipe:
             object.__setattr__(self, "prompts", as_prompts(self.prompts))
         except InputError as error:
             problems += error.problems
-        unused = "prompts" if self.method == "ridge" else "domain_text"
+        unused = "prompts" if self.method in TEXT_ROUTERS else "domain_text"
         if getattr(self, unused):
             problems.append(Problem("recipe", unused, f"given, but method {self.method} does not use it"))
         if problems:
@@ -73,7 +76,7 @@ class FitTask:
     prompts: Mapping[str, Sequence[str]]
     domain_tokens: int
     router: str | None
-    """ridge, prompts, or None for routers that stay."""
+    """One of `ROUTER_FITS`, or None for routers that stay."""
     combine: str | None = None
     """regmean, regmean_merged, or None for shared weights that stay."""
     head: str | None = None
@@ -82,6 +85,8 @@ class FitTask:
     """expert, to send tokens through their own domain's on the way to the next layer; or router."""
     router_ridge: float = 0.001
     regmean_ridge: float = 0.01
+    evidence: float = 0.0
+    """regmean_merged: size of the domain's mark in the residual stream, relative to the states; 0 for none."""
     averaged: int = 0
     """For `combine`: of how many sources the means are from which it sets out."""
     rows: tuple[int, ...] | None = None

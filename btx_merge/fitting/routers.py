@@ -9,10 +9,11 @@ Legend: B windows, T tokens in each, N tokens, H hidden, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from btx_merge.architectures.btx import experts_by_domain
 from btx_merge.fitting.checkpoint import Checkpoint
 from btx_merge.fitting.equations import (
     TEMPERATURES,
@@ -20,9 +21,11 @@ from btx_merge.fitting.equations import (
     Statistics,
     best_temperature,
     prompt_rows,
+    relative_error,
     ridge_solution,
     winning_temperature,
 )
+from btx_merge.fitting.logistic import Labelled, logistic_solution
 from btx_merge.fitting.passing import expert_output, own_experts
 from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.streams import TokenStream
@@ -34,6 +37,9 @@ from btx_merge.modeling.routing_btx import RouterCall
 _HELD_OUT_TOKENS = 512
 """Tokens of each domain's held-out windows that the temperature is chosen on, per layer. Every expert runs on each, so
 this bounds the time; a share of 512 tokens is known to about two points."""
+
+_LOGISTIC_PENALTY = 1e-4
+"""On the weights of logistic routers, relative to the mean square of the inputs."""
 
 
 class RouterFit:
@@ -71,10 +77,42 @@ class RouterFit:
             self._write(index, layer, self._from_prompts(index, layer))
             return []
         moments = self.statistics.get(_name(index), lambda: self._moments(layer))
-        temperatures = _Temperatures(self, layer, {key: value.to(self.device) for key, value in moments.items()})
+        moments = {key: value.to(self.device) for key, value in moments.items()}
+        solution = ridge_solution(moments["gram"], moments["labels"], self.task.router_ridge)
+        if self.task.router == "logistic":
+            solution = self._logistic(layer, moments["gram"], solution)
+        temperatures = _Temperatures(self, layer, moments, solution)
         fit, rows = temperatures.best(index)
         self._write(index, layer, rows)
         return [fit]
+
+    def _logistic(self, layer: BTXDecoderLayer, gram: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
+        """Compute a layer's router [E, H] by logistic regression, from the ridge solution on.
+
+        A source's chunks share one row. Experts without text keep rows of zeros.
+        """
+        total = sum(stream.share for stream in self.texts)
+
+        norm = layer.post_attention_layernorm
+        scales: dict[tuple[int, int], torch.Tensor] = {}  # what the norm divides by, [N, 1] of each batch
+
+        def batches() -> Iterator[Labelled]:
+            for domain, stream in enumerate(self.texts):
+                for batch in stream.batches(stream.fitted):
+                    states = stream.merged[batch].flatten(0, 1)
+                    place = domain, batch.start
+                    if place not in scales:
+                        square = states.square().mean(dim=-1, keepdim=True)
+                        scales[place] = torch.rsqrt(square + norm.variance_epsilon)
+                    yield Labelled(states, scales[place], domain, stream.per_token / total)
+
+        start = torch.stack([ridge[stream.experts[0]] for stream in self.texts])
+        rows = torch.zeros_like(ridge)
+        silent = len(experts_by_domain(self.config.to_dict())) - len(self.texts)
+        solution = logistic_solution(batches, norm.weight, gram / total, start, _LOGISTIC_PENALTY, silent)
+        for stream, row in zip(self.texts, solution, strict=True):
+            rows[stream.experts] = row
+        return rows
 
     def _write(self, index: int, layer: BTXDecoderLayer, rows: torch.Tensor) -> None:
         """Write a router [E, H], and put it into the layer as the file's dtype has rounded it."""
@@ -122,7 +160,8 @@ class RouterFit:
             before = held[chosen]
             read = layer.post_attention_layernorm(before)
             if self.task.combine:
-                target = stream.dense[stream.held_out].flatten(0, 1)[chosen] - before
+                aim = stream.dense[stream.held_out].flatten(0, 1)[chosen] + stream.mark
+                target = aim - before
             else:
                 target = own_experts(layer, stream, read)
             moments |= {f"inputs.{stream.name}": read, f"targets.{stream.name}": target}
@@ -132,9 +171,8 @@ class RouterFit:
 class _Temperatures:
     """Tries factors on a layer's fitted router, by what they would do on held-out text."""
 
-    def __init__(self, fit: RouterFit, layer: BTXDecoderLayer, moments: Moments):
-        self.fit, self.layer = fit, layer
-        self.solution = ridge_solution(moments["gram"], moments["labels"], fit.task.router_ridge)
+    def __init__(self, fit: RouterFit, layer: BTXDecoderLayer, moments: Moments, solution: torch.Tensor):
+        self.fit, self.layer, self.solution = fit, layer, solution
         self.inputs = [moments[f"inputs.{stream.name}"] for stream in fit.texts]
         self.targets = [moments[f"targets.{stream.name}"] for stream in fit.texts]
         # [E, N, H] by domain; computed once, not for each factor
@@ -150,7 +188,8 @@ class _Temperatures:
         else:  # new rows alone, and no text of others: a larger factor would always look better
             factors = (winning_temperature(self._right),)
         temperature, error = best_temperature(self.targets, self._routed, factors)
-        return LayerFit(index, temperature, self._right(temperature), error), self._router(temperature)
+        fit = LayerFit(index, temperature, self._right(temperature), error, self._own_error())
+        return fit, self._router(temperature)
 
     def _router(self, factor: float) -> torch.Tensor:
         """Return the layer's router [E, H] with the factor on the rows that are fitted; the others stay."""
@@ -165,6 +204,11 @@ class _Temperatures:
             own = torch.tensor(stream.experts, device=self.fit.device)
             parts.append(torch.isin((read @ rows.T).argmax(dim=-1), own).float().mean())
         return torch.stack(parts).mean().item()
+
+    def _own_error(self) -> float:
+        """Return the error with every token at its own expert, whose chunks together are its source's block."""
+        of_streams = zip(self.fit.texts, self.outputs, strict=True)
+        return relative_error(self.targets, [outputs[stream.experts].sum(dim=0) for stream, outputs in of_streams])
 
     def _routed(self, factor: float, domain: int) -> torch.Tensor:
         """Return what the layer would add for a domain's inputs, [N, H], by the model's own routing."""

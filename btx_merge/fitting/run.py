@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,11 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.files.disk_errors import continuable
 from btx_merge.files.folder import read_json
 from btx_merge.files.scratch import move_in
-from btx_merge.fitting.recipe import FitRecipe, FitTask
+from btx_merge.fitting.recipe import TEXT_ROUTERS, FitRecipe, FitTask
 from btx_merge.model.card import ROUTERS_TITLE
 from btx_merge.model.card_update import update_card
 from btx_merge.model.files import copy_files
-from btx_merge.model.held_out import router_results, router_table
+from btx_merge.model.held_out import Fitted, fit_tables, router_results
 from btx_merge.model.opening import find_model
 from btx_merge.model.records import append_record, is_blended
 from btx_merge.options import Options, refuse_unused
@@ -30,7 +30,7 @@ from btx_merge.sources.text_checks import check_texts
 from btx_merge.texts.references import public_record, public_reference
 
 if TYPE_CHECKING:
-    from btx_merge.model.held_out import LayerFit
+    from btx_merge.model.held_out import DomainLoss, LayerFit
     from btx_merge.sources.segments import Segment
     from btx_merge.sources.source import Source
 
@@ -42,14 +42,15 @@ class FitReport:
     output: Path
     """The folder of the model with the fitted routers."""
     layers: tuple[LayerFit, ...]
-    """For ridge: how each layer's router came out; empty for prompts."""
+    """How each layer's router came out on held-out text; empty for prompts."""
+    losses: tuple[DomainLoss, ...]
+    """What each domain's held-out text costs, by the router and with every token at its own expert."""
     seconds: float
     """Wall time in seconds, checks included."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as `--json` prints them."""
-        layers = [asdict(layer) for layer in self.layers]
-        return {"output": str(self.output), "seconds": self.seconds, "layers": layers}
+        return {"output": str(self.output), "seconds": self.seconds, **Fitted(self.layers, self.losses).to_dict()}
 
 
 def fit(
@@ -72,7 +73,7 @@ def fit(
     target = Path(output).expanduser().resolve()
     located, problems = find_model(recipe.model, target, options.overwrite)
     problems += check_texts(recipe.domain_text, located.folder if located else None)
-    problems += device_problems(options.device)
+    problems += fit_problems(options, recipe.method)
     if located:
         problems += _name_problems(recipe, located.folder)
     if problems or located is None:
@@ -90,16 +91,29 @@ def fit(
                 through=recipe.fit_through,
                 router_ridge=recipe.router_ridge,
             )
-            layers = fit_folder(staging.folder, located.folder, task, options, reporter)
+            fitted = fit_folder(staging.folder, located.folder, task, options, reporter)
         except InputError:
             staging.discard()  # such as a text that cannot be read: a copy of weights is soon made again
             raise
         files = staging.scratch()
         copy_files(located.folder, files)
-        _record(files, recipe, layers, located)
+        _record(files, recipe, fitted, located)
         move_in(files, staging.folder)
         staging.finish(options.overwrite)
-    return FitReport(target, tuple(layers), time.perf_counter() - began)
+    return FitReport(target, fitted.layers, fitted.losses, time.perf_counter() - began)
+
+
+def fit_problems(options: Options, router: str | None) -> list[Problem]:
+    """Check options of a fit: the device, and whether its routers can be solved from statistics.
+
+    Args:
+        router: how they are fitted, if they are.
+    """
+    problems = device_problems(options.device)
+    if options.statistics and router == "logistic":
+        found = f"{options.statistics}, for logistic routers, which are not solved from moments but go over all tokens"
+        problems.append(Problem("command", "--statistics", found, "ridge routers", "Leave --statistics out."))
+    return problems
 
 
 def device_problems(device: str | None) -> list[Problem]:
@@ -125,7 +139,7 @@ def _name_problems(recipe: FitRecipe, folder: Path) -> list[Problem]:
         ]
     domains = experts_by_domain(read_json(folder / "config.json"))
     texts = [text.name for text in recipe.domain_text]
-    given, flag = (texts, "--domain-text") if recipe.method == "ridge" else (list(recipe.prompts), "--prompt")
+    given, flag = (texts, "--domain-text") if recipe.method in TEXT_ROUTERS else (list(recipe.prompts), "--prompt")
     problems = [
         Problem("model", flag, f"no expert {name}", f"one of {', '.join(domains)}")
         for name in given
@@ -146,15 +160,12 @@ def fit_folder(
     options: Options,
     reporter: Reporter,
     sources: Mapping[str, tuple[Source, Sequence[Segment]]] | None = None,
-) -> list[LayerFit]:
+) -> Fitted:
     """Fit a checkpoint in `folder` in place; config and tokenizer lie in `files`.
 
     Args:
-        sources: what shared weights are fitted to, by expert: the dense source, and which rows of its embedding belong
-            to which of the result's.
-
-    Returns:
-        How each layer's router came out; nothing where none is fitted by ridge regression.
+        sources: what shared weights are fitted to and the result is compared with, by expert: the dense source, and
+            which rows of its embedding belong to which of the result's.
     """
     import torch
 
@@ -180,36 +191,38 @@ def fit_folder(
         "router": task.router,
         "combine": task.combine,
         "head": task.head,
+        "evidence": task.evidence,
         "fit_through": task.through,
     }
     kept = Statistics(Path(options.statistics).expanduser() if options.statistics else None, key)
     streams = streams_of(files, config, task.texts, task.prompts, task.domain_tokens)
     dense = {name: DenseSource(source, segments, place) for name, (source, segments) in (sources or {}).items()}
     walk = Walk(checkpoint, config, streams, kept, task, dense)
-    layers = walk.run(reporter)
+    fitted = walk.run(reporter)
     kept.complete()
-    return layers
+    return fitted
 
 
-def _record(folder: Path, recipe: FitRecipe, layers: Sequence[LayerFit], located: Located) -> None:
+def _record(folder: Path, recipe: FitRecipe, fitted: Fitted, located: Located) -> None:
     """Write into the result's recipe and card what was fitted, on what, and how it came out."""
     used: dict[str, Any] = {"prompts": {name: list(lines) for name, lines in recipe.prompts.items()}}
-    if recipe.method == "ridge":
+    if recipe.method in TEXT_ROUTERS:
         used["domain_text"] = public_record(recipe.domain_text)
     entry = {
         "method": recipe.method,
         **used,
         **{name: getattr(recipe, name) for name in ("domain_tokens", "router_ridge", "fit_through")},
-        "layers": [asdict(layer) for layer in layers],
+        **fitted.to_dict(),
         "tools": {name: version(name) for name in ("btx-merge", "torch", "transformers")},
     }
-    by = "ridge regression on text of each domain" if recipe.method == "ridge" else "a few prompts per expert"
-    table = f"\n{router_table(layers)}" if layers else ""
+    text = recipe.method in TEXT_ROUTERS
+    by = f"{recipe.method} regression on text of each domain" if text else "a few prompts per expert"
+    table = f"\n{fit_tables(fitted)}" if fitted.layers else ""
     append_record(folder, "fits", entry)
     update_card(
         folder,
         f"{ROUTERS_TITLE}\n\nFitted in closed form, by {by} (`btx fit`).\n{table}",
         " Fitted since: see [below](#routers).",
         located=located,
-        results=router_results(layers, [text.name for text in recipe.domain_text]),
+        results=router_results(fitted.layers, [text.name for text in recipe.domain_text]),
     )

@@ -19,6 +19,7 @@ from btx_merge.architectures.llama import EMBEDDING, HEAD
 from btx_merge.fitting.checkpoint import Checkpoint
 from btx_merge.fitting.dense_source import DenseSource, row_blocks
 from btx_merge.fitting.equations import Moments, Statistics, ridge_solution, scaled_off_diagonal
+from btx_merge.fitting.evidence import Evidence
 from btx_merge.fitting.head import fit_head_by_frequency
 from btx_merge.fitting.passing import Passage
 from btx_merge.fitting.reading import Tensors
@@ -51,6 +52,7 @@ class SharedFit:
         self.statistics, self.task, self.passage = statistics, task, passage
         self.device = checkpoint.device
         self.takes_own_inputs = task.combine == "regmean"
+        self.evidence = Evidence(texts, task.evidence, checkpoint.device) if task.evidence else None
 
     def fit_embedding(self) -> None:
         """Solve RegMean where inputs are one-hot: every row is the mean by how often a source's text has its token.
@@ -186,19 +188,23 @@ class SharedFit:
         On the way the sources' states pass their attention, so that they are ready for the feed-forward blocks.
         """
         gram = cross = torch.zeros((), dtype=torch.float64, device=self.device)
-        for stream in self.texts:
-            own = dense[stream.name]
-            if self.takes_own_inputs:
+        if self.takes_own_inputs:
+            for stream in self.texts:
+                own = dense[stream.name]
                 own_gram = scaled_off_diagonal(self._own_heads_gram(stream, own)) * stream.per_token
                 gram = gram + own_gram
                 cross = cross + own_gram @ own.self_attn.o_proj.weight.T.double()
-                continue
-            self.passage.attend(stream, stream.dense, own)
+            return {"gram": gram, "cross": cross}
+        for stream in self.texts:
+            self.passage.attend(stream, stream.dense, dense[stream.name])
+        if self.evidence:
+            self.evidence.set_marks()
+        for stream in self.texts:
             for batch in stream.batches(stream.fitted):
                 hidden = stream.merged[batch]
                 heads = self.passage.attention(layer, stream, hidden, batch).heads
                 # where the source's state stands behind attention, seen from the merged state before it
-                target = (stream.dense[batch] - hidden).flatten(0, 1)
+                target = (stream.dense[batch] + stream.mark - hidden).flatten(0, 1)
                 gram = gram + (heads.T @ heads).double() * stream.per_token
                 cross = cross + (heads.T @ target).double() * stream.per_token
         return {"gram": gram, "cross": cross}
@@ -218,12 +224,5 @@ class SharedFit:
     def _last_norms(self) -> tuple[LlamaRMSNorm, dict[str, LlamaRMSNorm]]:
         """Read the norm before the head, and the sources' own by the domain's name."""
         name = "model.norm.weight"
-        own = {domain: self._norm(source.tensor(name)) for domain, source in self.sources.items()}
-        return self._norm(self.checkpoint.read(name)), own
-
-    def _norm(self, weight: torch.Tensor) -> LlamaRMSNorm:
-        """Return a norm with this weight, [H]."""
-        config = self.passage.config
-        norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        norm.weight.data = weight
-        return norm
+        own = {domain: self.passage.norm(source.tensor(name)) for domain, source in self.sources.items()}
+        return self.passage.norm(self.checkpoint.read(name)), own

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,16 @@ class TokenStream:
     """[B, T]; from 0 in each document."""
     share: float = 1.0
     """Its weight among the domains."""
+    scored_bytes: int = 0
+    """Bytes in UTF-8 of the held-out windows' text, without each document's first token, which nothing foretells."""
     is_prompt: bool = False
     """Whether it is a domain's prompts, of which nothing is held out."""
     merged: States = field(init=False)
     """Hidden states in the merged model, [B, T, H]."""
     dense: States = field(init=False)
     """Hidden states in its own source, where shared weights are fitted."""
+    mark: torch.Tensor | float = 0.0
+    """What merged states should have besides, [H], by which later routers know the domain (`evidence`)."""
 
     @cached_property
     def documents(self) -> list[list[tuple[int, int]]]:
@@ -76,6 +80,10 @@ class TokenStream:
     def held_out(self) -> slice:
         """The windows that they are tried on; where there is only one, the same."""
         return slice(len(self.ids) - self._held if len(self.ids) > 1 else 0, len(self.ids))
+
+    def held_out_alone(self) -> TokenStream:
+        """Return a stream of the held-out windows and nothing else, with states of its own."""
+        return replace(self, ids=self.ids[self.held_out], positions=self.positions[self.held_out])
 
     @property
     def _held(self) -> int:
@@ -114,6 +122,7 @@ def streams_of(
         found = list(itertools.islice(windows, max(1, domain_tokens // length)))
         ids, positions = (torch.tensor(part) for part in zip(*found, strict=True))
         streams.append(TokenStream(name, experts[name], ids, positions, text.weight))
+        streams[-1].scored_bytes = _scored_bytes(streams[-1], tokenizer)
     for name, lines in prompts.items():
         tokens = [tokenizer(line)["input_ids"][: config.max_position_embeddings] for line in lines]
         ids = torch.tensor([[token for line in tokens for token in line]])
@@ -124,3 +133,14 @@ def streams_of(
         found_id = f"the tokenizer gives the id {largest}"
         raise InputError([Problem("model", "tokenizer", found_id, f"below {config.vocab_size}, the embedding's rows")])
     return streams
+
+
+def _scored_bytes(stream: TokenStream, tokenizer: Any) -> int:
+    """Count the bytes of a stream's held-out text but for each document's first token."""
+    total = 0
+    for ids, positions in zip(stream.ids[stream.held_out], stream.positions[stream.held_out], strict=True):
+        starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(ids)]
+        for begin, end in itertools.pairwise(starts):
+            text, first = (tokenizer.decode(ids[begin:stop], skip_special_tokens=True) for stop in (end, begin + 1))
+            total += len(text.encode("utf-8", "replace")) - len(first.encode("utf-8", "replace"))
+    return total

@@ -22,7 +22,8 @@ from btx_merge.fitting.routers import RouterFit
 from btx_merge.fitting.shared import SharedFit
 from btx_merge.fitting.states import States, place_of_states
 from btx_merge.fitting.streams import TokenStream
-from btx_merge.model.held_out import LayerFit
+from btx_merge.fitting.trial import Trial
+from btx_merge.model.held_out import Fitted, LayerFit
 from btx_merge.modeling.configuration_btx import BTXConfig
 from btx_merge.modeling.modeling_btx import BTXDecoderLayer
 from btx_merge.reporting import Reporter
@@ -45,7 +46,7 @@ class Walk:
         config._attn_implementation = ATTENTION
         config._experts_implementation = "eager"
         self.checkpoint, self.config, self.streams = checkpoint, config, streams
-        self.task, self.sources = task, sources
+        self.task, self.sources = task, sources if task.combine else {}
         self.passage = Passage(config, checkpoint.device)
         self.shared, self.routers = None, None
         if task.combine:
@@ -54,9 +55,12 @@ class Walk:
         if task.router:
             self.routers = RouterFit(checkpoint, config, streams, statistics, task)
         self.passes = not statistics.are_there  # otherwise no token passes: all moments are kept
+        self.trial = None
+        if task.rows is None:  # the rows of an edit are a part of a router
+            self.trial = Trial(checkpoint, streams, sources, statistics, task, self.passage)
 
     @torch.no_grad()
-    def run(self, reporter: Reporter) -> list[LayerFit]:
+    def run(self, reporter: Reporter) -> Fitted:
         """Fit everything, from the embedding to the head.
 
         Args:
@@ -78,7 +82,7 @@ class Walk:
         reporter.layer_done(layers, layers)
         if self.shared:
             self.shared.fit_head()
-        return fits
+        return Fitted(tuple(fits), self.trial.losses() if self.trial else ())
 
     def _reads(self) -> Iterator[tuple[str, Callable[[], Tensors]]]:
         """List all layers' weights in the order in which `_fit_layer` takes them."""
@@ -105,27 +109,32 @@ class Walk:
         if self.passes:
             for stream in self.streams:
                 self.passage.feed_forward(stream, stream.merged, layer, self._block(layer, stream))
+            if self.trial:
+                self.trial.pass_layer(index, layer)
         return fits
 
     def _embed(self) -> None:
         """Look up the first hidden states of every stream, in the merged model and in its own source."""
         vocab, hidden = self.checkpoint.tensors[EMBEDDING].shape
         device = self.checkpoint.device
-        states = sum(stream.ids.numel() * (1 + (stream.name in self.sources)) for stream in self.streams)
-        place = place_of_states(device, states * hidden)
-        for stream in self.streams:
+        streams = [(stream, self.sources.get(stream.name)) for stream in self.streams]
+        if self.trial:
+            streams += self.trial.streams()
+        values = sum(stream.ids.numel() * (1 + bool(source)) for stream, source in streams) * hidden
+        place = place_of_states(device, values)
+        for stream, source in streams:
             stream.merged = States((*stream.ids.shape, hidden), device, place)
-            if stream.name in self.sources:
+            if source:
                 stream.dense = States((*stream.ids.shape, hidden), device, place)
         for start, stop in row_blocks(vocab):
             rows = self.checkpoint.read(EMBEDDING, start, stop)
-            for stream in self.streams:
+            for stream, source in streams:
                 # the places [B, T] of the tokens whose rows are in this block
                 here = ((stream.ids >= start) & (stream.ids < stop)).to(place)
                 tokens = stream.ids.to(place)[here] - start
                 stream.merged.kept[here] = rows.to(place)[tokens]
-                if stream.name in self.sources:
-                    own = self.sources[stream.name].rows(EMBEDDING, start, rows)
+                if source:
+                    own = source.rows(EMBEDDING, start, rows)
                     stream.dense.kept[here] = own.to(place)[tokens]
 
     def _attend(self, index: int, layer: BTXDecoderLayer, weights: ReadAhead) -> None:

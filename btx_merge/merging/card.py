@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from btx_merge.merging.fits import REGMEAN_METHODS
 from btx_merge.merging.mixture import Mixture
 from btx_merge.merging.plan import Plan
-from btx_merge.merging.recipe import REGMEAN_METHODS
 from btx_merge.model.card import (
     CITATION,
     LICENCE_KEYS,
@@ -21,25 +21,22 @@ from btx_merge.model.card import (
     sizes,
     with_metadata,
 )
-from btx_merge.model.held_out import MODEL_INDEX, model_index, router_results, router_table
+from btx_merge.model.held_out import MODEL_INDEX, Fitted, fit_tables, model_index, router_results
 from btx_merge.sources.cards import code_in_card
 from btx_merge.sources.source import Source
 
-if TYPE_CHECKING:
-    from btx_merge.model.held_out import LayerFit
 
-
-def model_card(plan: Plan, layers: Sequence[LayerFit] = ()) -> str:
+def model_card(plan: Plan, fitted: Fitted = Fitted()) -> str:
     """Return README.md of the result: metadata for the Hub, then text and a snippet that runs.
 
     Args:
-        layers: how the routers came out that were fitted by ridge regression.
+        fitted: how what was fitted came out.
     """
     recipe, seed = plan.recipe, plan.seed
     title = f"{len(plan.sources)} Llama models merged by Branch-Train-MiX"
     metadata = card_metadata(plan)
-    if layers:
-        metadata[MODEL_INDEX] = model_index(title, router_results(layers, recipe.domain_text))
+    if fitted.layers:
+        metadata[MODEL_INDEX] = model_index(title, router_results(fitted.layers, recipe.domain_text))
     rows = "\n".join(source_row(plan, source) for source in plan.sources)
     chunked = {
         "whole": "One expert per source, its feed-forward blocks unchanged.",
@@ -47,16 +44,20 @@ def model_card(plan: Plan, layers: Sequence[LayerFit] = ()) -> str:
         "blend": "Each expert is blended from a part of every source's feed-forward blocks.",
     }[recipe.expert_mode]
     deviation = recipe.router_std or seed.config["initializer_range"]
+    on_text = f"layer by layer, on up to {recipe.domain_tokens:,} tokens per domain."
     router = {
         "random": f"random, normal with standard deviation {deviation}. {UNTRAINED}",
         "zeros": f"zeros: every expert is equally likely. {UNTRAINED}",
-        "ridge": f"fitted by ridge regression, layer by layer, on up to {recipe.domain_tokens:,} tokens per domain.",
+        "ridge": f"fitted by ridge regression, {on_text}",
+        "logistic": f"fitted by logistic regression, {on_text}",
         "prompts": "the mean inputs of a few prompts per expert.",
     }[recipe.router_init]
     head = "\n- Head: of its own, each row fitted by how often each domain has its token."
     head = head if recipe.has_own_head else ""
+    over = combined_over(recipe.combine, plan.experts)
+    marks = f", with marks of the domain (evidence {recipe.evidence:g})" if recipe.evidence else ""
     folded = " Each expert absorbed its own norm (`fold_norms`)." if recipe.fold_norms else ""
-    figures = f"{ROUTERS_TITLE}\n\n{router_table(layers)}\n" if layers else ""
+    figures = f"{ROUTERS_TITLE}\n\n{fit_tables(fitted)}\n" if fitted.layers or fitted.losses else ""
     body = f"""
 # {title}
 
@@ -68,7 +69,7 @@ A Mixture of Experts of {planned_sizes(plan)}, made by
 {rows}
 
 - Experts: {chunked}{folded}
-- Attention, embeddings, norms and head: `{recipe.combine}` over {combined_over(recipe.combine, plan.experts)}.{head}
+- Attention, embeddings, norms and head: `{recipe.combine}` over {over}{marks}.{head}
 - Routers: `{recipe.router_type}`; {router}
 - The whole recipe, with all defaults and seeds: `btx_recipe.yaml`.
 

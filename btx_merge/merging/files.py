@@ -7,7 +7,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -20,6 +20,7 @@ from btx_merge.merging.card import model_card
 from btx_merge.merging.plan import Plan
 from btx_merge.merging.recipe import DIFFERENCE_METHODS
 from btx_merge.model.files import copy_model_code
+from btx_merge.model.held_out import Fitted
 from btx_merge.model.records import RECIPE_FILE
 from btx_merge.sources.digest import source_digest
 from btx_merge.sources.source import Source
@@ -34,10 +35,6 @@ from btx_merge.sources.tokenizer_files import (
 from btx_merge.sources.vocabulary import tokenizer_json
 from btx_merge.texts.references import public_reference
 
-if TYPE_CHECKING:
-    from btx_merge.model.held_out import LayerFit
-
-
 _AUTO_MAP = {
     "AutoConfig": "configuration_btx.BTXConfig",
     "AutoModel": "modeling_btx.BTXModel",
@@ -48,11 +45,11 @@ _AUTO_MAP = {
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_eos_token_id")
 
 
-def write_files(plan: Plan, folder: Path, layers: Sequence[LayerFit] = ()) -> None:
+def write_files(plan: Plan, folder: Path, fitted: Fitted = Fitted()) -> None:
     """Write all files beside the weights into `folder`; config.json last, for without it this is no model yet.
 
     Args:
-        layers: how the routers came out that were fitted by ridge regression.
+        fitted: how what was fitted came out.
     """
     chat = next(source for source in plan.sources if source.name == plan.recipe.tokenizer_source)
     write_index(plan, folder)
@@ -65,7 +62,7 @@ def write_files(plan: Plan, folder: Path, layers: Sequence[LayerFit] = ()) -> No
     copy_model_code(folder)
     recipe = yaml.safe_dump(resolved_recipe(plan), sort_keys=False, allow_unicode=True)
     (folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
-    (folder / "README.md").write_text(model_card(plan, layers), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, fitted), encoding="utf-8")
     write_json(folder / "config.json", output_config(plan, chat))
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES
 from btx_merge.errors import InputError, Problem
-from btx_merge.fitting.recipe import FIT_THROUGH, ROUTER_FITS
-from btx_merge.merging.recipe_file import read_recipe_file
+from btx_merge.fitting.recipe import FIT_THROUGH, ROUTER_FITS, TEXT_ROUTERS
+from btx_merge.merging.fits import REGMEAN_METHODS, fit_of_text
+from btx_merge.merging.recipe_file import as_resolved, read_recipe_file
 from btx_merge.reporting import short
 from btx_merge.sources.source import SEED, ExpertSpec, as_spec, path_as_text
 from btx_merge.texts.references import DomainText, as_domain_texts, as_prompts
@@ -24,7 +25,6 @@ from btx_merge.values import (
     SHARD_SIZE,
     Rule,
     at_least,
-    is_text,
     one_of,
     parse_size,
     unknown_problems,
@@ -34,8 +34,6 @@ from btx_merge.values import (
 DIFFERENCE_METHODS = ("ties", "dare_ties", "dare_linear")
 """Ways to combine that work on differences from the seed."""
 
-REGMEAN_METHODS = ("regmean", "regmean_merged")
-"""Ways to combine that are fitted on text."""
 COMBINE_METHODS = ("mean", "weighted", "seed", "ties", "dare_ties", "dare_linear", *REGMEAN_METHODS)
 HEADS = ("combined", "fitted")
 EXPERT_MODES = ("whole", "split", "blend")
@@ -71,6 +69,9 @@ class MergeRecipe:
     """What becomes of the language modelling head. combined: it is combined like all else, or is the embedding where
     all sources tie them; fitted: the result has a head of its own in any case, each row fitted by how often each
     domain has its token (for regmean, regmean_merged)."""
+    evidence: float = 0.0
+    """regmean_merged: size of the mark of its domain that attention is fitted to leave in each hidden state, relative
+    to the state; later routers know the domain by it. At least 0 (none); 0.15 is a good one, 0.5 too large."""
     density: float = 0.8
     """ties, dare_*: part of each difference from the seed that is kept, in (0, 1]."""
     scale: float = 1.0
@@ -84,15 +85,16 @@ class MergeRecipe:
     """Multiply each expert's gate and up projections by its own post-attention norm over the merged one, so that
     it sees the inputs that it was trained on."""
     router_init: str = "random"
-    """How the routers begin. random: normal with `router_std`; zeros: every expert equally likely; ridge: fitted
-    on `domain_text`; prompts: fitted on `prompts`."""
+    """How the routers begin. random: normal with `router_std`; zeros: every expert equally likely; ridge, logistic:
+    ridge or multinomial logistic regression, fitted on `domain_text`; prompts: fitted on `prompts`."""
     router_std: float | None = None
     """Standard deviation of random routers, above 0. By default the seed's initializer_range."""
     random_seed: int = 0
     """Seed of random routers and of the weights that DARE drops, in [0, 2**32)."""
     domain_text: Mapping[str, DomainText] = field(default_factory=dict)
     """Text of each expert's domain, for what is fitted: a file, a folder, a glob or a dataset of the Hub. The seed
-    may go without."""
+    may go without. If nothing else asks for a fit, text does: `combine` regmean_merged, `head` fitted, `evidence`
+    0.15, `router_init` logistic and `fit_through` router, where they are not given."""
     domain_tokens: int = 200_000
     """Tokens that are read of each domain, from the beginning of its text; at least 64."""
     prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -134,7 +136,17 @@ class MergeRecipe:
     resolved: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """Written by a merge, not by hand. Of its `sources`, name to digest, each must be the same model again."""
 
+    def __new__(cls, *args: Any, **values: Any) -> MergeRecipe:
+        """Remember which options are given, for those win over the fit that text alone asks for."""
+        recipe = super().__new__(cls)
+        names = [item.name for item in fields(cls)]
+        object.__setattr__(recipe, "_given", (*names[: len(args)], *values))
+        return recipe
+
     def __post_init__(self) -> None:
+        given: tuple[str, ...] = self.__dict__.pop("_given")
+        for key, value in fit_of_text({name: getattr(self, name) for name in given}).items():
+            object.__setattr__(self, key, value)
         problems: list[Problem] = []
         specs = {}
         object.__setattr__(self, "seed", path_as_text(self.seed))
@@ -147,7 +159,7 @@ class MergeRecipe:
             except InputError as error:
                 problems += error.problems
         object.__setattr__(self, "experts", specs)
-        for key, parse in (("domain_text", _by_name), ("prompts", as_prompts), ("resolved", _as_resolved)):
+        for key, parse in (("domain_text", _by_name), ("prompts", as_prompts), ("resolved", as_resolved)):
             try:
                 object.__setattr__(self, key, parse(getattr(self, key)))
             except InputError as error:
@@ -218,21 +230,12 @@ def _by_name(values: Any) -> dict[str, DomainText]:
     return {text.name: text for text in as_domain_texts(values, "domain_text")}
 
 
-def _as_resolved(values: Any) -> dict[str, dict[str, str]]:
-    """Return the digests of the sources; what else a merge wrote down there is for people."""
-    sources = values.get("sources", {}) if isinstance(values, Mapping) else values
-    if not isinstance(sources, Mapping) or not all(is_text(part) for item in sources.items() for part in item):
-        remedy = "Leave `resolved` out: then the sources are not compared."
-        expected = "name to digest, as `btx merge` writes it"
-        raise InputError([Problem("recipe", "resolved.sources", short(sources), expected, remedy)])
-    return {"sources": dict(sources)}
-
-
 RULES: dict[str, Rule] = {
     "seed": ("the model that all experts grew from", bool),
     "seed_weight": ("a number, at least 0", lambda value: 0 <= value < math.inf),
     "combine": one_of(COMBINE_METHODS),
     "head": one_of(HEADS),
+    "evidence": at_least(0),
     "density": ("in (0, 1]", lambda value: 0 < value <= 1),
     "scale": ("a finite number", math.isfinite),
     "expert_mode": one_of(EXPERT_MODES),
@@ -281,7 +284,7 @@ def together_problems(recipe: MergeRecipe) -> list[Problem]:
 def _fit_problems(recipe: MergeRecipe) -> list[Problem]:
     """Check that what is fitted has its text, and that no text is given in vain."""
     problems = []
-    needs_text = recipe.fits_shared or recipe.router_init == "ridge"
+    needs_text = recipe.fits_shared or recipe.router_init in TEXT_ROUTERS
     needs_prompts = recipe.router_init == "prompts"
     known = dict.fromkeys((*((SEED,) if recipe.seed_expert else ()), *recipe.experts))
     for key, flag, given, needed in (
@@ -299,12 +302,15 @@ def _fit_problems(recipe: MergeRecipe) -> list[Problem]:
             expected = "for every expert but the seed, which may go without"
             problems.append(Problem("recipe", key, f"none for {', '.join(missing)}", expected, remedy))
         elif given and not needed:
-            remedy = "Say router_init: ridge or combine: regmean_merged, or leave it out."
+            remedy = "Leave out combine or router_init, for which the best is taken then; or leave out the text."
             remedy = "Say router_init: prompts, or leave them out." if key == "prompts" else remedy
             problems.append(Problem("recipe", key, "given, but nothing is fitted on it", "", remedy))
     if recipe.has_own_head and not recipe.fits_shared:
         found, expected = f"fitted, with combine: {recipe.combine}", f"combine: {' or '.join(REGMEAN_METHODS)}"
         problems.append(Problem("recipe", "head", found, expected, "Say combine: regmean_merged, or leave it out."))
+    if recipe.evidence and recipe.combine != "regmean_merged":
+        found, remedy = f"{recipe.evidence:g}, with combine: {recipe.combine}", "Say so, or leave it out."
+        problems.append(Problem("recipe", "evidence", found, "combine: regmean_merged", remedy))
     if recipe.is_fitted and recipe.expert_mode == "blend":
         remedy = "Choose whole or split, or fit nothing."
         problems.append(Problem("recipe", "expert_mode", "blend", "experts that belong to a domain", remedy))

@@ -12,9 +12,10 @@ from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.files.folder import checked
 from btx_merge.merging.mergekit_moe import from_mergekit, is_mergekit
 from btx_merge.model.records import _HUB_ID, RECIPE_FILE, RECORDS, anchor_sources
-from btx_merge.reporting import Reporter
+from btx_merge.reporting import Reporter, short
 from btx_merge.sources.locate import locate
 from btx_merge.texts.references import domain_texts_of
+from btx_merge.values import is_text
 
 
 def read_recipe_file(
@@ -113,3 +114,13 @@ def _namesake_problems(file: Path, bare: Mapping[str, str], values: Mapping[str,
 def _flags(names: Iterable[str]) -> str:
     """Return the flags that say where sources lie."""
     return " ".join("--seed MODEL" if name == "seed" else f"--expert {name}=MODEL" for name in names)
+
+
+def as_resolved(values: Any) -> dict[str, dict[str, str]]:
+    """Return the digests of the sources; what else a merge wrote down there is for people."""
+    sources = values.get("sources", {}) if isinstance(values, Mapping) else values
+    if not isinstance(sources, Mapping) or not all(is_text(part) for item in sources.items() for part in item):
+        remedy = "Leave `resolved` out: then the sources are not compared."
+        expected = "name to digest, as `btx merge` writes it"
+        raise InputError([Problem("recipe", "resolved.sources", short(sources), expected, remedy)])
+    return {"sources": dict(sources)}

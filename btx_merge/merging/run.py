@@ -20,7 +20,7 @@ from btx_merge.files.disk_errors import continuable
 from btx_merge.files.placing import check_target
 from btx_merge.files.scratch import move_in, scratch_folder
 from btx_merge.fitting.recipe import ROUTER_FITS, FitTask
-from btx_merge.fitting.run import device_problems, fit_folder
+from btx_merge.fitting.run import fit_folder, fit_problems
 from btx_merge.merging.checks import examine
 from btx_merge.merging.combine import cast, shared_rows
 from btx_merge.merging.experts import expert_columns, expert_rows, merged_norm
@@ -29,6 +29,7 @@ from btx_merge.merging.mixture import ExpertColumns, ExpertRows, RouterRows, Sha
 from btx_merge.merging.plan import Fate, Plan, make_plan
 from btx_merge.merging.recipe import MergeRecipe
 from btx_merge.merging.routers import initial_router
+from btx_merge.model.held_out import Fitted
 from btx_merge.model.opening import room_problems
 from btx_merge.options import Options, refuse_unused
 from btx_merge.reporting import Reporter, peak_memory
@@ -38,7 +39,7 @@ from btx_merge.sources.source import Source
 from btx_merge.sources.unchanged import is_lossless, unchanged_groups
 
 if TYPE_CHECKING:
-    from btx_merge.model.held_out import LayerFit
+    from btx_merge.model.held_out import DomainLoss, LayerFit
 
 
 _OPTIONS = ("overwrite", "workers", "device", "statistics")
@@ -114,7 +115,9 @@ class Report:
     kept_bytes: int
     """Bytes that an earlier, interrupted run had written."""
     layers: tuple[LayerFit, ...] = ()
-    """How the routers came out that were fitted by ridge regression, by layer; empty for others."""
+    """How routers that were fitted on text came out, by layer; empty for others."""
+    losses: tuple[DomainLoss, ...] = ()
+    """What each domain's held-out text costs after a fit: by its source, with its own expert alone, and as it is."""
 
     @property
     def fates(self) -> tuple[Fate, ...]:
@@ -124,8 +127,8 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as `--json` prints them."""
         figures = {key: getattr(self, key) for key in ("seconds", "peak_memory", "kept_bytes")}
-        layers = [asdict(layer) for layer in self.layers]
-        return {"output": str(self.output), **figures, "layers": layers, **self.checked.to_dict()}
+        fitted = Fitted(self.layers, self.losses).to_dict()
+        return {"output": str(self.output), **figures, **fitted, **self.checked.to_dict()}
 
 
 def check(recipe: MergeRecipe, output: str | Path | None = None, options: Options = Options()) -> Check:
@@ -144,7 +147,7 @@ def check(recipe: MergeRecipe, output: str | Path | None = None, options: Option
             return _compared(checked)
     target = Path(output).expanduser().resolve()
     check_target(target, options.overwrite)
-    if recipe.is_fitted and (problems := device_problems(options.device)):
+    if recipe.is_fitted and (problems := fit_problems(options, recipe.router_init)):
         raise InputError(problems)
     with _checked(recipe) as checked, tempfile.TemporaryDirectory(prefix="btx-files-") as small:
         plan = checked.plan
@@ -184,7 +187,7 @@ def merge(
     refuse_unused(options, "merge", *_OPTIONS)
     target = Path(output).expanduser().resolve()
     check_target(target, options.overwrite)
-    if recipe.is_fitted and (problems := device_problems(options.device)):
+    if recipe.is_fitted and (problems := fit_problems(options, recipe.router_init)):
         raise InputError(problems)
     with continuable(target), _checked(recipe, target) as checked:
         for warning in checked.warnings:
@@ -193,31 +196,29 @@ def merge(
         read = read_files(plan.sources)
         with Staging(target, plan, partial(fill, plan), read, recipe.to_dict(), reporter=reporter) as staging:
             staging.write(options.workers)
-            layers: list[LayerFit] = []
+            fitted = Fitted()
             files = staging.scratch()  # a run that is ended while it writes them leaves none that looks whole
             if recipe.is_fitted:
                 write_files(plan, files)
-                layers = _fit(plan, staging.folder, files, options, reporter)
+                fitted = _fit(plan, staging.folder, files, options, reporter)
                 files = staging.scratch()
-            write_files(plan, files, layers)
+            write_files(plan, files, fitted)
             move_in(files, staging.folder)
             staging.finish(options.overwrite)
     seconds = time.perf_counter() - began
-    return Report(target, checked, seconds, peak_memory(), staging.kept_bytes, tuple(layers))
+    return Report(target, checked, seconds, peak_memory(), staging.kept_bytes, fitted.layers, fitted.losses)
 
 
-def _fit(plan: Plan, folder: Path, files: Path, options: Options, reporter: Reporter) -> list[LayerFit]:
+def _fit(plan: Plan, folder: Path, files: Path, options: Options, reporter: Reporter) -> Fitted:
     """Fit what the recipe says, in the folder where the weights were just written with means and any routers.
 
     Args:
         files: the folder with its config and tokenizer.
     """
     recipe = plan.recipe
-    sources = {}
-    if recipe.fits_shared:
-        segments = plan.vocabulary.segments
-        named = [source for source in plan.experts if source.name in recipe.domain_text]
-        sources = {source.name: (source, segments[source.name]) for source in named}
+    segments = plan.vocabulary.segments
+    named = [source for source in plan.experts if source.name in recipe.domain_text]
+    sources = {source.name: (source, segments[source.name]) for source in named}
     task = FitTask(
         recipe.domain_text,
         recipe.prompts,
@@ -228,6 +229,7 @@ def _fit(plan: Plan, folder: Path, files: Path, options: Options, reporter: Repo
         through=recipe.fit_through,
         router_ridge=recipe.router_ridge,
         regmean_ridge=recipe.regmean_ridge,
+        evidence=recipe.evidence,
         averaged=len(plan.experts),
     )
     return fit_folder(folder, files, task, options, reporter, sources)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from btx_merge.merging.fits import fit_of_text
 from btx_merge.merging.recipe import MergeRecipe
 from btx_merge.model.records import anchor_sources
 from btx_merge.sources.source import ExpertSpec
@@ -28,7 +29,7 @@ def recipe_template(values: Mapping[str, Any]) -> str:
     Args:
         values: those of `MergeRecipe`; neither a seed nor an expert is needed.
     """
-    values = _absolute(values)
+    values = _absolute({**fit_of_text(values), **values})
     descriptions = field_descriptions(MergeRecipe)
     blocks = [_comment(_HEAD)]
     for item in fields(MergeRecipe):

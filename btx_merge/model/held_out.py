@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ MODEL_INDEX = "model-index"
 OF_THIS_MODEL = "Measured on held-out text, of this model:"
 OF_AN_EARLIER_ONE = "Measured on held-out text, of the model as it was then; it has been changed since:"
 _TASK = "text-generation"
+_LITTLE = 0.01
+"""Part of a model's bits per byte that is not worth a word: held-out windows of a fit tell no less apart."""
 
 
 def router_results(layers: Sequence[LayerFit], domains: Iterable[str]) -> list[EvalResult]:
@@ -71,13 +73,43 @@ def model_index(name: str, results: Sequence[EvalResult]) -> list[dict[str, Any]
     return eval_results_to_model_index(name, list(results))
 
 
-def router_table(layers: Sequence[LayerFit]) -> str:
-    """Return a table, a line for each layer, of how its router came out."""
-    rows = [
-        f"| {layer.layer} | {layer.accuracy:.1%} | {layer.error:.4g} | {layer.temperature:g} |" for layer in layers
-    ]
-    head = "| layer | tokens that go to their own domain's expert first | relative error of the output | temperature |"
-    return "\n".join([OF_THIS_MODEL, "", head, "|---|---|---|---|", *rows]) + "\n"
+def fit_tables(fitted: Fitted) -> str:
+    """Return tables of how a fit came out: by layer, and by domain what was lost and where."""
+    text = OF_THIS_MODEL + "\n"
+    if fitted.layers:
+        columns = ["layer", "tokens that go to their own domain's expert first", "relative error of the output"]
+        rows = []
+        for layer in fitted.layers:
+            figures = f"{layer.accuracy:.1%} | {layer.error:.4g} | {layer.own_error:.4g} | {layer.temperature:g}"
+            rows.append(f"| {layer.layer} | {figures} |")
+        text += _table([*columns, "with every token at its own domain's expert", "temperature"], rows)
+    if fitted.losses:
+        rows = []
+        for loss in fitted.losses:
+            source = "" if loss.source is None else f"{loss.source:.3f}"
+            rows.append(f"| {loss.domain} | {source} | {loss.own_expert:.3f} | {loss.routed:.3f} |")
+        columns = ["bits per byte", "the domain's own source", "every token at its own domain's expert", "as it is"]
+        text += _table(columns, rows) + f"\n{fit_advice(fitted.losses)}\n"
+    return text
+
+
+def _table(head: Sequence[str], rows: Sequence[str]) -> str:
+    return "\n" + "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows]) + "\n"
+
+
+def fit_advice(losses: Sequence[DomainLoss]) -> str:
+    """Return one line: what the mean domain has lost, where, and which verb helps."""
+    routing = sum(loss.lost_by_routing for loss in losses) / len(losses)
+    parts = [loss.lost_by_sharing for loss in losses if loss.lost_by_sharing is not None]
+    sharing = sum(parts) / len(parts) if parts else 0.0
+    lost = f"{routing:.3f} bits per byte are lost by the routers"
+    if parts:
+        lost = f"{sharing:.3f} bits per byte are lost by the weights that experts share, {routing:.3f} by the routers"
+    if max(sharing, routing) < _LITTLE * sum(loss.routed for loss in losses) / len(losses):
+        return f"{lost}: next to nothing."
+    if sharing >= routing:
+        return f"{lost}. Branches that share them with the seed lose nothing there (`btx branch --train ff`)."
+    return f"{lost}. Fit them on more text, or train them (`btx train`)."
 
 
 @dataclass(frozen=True)
@@ -92,3 +124,43 @@ class LayerFit:
     """Part of held-out tokens whose likeliest expert is their domain's."""
     error: float
     """Squared distance of what the experts add from what they should, relative to that, on held-out tokens."""
+    own_error: float
+    """The same with every token at its own domain's expert."""
+
+
+@dataclass(frozen=True)
+class DomainLoss:
+    """What a domain's held-out text costs after a fit, in bits per byte."""
+
+    domain: str
+    """The domain's name."""
+    own_expert: float
+    """By the model, with every token at its own domain's expert: as good as routers can make it."""
+    routed: float
+    """By the model as it is."""
+    source: float | None = None
+    """By the domain's own source; None where it is not at hand, as in a fit of a model that exists."""
+
+    @property
+    def lost_by_sharing(self) -> float | None:
+        """What is lost because all experts share the other weights."""
+        return None if self.source is None else self.own_expert - self.source
+
+    @property
+    def lost_by_routing(self) -> float:
+        """What is lost because tokens go to other experts than their domain's."""
+        return self.routed - self.own_expert
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a fit came out on held-out windows of its own text."""
+
+    layers: tuple[LayerFit, ...] = ()
+    """By layer, of routers that were fitted on text."""
+    losses: tuple[DomainLoss, ...] = ()
+    """By domain; empty where nothing was held out, or where no token passed because statistics were kept."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as records and reports hold them."""
+        return {key: [asdict(item) for item in items] for key, items in vars(self).items()}

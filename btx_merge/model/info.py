@@ -194,7 +194,7 @@ def _experts(merged: MergedModel, recipe: Mapping[str, Any]) -> Iterator[ExpertI
 def _routers(recipe: Mapping[str, Any]) -> str:
     if [entry for entry in _entries(recipe, "training") if entry.get("train") != "lora"]:
         return "trained"
-    if _entries(recipe, "fits") or recipe.get("router_init") in ("ridge", "prompts"):
+    if _entries(recipe, "fits") or recipe.get("router_init") in ("ridge", "logistic", "prompts"):
         return "fitted"
     return _word(recipe, "router_init") or "unknown"
 

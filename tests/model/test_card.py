@@ -16,9 +16,10 @@ from btx_merge.model.card_update import updated_card
 from btx_merge.model.held_out import (
     OF_AN_EARLIER_ONE,
     OF_THIS_MODEL,
+    Fitted,
     LayerFit,
+    fit_tables,
     router_results,
-    router_table,
     training_results,
 )
 from btx_merge.model.router_state import untrained_experts
@@ -27,7 +28,7 @@ from btx_merge.sources.locate import Located
 from btx_merge.texts.references import DomainText
 from tests.conftest import Family
 
-LAYERS = [LayerFit(0, 2.0, 0.75, 0.1), LayerFit(1, 4.0, 0.85, 0.2)]
+LAYERS = (LayerFit(0, 2.0, 0.75, 0.1, 0.05), LayerFit(1, 4.0, 0.85, 0.2, 0.1))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +136,7 @@ def card_of(**metadata: Any) -> str:
 def test_what_is_of_an_earlier_model_says_so() -> None:
     results = router_results(LAYERS, ["code"])
     assert [result.metric_value for result in results] == [0.8]
-    fitted = updated_card(card_of(), f"## Routers\n\n{router_table(LAYERS)}", " Fitted.", None, results)
+    fitted = updated_card(card_of(), f"## Routers\n\n{fit_tables(Fitted(LAYERS))}", " Fitted.", None, results)
     assert "- Routers: `top_k`; random. Fitted.\n" in fitted
     assert ModelCard(fitted).data["license"] == "mit"
     trained = updated_card(fitted, "## Training\n\nthe end\n", " Trained.", None, ())

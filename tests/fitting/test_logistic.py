@@ -1,0 +1,137 @@
+"""Routers by multinomial logistic regression, against Newton's method with the whole Hessian in float64."""
+
+import pytest
+import torch
+
+from btx_merge import FitRecipe, InputError, Options, fit, info, merge
+from btx_merge.fitting.logistic import Labelled, logistic_solution
+from btx_merge.texts.references import DomainText
+from tests.fitting.test_run import (
+    DOMAINS,
+    GATE,
+    assert_same_direction,
+    fitted_documents,
+    inputs_of,
+    recipe_of,
+    write_texts,
+)
+from tests.support.common import LAYERS, files_of, grow, load_float32, save_seed, tensors_of
+
+PENALTY = 1e-4
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """A seed and two experts far from it, and text of both domains, one of them with twice the weight."""
+    folder = tmp_path_factory.mktemp("grown")
+    save_seed(folder / "seed")
+    for number, name in enumerate(DOMAINS):
+        grow(folder / "seed", folder / name, noise=0.5, random_seed=number + 1)
+    texts = write_texts(folder)
+    return folder, texts | {"code": DomainText("code", texts["code"].references, 2.0)}
+
+
+def newton(inputs: list[torch.Tensor], shares: list[float], silent: int = 1, steps: int = 40) -> torch.Tensor:
+    """Minimise the weighed loss of tokens [N, H] of each domain: [D, H]. Weights of a domain add up to its share.
+
+    Args:
+        silent: further domains, whose rows are zero.
+    """
+    domains, hidden = len(inputs), inputs[0].shape[1]
+    x = torch.cat(inputs)
+    label = torch.cat([torch.full((len(part),), i) for i, part in enumerate(inputs)])
+    weight = torch.cat(
+        [torch.full((len(part),), s / len(part)).double() for s, part in zip(shares, inputs, strict=True)]
+    )
+    penalty = PENALTY * ((weight @ x.square()).mean())
+    rows = torch.zeros(domains, hidden).double()
+    for _ in range(steps):
+        p = torch.cat([x @ rows.T, torch.zeros(len(x), silent)], dim=1).softmax(dim=1)[:, :domains]
+        gradient = ((p - torch.nn.functional.one_hot(label, domains)) * weight[:, None]).T @ x + penalty * rows
+        curve = torch.diag_embed(p) - p[:, :, None] * p[:, None]  # of the softmax, [N, D, D]
+        hessian = torch.einsum("n,nij,na,nb->iajb", weight, curve, x, x).reshape(domains * hidden, -1)
+        hessian += penalty * torch.eye(domains * hidden).double()
+        rows = rows - torch.linalg.solve(hessian, gradient.flatten()).reshape(rows.shape)
+    assert gradient.abs().max() < 1e-10
+    return rows
+
+
+@pytest.mark.parametrize("silent", [0, 1, 2])
+@pytest.mark.parametrize("start", [0.0, 3.0])
+def test_it_comes_to_the_optimum_from_anywhere(start, silent):
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(-1, 1, 12)  # badly scaled, as hidden states are
+    inputs = [(torch.randn(300, 12, generator=generator) + 0.3 * number) * scales for number in range(3)]
+    shares = [0.5, 0.25, 0.25]
+    gram = sum(share * x.T.double() @ x.double() / len(x) for share, x in zip(shares, inputs, strict=True))
+    passes = []
+    gain = torch.rand(12, generator=generator) + 0.5
+    sizes = torch.rand(300, 1, generator=generator) + 0.5  # of a norm in front of the router
+
+    def batches():
+        passes.append(1)
+        for domain, (share, x) in enumerate(zip(shares, inputs, strict=True)):
+            yield from (
+                Labelled(part / gain / scale, scale, domain, share / len(x))
+                for part, scale in zip(x.split(128), sizes.split(128), strict=True)
+            )
+
+    found = logistic_solution(batches, gain, gram, torch.full((3, 12), start), PENALTY, silent)
+    expected = newton([x.double() for x in inputs], shares, silent)
+    # passes over the tokens are in float32, and end at gradients of 1e-5
+    torch.testing.assert_close(found.double(), expected, atol=1e-3 * float(expected.abs().max()), rtol=0)
+    assert len(passes) < 100
+
+
+@pytest.mark.parametrize("mode", ["whole", "split"])
+def test_it_is_the_regression_on_the_routers_true_input(grown, tmp_path, mode):
+    folder, texts = grown
+    merge(recipe_of(folder, expert_mode=mode), tmp_path / "btx")
+    recipe = FitRecipe(str(tmp_path / "btx"), "logistic", tuple(texts.values()))
+    report = fit(recipe, tmp_path / "fitted")
+    model = load_float32(tmp_path / "btx")
+    gates = [f"model.layers.{layer}.mlp.gate" for layer in range(LAYERS)]
+    chunks = 2 if mode == "split" else 1
+    after = tensors_of(tmp_path / "fitted")
+    layers = range(1 if mode == "split" else LAYERS)  # gates of a whole model would halve the chunks on their way up
+    for layer in layers:
+        found = after[GATE.format(layer)]
+        inputs = [
+            inputs_of(model, gates[: layer + 1], fitted_documents(text), active_experts=[name])[gates[layer]]
+            if mode == "whole"
+            else inputs_of(model, gates[:1], fitted_documents(text))[gates[0]]
+            for name, text in texts.items()
+        ]
+        expected = newton(inputs, [2 / 3, 1 / 3])
+        factor = assert_same_direction(found[chunks::chunks], expected, 3e-3)
+        assert factor == pytest.approx(report.layers[layer].temperature, rel=3e-3)
+        assert torch.equal(found[chunks::chunks], found[chunks + (chunks - 1) :: chunks])  # chunks share a row
+        assert not found[:chunks].any()  # the seed, which has no text
+
+
+def test_merging_with_it_is_merging_then_fitting_and_the_same_every_time(grown, tmp_path):
+    folder, texts = grown
+    merge(recipe_of(folder), tmp_path / "btx")
+    fit(FitRecipe(str(tmp_path / "btx"), "logistic", tuple(texts.values())), tmp_path / "fitted")
+    for name in ("one", "two"):
+        merge(recipe_of(folder, texts, router_init="logistic"), tmp_path / name)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    fitted, merged = tensors_of(tmp_path / "fitted"), tensors_of(tmp_path / "one")
+    assert all(torch.equal(fitted[name], merged[name]) for name in merged)
+    assert "fitted by logistic regression" in (tmp_path / "one/README.md").read_text()
+    assert "by logistic regression on text" in (tmp_path / "fitted/README.md").read_text()
+    assert info(str(tmp_path / "one")).routers == "fitted"
+    assert not info(str(tmp_path / "one")).untrained
+
+
+def test_it_cannot_be_solved_from_statistics(grown, tmp_path):
+    folder, texts = grown
+    options = Options(statistics=tmp_path / "statistics")
+    with pytest.raises(InputError, match=r"--statistics: .*for logistic routers.*expected ridge routers") as caught:
+        merge(recipe_of(folder, texts, router_init="logistic"), tmp_path / "out", options)
+    assert len(caught.value.problems) == 1
+    merge(recipe_of(folder), tmp_path / "btx")
+    with pytest.raises(InputError, match="for logistic routers"):
+        fit(FitRecipe(str(tmp_path / "btx"), "logistic", tuple(texts.values())), tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "statistics").exists()
