@@ -23,23 +23,23 @@ class States:
         """
         self.device = device
         # a GPU copies from and to pinned memory while the program goes on
-        pinned = place.type == "cpu" and device.type == "cuda"
-        self.kept = torch.empty(*shape, device=place, pin_memory=pinned)
+        self.is_pinned = place.type == "cpu" and device.type == "cuda"
+        self.kept = torch.empty(*shape, device=place, pin_memory=self.is_pinned)
 
     def __getitem__(self, windows: slice) -> torch.Tensor:
         """Return some windows' states, on the device; they are not to be changed in place."""
-        return self.kept[windows].to(self.device, non_blocking=True)
+        return self.kept[windows].to(self.device, non_blocking=self.is_pinned)
 
     def __setitem__(self, windows: slice, values: torch.Tensor) -> None:
         """Put the states of some windows in place."""
-        self.kept[windows].copy_(values, non_blocking=True)
+        self.kept[windows].copy_(values, non_blocking=self.is_pinned)
 
 
 def place_of_states(device: torch.device, values: int) -> torch.device:
     """Choose where that many float32 values stay between two layers."""
-    if device.type == "cuda" and 4 * values > _PART_OF_FREE_MEMORY * free_memory(device):
-        return torch.device("cpu")
-    return device
+    if device.type == "cuda" and 4 * values <= _PART_OF_FREE_MEMORY * free_memory(device):
+        return device
+    return torch.device("cpu")  # also of a device whose free memory nobody tells
 
 
 def free_memory(device: torch.device) -> int:

@@ -74,6 +74,7 @@ def test_states_stay_on_the_device_where_they_fit(monkeypatch):
     assert place_of_states(gpu, 125) == gpu  # 500 bytes, half of what is free
     assert place_of_states(gpu, 126) == CPU
     assert place_of_states(CPU, 10**12) == CPU
+    assert place_of_states(torch.device("mps"), 1) == CPU
     kept = States((3, 2, 4), CPU, CPU)
     kept[0:3] = torch.zeros(3, 2, 4)
     kept[1:3] = torch.ones(2, 2, 4)
