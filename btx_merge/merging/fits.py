@@ -10,7 +10,7 @@ from btx_merge.fitting.recipe import ROUTER_FITS
 REGMEAN_METHODS = ("regmean", "regmean_merged")
 """Ways to combine that are fitted on text."""
 _BEST_SHARED = {"combine": "regmean_merged", "head": "fitted", "evidence": 0.15}
-"""What was best on validation text of near and of far experts (docs/results.md)."""
+"""What was best for experts far from the seed, on text that was set apart for the choice (docs/results.md)."""
 _BEST_ROUTERS = {"router_init": "logistic", "fit_through": "router"}
 """The same of routers."""
 
