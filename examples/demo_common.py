@@ -155,12 +155,13 @@ def package_fingerprint() -> str:
     return fingerprint([(str(file.relative_to(ROOT)), file.read_text("utf-8")) for file in files])
 
 
-def merge_and_look(demo: Demo, fit: list[str], *, window: int, tokens: int | None = None) -> None:
+def merge_and_look(demo: Demo, fit: list[str], *, window: int, tokens: int | None = None, routed: int = 6000) -> None:
     """Merge what lies in a demo's folder, say what that is worth, and show which expert gets which tokens.
 
     Args:
         fit: further options of the merge that is fitted.
         tokens: of each domain's held-out text, where not all of it is measured.
+        routed: tokens of each domain whose routing is looked at, in two passes for each expert.
     """
     folder = shown(demo.folder)
     sources = ["--seed", f"{folder}/seed"]
@@ -179,7 +180,7 @@ def merge_and_look(demo: Demo, fit: list[str], *, window: int, tokens: int | Non
     demo.btx("evaluation", "eval", f"{folder}/fitted", *measured, *further)
 
     console.rule("[bold]Who gets which tokens?", align="left")
-    looked_at = [*texts("--data", held_out), "--window", str(window), "--tokens", "6000"]
+    looked_at = [*texts("--data", held_out), "--window", str(window), "--tokens", str(routed)]
     demo.btx("routing", "routing", f"{folder}/fitted", *looked_at)
     console.print(f"\nopen {shown(demo.folder / 'routing' / 'report.html')} in a browser", style="bold")
     demo.close()

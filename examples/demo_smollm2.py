@@ -27,7 +27,7 @@ LORA = ["--train", "lora", "--lora-r", "16", "--lora-alpha", "32", "--lora-targe
 TRAINING = ["--max-steps", "70", "--learning-rate", "5e-4", "--per-device-train-batch-size", "2"]
 TRAINING += ["--max-length", str(WINDOW), "--report-to", "none"]
 FIT = ["--domain-tokens", "12000"]
-HELD_OUT_TOKENS = 6_000
+HELD_OUT_TOKENS, ROUTED_TOKENS = 6_000, 2_000
 
 
 def save_seed(folder: Path) -> None:
@@ -62,7 +62,7 @@ def main() -> None:
     for domain in DOMAINS:
         demo.btx(domain, "branch", "demo/smollm2/seed", *texts("--data", training, (domain,)), *LORA, *TRAINING)
 
-    common.merge_and_look(demo, FIT, window=WINDOW - 1, tokens=HELD_OUT_TOKENS)
+    common.merge_and_look(demo, FIT, window=WINDOW - 1, tokens=HELD_OUT_TOKENS, routed=ROUTED_TOKENS)
 
 
 if __name__ == "__main__":

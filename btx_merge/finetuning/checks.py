@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,6 @@ from btx_merge.finetuning.launched import own_rank
 from btx_merge.finetuning.recipe import BranchRecipe, Recipe, TrainRecipe
 from btx_merge.finetuning.work_folder import folder_problems, work_folder
 from btx_merge.model.opening import find_model, overlap_problems, room_problems
-from btx_merge.model.records import read_record
-from btx_merge.model.router_state import are_fitted
-from btx_merge.reporting import Reporter
 from btx_merge.sources.locate import Located
 from btx_merge.sources.opening import open_whole
 from btx_merge.sources.source import SEED, Source
@@ -42,22 +38,6 @@ def check_model(recipe: TrainRecipe, target: Path, resume: bool, overwrite: bool
     if problems or located is None:
         raise InputError(problems)
     return located
-
-
-def balanced_as_fits(recipe: TrainRecipe, located: Located, reporter: Reporter) -> TrainRecipe:
-    """Leave the balancing loss out for a model whose routers were fitted, where the recipe says nothing about it.
-
-    A fit sends each domain where it belongs. Balance would move its tokens to experts that know less of them.
-    """
-    folder = located.folder
-    config = read_json(folder / "config.json")
-    has_one = recipe.router_aux_loss_coef is not None or config.get("router_aux_loss_coef") == 0
-    if has_one or not are_fitted(read_record(folder), config):
-        return recipe
-    reporter.note(
-        "no balancing loss: the routers were fitted. --router-aux-loss-coef 0.01 balances them all the same."
-    )
-    return replace(recipe, router_aux_loss_coef=0.0)
 
 
 def check_seed(recipe: BranchRecipe, target: Path, resume: bool, overwrite: bool) -> Source:

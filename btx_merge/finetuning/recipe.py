@@ -70,8 +70,7 @@ class TrainRecipe:
     """How routers learn. sparse: from the chosen experts; dense: from all, which costs more. By default as the
     model's config says."""
     router_aux_loss_coef: float | None = None
-    """Coefficient of the load balancing loss, at least 0. By default the model's; 0 where the routers were fitted and
-    nobody has trained them with such a loss since."""
+    """Coefficient of the load balancing loss, at least 0. By default the model's."""
     router_aux_loss_scope: str = "global_batch"
     """Tokens over which the load is balanced. global_batch: those of all ranks and accumulated micro-batches;
     micro_batch: those of each micro-batch."""

@@ -16,7 +16,7 @@ from btx_merge.files.changes import ReadFiles
 from btx_merge.files.disk_errors import disk_error
 from btx_merge.files.placing import remove, repair
 from btx_merge.files.scratch import scratch_folder
-from btx_merge.finetuning.checks import balanced_as_fits, check_model, check_seed
+from btx_merge.finetuning.checks import check_model, check_seed
 from btx_merge.finetuning.recipe import BranchRecipe, Recipe, TrainRecipe
 from btx_merge.finetuning.stopwatch import Stopwatch
 from btx_merge.finetuning.teacher_sources import teacher_sources
@@ -77,19 +77,17 @@ def train(
         MergeInterrupted: Ctrl-C or SIGTERM. Between the first step and the last, the step in work was finished and
             saved; the error's text names what is kept.
     """
-    target = Path(output).expanduser().resolve()
+    call = _Call(recipe, Path(output).expanduser().resolve(), options, reporter, resume)
     refuse_unused(options, "train", *_OPTIONS)
     with ExitStack() as stack:  # what peft had to merge of a teacher stays as long as it teaches
-        located = check_model(recipe, target, resume, options.overwrite)
+        located = check_model(recipe, call.target, resume, options.overwrite)
         scratch: Callable[[], Path] = lambda: stack.enter_context(scratch_folder(None))  # noqa: E731
         sources = teacher_sources(recipe, located, scratch, reporter)
-        asked = balanced_as_fits(recipe, located, reporter)
-        call = _Call(asked, target, options, reporter, resume)
 
         def trainee() -> Trainee:
             from btx_merge.finetuning.trainee_btx import MergedTrainee
 
-            return MergedTrainee(asked, located, sources)
+            return MergedTrainee(recipe, located, sources)
 
         return _carry_out(call, ReadFiles.of_folder("model", located.stamps), trainee)
 

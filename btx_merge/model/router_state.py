@@ -8,25 +8,12 @@ from typing import Any
 from btx_merge.architectures.btx import expert_names, experts_by_domain
 
 _UNTRAINED = ("random", "zeros")
-_FITTED = ("ridge", "prompts")
 
 
 def trainings(values: Mapping[str, Any]) -> int:
     """Return how often the recipe says that all routers were fitted or trained since the merge."""
     trained = [entry for entry in _entries(values, "training") if entry.get("train") != "lora"]  # the base stays
     return len(_entries(values, "fits")) + len(trained)
-
-
-def are_fitted(values: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    """Return whether all routers have been fitted, and never trained with a balancing loss since.
-
-    Args:
-        values: btx_recipe.yaml.
-        config: config.json of the model as it is now.
-    """
-    is_fitted = values.get("router_init") in _FITTED or bool(_entries(values, "fits"))
-    balanced = [entry for entry in _entries(values, "training") if entry.get("router_aux_loss_coef")]
-    return is_fitted and not balanced and not untrained_experts(values, config)
 
 
 def untrained_experts(values: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

@@ -57,7 +57,17 @@ def merged(family: Family, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 RECIPE_OPTIONS = {
     *("--recipe", "--seed", "--expert", "--weight", "--base", "--seed-expert", "--no-seed-expert"),
-    *("--combine", "--head", "--density", "--scale", "--expert-mode", "--num-chunks", "--fold-norms", "--router-init"),
+    *(
+        "--combine",
+        "--head",
+        "--evidence",
+        "--density",
+        "--scale",
+        "--expert-mode",
+        "--num-chunks",
+        "--fold-norms",
+        "--router-init",
+    ),
     *("--router-std", "--random-seed", "--num-experts-per-tok", "--router-aux-loss-coef", "--dtype"),
     *("--router-type", "--router-pre-softmax"),
     *("--max-shard-size", "--tokenizer-source", "--untie", "--allow-nonfinite", "--allow-unrelated"),

@@ -124,7 +124,9 @@ def test_what_the_result_says(merged, texts, tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     assert "Each domain was taught by its own source" in card
     assert "| step | loss | LM loss | teacher's loss | balancing loss |" in card
-    train(recipe(merged, texts), tmp_path / "plain")
+    lines.clear()
+    train(recipe(merged, texts, router_aux_loss_coef=0), tmp_path / "plain", reporter=Told(line=lines.append))
+    assert not any("balancing" in line or "teacher" in line for line in lines)  # no columns of nothing
     assert "taught" not in (tmp_path / "plain/README.md").read_text()
 
 
