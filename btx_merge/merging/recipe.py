@@ -71,7 +71,8 @@ class MergeRecipe:
     domain has its token (for regmean, regmean_merged)."""
     evidence: float = 0.0
     """regmean_merged: size of the mark of its domain that attention is fitted to leave in each hidden state, relative
-    to the state; later routers know the domain by it. At least 0 (none); 0.15 is a good one, 0.5 too large."""
+    to the state; later routers know the domain by it. At least 0 (none). 0.15 helped experts far from the seed, and
+    spoiled near ones: measure it."""
     density: float = 0.8
     """ties, dare_*: part of each difference from the seed that is kept, in (0, 1]."""
     scale: float = 1.0
@@ -93,8 +94,8 @@ class MergeRecipe:
     """Seed of random routers and of the weights that DARE drops, in [0, 2**32)."""
     domain_text: Mapping[str, DomainText] = field(default_factory=dict)
     """Text of each expert's domain, for what is fitted: a file, a folder, a glob or a dataset of the Hub. The seed
-    may go without. If nothing else asks for a fit, text does: `combine` regmean_merged, `head` fitted, `evidence`
-    0.15, `router_init` logistic and `fit_through` router, where they are not given."""
+    may go without. If nothing else asks for a fit, text does: `combine` regmean_merged, `head` fitted,
+    `router_init` ridge and `fit_through` router, where they are not given."""
     domain_tokens: int = 200_000
     """Tokens that are read of each domain, from the beginning of its text; at least 64."""
     prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

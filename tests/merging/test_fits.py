@@ -15,8 +15,8 @@ from tests.support.common import assert_complete, files_of, grow, save_seed, ten
 BEST = {
     "combine": "regmean_merged",
     "head": "fitted",
-    "evidence": 0.15,
-    "router_init": "logistic",
+    "evidence": 0.0,
+    "router_init": "ridge",
     "fit_through": "router",
 }
 PLAIN = {"combine": "mean", "head": "combined", "evidence": 0.0, "router_init": "random", "fit_through": "expert"}
