@@ -193,7 +193,7 @@ def test_merge_as_json(family: Family, tmp_path: Path) -> None:
     assert set(report) == {
         *("output", "seconds", "peak_memory", "kept_bytes", "sources", "experts", "dtype", "vocab_size", "parameters"),
         *("active_parameters", "bytes_to_read", "bytes_to_write", "working_memory", "shards", "divergence", "fates"),
-        *("warnings", "layers"),
+        *("warnings", "layers", "losses"),
     }
     assert report["output"] == str(tmp_path / "out")
     assert report["experts"] == ["seed", "code", "math"]

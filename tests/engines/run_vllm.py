@@ -8,8 +8,6 @@ import os
 import sys
 from pathlib import Path
 
-for name in ("torchvision", "torchaudio", "torchcodec"):
-    sys.modules[name] = None  # type: ignore[assignment]  # as if they were not there
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 

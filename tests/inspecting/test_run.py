@@ -262,7 +262,7 @@ def test_the_command(merged: Path, texts: dict[str, str], tmp_path: Path) -> Non
     assert done.exit_code == 0, done.output
     assert "own expert" in done.stdout
     assert str(tmp_path / "out") in done.stdout
-    assert f"next: python -m webbrowser {tmp_path / 'out' / REPORT}" in done.stderr
+    assert f"next: python -m webbrowser {(tmp_path / 'out' / REPORT).as_uri()}" in done.stderr
     done = CliRunner().invoke(app, [*words, "--no-ablation", "--overwrite", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["model"]["domains"][0]["alone"] == {}
