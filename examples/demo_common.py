@@ -9,9 +9,10 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # Read at import. All that the demos use lies on this machine, so no library is to ask a server for it.
 os.environ |= {
@@ -28,8 +29,11 @@ os.environ |= {
 from demo_texts import DOMAINS, load_corpora
 from filelock import FileLock, Timeout
 from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from btx_merge.cli.app import app
+from btx_merge.finetuning.work_folder import last_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS = ROOT / "demo" / "texts"
@@ -72,17 +76,21 @@ class Demo:
         console.print(f"\n[bold]$ {shlex.join(line)}[/]", soft_wrap=True)
 
         def build() -> None:
-            is_unfinished = folder.with_name(f"{folder.name}.btx-training").exists()
-            further = ("--overwrite", *(("--resume",) if is_unfinished else ()))
-            code = app([*line[1:], *further], standalone_mode=False)
-            if code:
-                sys.exit(code)
+            run_btx(line[1:], folder)
 
         self.step(folder, line, build)
 
     def close(self) -> None:
         """Say how long all of it took."""
         console.print(f"\n{time.perf_counter() - self.began:.0f} s in all", style="dim")
+
+
+def run_btx(words: Sequence[str], output: Path) -> None:
+    """Run a command of `btx`; a training that was ended in its midst goes on from its last checkpoint."""
+    is_kept = last_checkpoint(output.with_name(f"{output.name}.btx-training"))
+    code = app([*words, "--overwrite", *(["--resume"] if is_kept else [])], standalone_mode=False)
+    if code:
+        sys.exit(code)
 
 
 @contextmanager
@@ -122,6 +130,38 @@ def write_texts() -> None:
         console.print(f"{domain}: {sizes[0]:.0f} KB to train on, {sizes[1]:.0f} KB held out")
 
 
+def save_untrained(folder: Path, model: Mapping[str, Any], files: Sequence[Path], seed: int = 0) -> None:
+    """Save a Llama with random weights, and a byte-level BPE tokenizer learned on texts.
+
+    Args:
+        model: values of its `LlamaConfig`.
+        files: JSON lines with the texts.
+        seed: of the weights.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=model["vocab_size"],
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    lines = [line for file in files for line in file.read_text("utf-8").splitlines()]
+    tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
+    window = model["max_position_embeddings"]
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=window
+    )
+    config = LlamaConfig(**model, bos_token_id=fast.bos_token_id, eos_token_id=fast.eos_token_id)
+    set_seed(seed)
+    untrained = LlamaForCausalLM(config)
+    untrained.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    console.print(f"a Llama with {untrained.num_parameters() / 1e6:.1f} million random weights")
+
+
 def training(domain: str) -> Path:
     """Return the file that experts of a domain are trained on."""
     return TEXTS / f"{domain}.jsonl"
@@ -139,7 +179,7 @@ def texts(flag: str, file_of: Callable[[str], Path], domains: tuple[str, ...] = 
 
 def shown(path: Path) -> str:
     """Return a path as the commands give it."""
-    return str(path.relative_to(ROOT))
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def fingerprint(*parts: object) -> str:

@@ -43,16 +43,26 @@ def load_corpora(told: Callable[[str, int], None]) -> Iterator[tuple[str, Corpus
     Args:
         told: called for each file with the domain, and how many files of it were read before.
     """
-    sources = {"code": _code_files, "english": _english_files, "math": _math_files}
+    sources = {"code": code_files, "english": english_files, "math": math_files}
     seen: set[str] = set()
     for domain in DOMAINS:
-        yield domain, _split(sources[domain](), seen, partial(told, domain))
+        yield domain, split_documents(sources[domain](), seen, told=partial(told, domain))
 
 
-def _split(files: Iterable[tuple[str, Callable[[], str]]], seen: set[str], told: Callable[[int], None]) -> Corpus:
+def split_documents(
+    files: Iterable[tuple[str, Callable[[], str]]],
+    seen: set[str],
+    heldout_files: int = HELDOUT_FILES,
+    told: Callable[[int], None] = lambda number: None,
+) -> Corpus:
     """Take held-out documents first, then those to train on, in an order that looks random but never changes.
 
     What held-out has, train loses: a block of text that was seen before is dropped.
+
+    Args:
+        files: the name of each, and what reads it.
+        seen: the blocks of text that were seen in other domains; those of this one are added.
+        told: called for each file with how many were read before.
     """
     corpus, chars = Corpus([], []), 0
     in_order = sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest())
@@ -61,7 +71,7 @@ def _split(files: Iterable[tuple[str, Callable[[], str]]], seen: set[str], told:
         if chars >= TRAIN_CHARS:
             break
         text = _without_seen_blocks(read(), seen)
-        if len(corpus.heldout) < HELDOUT_FILES and len(text) > HELDOUT_CHARS / 2:
+        if len(corpus.heldout) < heldout_files and len(text) > HELDOUT_CHARS / 2:
             corpus.heldout.append(text[:HELDOUT_CHARS])
         elif len(text) > 200:
             corpus.train.append(text[:TRAIN_CHARS_PER_FILE])
@@ -103,12 +113,12 @@ def _stdlib_files() -> Iterator[tuple[str, Path]]:
         yield path.relative_to(root).as_posix(), path
 
 
-def _code_files() -> Iterator[tuple[str, Callable[[], str]]]:
+def code_files() -> Iterator[tuple[str, Callable[[], str]]]:
     for name, path in _stdlib_files():
         yield name, lambda path=path: _code_only(path)  # type: ignore[misc]
 
 
-def _english_files() -> Iterator[tuple[str, Callable[[], str]]]:
+def english_files() -> Iterator[tuple[str, Callable[[], str]]]:
     from pydoc_data.topics import topics
 
     for name, text in topics.items():
@@ -117,7 +127,7 @@ def _english_files() -> Iterator[tuple[str, Callable[[], str]]]:
         yield name, lambda path=path: _prose_only(_docstrings(path))  # type: ignore[misc]
 
 
-def _math_files() -> Iterator[tuple[str, Callable[[], str]]]:
+def math_files() -> Iterator[tuple[str, Callable[[], str]]]:
     for package in ("sympy", "mpmath"):
         root = Path(str(distribution(package).locate_file(package)))
         for path in _python_files(root, skip=("tests", "testing", "benchmarks", "parsing", "utilities")):

@@ -1,0 +1,248 @@
+"""The comparison of Branch-Train-MiX (arXiv 2403.07816), rerun in small on real text with the commands of `btx`.
+
+    make reproduce                              # an hour or more on two cores; a run that was stopped goes on
+    python examples/reproduce.py --quick        # one seed, few steps: shows that it runs, not what is better
+
+Everything is kept under `demo/reproduction/`, the figures too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from demo_common import ROOT, console, one_at_a_time, shown
+from reproduce_run import BATCH, EQUAL_PARTS, WINDOW, Run, Scale
+from reproduce_study import Study, active_parameters, stopwatch
+from reproduce_tables import tables
+from reproduce_texts import EXPERTS, text_file, write_texts
+
+import btx_merge
+
+FULL = Scale(seed_steps=600, branch_steps=200, finetuning_steps=150, runs=3, ablation_runs=2)
+QUICK = Scale(seed_steps=12, branch_steps=6, finetuning_steps=4, runs=1, ablation_runs=1)
+
+NO_BALANCING = ["--router-aux-loss-coef", "0"]
+MICRO_BATCHES = ["--per-device-train-batch-size", str(BATCH // 4), "--gradient-accumulation-steps", "4"]
+MAIN, ABLATIONS, LATER, UNTRAINED = "main", "ablations", "later work", "without training"
+"""The tables."""
+
+FINETUNED: dict[str, dict[str, tuple[list[str], list[str]]]] = {
+    MAIN: {
+        "BTX Top-2": ([], []),
+        "BTX Top-2, no balancing": ([], NO_BALANCING),
+        "BTX Sample Top-1": (["--router-type", "sample_top_1"], []),
+    },
+    ABLATIONS: {
+        "Top-2, experts frozen": ([], ["--train", "shared"]),
+        "Top-2, experts frozen, no balancing": ([], ["--train", "shared", *NO_BALANCING]),
+        "blend": (["--expert-mode", "blend"], []),
+        "split, top-2 of 8": (["--expert-mode", "split"], []),
+        "split, top-4 of 8": (["--expert-mode", "split", "--num-experts-per-tok", "4"], []),
+        "Switch, no balancing": (["--router-type", "switch"], NO_BALANCING),
+        "Sample Top-1, no balancing": (["--router-type", "sample_top_1"], NO_BALANCING),
+        "Soft, no balancing": (["--router-type", "soft"], NO_BALANCING),
+    },
+    LATER: {
+        "4 micro-batches a step, balanced together": ([], MICRO_BATCHES),
+        "4 micro-batches a step, each balanced": ([], [*MICRO_BATCHES, "--router-aux-loss-scope", "micro_batch"]),
+        "dense router gradient": ([], ["--router-grad", "dense"]),
+        "TIES at scale 0.5": (["--combine", "ties", "--scale", "0.5"], []),
+        "DARE": (["--combine", "dare_linear"], []),
+        "norms folded into the experts": (["--fold-norms"], []),
+    },
+}
+"""What a merge and its finetuning are told, for each row of each table."""
+
+RIDGE = ["--router-init", "ridge", "--domain-tokens", "50000"]
+REGMEAN = ["--combine", "regmean_merged", "--fit-through", "router", *RIDGE]
+FITTED = {
+    "mean, ridge": RIDGE,
+    "regmean_merged, ridge": REGMEAN,
+    "regmean_merged, ridge, a head of its own": [*REGMEAN, "--head", "fitted"],
+}
+"""What a merge is told that is fitted and not trained."""
+BEST_FIT = "regmean_merged, ridge, a head of its own"
+"""The fit that is finetuned, too."""
+LOOKED_AT = ("BTX Top-2", "Switch, no balancing", "Sample Top-1, no balancing", "Soft, no balancing")
+"""The models whose routing is compared, layer by layer."""
+
+
+def main_rows(run: Run) -> None:
+    """Train and measure what the paper's main table compares, and merges that nothing was trained in."""
+    run.dense_models()
+    plain = run.merged("plain")
+    run.measure_dense_models(MAIN, plain)
+    upcycled = run.merged(
+        "upcycled", "--combine", "seed", experts={f"copy{n + 1}": "seed" for n in range(len(EXPERTS))}
+    )
+    scale, data = run.scale, run.scale.all_data
+    ratio = active_parameters(run.folder / "seed") / active_parameters(upcycled)
+    # as many steps as cost what the branches and a finetuning of their merge cost
+    equal_compute = round(len(EXPERTS) * scale.branch_steps * ratio) + scale.finetuning_steps
+    for name, steps in (("data-matched", scale.all_steps), ("compute-matched", equal_compute)):
+        model = run.finetuned(upcycled, f"upcycled-{name}", data, steps)
+        run.measure(MAIN, f"sparse upcycling, {name}", model)
+    finetuned_rows(run, MAIN)
+    run.measure(UNTRAINED, "mean, random router", plain)
+    for name, words in FITTED.items():
+        fitted = run.merged(slug("fitted", name), *words, fitted=True)
+        run.measure(UNTRAINED, name, fitted)
+    model = run.finetuned(fitted, "fitted-finetuned", EQUAL_PARTS, scale.finetuning_steps)
+    run.measure(LATER, f"{name}, then finetuned", model)
+
+
+def further_rows(run: Run) -> None:
+    """Train and measure the ablations, and what later work adds."""
+    finetuned_rows(run, ABLATIONS)
+    finetuned_rows(run, LATER)
+    ff = {domain: f"{domain}-ff" for domain in EXPERTS}
+    for domain, name in ff.items():
+        steps, rate = run.scale.branch_steps, run.scale.branch_rate
+        run.branch(run.folder / "seed", name, {domain: 1.0}, steps, rate, "--train", "ff")
+    merged = run.merged("ff", *RIDGE, experts=ff, fitted=True)
+    run.measure(UNTRAINED, "branches of feed-forward blocks alone, ridge", merged)
+
+
+def finetuned_rows(run: Run, table: str) -> None:
+    """Merge, finetune and measure the rows of a table."""
+    for name, (merge_words, train_words) in FINETUNED[table].items():
+        merged = run.merged(slug("merged", *merge_words), *merge_words)
+        model = run.finetuned(merged, slug("finetuned", name), EQUAL_PARTS, run.scale.finetuning_steps, *train_words)
+        run.measure(table, name, model)
+
+
+def slug(*words: str) -> str:
+    """Return a folder's name for some words.
+
+    >>> slug("merged", "--router-type", "soft")
+    'merged-router-type-soft'
+    """
+    letters = "".join(letter if letter.isalnum() else " " for letter in " ".join(words).lower())
+    return "-".join(letters.split())
+
+
+def routing_figures(run: Run) -> dict[str, Any]:
+    """Look at who gets which tokens, with and without balancing, and by router."""
+    texts = run.texts_words("--data", "held-out", EQUAL_PARTS)
+    looks = {name: [shown(run.folder / slug("finetuned", name)), *texts] for name in LOOKED_AT}
+    looks[LOOKED_AT[0]] += ["--against", shown(run.folder / slug("finetuned", "BTX Top-2, no balancing"))]
+    found = {}
+    for name, words in looks.items():
+        more = ["--no-ablation", "--page-tokens", "0", "--tokens", "0"]
+        folder = run.study.btx(run.folder / "looked-at" / slug(name), "routing", *words, *more)
+        report = json.loads((folder / "routing.json").read_text())
+        found[name] = report["model"]
+        if report["against"]:
+            found[f"{name}, no balancing"] = report["against"]
+    keys = ("domain", "share", "weight", "own_first")
+    return {
+        name: {
+            "experts": model["experts"],
+            "domains": [{key: domain[key] for key in keys} for domain in model["domains"]],
+            "neglected": model["neglected"],
+        }
+        for name, model in found.items()
+    }
+
+
+def throughput(study: Study, run: Run) -> dict[str, float]:
+    """Time two branches side by side, and one model on two ranks that sees the same tokens.
+
+    Both are two processes with one thread each and the same number of tokens; only the ranks exchange gradients.
+    """
+    folder = run.folder / "throughput"
+    steps = ["--max-steps", str(run.scale.branch_steps), "--max-length", str(WINDOW)]
+    steps += ["--per-device-train-batch-size", str(BATCH), "--report-to", "none", "--holdout", "0"]
+    texts = {name: ["--data", f"{name}={shown(text_file(run.texts, name, 'training'))}"] for name in EXPERTS[:2]}
+
+    def branch(name: str, data: Sequence[str]) -> list[str]:
+        words = ["branch", shown(run.folder / "seed"), *data, "-o", shown(folder / name)]
+        return ["btx_merge", *words, *steps, "--quiet", "--overwrite"]
+
+    def build() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        seconds = {
+            "two branches side by side": wall_seconds([branch(name, data) for name, data in texts.items()]),
+            "one model on two ranks": wall_seconds(
+                [[*ranks, *branch("dense", [word for data in texts.values() for word in data])]]
+            ),
+        }
+        (folder / "seconds.json").write_text(json.dumps(seconds))
+
+    study.step(folder, steps, build)
+    seconds: dict[str, float] = json.loads((folder / "seconds.json").read_text())
+    return seconds
+
+
+def wall_seconds(commands: Sequence[Sequence[str]]) -> float:
+    """Run Python modules side by side, one thread each, and wait for the last.
+
+    Raises:
+        RuntimeError: one of them failed.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with stopwatch() as took:
+        running = [subprocess.Popen([sys.executable, "-m", *words], env=environment) for words in commands]
+        failed = [words for words, process in zip(commands, running, strict=True) if process.wait()]
+    if failed:
+        raise RuntimeError(f"failed: {failed}")
+    return took[1]
+
+
+@one_at_a_time()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed and few steps, in a folder of its own")
+    parser.add_argument("--wheel", type=Path, required=True, help="pretix, whose German messages are a domain")
+    parser.add_argument("--folder", type=Path, help="where all is kept [demo/reproduction, or reproduction-quick]")
+    options = parser.parse_args()
+    scale = QUICK if options.quick else FULL
+    study = Study(options.folder or ROOT / "demo" / ("reproduction-quick" if options.quick else "reproduction"))
+    texts = study.folder / "texts"
+    study.step(texts, options.wheel.name, lambda: write_texts(texts, options.wheel))
+    runs = [Run(study, scale, number, texts) for number in range(scale.runs)]
+    for run in runs:
+        console.rule(f"[bold]Run {run.number + 1} of {len(runs)}", align="left")
+        main_rows(run)
+        if run.number < scale.ablation_runs:
+            further_rows(run)
+    figures = {
+        "machine": machine(),
+        "scale": asdict(scale),
+        "parameters": active_parameters(runs[0].folder / "seed"),
+        "rows": [asdict(row) for run in runs for row in run.rows],
+        "routing": routing_figures(runs[0]),
+        "throughput": throughput(study, runs[0]),
+        "seconds": study.cost([study.folder / name for name in study.finished]).seconds,
+    }
+    file = study.folder / "figures.json"
+    file.write_text(json.dumps(figures, indent=1) + "\n")
+    print(tables(figures))
+    console.print(f"\nwritten {file}")
+
+
+def machine() -> dict[str, Any]:
+    """Say what the figures were measured on."""
+    return {
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "btx-merge": btx_merge.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()

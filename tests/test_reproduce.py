@@ -1,0 +1,149 @@
+"""The study of examples/reproduce.py: what it computes from its figures, what it does once, and all of it in small."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+DOMAINS = ("english", "code", "math", "german")
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """The modules of the study, imported as its script does."""
+    before = dict(os.environ)
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import reproduce_study
+        import reproduce_tables
+        import reproduce_texts
+
+        yield reproduce_study, reproduce_tables, reproduce_texts
+    finally:
+        sys.path.remove(str(EXAMPLES))
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def save_wheel(file: Path, messages: dict[str, str]) -> Path:
+    """Save a catalog of translations as pretix has it."""
+    header = {"": "Content-Type: text/plain; charset=UTF-8\n"}
+    items = sorted((header | messages).items())
+    keys, values = ([text.encode() for text in texts] for texts in zip(*items, strict=True))
+    tables = 28 + 16 * len(items)  # behind the header of the format and its two tables
+    places, blob = [], b""
+    for text in (*keys, *values):
+        places += [len(text), tables + len(blob)]
+        blob += text + b"\0"
+    numbers = (0x950412DE, 0, len(items), 28, 28 + 8 * len(items), 0, tables)
+    with zipfile.ZipFile(file, "w") as archive:
+        catalog = struct.pack(f"<7I{len(places)}I", *numbers, *places) + blob
+        archive.writestr("pretix/locale/de/LC_MESSAGES/django.mo", catalog)
+    return file
+
+
+def row(name: str, run: int, *bits: float) -> dict:
+    values = dict(zip(DOMAINS, bits, strict=True))
+    return {"name": name, "table": "main", "run": run, "bits_per_byte": values, "tokens": 2e6, "flops": 3e12} | {
+        "cpu_seconds": 4.0
+    }
+
+
+def test_the_gap_is_closed_as_far_as_computed_by_hand(modules):
+    _, tables, _ = modules
+    rows = [
+        row("seed", 0, 2.0, 4.0, 3.0, 5.0),
+        row("code", 0, 2.5, 3.0, 3.5, 6.0),
+        row("math", 0, 2.5, 4.5, 2.0, 6.0),
+        row("german", 0, 2.5, 4.5, 3.5, 5.5),  # no better than the seed: of this domain there is no gap
+        row("BTX", 0, 2.1, 3.5, 2.75, 5.1),
+        *(row(name, 1, 2.0, 4.0, 3.0, 5.0) for name in ("seed", "german")),
+        *(row(name, 1, 2.0, 3.0, 2.0, 5.0) for name in ("code", "math")),
+        row("BTX", 1, 2.3, 3.0, 2.25, 5.2),
+    ]
+    assert tables.gap_closed(rows[4], rows) == pytest.approx((0.5 + 0.25) / 2)
+    table = tables.table_of(rows, "main")
+    (line,) = [line for line in table.splitlines() if line.startswith("| BTX ")]
+    means = "2.200 ± 0.141 | 3.250 ± 0.354 | 2.500 ± 0.354 | 5.150 ± 0.071 | 3.275 ± 0.124"
+    assert line == f"| BTX | {means} | 62% ± 35% | 2.00 M | 3.0 T | 4 | 2 |"
+
+
+def test_a_step_is_done_once_and_again_when_what_it_reads_has_changed(modules, tmp_path):
+    study_module, _, _ = modules
+    done = []
+
+    def build(study, name: str, what: object) -> Path:
+        output = study.folder / name
+
+        def make() -> None:
+            output.mkdir(exist_ok=True)
+            done.append(name)
+
+        return study.step(output, what, make)
+
+    study = study_module.Study(tmp_path)
+    build(study, "seed", 1)
+    build(study_module.Study(tmp_path), "seed", 1)
+    assert done == ["seed"]
+    words = [f"code={tmp_path / 'seed' / 'config.json'}"]
+    before = study_module.Study(tmp_path)._keys_in(words)
+    assert len(before) == 1
+    build(study, "seed", 2)
+    assert done == ["seed", "seed"]
+    assert study._keys_in(words) != before
+    cost = study.cost([tmp_path / "seed"])
+    assert cost.seconds >= 0
+    assert set(json.loads((tmp_path / "finished.json").read_text())) == {"seed"}
+
+
+def test_german_comes_in_documents_of_neighbours(modules, tmp_path):
+    _, _, texts = modules
+    messages = {
+        f"Message {number:03}": f"Dies ist die Nachricht {number:03}, und sie ist lang." for number in range(90)
+    }
+    messages |= {"Link": 'Ein <a href="x">Verweis</a>, der nicht vorkommen darf', "Short": "Zu kurz"}
+    documents = [read() for _, read in texts.german_files(save_wheel(tmp_path / "pretix.whl", messages))]
+    assert [document.count("Nachricht") for document in documents] == [40, 40, 10]
+    assert documents[0].startswith("Dies ist die Nachricht 000, und sie ist lang.\n\nDies ist die Nachricht 001")
+    assert not any("<a" in document or "kurz" in document for document in documents)
+
+
+@pytest.mark.slow
+def test_the_whole_study_in_small_goes_on_after_a_kill(tmp_path):
+    """Some fifty commands of btx, with one seed and a few steps each; German that is made up, not downloaded."""
+    random.seed(0)
+    words = ["".join(random.choices("abcdefghijklmnoprstuwäöü", k=random.randint(3, 9))) for _ in range(500)]
+    messages = {f"{number:05}": " ".join(random.choices(words, k=12)).capitalize() + "." for number in range(4000)}
+    wheel = save_wheel(tmp_path / "pretix-1.whl", messages)
+    command = [sys.executable, str(EXAMPLES / "reproduce.py"), "--quick", "--wheel", str(wheel)]
+    command += ["--folder", str(tmp_path / "study")]
+    interrupted = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    record = tmp_path / "study" / "finished.json"
+    while interrupted.poll() is None and not (record.exists() and len(json.loads(record.read_text())) > 4):
+        time.sleep(0.2)
+    os.killpg(interrupted.pid, signal.SIGKILL)
+    interrupted.communicate()
+    kept = json.loads(record.read_text())
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    finished = json.loads(record.read_text())
+    assert {name: finished[name] for name in kept} == kept  # not done again
+    figures = json.loads((tmp_path / "study" / "figures.json").read_text())
+    names = [row["name"] for row in figures["rows"]]
+    assert len(names) == len(set(names)) > 25
+    for found in figures["rows"]:
+        assert all(0 < bits < 20 for bits in found["bits_per_byte"].values())
+        assert (found["flops"] > 0) == (found["tokens"] > 0)
+    assert set(figures["throughput"]) == {"two branches side by side", "one model on two ranks"}
+    assert "BTX Top-2, no balancing" in figures["routing"]
