@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 import transformers
+from demo import WINDOW
 from demo_common import ROOT, console, one_at_a_time, shown
-from reproduce_run import BATCH, EQUAL_PARTS, WINDOW, Run, Scale
+from reproduce_run import BATCH, EQUAL_PARTS, Run, Scale
 from reproduce_study import Study, active_parameters, stopwatch
 from reproduce_tables import tables
 from reproduce_texts import EXPERTS, text_file, write_texts
@@ -95,11 +96,11 @@ def main_rows(run: Run) -> None:
         run.measure(MAIN, f"sparse upcycling, {name}", model)
     finetuned_rows(run, MAIN)
     run.measure(UNTRAINED, "mean, random router", plain)
-    for name, words in FITTED.items():
-        fitted = run.merged(slug("fitted", name), *words, fitted=True)
-        run.measure(UNTRAINED, name, fitted)
-    model = run.finetuned(fitted, "fitted-finetuned", EQUAL_PARTS, scale.finetuning_steps)
-    run.measure(LATER, f"{name}, then finetuned", model)
+    fitted = {name: run.merged(slug("fitted", name), *words, fitted=True) for name, words in FITTED.items()}
+    for name, merged in fitted.items():
+        run.measure(UNTRAINED, name, merged)
+    model = run.finetuned(fitted[BEST_FIT], "fitted-finetuned", EQUAL_PARTS, scale.finetuning_steps)
+    run.measure(LATER, f"{BEST_FIT}, then finetuned", model)
 
 
 def further_rows(run: Run) -> None:

@@ -8,23 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import demo
+from demo import WINDOW
 from demo_common import save_untrained, shown
 from reproduce_study import Study, active_parameters
 from reproduce_texts import DOMAINS, EXPERTS, text_file
 
-WINDOW, BATCH = 128, 8
+BATCH = 8
 STEP_TOKENS = WINDOW * BATCH
-MODEL: dict[str, Any] = {
-    "vocab_size": 2048,
-    "hidden_size": 128,
-    "intermediate_size": 352,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": WINDOW,
-    "initializer_range": 0.05,
-    "tie_word_embeddings": True,
-}
+MODEL = {**demo.MODEL, "vocab_size": 2048}  # of four domains, one of them another language
 SEED_MIXTURE = {"english": 0.7, "code": 0.1, "math": 0.1, "german": 0.1}
 EQUAL_PARTS = dict.fromkeys(DOMAINS, 1.0)
 """The mixture of a finetuning."""

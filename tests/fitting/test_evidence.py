@@ -10,8 +10,8 @@ from btx_merge.fitting.states import States
 from btx_merge.fitting.streams import TokenStream
 from btx_merge.options import Options
 from btx_merge.texts.references import DomainText
-from tests.fitting.test_run import DOMAINS, fitted_documents, inputs_of, recipe_of, write_texts
-from tests.support.common import LAYERS, files_of, grow, load_float32, save_seed, tensors_of
+from tests.fitting.test_run import DOMAINS, fitted_documents, inputs_of, recipe_of, save_grown
+from tests.support.common import LAYERS, files_of, load_float32, tensors_of
 
 OUTPUT = "model.layers.{}.self_attn.o_proj"
 
@@ -20,10 +20,7 @@ OUTPUT = "model.layers.{}.self_attn.o_proj"
 def grown(tmp_path_factory):
     """A seed and two experts far from it, untied, and text of both domains, one of them with twice the weight."""
     folder = tmp_path_factory.mktemp("grown")
-    save_seed(folder / "seed")
-    for number, name in enumerate(DOMAINS):
-        grow(folder / "seed", folder / name, noise=0.5, random_seed=number + 1)
-    texts = write_texts(folder)
+    texts = save_grown(folder)
     return folder, texts | {"code": DomainText("code", texts["code"].references, 2.0)}
 
 

@@ -7,15 +7,14 @@ from btx_merge import FitRecipe, InputError, Options, fit, info, merge
 from btx_merge.fitting.logistic import Labelled, logistic_solution
 from btx_merge.texts.references import DomainText
 from tests.fitting.test_run import (
-    DOMAINS,
     GATE,
     assert_same_direction,
     fitted_documents,
     inputs_of,
     recipe_of,
-    write_texts,
+    save_grown,
 )
-from tests.support.common import LAYERS, files_of, grow, load_float32, save_seed, tensors_of
+from tests.support.common import LAYERS, files_of, load_float32, tensors_of
 
 PENALTY = 1e-4
 
@@ -24,10 +23,7 @@ PENALTY = 1e-4
 def grown(tmp_path_factory):
     """A seed and two experts far from it, and text of both domains, one of them with twice the weight."""
     folder = tmp_path_factory.mktemp("grown")
-    save_seed(folder / "seed")
-    for number, name in enumerate(DOMAINS):
-        grow(folder / "seed", folder / name, noise=0.5, random_seed=number + 1)
-    texts = write_texts(folder)
+    texts = save_grown(folder)
     return folder, texts | {"code": DomainText("code", texts["code"].references, 2.0)}
 
 

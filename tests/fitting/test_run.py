@@ -77,14 +77,19 @@ def inputs_of(model, modules: list[str], texts: list[torch.Tensor], **call) -> d
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
+def save_grown(folder: Path) -> dict[str, DomainText]:
+    """Save a seed and an expert for each domain far from it, untied. Their texts, by domain."""
+    save_seed(folder / "seed")
+    for number, name in enumerate(DOMAINS):
+        grow(folder / "seed", folder / name, noise=0.5, random_seed=number + 1)
+    return write_texts(folder)
+
+
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory):
     """A seed and two experts far from it, untied, and text of both domains."""
     folder = tmp_path_factory.mktemp("grown")
-    save_seed(folder / "seed")
-    for number, name in enumerate(DOMAINS):
-        grow(folder / "seed", folder / name, noise=0.5, random_seed=number + 1)
-    return folder, write_texts(folder)
+    return folder, save_grown(folder)
 
 
 def recipe_of(folder: Path, texts=None, **values) -> MergeRecipe:
