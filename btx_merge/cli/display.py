@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE
@@ -32,6 +32,7 @@ from btx_merge.model.info import ModelInfo
 from btx_merge.reporting import printable, readable
 
 if TYPE_CHECKING:
+    from btx_merge.inspecting.figures import ModelFigures
     from btx_merge.inspecting.run import RoutingReport
     from btx_merge.model.held_out import LayerFit
 
@@ -225,11 +226,22 @@ def print_routing(report: RoutingReport) -> None:
         table.add_row(*map(printable, (domain.domain, *cells, regret)))
     console.print(table)
     for figures in (report.model, *([report.against] if report.against else [])):
-        for item in figures.neglected:
-            kind = "dead" if item.is_dead else "cold"
-            line = f"{kind}  {item.expert} in layer {item.layer} of {figures.model}: {item.load:.2%} of the choices"
+        for line in _neglect_lines(figures):
             console.print(printable(line), soft_wrap=True)
     console.print(_facts({"written": str(report.output), "took": f"{report.seconds:.1f} s"}))
+
+
+def _neglect_lines(figures: ModelFigures) -> Iterator[str]:
+    """Return a line for each expert that is dead in some layers, then one for each that is cold in some."""
+    for kind in ("dead", "cold"):
+        for expert in figures.experts:
+            found = [item for item in figures.neglected if item.expert == expert and item.is_dead == (kind == "dead")]
+            if not found:
+                continue
+            layers = ", ".join(str(item.layer) for item in found)
+            where, at_most = ("layers", "at most ") if len(found) > 1 else ("layer", "")
+            load = f"{at_most}{max(item.load for item in found):.2%} of the choices"
+            yield f"{kind}  {expert} in {where} {layers} of {figures.model}: {load}"
 
 
 def print_evaluation(report: EvalReport) -> None:

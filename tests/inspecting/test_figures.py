@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from btx_merge.cli.display import print_routing
 from btx_merge.inspecting.figures import DomainFigures, ModelFigures, WorstToken
+from btx_merge.inspecting.run import RoutingReport
 
 
 def domain_of(name: str, share: list[tuple[float, ...]], **changes: Any) -> DomainFigures:
@@ -34,6 +37,18 @@ def test_load_counts_each_domain_alike() -> None:
     dead, cold = figures.neglected  # an ideal share is a third
     assert (dead.layer, dead.expert, dead.load, dead.is_dead) == (0, "bio", 0.002, True)
     assert (cold.layer, cold.expert, cold.load, cold.is_dead) == (1, "bio", 0.04, False)
+
+
+def test_neglected_experts_are_told_with_their_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    share = [(0.997, 0.002, 0.001), (0.96, 0.0, 0.04), (0.9, 0.04, 0.06)]
+    figures = ModelFigures("m", "top_k", ("code", "law", "bio"), (domain_of("code", share),))
+    print_routing(RoutingReport(Path("out"), figures, None, 1.0))
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith(("dead", "cold"))] == [
+        "dead  law in layers 0, 1 of m: at most 0.20% of the choices",
+        "dead  bio in layer 0 of m: 0.10% of the choices",
+        "cold  law in layer 2 of m: 4.00% of the choices",
+        "cold  bio in layers 1, 2 of m: at most 6.00% of the choices",
+    ]
 
 
 def test_own_expert_first() -> None:
