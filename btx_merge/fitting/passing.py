@@ -5,7 +5,6 @@ Legend: B windows, T tokens in each, N = B * T, H hidden, Q inputs of the output
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +16,6 @@ from btx_merge.fitting.states import States
 from btx_merge.fitting.streams import TokenStream
 from btx_merge.modeling.configuration_btx import BTXConfig
 from btx_merge.modeling.modeling_btx import BTXDecoderLayer
-
-Block = Callable[[torch.Tensor], torch.Tensor]
-"""A feed-forward block: from what stands behind its norm, [B, T, H], to what it adds."""
-
 
 ATTENTION = "btx_documents"
 """transformers' name of the attention below: `_attn_implementation` of a config whose layers are sent through here."""
@@ -54,11 +49,18 @@ class Passage:
             hidden = states[batch]
             states[batch] = hidden + self.attention(layer, stream, hidden, batch).added
 
-    def feed_forward(self, stream: TokenStream, states: States, layer: Any, block: Block) -> None:
-        """Send all states of a stream through a layer's norm and a feed-forward block, in place."""
+    def feed_forward(self, stream: TokenStream, states: States, layer: Any, through: str = "router") -> None:
+        """Send all states of a stream through a layer's norm and feed-forward block, in place.
+
+        Args:
+            through: router, for the block as it is, which in a source's layer is dense; expert, for the domain's own
+                expert alone.
+        """
         for batch in stream.batches(stream.all):
             hidden = states[batch]
-            states[batch] = hidden + block(layer.post_attention_layernorm(hidden))
+            read = layer.post_attention_layernorm(hidden)
+            added = own_experts(layer, stream, read) if through == "expert" else layer.mlp(read)
+            states[batch] = hidden + added
 
     def attention(self, layer: Any, stream: TokenStream, hidden: torch.Tensor, batch: slice) -> Attended:
         """Compute a layer's attention for one batch of states. No document sees another.

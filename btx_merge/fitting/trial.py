@@ -19,7 +19,7 @@ from btx_merge.architectures.llama import EMBEDDING, HEAD
 from btx_merge.fitting.checkpoint import Checkpoint
 from btx_merge.fitting.dense_source import DenseSource, row_blocks
 from btx_merge.fitting.equations import Moments, Statistics
-from btx_merge.fitting.passing import Block, Passage, own_experts
+from btx_merge.fitting.passing import Passage
 from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.streams import TokenStream
 from btx_merge.model.held_out import DomainLoss
@@ -53,6 +53,7 @@ class Trial:
         self.walked = [stream for stream in streams if not stream.is_prompt]
         self.windows = [stream.held_out_alone() for stream in self.walked]
         """The held-out windows of each of them, whose states go the other way."""
+        self.other_way = "expert" if task.through == "router" else "router"
         self.moves_sources = not task.combine
 
     def streams(self) -> list[tuple[TokenStream, DenseSource | None]]:
@@ -63,12 +64,12 @@ class Trial:
         """Send the windows through a layer as it was just fitted."""
         for stream, source in self.streams():
             self.passage.attend(stream, stream.merged, layer)
-            self.passage.feed_forward(stream, stream.merged, layer, self._other_block(layer, stream))
+            self.passage.feed_forward(stream, stream.merged, layer, self.other_way)
             if source:
-                attention, feed_forward = (source.read_part(index, part) for part in ("attention", "feed_forward"))
-                self.passage.attend(stream, stream.dense, source.layer(index, attention))
-                dense = source.layer(index, feed_forward)
-                self.passage.feed_forward(stream, stream.dense, dense, dense.mlp)
+                weights = source.read_part(index, "attention") | source.read_part(index, "feed_forward")
+                dense = source.layer(index, weights)
+                self.passage.attend(stream, stream.dense, dense)
+                self.passage.feed_forward(stream, stream.dense, dense)
 
     def losses(self) -> tuple[DomainLoss, ...]:
         """Compute what comes out behind the last layer, with the head as it was fitted.
@@ -91,13 +92,10 @@ class Trial:
     def _bits_by_domain(self) -> Moments:
         """Return by domain bits per byte by `_WAYS`, [3]; NaN where there is no source."""
         norm = self.passage.norm(self.checkpoint.read("model.norm.weight"))
-        through_router = self.task.through == "router"
         found = {}
         for walked, windows in zip(self.walked, self.windows, strict=True):
-            merged = walked.merged[walked.held_out], windows.merged[windows.all]
-            routed, own = merged if through_router else merged[::-1]
-            states = {"own_expert": own, "routed": routed}
-            ways = {way: norm(hidden) for way, hidden in states.items()}
+            merged = {self.task.through: walked.merged[walked.held_out], self.other_way: windows.merged[windows.all]}
+            ways = {"own_expert": norm(merged["expert"]), "routed": norm(merged["router"])}
             if windows.name in self.sources:
                 dense = windows.dense[windows.all] if self.moves_sources else walked.dense[walked.held_out]
                 source = self.sources[windows.name]
@@ -106,12 +104,6 @@ class Trial:
             bits = [self._bits(windows, ways[way], way) if way in ways else math.nan for way in _WAYS]
             found[windows.name] = torch.tensor(bits, dtype=torch.float64)
         return found
-
-    def _other_block(self, layer: BTXDecoderLayer, stream: TokenStream) -> Block:
-        """Return the block that the walk does not send tokens through."""
-        if self.task.through == "router":
-            return lambda read: own_experts(layer, stream, read)
-        return lambda read: torch.as_tensor(layer.mlp(read))
 
     def _bits(self, stream: TokenStream, states: torch.Tensor, way: str) -> float:
         """Return bits per byte of a stream's windows.

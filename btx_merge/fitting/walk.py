@@ -15,7 +15,7 @@ from btx_merge.architectures.llama import EMBEDDING
 from btx_merge.fitting.checkpoint import Checkpoint
 from btx_merge.fitting.dense_source import DenseSource, row_blocks
 from btx_merge.fitting.equations import Statistics
-from btx_merge.fitting.passing import ATTENTION, Block, Passage, own_experts
+from btx_merge.fitting.passing import ATTENTION, Passage
 from btx_merge.fitting.reading import ReadAhead, Tensors, fill_layer
 from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.routers import RouterFit
@@ -108,7 +108,7 @@ class Walk:
         fits = self.routers.fit(index, layer) if self.routers else []
         if self.passes:
             for stream in self.streams:
-                self.passage.feed_forward(stream, stream.merged, layer, self._block(layer, stream))
+                self.passage.feed_forward(stream, stream.merged, layer, self.task.through)
             if self.trial:
                 self.trial.pass_layer(index, layer)
         return fits
@@ -148,10 +148,4 @@ class Walk:
         by_name = {stream.name: stream for stream in self.streams}
         for name, source in self.sources.items():
             dense = source.layer(index, weights.take(f"feed-forward {index} of {name}"))
-            self.passage.feed_forward(by_name[name], by_name[name].dense, dense, dense.mlp)
-
-    def _block(self, layer: BTXDecoderLayer, stream: TokenStream) -> Block:
-        """Return what leads to the next layer: the domain's own expert, or what the router chooses."""
-        if self.task.through == "router":
-            return lambda read: torch.as_tensor(layer.mlp(read))
-        return lambda read: own_experts(layer, stream, read)
+            self.passage.feed_forward(by_name[name], by_name[name].dense, dense)
