@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import bench
 import merge
 from merge import Contender, NoSpace, make_sources, programs, race, report, say, source_options
 
@@ -29,7 +30,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     model, out, kept = folder / "model", folder / "out", folder / "kept"
     facts, btx, failed = merge.machine(options, folder), programs(options)["btx"], False
-    print("\n".join(f"- {fact}: {value}" for fact, value in facts.items()), end="\n\n")
+    print(bench.listed(facts), end="")
     try:
         sources = make_sources(folder, shape, options.dtype, options.experts, results=2)
         subprocess.run([btx, "merge", *source_options(sources), "--overwrite", "-q", "-o", str(model)], check=True)

@@ -8,33 +8,28 @@ What is measured: the walk from the embedding to the head, checkpoints read from
 Beside it: the same windows through transformers' models, which are loaded before the clock starts, without heads. For
 the fit of the routers that is the merged model; for that of shared weights as well it is the merged model, and each
 domain's own source on that domain's windows. Both take their rounds in turns, and the ratio is taken round by round:
-of CPU seconds on a CPU, of wall seconds on a GPU. The models are made at random, so nothing is said of what a fit is
-worth.
+of CPU seconds on a CPU with one thread, otherwise of wall seconds. `--dtype` is that of the checkpoints. The models
+are made at random, so nothing is said of what a fit is worth.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import platform
 import random
-import shlex
 import shutil
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import bench
 import torch
 import transformers
 from btx_merge.modeling import BTXConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from btx_merge import DomainText, MergeRecipe, merge
 from btx_merge.fitting.checkpoint import Checkpoint
@@ -64,12 +59,8 @@ ROUTERS, ALL = "routers (`btx fit`)", "shared weights, head, routers (`btx merge
 def made_up_models(folder: Path, names: Sequence[str], options: argparse.Namespace) -> None:
     """Write a seed and the experts, which are the seed with noise, and a tokenizer with one token a word."""
     torch.manual_seed(0)
-    shape = {name: getattr(options, name) for name in SHAPE}
-    seed: Any = LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True))
-    tokens = {f"w{number}": number for number in range(options.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made: Any = PreTrainedTokenizerFast
+    config = LlamaConfig(**bench.shape_of(options, SHAPE), bos_token_id=0, eos_token_id=0, tie_word_embeddings=True)
+    seed: Any = LlamaForCausalLM(config)
     for number, name in enumerate(["seed", *names]):
         torch.manual_seed(number)
         with torch.no_grad():
@@ -77,19 +68,17 @@ def made_up_models(folder: Path, names: Sequence[str], options: argparse.Namespa
                 parameter.add_(0.005 * torch.randn_like(parameter))
         seed.to(getattr(torch, options.dtype)).save_pretrained(folder / name)
         seed.float()
-        made(tokenizer_object=tokenizer, bos_token="w0", eos_token="w0").save_pretrained(folder / name)
+        bench.word_tokenizer(options.vocab_size).save_pretrained(folder / name)
 
 
 def made_up_texts(folder: Path, names: Sequence[str], options: argparse.Namespace) -> dict[str, DomainText]:
     """Write a text for each domain, of documents with 20 to 600 words, each domain with a part of the vocabulary."""
     texts, part = {}, options.vocab_size // len(names)
     for number, name in enumerate(names):
-        rng, left = random.Random(number), options.tokens + 600
-        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            while left > 0:
-                words = [f"w{number * part + rng.randrange(part)}" for _ in range(rng.randint(20, 600))]
-                file.write(json.dumps({"text": " ".join(words)}) + "\n")
-                left -= len(words)
+        rng, lengths = random.Random(number), [600]
+        while sum(lengths) < options.tokens + 600:
+            lengths.append(rng.randint(20, 600))
+        bench.write_text(folder / f"{name}.jsonl", lengths, range(number * part, (number + 1) * part))
         texts[name] = DomainText(name, (str(folder / f"{name}.jsonl"),))
     return texts
 
@@ -125,36 +114,30 @@ class Fit:
         """Read the texts."""
         return streams_of(self.merged, self.config, self.task.texts, {}, self.task.domain_tokens)
 
-    def forward_passes(self, streams: Sequence[TokenStream]) -> None:
-        """Send every domain through the merged model, and through its own source where shared weights are fitted."""
-        for stream in streams:
-            forward(self.models["merged"], stream, self.options.batch_size)
-            if stream.name in self.opened:
-                forward(self.models[stream.name], stream, self.options.batch_size)
+    def forward_passes(self) -> bench.Cost:
+        """Time every domain's way through the merged model, and through its source where shared weights are fitted."""
+        streams = self.streams()
 
-    def walk(self, streams: Sequence[TokenStream], work: Path) -> None:
-        """Fit the checkpoint in the folder `work`."""
-        whole = [Segment(0, 0, self.options.vocab_size)]
-        dense = {name: DenseSource(source, whole, self.device) for name, source in self.opened.items()}
-        checkpoint = Checkpoint(work, self.device)
-        Walk(checkpoint, self.config, streams, Statistics(None, {}), self.task, dense).run(Reporter())
+        def passes() -> None:
+            for stream in streams:
+                forward(self.models["merged"], stream, self.options.batch_size)
+                if stream.name in self.opened:
+                    forward(self.models[stream.name], stream, self.options.batch_size)
 
-    def round(self, is_odd: bool) -> dict[str, tuple[float, float]]:
-        """Time both, in one order or the other: wall seconds and CPU seconds."""
-        spent, streams = {}, self.streams()
+        return bench.timed(passes, self.options.device)[1]
+
+    def walk(self) -> bench.Cost:
+        """Time a fit of a copy of the merged model."""
+        streams, whole = self.streams(), [Segment(0, 0, self.options.vocab_size)]
         with TemporaryDirectory(dir=self.folder) as copy:
             work = Path(shutil.copytree(self.merged, Path(copy) / "work"))
-            ways = {"passes": lambda: self.forward_passes(streams), "walk": lambda: self.walk(streams, work)}
-            for name in list(ways)[:: -1 if is_odd else 1]:
-                spent[name] = self._timed(ways[name])
-        return spent
 
-    def _timed(self, work: Callable[[], None]) -> tuple[float, float]:
-        wall, cpu = time.perf_counter(), time.process_time()
-        work()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - wall, time.process_time() - cpu
+            def fit() -> None:
+                dense = {name: DenseSource(source, whole, self.device) for name, source in self.opened.items()}
+                checkpoint = Checkpoint(work, self.device)
+                Walk(checkpoint, self.config, streams, Statistics(None, {}), self.task, dense).run(Reporter())
+
+            return bench.timed(fit, self.options.device)[1]
 
 
 @contextlib.contextmanager
@@ -167,10 +150,6 @@ def busy(programs: int) -> Iterator[None]:
         for other in others:
             other.kill()
             other.wait()
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}-{max(values):.{digits}f}]"
 
 
 def fits(folder: Path, options: argparse.Namespace) -> dict[str, Fit]:
@@ -194,41 +173,22 @@ def fits(folder: Path, options: argparse.Namespace) -> dict[str, Fit]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (SHAPE | RUN).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"{default}")
+    parser = bench.parser_of(__doc__, SHAPE | RUN)
     parser.add_argument("--busy", type=int, default=0, help="other programs that keep a core busy meanwhile")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the checkpoints")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    options = parser.parse_args()
+    options = bench.parse(parser)
     quiet: Any = transformers.logging
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
-    torch.set_num_threads(options.threads)
-    seconds: dict[str, list[dict[str, tuple[float, float]]]] = {ROUTERS: [], ALL: []}
-    with TemporaryDirectory() as folder:
-        prepared = fits(Path(folder), options)
-        with busy(options.busy):
-            for number in range(-1, options.rounds):  # the first is to warm up
-                for name, fit in prepared.items():
-                    spent = fit.round(is_odd=bool(number % 2))
-                    if number >= 0:
-                        seconds[name].append(spent)
-
-    cuda = options.device == "cuda"
-    device = torch.cuda.get_device_name() if cuda else platform.machine()
-    print(f"- command: {shlex.join(['python', *sys.argv])}")
-    print(f"- device: {device}, {options.threads} threads; {options.experts:,} x {options.tokens:,} tokens")
-    print(f"- versions: torch {torch.__version__}, transformers {transformers.__version__}\n")
-    clock = 0 if cuda else 1
-    unit = "wall s" if cuda else "CPU s"
-    print(f"| fitted | forward passes, {unit} | walk, {unit} | walk / forward passes |")
-    print("|---|---|---|---|")
-    for name, rounds in seconds.items():
-        passes, walks = [r["passes"][clock] for r in rounds], [r["walk"][clock] for r in rounds]
-        ratios = [walk / forward for walk, forward in zip(walks, passes, strict=True)]
-        print(f"| {name} | {spread(passes, 1)} | {spread(walks, 1)} | {spread(ratios)} |")
-    print(f"\ngoal: at most {GOAL}")
+    rows = []
+    with TemporaryDirectory() as folder, busy(options.busy):
+        for name, fit in fits(Path(folder), options).items():
+            costs = bench.in_turns({"passes": fit.forward_passes, "walk": fit.walk}, options.rounds)
+            walk, passes = costs["walk"], costs["passes"]
+            figures = [bench.times(passes, options), bench.times(walk, options), bench.ratios(walk, passes, options)]
+            rows.append([name, *map(bench.spread, figures)])
+    print(bench.facts(options, texts=f"{options.experts:,} x {options.tokens:,} tokens"), end="")
+    print(bench.table(["fitted", "forward passes, s", "walk, s", "walk / forward passes"], rows), end="")
+    print(f"goal: at most {GOAL}")
 
 
 if __name__ == "__main__":

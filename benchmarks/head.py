@@ -13,9 +13,9 @@ import math
 import multiprocessing
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+import bench
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
@@ -105,9 +105,8 @@ def timed_fit(folder: Path, vocabulary: int, threads: int, rows: int) -> None:
     opened = {name: open_checkpoint(name, Located(folder / name), 1.0) for name in counts}
     sources = {name: DenseSource(source, whole, place) for name, source in opened.items()}
     checkpoint = Checkpoint(folder / "result", place)
-    wall, cpu = time.perf_counter(), time.process_time()
-    head.fit_head_by_frequency(checkpoint, sources, counts, moments, RIDGE)
-    print(f"{time.perf_counter() - wall:.1f} s, {time.process_time() - cpu:.1f} s of CPU")
+    _, cost = bench.timed(lambda: head.fit_head_by_frequency(checkpoint, sources, counts, moments, RIDGE), "cpu")
+    print(f"{cost.wall:.1f} s, {cost.cpu:.1f} s of CPU")
     print(f"peak memory: {readable(peak_memory())}, torch and transformers included")
     some = torch.unique(torch.logspace(0, math.log10(vocabulary), rows).long().clamp(max=vocabulary - 1))
     solved = torch.cat([checkpoint.read(HEAD, row, row + 1) for row in some.tolist()])
@@ -116,10 +115,7 @@ def timed_fit(folder: Path, vocabulary: int, threads: int, rows: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocabulary", type=int, default=128_000)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--domains", type=int, default=3)
+    parser = bench.parser_of(__doc__, {"vocabulary": 128_000, "hidden": 2048, "domains": 3})
     parser.add_argument("--threads", type=int, default=0, help="[torch's own]")
     parser.add_argument("--rows", type=int, default=20, help="that are solved by themselves, too")
     options = parser.parse_args()

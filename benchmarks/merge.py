@@ -18,9 +18,7 @@ import multiprocessing
 import os
 import platform
 import resource
-import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +27,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import bench
 
 SHARD_BYTES = 5 * 10**9
 CHUNK = 2**22  # values made at a time
@@ -325,15 +325,6 @@ def read_all(folders: list[Path]) -> None:
 # ---- the report
 
 
-def spread(values: list[float]) -> str:
-    digits = 0 if max(values) >= 100 else 1 if max(values) >= 10 else 2 if max(values) >= 1 else 3
-    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}-{max(values):.{digits}f}]"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n\n"
-
-
 def report(runs: list[Run]) -> str:
     """The figures, then their ratios to a reference's figures of the same round."""
     usual = [name for name in CONTENDERS if name in (run.contender for run in runs)]
@@ -344,28 +335,26 @@ def report(runs: list[Run]) -> str:
     for name in failed:
         del done[name]
     for name, by_round in done.items():
-        figures = [spread([getattr(run, figure) for run in by_round.values()]) for figure in FIGURES]
+        figures = [bench.spread([getattr(run, figure) for run in by_round.values()]) for figure in FIGURES]
         written = max(run.written for run in by_round.values())
         rows.append([CONTENDERS.get(name, name), *figures, f"{written:.3f}"])
-    text = table(["median [min-max]", *FIGURES.values(), "written GB"], rows)
+    text = bench.table(["median [min-max]", *FIGURES.values(), "written GB"], rows)
     for reference in [name for name in ("cp", "synced", "mixturekit") if name in done]:
         rows = []
         for name in [name for name in done if name != reference]:
             pairs = [(done[name][n], done[reference][n]) for n in done[name] if n in done[reference]]
             ratios = [[getattr(a, key) / (getattr(b, key) or math.nan) for a, b in pairs] for key in FIGURES]
-            rows.append([CONTENDERS[name], *(spread(ratio) if ratio else "" for ratio in ratios)])
-        text += table([f"times {CONTENDERS[reference]}'s, by round", *FIGURES.values()], rows)
+            rows.append([CONTENDERS[name], *(bench.spread(ratio) if ratio else "" for ratio in ratios)])
+        text += bench.table([f"times {CONTENDERS[reference]}'s, by round", *FIGURES.values()], rows)
     floor = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     return text + f"Peak RSS: no process can show less than this one's {floor:.0f} MB.\n"
 
 
 def machine(options: argparse.Namespace, folder: Path) -> dict[str, str]:
-    cpu = Path("/proc/cpuinfo").read_text().splitlines()
-    model = [line.split(": ")[1] for line in cpu if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     facts = {
-        "command": shlex.join(["python", *sys.argv]),
-        "CPU": f"{len(os.sched_getaffinity(0))} cores, {model[0] if model else platform.machine()}",
+        "command": bench.command(),
+        "CPU": f"{len(os.sched_getaffinity(0))} cores, {bench.cpu_name()}",
         "RAM": f"{memory / 1e9:.1f} GB",
         "kernel": platform.release(),
         "file system": output("df", "--output=fstype", str(folder)).split()[-1],
@@ -394,8 +383,7 @@ def say(text: str) -> None:
 
 
 def parse(description: str | None = __doc__) -> tuple[argparse.Namespace, Shape]:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=raw)
+    parser = bench.parser_of(description, {})
     fields = [field.name for field in dataclasses.fields(Shape)]
     parser.add_argument("--shape", default="tinyllama", help=f"{', '.join(SHAPES)}, JSON, or a config.json")
     for name in fields[:6]:
@@ -485,7 +473,7 @@ def main() -> int:
             shutil.rmtree(folder if options.work_dir else root, ignore_errors=True)
     experts = "" if options.memory else f"{options.experts} of "
     facts = {"checkpoints": f"{experts}{json.dumps(vars(shape))}, {options.dtype}"} | facts
-    print("\n".join(f"- {fact}: {value}" for fact, value in facts.items()), report(runs), sep="\n\n", end="")
+    print(bench.listed(facts) + report(runs), end="")
     if options.json:
         about = {"machine": facts, "shape": vars(shape), "experts": options.experts, "dtype": options.dtype}
         options.json.write_text(json.dumps(about | {"runs": [vars(run) for run in runs]}, indent=2) + "\n")

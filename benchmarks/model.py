@@ -10,19 +10,13 @@ wait for each other at the end of each operation, for milliseconds where another
 """
 
 import argparse
-import platform
-import re
-import shlex
 import statistics
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import bench
 import torch
-import transformers
 from btx_merge.modeling import BTXConfig, BTXForCausalLM
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
@@ -40,22 +34,16 @@ COEF = 0.01
 MODELS = ("BTX", "Mixtral", "dense Llama")
 
 
-class Cost(NamedTuple):
-    wall: float  # seconds
-    cpu: float  # seconds of all threads
-    peak: int  # bytes on the GPU above those before; 0 on a CPU
-
-
 Step = Callable[[], object]
-Costs = dict[str, list[Cost]]
+Costs = dict[str, list[bench.Cost]]
 
 
 def build(options: argparse.Namespace, **changes: int) -> dict[str, Any]:
     """BTX and Mixtral share their weights. Both give the same logits, or like would not be compared with like."""
-    common = {name: getattr(options, name) for name in SHAPE} | changes
+    common = bench.shape_of(options, SHAPE) | changes
     common |= {"rms_norm_eps": 1e-5, "max_position_embeddings": options.sequence_length + options.new_tokens}
     common |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    sparse = common | {name: getattr(options, name) for name in EXPERTS} | {"router_aux_loss_coef": COEF}
+    sparse = common | bench.shape_of(options, EXPERTS) | {"router_aux_loss_coef": COEF}
     torch.manual_seed(0)
     models: dict[str, Any] = {
         "BTX": BTXForCausalLM(BTXConfig(**sparse)),
@@ -114,27 +102,19 @@ def loss_of(model: Any, ids: torch.Tensor, balanced: bool) -> torch.Tensor:
     return loss
 
 
-def measure(step: Step, device: str) -> Cost:
-    cuda, before = device == "cuda", 0
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    wall, cpu = time.perf_counter(), time.process_time()
-    step()
-    if cuda:
-        torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before if cuda else 0
-    return Cost(time.perf_counter() - wall, time.process_time() - cpu, peak)
+def measure(step: Step, device: str) -> bench.Cost:
+    """Return what a step costs, with the memory that it takes of a GPU."""
+    if device != "cuda":
+        return bench.timed(step, device)[1]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    return bench.timed(step, device)[1]._replace(peak=torch.cuda.max_memory_allocated() - before)
 
 
-def in_turns(steps: dict[str, Step], options: argparse.Namespace) -> Costs:
-    """Each first once to warm up; then one of each a round, the order reversed every other round."""
-    costs: Costs = {name: [] for name in steps}
-    for number in range(-1, options.rounds):
-        for name in list(steps)[:: -1 if number % 2 else 1]:
-            costs[name].append(measure(steps[name], options.device))
-    return {name: measured[1:] for name, measured in costs.items()}
+def costs_of(steps: dict[str, Step], options: argparse.Namespace) -> Costs:
+    """Measure steps in turns."""
+    ways = {name: partial(measure, step, options.device) for name, step in steps.items()}
+    return bench.in_turns(ways, options.rounds)
 
 
 def routing_parts(options: argparse.Namespace, name: str, ids: torch.Tensor) -> dict[str, Step]:
@@ -190,37 +170,15 @@ def flops_to_dense(task: str, options: argparse.Namespace) -> float:
     return sparse / products(options, 1, 0, *rest)
 
 
-def spread(values: Sequence[float]) -> str:
-    digits = 1 if max(values) >= 10 else 2 if max(values) >= 0.1 else 3
-    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}-{max(values):.{digits}f}]"
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
-
-
-def clock(options: argparse.Namespace) -> str:
-    """Which time the ratios are taken of."""
-    return "cpu" if options.device == "cpu" and options.threads == 1 else "wall"
-
-
-def times(costs: list[Cost], options: argparse.Namespace) -> list[float]:
-    return [getattr(cost, clock(options)) for cost in costs]
-
-
-def ratios(over: list[Cost], under: list[Cost], options: argparse.Namespace) -> list[float]:
-    return [a / b for a, b in zip(times(over, options), times(under, options), strict=True)]
-
-
 def rows_of(task: str, costs: Costs, options: argparse.Namespace) -> list[list[str]]:
     active, rows = flops_to_dense(task, options), []
     for name in MODELS:
         wall, cpu, peak = zip(*costs[name], strict=True)
-        row = [task, name, spread(wall), spread(cpu), *([f"{max(peak) / 1e6:.0f}"] if any(peak) else [])]
-        row.append(spread(ratios(costs["Mixtral"], costs[name], options)) if name == "BTX" else "")
-        to_dense = ratios(costs[name], costs["dense Llama"], options)
+        row = [task, name, bench.spread(wall), bench.spread(cpu), *([f"{max(peak) / 1e6:.0f}"] if any(peak) else [])]
+        row.append(bench.spread(bench.ratios(costs["Mixtral"], costs[name], options)) if name == "BTX" else "")
+        to_dense = bench.ratios(costs[name], costs["dense Llama"], options)
         over = statistics.median(to_dense) / active
-        compared = [spread(to_dense), f"{active:.2f}", f"{over:.2f}, {'yes' if over <= 1.1 else 'no'}"]
+        compared = [bench.spread(to_dense), f"{active:.2f}", f"{over:.2f}, {'yes' if over <= 1.1 else 'no'}"]
         rows.append(row + (["", "", ""] if name == "dense Llama" else compared))
     return rows
 
@@ -233,23 +191,23 @@ def report(models: dict[str, Any], options: argparse.Namespace) -> str:
         "training step": {name: partial(train, model, ids) for name, model in models.items()},
     }
     tasks["training step"]["without loss"] = partial(train, models["BTX"], ids, balanced=False)
-    costs = {task: in_turns(steps, options) for task, steps in tasks.items()}
+    costs = {task: costs_of(steps, options) for task, steps in tasks.items()}
     head = ["task", "model", "wall s", "CPU s", *(["peak MB"] if options.device != "cpu" else [])]
     head += ["Mixtral's time / its", "its time / dense", "active FLOPs / dense", "time by FLOPs, within 1.1"]
-    text = table(head, [row for task in tasks for row in rows_of(task, costs[task], options)])
+    text = bench.table(head, [row for task in tasks for row in rows_of(task, costs[task], options)])
 
     steps = costs["training step"]
-    with_loss = [100 * (ratio - 1) for ratio in ratios(steps["BTX"], steps["without loss"], options)]
+    with_loss = [100 * (ratio - 1) for ratio in bench.ratios(steps["BTX"], steps["without loss"], options)]
     rows = []
     for name in MODELS[:2]:
-        parts = in_turns(routing_parts(options, name, ids), options)
-        both, routing, neither = (times(part, options) for part in parts.values())
-        whole = statistics.median(times(steps[name], options)) / 100
+        parts = costs_of(routing_parts(options, name, ids), options)
+        both, routing, neither = (bench.times(part, options) for part in parts.values())
+        whole = statistics.median(bench.times(steps[name], options)) / 100
         pairs = ((routing, neither), (both, routing), (both, neither))
-        shares = [spread([(a - b) / whole for a, b in zip(*pair, strict=True)]) for pair in pairs]
-        rows.append([name, *shares, spread(with_loss) if name == "BTX" else ""])
+        shares = [bench.spread([(a - b) / whole for a, b in zip(*pair, strict=True)]) for pair in pairs]
+        rows.append([name, *shares, bench.spread(with_loss) if name == "BTX" else ""])
     head = ["% of a training step", "routing", "balancing loss", "both (goal: < 3)", "loss, by the whole step"]
-    text += "\n" + table(head, rows)
+    text += bench.table(head, rows)
 
     rows = []
     logits = ids.numel() * options.num_hidden_layers * options.num_local_experts * models["BTX"].dtype.itemsize
@@ -257,36 +215,22 @@ def report(models: dict[str, Any], options: argparse.Namespace) -> str:
         plain, balanced = (saved_bytes(models[name], ids, on) for on in (False, True))
         rows.append([name, f"{plain:,}", f"{balanced - plain:,}", f"{(balanced - plain) / logits:.2f}"])
     head = ["bytes kept for the backward pass", "without loss", "more with it", f"times the router logits' {logits:,}"]
-    return text + "\n" + table(head, rows)
+    return text + bench.table(head, rows)
 
 
 def facts(models: dict[str, Any], options: argparse.Namespace) -> str:
-    known = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = re.search("model name\\s*: (.*)", known)
-    device = torch.cuda.get_device_name() if options.device == "cuda" else cpu[1] if cpu else platform.machine()
     chosen = (models[name].config._experts_implementation for name in MODELS[:2])
-    lines = {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": f"{device}, {options.threads} threads, {options.dtype}",
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-        "experts": " and ".join(map(str, dict.fromkeys(chosen))),
-        "task": f"{options.batch_size} x {options.sequence_length} tokens, {options.new_tokens} decoded after them",
-        "ratios of": f"{clock(options)} seconds",
-    }
-    return "".join(f"- {name}: {value}\n" for name, value in lines.items())
+    experts = " and ".join(map(str, dict.fromkeys(chosen)))
+    task = f"{options.batch_size} x {options.sequence_length} tokens, {options.new_tokens} decoded after them"
+    return bench.facts(options, experts=experts, task=task)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (SHAPE | EXPERTS | RUN).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"{default}")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = bench.parser_of(__doc__, SHAPE | EXPERTS | RUN)
     parser.add_argument("--experts-implementation", help="of BTX and Mixtral (transformers' choice)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = bench.parse(parser, "float16")
     models = build(options)
-    print(facts(models, options), flush=True)
+    print(facts(models, options), end="", flush=True)
     print(report(models, options), end="")
 
 
