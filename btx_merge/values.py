@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from btx_merge.errors import Problem
+from btx_merge.errors import InputError, Problem
 from btx_merge.reporting import short
 
 Rule = tuple[str, Callable[[Any], bool]]
@@ -122,6 +122,21 @@ def value_problems(recipe: Any, rules: Mapping[str, Rule], source: str = "recipe
             remedy = _size_remedy(value) if (expected, is_fine) == SHARD_SIZE else ""
             problems.append(Problem(source, item.name, short(value) if value != "" else "missing", expected, remedy))
     return problems
+
+
+def parse_field(recipe: Any, name: str, parse: Callable[[Any, str], Any], needed: str = "") -> list[Problem]:
+    """Put what `parse` makes of a value into a recipe, a frozen dataclass; return what is wrong with the value.
+
+    Args:
+        parse: takes the value and the field's name, and raises InputError.
+        needed: what is expected where nothing is given; without it, nothing has to be.
+    """
+    try:
+        value = parse(getattr(recipe, name), name)
+    except InputError as error:
+        return list(error.problems)
+    object.__setattr__(recipe, name, value)
+    return [Problem("recipe", name, "missing", needed)] if needed and not value else []
 
 
 def _remedy(value: Any) -> str:

@@ -9,7 +9,17 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.reporting import short
 from btx_merge.sources.source import SEED, ExpertSpec, as_spec
 from btx_merge.texts.references import DomainText, as_domain_texts
-from btx_merge.values import ABOVE_ZERO, RANDOM_SEED, Rule, at_least, is_text, mapping_problems, one_of, value_problems
+from btx_merge.values import (
+    ABOVE_ZERO,
+    RANDOM_SEED,
+    Rule,
+    at_least,
+    is_text,
+    mapping_problems,
+    one_of,
+    parse_field,
+    value_problems,
+)
 
 SHARED_UPDATES = ("auto", "update", "keep")
 ROW_INITS = ("ridge", "random", "zeros")
@@ -68,10 +78,7 @@ class EditRecipe:
         problems = value_problems(self, RULES) + _kind_problems(self)
         if not problems:
             problems += _change_problems(self)
-        try:
-            object.__setattr__(self, "domain_text", as_domain_texts(self.domain_text, "domain_text"))
-        except InputError as error:
-            problems += error.problems
+        problems += parse_field(self, "domain_text", as_domain_texts)
         for key in ("add", "replace"):
             specs, given = {}, getattr(self, key)
             for name, spec in given.items() if isinstance(given, Mapping) else ():

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.sources.source import as_spec
-from btx_merge.texts.references import DomainText, as_domain_texts
-from btx_merge.values import Rule, at_least, mapping_problems, one_of, value_problems
+from btx_merge.texts.references import ONE_DOMAIN, DomainText, as_domain_texts
+from btx_merge.values import Rule, at_least, mapping_problems, one_of, parse_field, value_problems
 
 DTYPES = ("float32", "bfloat16", "float16")
 ROUTINGS = ("domain",)
@@ -56,16 +56,8 @@ class EvalRecipe:
         expected = "`name: model`, one line for each"
         problems += mapping_problems("sources", self.sources, expected)
         problems += mapping_problems("against", self.against, expected) or self._name_problems()
-        try:
-            object.__setattr__(self, "data", as_domain_texts(self.data, "data"))
-            if not self.data:
-                problems.append(Problem("recipe", "data", "missing", "at least one domain, --data NAME=TEXT"))
-        except InputError as error:
-            problems += error.problems
-        try:
-            object.__setattr__(self, "btm_text", as_domain_texts(self.btm_text, "btm_text"))
-        except InputError as error:
-            problems += error.problems
+        problems += parse_field(self, "data", as_domain_texts, ONE_DOMAIN)
+        problems += parse_field(self, "btm_text", as_domain_texts)
         if (self.btm is None) != (not self.btm_text):
             found, other = ("btm", "btm_text") if self.btm_text else ("btm_text", "btm")
             problems.append(Problem("recipe", found, "missing", f"both, or {other} left out"))

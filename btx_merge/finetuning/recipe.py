@@ -8,8 +8,8 @@ from typing import Any
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.reporting import short
-from btx_merge.texts.references import DomainText, as_domain_texts
-from btx_merge.values import ABOVE_ZERO, Rule, at_least, mapping_problems, one_of, value_problems
+from btx_merge.texts.references import ONE_DOMAIN, DomainText, as_domain_texts
+from btx_merge.values import ABOVE_ZERO, Rule, at_least, mapping_problems, one_of, parse_field, value_problems
 
 TRAIN_MODES = ("routers", "shared", "all", "lora")
 TEACHERS = ("sources",)
@@ -147,13 +147,7 @@ Recipe = TrainRecipe | BranchRecipe
 
 def _problems(recipe: Recipe, rules: Mapping[str, Rule]) -> list[Problem]:
     """Return what is wrong with a recipe's values, and give it its texts in their usual form."""
-    problems = value_problems(recipe, rules)
-    try:
-        object.__setattr__(recipe, "data", as_domain_texts(recipe.data, "data"))
-        if not recipe.data:
-            problems.append(Problem("recipe", "data", "missing", "at least one domain, --data NAME=REFERENCE"))
-    except InputError as error:
-        problems += error.problems
+    problems = value_problems(recipe, rules) + parse_field(recipe, "data", as_domain_texts, ONE_DOMAIN)
     if not isinstance(recipe.arguments, Mapping) or not all(isinstance(name, str) for name in recipe.arguments):
         problems.append(Problem("recipe", "arguments", short(recipe.arguments), "`name: value`"))
     if recipe.train == "lora" and not problems and max(sharded_over(recipe).values()) > 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.texts.references import DomainText, as_domain_texts, as_prompts
-from btx_merge.values import ABOVE_ZERO, Rule, at_least, one_of, value_problems
+from btx_merge.values import ABOVE_ZERO, Rule, at_least, one_of, parse_field, value_problems
 
 FIT_THROUGH = ("expert", "router")
 TEXT_ROUTERS = ("ridge", "logistic")
@@ -53,14 +53,8 @@ class FitRecipe:
 
     def __post_init__(self) -> None:
         problems = value_problems(self, RULES)
-        try:
-            object.__setattr__(self, "domain_text", as_domain_texts(self.domain_text, "domain_text"))
-        except InputError as error:
-            problems += error.problems
-        try:
-            object.__setattr__(self, "prompts", as_prompts(self.prompts))
-        except InputError as error:
-            problems += error.problems
+        problems += parse_field(self, "domain_text", as_domain_texts)
+        problems += parse_field(self, "prompts", as_prompts)
         unused = "prompts" if self.method in TEXT_ROUTERS else "domain_text"
         if getattr(self, unused):
             problems.append(Problem("recipe", unused, f"given, but method {self.method} does not use it"))

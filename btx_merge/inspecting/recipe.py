@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES
-from btx_merge.errors import InputError, Problem
-from btx_merge.texts.references import DomainText, as_domain_texts
-from btx_merge.values import Rule, at_least, one_of, value_problems
+from btx_merge.errors import InputError
+from btx_merge.texts.references import ONE_DOMAIN, DomainText, as_domain_texts
+from btx_merge.values import Rule, at_least, one_of, parse_field, value_problems
 
 RULES: dict[str, Rule] = {
     "model": ("a merged checkpoint", bool),
@@ -51,12 +51,6 @@ class RoutingRecipe:
     are more than 400. With 0 the page has the figures alone."""
 
     def __post_init__(self) -> None:
-        problems = value_problems(self, RULES)
-        try:
-            object.__setattr__(self, "data", as_domain_texts(self.data, "data"))
-            if not self.data:
-                problems.append(Problem("recipe", "data", "missing", "at least one domain, --data NAME=REFERENCE"))
-        except InputError as error:
-            problems += error.problems
+        problems = value_problems(self, RULES) + parse_field(self, "data", as_domain_texts, ONE_DOMAIN)
         if problems:
             raise InputError(problems)

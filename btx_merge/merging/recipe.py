@@ -18,7 +18,7 @@ from btx_merge.merging.fits import REGMEAN_METHODS, fit_of_text
 from btx_merge.merging.recipe_file import as_resolved, read_recipe_file
 from btx_merge.reporting import short
 from btx_merge.sources.source import SEED, ExpertSpec, as_spec, path_as_text
-from btx_merge.texts.references import DomainText, as_domain_texts, as_prompts
+from btx_merge.texts.references import DomainText, as_domain_texts, as_prompts, plain_values
 from btx_merge.values import (
     ABOVE_ZERO,
     RANDOM_SEED,
@@ -26,6 +26,7 @@ from btx_merge.values import (
     Rule,
     at_least,
     one_of,
+    parse_field,
     parse_size,
     unknown_problems,
     value_problems,
@@ -161,10 +162,7 @@ class MergeRecipe:
                 problems += error.problems
         object.__setattr__(self, "experts", specs)
         for key, parse in (("domain_text", _by_name), ("prompts", as_prompts), ("resolved", as_resolved)):
-            try:
-                object.__setattr__(self, key, parse(getattr(self, key)))
-            except InputError as error:
-                problems += error.problems
+            problems += parse_field(self, key, parse)
         problems += value_problems(self, RULES)
         problems = problems or together_problems(self)
         if problems:
@@ -218,17 +216,15 @@ class MergeRecipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, which `from_dict` takes back; without `resolved`, which does not say what is merged."""
-        texts = {
-            name: {"text": list(text.references), "weight": text.weight} for name, text in self.domain_text.items()
-        }
+        texts = {name: plain_values(text) for name, text in self.domain_text.items()}
         prompts = {name: list(lines) for name, lines in self.prompts.items()}
         values = {**asdict(self), "domain_text": texts, "prompts": prompts}
         del values["resolved"]
         return values
 
 
-def _by_name(values: Any) -> dict[str, DomainText]:
-    return {text.name: text for text in as_domain_texts(values, "domain_text")}
+def _by_name(values: Any, key: str) -> dict[str, DomainText]:
+    return {text.name: text for text in as_domain_texts(values, key)}
 
 
 RULES: dict[str, Rule] = {

@@ -116,11 +116,11 @@ def _flags(names: Iterable[str]) -> str:
     return " ".join("--seed MODEL" if name == "seed" else f"--expert {name}=MODEL" for name in names)
 
 
-def as_resolved(values: Any) -> dict[str, dict[str, str]]:
+def as_resolved(values: Any, key: str) -> dict[str, dict[str, str]]:
     """Return the digests of the sources; what else a merge wrote down there is for people."""
     sources = values.get("sources", {}) if isinstance(values, Mapping) else values
     if not isinstance(sources, Mapping) or not all(is_text(part) for item in sources.items() for part in item):
         remedy = "Leave `resolved` out: then the sources are not compared."
         expected = "name to digest, as `btx merge` writes it"
-        raise InputError([Problem("recipe", "resolved.sources", short(sources), expected, remedy)])
+        raise InputError([Problem("recipe", f"{key}.sources", short(sources), expected, remedy)])
     return {"sources": dict(sources)}

@@ -14,7 +14,7 @@ from btx_merge.merging.fits import fit_of_text
 from btx_merge.merging.recipe import MergeRecipe
 from btx_merge.model.records import anchor_sources
 from btx_merge.sources.source import ExpertSpec
-from btx_merge.texts.references import DomainText, domain_texts_of
+from btx_merge.texts.references import domain_texts_of, plain_values
 from btx_merge.values import field_descriptions
 
 _WIDTH = 100  # of a comment in the file
@@ -54,17 +54,12 @@ def _absolute(values: Mapping[str, Any]) -> dict[str, Any]:
         del out["seed"]
     texts = out.get("domain_text")
     if isinstance(texts, Mapping):
-        plain = {name: _plain_text(text) for name, text in texts.items()}
-        anchored = domain_texts_of("command", plain, here, "domain_text")
-        out["domain_text"] = {text.name: _plain_text(text) for text in anchored}
+        anchored = domain_texts_of("command", texts, here, "domain_text")
+        out["domain_text"] = {text.name: plain_values(text) for text in anchored}
     if isinstance(out.get("experts"), Mapping):
         specs = out["experts"].items()
         out["experts"] = {name: spec["model"] if list(spec) == ["model"] else spec for name, spec in specs}
     return out
-
-
-def _plain_text(text: Any) -> Any:
-    return {"text": list(text.references), "weight": text.weight} if isinstance(text, DomainText) else text
 
 
 def _default(item: Field[Any]) -> Any:

@@ -19,6 +19,7 @@ from btx_merge.reporting import short
 from btx_merge.texts.readers import READERS, Record, is_installed, read_file, read_hub, suffix_of
 from btx_merge.values import is_number, is_text
 
+ONE_DOMAIN = "at least one domain, --data NAME=TEXT"
 EXTRA = "pip install '.[train]' in a checkout of btx-merge"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -93,6 +94,7 @@ def domain_texts_of(origin: str, values: Any, folders: Sequence[Path], key: str 
     texts = []
     for name, value in values.items():
         where = f"{key}.{name if isinstance(name, str) else short(name)}"
+        value = plain_values(value) if isinstance(value, DomainText) else value
         given = value if isinstance(value, Mapping) else {"text": value}
         text = given.get("text")
         listed = [_as_reference(item) for item in (text if isinstance(text, (list, tuple)) else [text])]
@@ -133,21 +135,22 @@ def as_domain_texts(values: Any, key: str) -> tuple[DomainText, ...]:
         values = dict(zip(names, values, strict=True))
     if not isinstance(values, Mapping):
         raise InputError([Problem("recipe", key, short(values), "`name: reference`, or DomainTexts")])
-    plain = {}
-    for name, text in values.items():
-        is_ours = isinstance(text, DomainText)
-        plain[name] = {"text": text.references, "weight": text.weight} if is_ours else text
-    return domain_texts_of("recipe", plain, [], key)
+    return domain_texts_of("recipe", values, [], key)
 
 
-def as_prompts(values: Any) -> dict[str, tuple[str, ...]]:
+def plain_values(text: DomainText) -> dict[str, Any]:
+    """Return a domain's texts as they stand under its name in a YAML file."""
+    return {"text": list(text.references), "weight": text.weight}
+
+
+def as_prompts(values: Any, key: str) -> dict[str, tuple[str, ...]]:
     """Return prompts by expert, each a line or several.
 
     Raises:
         InputError: something else; all of it in one error.
     """
     if not isinstance(values, Mapping):
-        raise InputError([Problem("recipe", "prompts", short(values), "`name: [line, line]`, one entry per expert")])
+        raise InputError([Problem("recipe", key, short(values), "`name: [line, line]`, one entry per expert")])
     problems, prompts = [], {}
     for name, given in values.items():
         lines = (given,) if isinstance(given, str) else given
@@ -155,8 +158,8 @@ def as_prompts(values: Any) -> dict[str, tuple[str, ...]]:
         if is_text(name) and is_list and all(is_text(line) and line.strip() for line in lines):
             prompts[name] = tuple(lines)
         else:
-            key = name if isinstance(name, str) else short(name)
-            problems.append(Problem("recipe", f"prompts.{key}", short(given), "lines of text"))
+            where = f"{key}.{name if isinstance(name, str) else short(name)}"
+            problems.append(Problem("recipe", where, short(given), "lines of text"))
     if problems:
         raise InputError(problems)
     return prompts

@@ -191,7 +191,7 @@ def test_values_that_cannot_be_meant(changes: dict[str, Any], found: str) -> Non
 
 
 def test_no_text() -> None:
-    with pytest.raises(InputError, match="recipe: data: missing; expected at least one domain, --data NAME=REFERENCE"):
+    with pytest.raises(InputError, match="recipe: data: missing; expected at least one domain, --data NAME=TEXT"):
         RoutingRecipe("m")
 
 
