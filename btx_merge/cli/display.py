@@ -121,14 +121,18 @@ def print_check(checked: Check) -> None:
     console = _console()
     console.print(table)
     recipe = plan.recipe
-    lossless = "; every source has the seed's, averaging loses nothing" if checked.is_lossless else ""
+    shared = recipe.combine
+    if recipe.has_own_head:
+        shared += ", a head of its own"
+    if recipe.evidence:
+        shared += f", marks of the domain ({recipe.evidence:g})"
+    if recipe.fold_norms:
+        shared += ", norms folded into the experts"
+    if checked.is_lossless:
+        shared += "; every source has the seed's, averaging loses nothing"
     lines = {
         "experts": f"{plan.num_experts} ({recipe.expert_mode}): {', '.join(plan.expert_names)}",
-        "shared weights": recipe.combine
-        + (", a head of its own" if recipe.has_own_head else "")
-        + (f", marks of the domain ({recipe.evidence:g})" if recipe.evidence else "")
-        + (", norms folded into the experts" if recipe.fold_norms else "")
-        + lossless,
+        "shared weights": shared,
         "routers": f"{recipe.router_type}, {recipe.router_init}, experts per token: {plan.experts_per_token}",
         "parameters": f"{count(plan.parameters)} in all, {count(plan.active_parameters)} active per token",
         "vocabulary": f"{plan.vocabulary.size:,} rows, {len(plan.vocabulary.new_tokens)} tokens new to the seed",

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from btx_merge.architectures.btx import active_parameters, experts_per_token
 from btx_merge.editing.plan import EditPlan
 from btx_merge.merging.card import combined_over, expert_numbers, languages, planned_sizes, published, source_row
+from btx_merge.merging.recipe_file import source_references
 from btx_merge.model.card import LICENCE_KEYS, UNTRAINED, sizes, with_metadata
 from btx_merge.sources.cards import front_matter
-from btx_merge.sources.source import SEED
+from btx_merge.sources.source import SEED, Source
 
 _COMBINED = re.compile(r"^(- Attention, embeddings, norms and head: `\w+` over ).*\.$", re.MULTILINE)
 _ROW = re.compile(r"^\| (\S+) \| (.*) \| (.*) \| ([\d, ]+|none) \|\n", re.MULTILINE)
@@ -94,20 +95,13 @@ def _edited_table(body: str, edit: EditPlan) -> str:
 def _edited_metadata(metadata: Mapping[str, Any], edit: EditPlan) -> dict[str, Any]:
     """Return the card's metadata with the base models and languages of the new set.
 
-    A base model goes only if no source that stays was made from it. The licence goes if a new source has another one:
-    which licence the result may have is for its author to say.
+    The licence goes if a new source has another one: which licence the result may have is for its author to say.
     """
     out = dict(metadata)
-    specs = edit.values.get("experts") or {}
-    references = {name: spec.get("model") if isinstance(spec, dict) else spec for name, spec in specs.items()}
-    stays = {origin for origin in edit.origins.values() if origin}
-    used = {str(edit.values.get("seed")), *(str(references[name]) for name in stays if name in references)}
-    gone = {str(reference) for name, reference in references.items() if name not in stays} - used
     new = [source for source in edit.mixture.sources if source.name in edit.new]
     given = out.get("base_model") or []
     before = given if isinstance(given, list) else [given]
-    bases = [base for base in before if base not in {reference.partition("@")[0] for reference in gone}]
-    bases = list(dict.fromkeys([*bases, *(base for source in new for base in published(source))]))
+    bases = _edited_bases(before, edit, new)
     if bases != before:
         for key in ("base_model", "base_model_relation"):
             out.pop(key, None)
@@ -120,3 +114,21 @@ def _edited_metadata(metadata: Mapping[str, Any], edit: EditPlan) -> dict[str, A
     if known := languages([out, *cards]):
         out["language"] = known
     return out
+
+
+def _edited_bases(before: Sequence[Any], edit: EditPlan, new: Sequence[Source]) -> list[Any]:
+    """Return the base models of the new set, each once.
+
+    One of those before goes only if no source that stays was made from it.
+
+    Args:
+        before: those of the card.
+        new: the sources that were added.
+    """
+    stays = {SEED, *edit.origins.values()}
+    ids = {name: reference.partition("@")[0] for name, reference in source_references(edit.values).items()}
+    used = {ids[name] for name in ids if name in stays}
+    bases = [base for base in before if base in used or base not in ids.values()]
+    for source in new:
+        bases += published(source)
+    return list(dict.fromkeys(bases))

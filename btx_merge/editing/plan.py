@@ -57,8 +57,15 @@ class EditPlan:
     def router_inits(self) -> dict[str, str]:
         """How the router's row of every new expert comes about: ridge, random, zeros or kept."""
         texts = {text.name for text in self.recipe.domain_text}
-        kept = {name: "kept" if name in self.recipe.replace else "random" for name in self.new}
-        return {name: self.recipe.router_init or ("ridge" if name in texts else kept[name]) for name in self.new}
+        inits = {}
+        for name in self.new:
+            if self.recipe.router_init:
+                inits[name] = self.recipe.router_init
+            elif name in texts:
+                inits[name] = "ridge"
+            else:
+                inits[name] = "kept" if name in self.recipe.replace else "random"
+        return inits
 
     @cached_property
     def row_origins(self) -> list[int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -16,6 +17,14 @@ _TRAINED = {
     "all": "All weights were trained.",
     "ff": "Its feed-forward blocks were trained; every other weight is the seed's own, to the byte.",
 }
+_LOSSES = {
+    "loss": "loss",
+    "lm_loss": "LM loss",
+    "teacher_loss": "teacher's loss",
+    "aux_loss": "balancing loss",
+    "dead_experts": "dead experts",
+}
+"""What is logged, and what the card calls it."""
 _TAUGHT = "\nEach domain was taught by its own source, whose divergence from the model joined the loss."
 
 
@@ -27,26 +36,6 @@ def training_section(verb: str, entry: Mapping[str, Any], history: Sequence[Mapp
         entry: the record of the run.
         history: what was logged.
     """
-    held_out = entry["held_out_perplexity"]
-    total = sum(domain["weight"] for domain in entry["data"])
-    rows = []
-    for domain in entry["data"]:
-        before, after = held_out["before"].get(domain["name"]), held_out["after"].get(domain["name"])
-        figures = [f"{value:.4g}" if value is not None else "" for value in (before, after)]
-        texts = ", ".join(map(code_in_card, domain["references"]))
-        rows.append([domain["name"], texts, f"{domain['weight'] / total:.0%}", *figures])
-    table = _table(["domain", "texts", "share", "held-out perplexity before", "after"], rows)
-    logged = [item for item in history if "loss" in item]
-    shown = logged[:: max(1, -(-len(logged) // 10))]
-    if logged and shown[-1] is not logged[-1]:
-        shown.append(logged[-1])
-    titles = {"loss": "loss", "lm_loss": "LM loss", "teacher_loss": "teacher's loss"}
-    titles |= {"aux_loss": "balancing loss", "dead_experts": "dead experts"}
-    keys = [key for key in titles if logged and key in logged[-1]]
-    curve = _table(
-        ["step", *(titles[key] for key in keys)],
-        [[str(item["step"]), *(f"{item[key]:.4g}" if key in item else "" for key in keys)] for item in shown],
-    )
     arguments = entry["arguments"]
     taught = _TAUGHT if entry.get("teacher") else ""
     return f"""## Training
@@ -56,10 +45,38 @@ def training_section(verb: str, entry: Mapping[str, Any], history: Sequence[Mapp
 
 {OF_THIS_MODEL}
 
-{table}
-{curve}
+{_mixture(entry)}
+{_curve(history)}
 ![the curves of the run]({PICTURE})
 """
+
+
+def _mixture(entry: Mapping[str, Any]) -> str:
+    """Write the table of the domains, with what their held-out text costs before and after."""
+    held_out = entry["held_out_perplexity"]
+    total = sum(domain["weight"] for domain in entry["data"])
+    rows = []
+    for domain in entry["data"]:
+        name, texts = domain["name"], ", ".join(map(code_in_card, domain["references"]))
+        before, after = held_out["before"].get(name), held_out["after"].get(name)
+        rows.append([name, texts, f"{domain['weight'] / total:.0%}", _figure(before), _figure(after)])
+    return _table(["domain", "texts", "share", "held-out perplexity before", "after"], rows)
+
+
+def _curve(history: Sequence[Mapping[str, Any]]) -> str:
+    """Write the table of the losses at some ten steps, evenly apart, and at the last."""
+    logged = [item for item in history if "loss" in item]
+    apart = max(1, math.ceil(len(logged) / 10))
+    shown = logged[::apart]
+    if logged and shown[-1] is not logged[-1]:
+        shown.append(logged[-1])
+    keys = [key for key in _LOSSES if logged and key in logged[-1]]
+    rows = [[str(item["step"]), *(_figure(item.get(key)) for key in keys)] for item in shown]
+    return _table(["step", *(_LOSSES[key] for key in keys)], rows)
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
 
 
 def branch_card(seed: Located, entry: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ Legend: N tokens of a window, R of them routed as text, X experts with their chu
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -97,16 +98,7 @@ class Tally:
         """Return the means."""
         routed = max(1, self._routed)
         choices = self._choices.sum(dim=-1, keepdim=True).clamp(min=1)
-        per_token = {"without": self._without / self._tokens, "alone": self._alone / self._tokens}
         is_measured = len(self._alone) > 0
-        named = {
-            kind: {
-                name: value
-                for name, value in zip(self._experts, values.tolist(), strict=is_measured)
-                if value == value  # NaN: the only expert cannot be switched off
-            }
-            for kind, values in per_token.items()
-        }
         return DomainFigures(
             domain=self._domain,
             tokens=self._tokens,
@@ -116,11 +108,18 @@ class Tally:
             first=_grid(self._first / routed),
             weight=_grid(self._gates / routed),
             entropy=tuple((self._entropy / routed).tolist()),
-            without=named["without"],
-            alone=named["alone"],
+            without=self._by_expert(self._without),
+            alone=self._by_expert(self._alone),
             regret=float(self._regret) / self._tokens if is_measured else None,
             worst=tuple(item for _, _, item in sorted(self._worst, reverse=True, key=lambda entry: entry[:2])),
         )
+
+    def _by_expert(self, losses: torch.Tensor) -> dict[str, float]:
+        """Return the mean over the tokens of each expert's losses; nothing if they were not measured."""
+        if not len(losses):
+            return {}
+        means = zip(self._experts, (losses / self._tokens).tolist(), strict=True)
+        return {name: mean for name, mean in means if not math.isnan(mean)}  # NaN: the only one is never switched off
 
 
 def _grid(values: torch.Tensor) -> Grid:

@@ -253,13 +253,16 @@ class Mixture(Layout):
     def output_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Return name and shape of every tensor of the result, in the order in which a token meets them."""
         config = {**self.seed.config, "vocab_size": self.vocabulary.size, "tie_word_embeddings": self.tied}
-        shared = {name: shape for name, shape in expected_tensors(config).items() if ".mlp." not in name}
+        dense = expected_tensors(config)
         sizes = {**dimensions(config), "E": self.num_experts, "I": self.expert_width, "2I": 2 * self.expert_width}
-        moe = {name: tuple(sizes[letter] for letter in letters.split()) for name, letters in _MOE_TENSORS.items()}
-        of_layer = [name for name in (*SHARED_TENSORS, *ATTENTION_BIASES) if "{layer}" in name]
-        yield EMBEDDING, shared[EMBEDDING]
+        yield EMBEDDING, dense[EMBEDDING]
         for layer in range(config["num_hidden_layers"]):
-            names = [name.format(layer=layer) for name in of_layer]
-            yield from ((name, shared[name]) for name in names if name in shared)
-            yield from ((name.format(layer=layer), shape) for name, shape in moe.items())
-        yield from ((name, shared[name]) for name in ("model.norm.weight", HEAD) if name in shared)
+            for pattern in (*SHARED_TENSORS, *ATTENTION_BIASES):
+                name = pattern.format(layer=layer)
+                if "{layer}" in pattern and name in dense:
+                    yield name, dense[name]
+            for pattern, letters in _MOE_TENSORS.items():
+                yield pattern.format(layer=layer), tuple(sizes[letter] for letter in letters.split())
+        for name in ("model.norm.weight", HEAD):
+            if name in dense:
+                yield name, dense[name]

@@ -14,6 +14,7 @@ from btx_merge.merging.mergekit_moe import from_mergekit, is_mergekit
 from btx_merge.model.records import _HUB_ID, RECIPE_FILE, RECORDS, anchor_sources
 from btx_merge.reporting import Reporter, short
 from btx_merge.sources.locate import locate
+from btx_merge.sources.source import SEED
 from btx_merge.texts.references import domain_texts_of
 from btx_merge.values import is_text
 
@@ -68,7 +69,7 @@ def read_recipe_file(
     bare = {name: folder for name, folder in bare.items() if not is_given(name)}
     if problems := list(_namesake_problems(path, bare, values)):
         raise InputError(problems)
-    lost = [name for name, folder in bare.items() if not os.path.isdir(_references(values)[name])]
+    lost = [name for name, folder in bare.items() if not os.path.isdir(source_references(values)[name])]
     if lost:
         reporter.note(f"{path}: it leaves out paths of local folders. Give {_flags(lost)} where they lie now.")
     if "domain_text" in values:
@@ -77,17 +78,21 @@ def read_recipe_file(
     return values
 
 
-def _references(values: Mapping[str, Any]) -> dict[str, str]:
+def source_references(values: Mapping[str, Any]) -> dict[str, str]:
     """Return how a recipe names its sources; what is no text is left to the recipe to refuse."""
     experts = values.get("experts")
-    out = {"seed": values.get("seed"), **(experts if isinstance(experts, Mapping) else {})}
-    plain = {name: spec.get("model") if isinstance(spec, Mapping) else spec for name, spec in out.items()}
-    return {name: spec for name, spec in plain.items() if isinstance(name, str) and isinstance(spec, str)}
+    specs = {SEED: values.get("seed"), **(experts if isinstance(experts, Mapping) else {})}
+    references = {}
+    for name, spec in specs.items():
+        model = spec.get("model") if isinstance(spec, Mapping) else spec
+        if isinstance(name, str) and isinstance(model, str):
+            references[name] = model
+    return references
 
 
 def _bare_names(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the sources that a record names by their folders' names alone."""
-    return {name: model for name, model in _references(values).items() if os.path.basename(model) == model}
+    return {name: model for name, model in source_references(values).items() if os.path.basename(model) == model}
 
 
 def _namesake_problems(file: Path, bare: Mapping[str, str], values: Mapping[str, Any]) -> Iterator[Problem]:
@@ -97,7 +102,7 @@ def _namesake_problems(file: Path, bare: Mapping[str, str], values: Mapping[str,
         bare: source to the name of its folder, as a record has it.
         values: with the folders where they were found, and with the digests of `resolved`.
     """
-    found = _references(values)
+    found = source_references(values)
     digests = values.get("resolved", {}).get("sources")
     together: dict[str, list[str]] = {}
     for name in bare:

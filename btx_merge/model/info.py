@@ -176,19 +176,18 @@ def _entries(recipe: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def _experts(merged: MergedModel, recipe: Mapping[str, Any]) -> Iterator[ExpertInfo]:
-    given = recipe.get("experts")
-    specs = dict(given) if isinstance(given, dict) else {}
-    specs.setdefault(SEED, recipe.get("seed"))
-    blended = recipe.get("expert_mode") == "blend"
+    specs: dict[str, Any] = {}  # a blended expert came from no single model
+    if recipe.get("expert_mode") != "blend":
+        given = recipe.get("experts")
+        specs = {SEED: recipe.get("seed"), **(given if isinstance(given, dict) else {})}
     domains = [domain for domain, numbers in experts_by_domain(merged.config).items() for _ in numbers]
     for number, (name, domain) in enumerate(zip(merged.expert_names, domains, strict=True)):
-        spec = None if blended else specs.get(domain)
+        spec = specs.get(domain)
         values = spec if isinstance(spec, dict) else {"model": spec}
-        model, base = (value if isinstance(value := values.get(key), str) else None for key in ("model", "base"))
-        revision = None
+        model, revision = _word(values, "model"), None
         if match := _AT_COMMIT.fullmatch(model or ""):
             model, revision = match.groups()
-        yield ExpertInfo(number, name, model, revision, base)
+        yield ExpertInfo(number, name, model, revision, _word(values, "base"))
 
 
 def _routers(recipe: Mapping[str, Any]) -> str:

@@ -63,16 +63,19 @@ class Source:
         """Every file that the source's weights and shapes depend on."""
         if self.origin:
             return list(self.origin)
-        factors = [factor for delta in self.deltas.values() for factor in (delta.down, delta.up)]
-        folders = [self.located.folder, *([self.base.folder] if self.base else [])]
-        names = ("config.json", "adapter_config.json", "generation_config.json", *TOKENIZER_FILES)
-        small = [folder / name for folder in folders for name in names if (folder / name).exists()]
-        return sorted({tensor.file for tensor in (*self.tensors.values(), *factors)} | set(small))
+        files = {tensor.file for tensor in self.tensors.values()}
+        for delta in self.deltas.values():
+            files |= {delta.down.file, delta.up.file}
+        for folder in self.folders:
+            for name in ("config.json", "adapter_config.json", "generation_config.json", *TOKENIZER_FILES):
+                if (folder / name).exists():
+                    files.add(folder / name)
+        return sorted(files)
 
     @property
     def folders(self) -> tuple[Path, ...]:
         """Its own folder, and its base's behind it."""
-        return (self.located.folder, *([self.base.folder] if self.base else []))
+        return (self.located.folder, self.base.folder) if self.base else (self.located.folder,)
 
     @property
     def tokenizer_folder(self) -> Path | None:

@@ -470,6 +470,9 @@ def test_the_card_is_of_the_new_set(root, two, tmp_path):
         "library_name", "base_model: [org/a]\nbase_model_relation: merge\nlicense: mit\nlibrary_name", 1
     )
     (tmp_path / "model/README.md").write_text(card + "\nWhat I wrote myself.\n")
+    record = tmp_path / "model/btx_recipe.yaml"
+    models = {"code": "org/a@v1", "math": "org/a@v2"}  # of one repository: it stays with the one that does
+    record.write_text(yaml.safe_dump({**yaml.safe_load(record.read_text()), "experts": models}))
     moved = {"seed": str(root / "seed"), **experts_of(root, "code", "math")}
     edited(tmp_path / "model", tmp_path / "out", add={"bio": str(root / "bio")}, drop=("math",), sources=moved)
     readme.unlink()

@@ -149,6 +149,7 @@ def _is_one_of(module: str, names: Sequence[str]) -> bool:
 
 
 def _in_layers(config: Mapping[str, Any], modules: Sequence[str], matches: Matches) -> set[str]:
+    """Return the modules of the layers that an adapter is limited to; all where it is not."""
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
         return set(modules)
@@ -156,10 +157,13 @@ def _in_layers(config: Mapping[str, Any], modules: Sequence[str], matches: Match
     if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
         raise ValueError(f"layers_to_transform is {_short(str(layers))}")
     patterns = _strings(config, "layers_pattern", list)
-    if patterns:
-        modules = [module for module in modules if any(module in matches.of(_as_layers(p)) for p in patterns)]
-    numbers = {module: re.search(r"\.(\d+)\.", module) for module in modules}
-    return {module for module, number in numbers.items() if number and int(number[1]) in layers}
+    of_patterns = set().union(*(matches.of(_as_layers(pattern)) for pattern in patterns))
+    found = set()
+    for module in modules:
+        number = re.search(r"\.(\d+)\.", module)
+        if number and int(number[1]) in layers and (module in of_patterns or not patterns):
+            found.add(module)
+    return found
 
 
 def saved_whole(config: Mapping[str, Any], tensors: Sequence[str], targets: set[str]) -> set[str]:
