@@ -37,7 +37,7 @@ from btx_merge.options import Options
 from btx_merge.reporting import Reporter
 from btx_merge.sources.locate import Located
 from btx_merge.sources.tokenizer_files import load_tokenizer
-from btx_merge.texts.references import public_reference
+from btx_merge.texts.references import public_record
 
 _MAX_LENGTH = 1024
 """Tokens of a window where the recipe does not say and the model takes so many: what a small GPU can hold."""
@@ -272,14 +272,7 @@ class Run:
             "tokens": rows * length,
             "max_length": length,
             "trained_parameters": self.trained_parameters,
-            "data": [
-                {
-                    "name": text.name,
-                    "references": [public_reference(reference) for reference in text.references],
-                    "weight": text.weight,
-                }
-                for text in recipe.data
-            ],
+            "data": public_record(recipe.data),
             "holdout": recipe.holdout,
             **self.trainee.settings(),
             "arguments": self.settings,

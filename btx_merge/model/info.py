@@ -17,7 +17,7 @@ from btx_merge.model.files import REPORT
 from btx_merge.model.merged import MergedModel, open_config, open_merged
 from btx_merge.model.mixtral_limits import mixtral_refusals
 from btx_merge.model.records import RECIPE_FILE
-from btx_merge.model.router_state import untrained_experts
+from btx_merge.model.router_state import entries, untrained_experts, whole_trainings
 from btx_merge.reporting import pasted, short
 from btx_merge.sources.locate import Located, locate
 from btx_merge.sources.source import SEED
@@ -170,11 +170,6 @@ def _word(recipe: Mapping[str, Any], key: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _entries(recipe: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    entries = recipe.get(key)
-    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
-
-
 def _experts(merged: MergedModel, recipe: Mapping[str, Any]) -> Iterator[ExpertInfo]:
     specs: dict[str, Any] = {}  # a blended expert came from no single model
     if recipe.get("expert_mode") != "blend":
@@ -191,9 +186,9 @@ def _experts(merged: MergedModel, recipe: Mapping[str, Any]) -> Iterator[ExpertI
 
 
 def _routers(recipe: Mapping[str, Any]) -> str:
-    if [entry for entry in _entries(recipe, "training") if entry.get("train") != "lora"]:
+    if whole_trainings(recipe):
         return "trained"
-    if _entries(recipe, "fits") or recipe.get("router_init") in ("ridge", "logistic", "prompts"):
+    if entries(recipe, "fits") or recipe.get("router_init") in ("ridge", "logistic", "prompts"):
         return "fitted"
     return _word(recipe, "router_init") or "unknown"
 
@@ -204,19 +199,16 @@ def _history(recipe: Mapping[str, Any]) -> Iterator[str]:
         combine, init = (short(recipe.get(key)).strip("'") for key in ("combine", "router_init"))
         head = ", head fitted" if recipe.get("head") == "fitted" else ""
         yield f"merged: shared weights {combine}{head}, routers {init}"
-    for entry in _entries(recipe, "edits"):
+    for entry in entries(recipe, "edits"):
         done = [f"{key} {_names(entry[key])}" for key in ("drop", "add", "replace", "rename") if entry.get(key)]
         rows = entry.get("router_rows")
         drawn = [f"the router row of {name} {init}" for name, init in rows.items()] if isinstance(rows, dict) else []
         yield f"edited: {', '.join([*done, *drawn])}; shared weights {entry.get('shared')}"
-    for entry in _entries(recipe, "fits"):
+    for entry in entries(recipe, "fits"):
         yield f"routers fitted: {entry.get('method')}"
-    for entry in _entries(recipe, "training"):
-        data = entry.get("data")
-        names = [str(text.get("name")) for text in data if isinstance(text, dict)] if isinstance(data, list) else []
-        yield f"trained: {entry.get('train')}, {entry.get('steps')} steps, {entry.get('tokens')} tokens of " + (
-            ", ".join(names) or "unknown texts"
-        )
+    for entry in entries(recipe, "training"):
+        texts = ", ".join(str(text.get("name")) for text in entries(entry, "data")) or "unknown texts"
+        yield f"trained: {entry.get('train')}, {entry.get('steps')} steps, {entry.get('tokens')} tokens of {texts}"
 
 
 def _names(value: Any) -> str:

@@ -12,8 +12,12 @@ _UNTRAINED = ("random", "zeros")
 
 def trainings(values: Mapping[str, Any]) -> int:
     """Return how often the recipe says that all routers were fitted or trained since the merge."""
-    trained = [entry for entry in _entries(values, "training") if entry.get("train") != "lora"]  # the base stays
-    return len(_entries(values, "fits")) + len(trained)
+    return len(entries(values, "fits")) + len(whole_trainings(values))
+
+
+def whole_trainings(values: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the trainings that changed the model; one of an adapter leaves it as it is."""
+    return [entry for entry in entries(values, "training") if entry.get("train") != "lora"]
 
 
 def untrained_experts(values: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
@@ -26,7 +30,7 @@ def untrained_experts(values: Mapping[str, Any], config: Mapping[str, Any]) -> l
     is_random = values.get("router_init") in _UNTRAINED
     own: dict[str, bool] = {}  # of experts that an edit brought
     done = 0
-    for entry in _entries(values, "edits"):
+    for entry in entries(values, "edits"):
         before = entry.get("trainings_before")
         before = before if isinstance(before, int) else 0
         if before > done:  # a training between two edits reached every row that was there
@@ -49,6 +53,7 @@ def _mapping(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return given if isinstance(given, Mapping) else {}
 
 
-def _entries(values: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+def entries(values: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """Return the objects in a list of a recipe; none where it is no list."""
     given = values.get(key)
     return [entry for entry in given if isinstance(entry, Mapping)] if isinstance(given, list) else []
