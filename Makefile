@@ -5,7 +5,7 @@ ENGINES := $(patsubst tests/engines/%.txt,.engines/%/installed,$(wildcard tests/
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test slow demo-smollm2 reproduce benchmark benchmark-export benchmark-fit benchmark-head benchmark-loop benchmark-model benchmark-train benchmark-evaluate docs format clean
+.PHONY: demo test slow demo-smollm2 reproduce reproduce-quick benchmark benchmark-export benchmark-fit benchmark-head benchmark-loop benchmark-model benchmark-train benchmark-evaluate docs format clean
 
 demo: .venv/installed  ## train a small seed and three branches of it, merge and fit them, measure, draw who gets which tokens
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,9 @@ demo-smollm2: .venv/smollm2  ## the same on real weights: SmolLM2-135M and LoRA 
 
 reproduce: .venv/pretix  ## the paper's comparison in small: an hour or more, and it goes on where it was stopped
 	$(BIN)/python examples/reproduce.py --wheel .venv/pretix/*.whl $(ARGS)
+
+reproduce-quick: .venv/pretix  ## the same with one random seed and few steps: shows that all of it runs
+	$(BIN)/python examples/reproduce.py --quick --wheel .venv/pretix/*.whl
 
 benchmark: .venv/installed  ## btx merge against cp, and what else ARGS names
 	$(BIN)/python benchmarks/merge.py $(ARGS)

@@ -1,4 +1,5 @@
-"""Write the pages of the documentation that repeat what docstrings say: `options.md` and `api.md`.
+"""Write what the documentation repeats: `options.md` and `api.md` from docstrings, the tables of `reproduction.md`
+and of the README.
 
 python docs/generate.py
 """
@@ -6,10 +7,13 @@ python docs/generate.py
 from __future__ import annotations
 
 import inspect
+import json
 import re
+import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +103,28 @@ def api_page() -> str:
         parts += [f"## {module.__name__}", first_paragraph(module)]
         parts += [part for member in members for part in _described(member)]
     return "\n\n".join(parts) + "\n"
+
+
+def with_tables(page: Path) -> str:
+    """Return a page as it is, each of its tables of the reproduction made anew from the figures of the study.
+
+    A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+
+    Raises:
+        KeyError: the page has a table that the study has not.
+    """
+    sys.path.insert(0, str(FOLDER.parent / "examples"))
+    try:
+        from reproduce_tables import blocks
+    finally:
+        sys.path.pop(0)
+    tables = blocks(json.loads((FOLDER / "reproduction.json").read_text(encoding="utf-8")))
+
+    def table(mark: re.Match[str]) -> str:
+        return f"{mark[1]}\n{tables[mark[2]]}\n{mark[3]}"
+
+    text = page.read_text(encoding="utf-8")
+    return re.sub(r"(<!-- table: (.+?) -->)\n.*?(<!-- end -->)", table, text, flags=re.DOTALL)
 
 
 def first_paragraph(item: Any) -> str:
@@ -232,8 +258,13 @@ def _table(head: list[str], rows: Any) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-PAGES: dict[str, Callable[[], str]] = {"options.md": options_page, "api.md": api_page}
-"""Each page that is generated, and what returns it."""
+PAGES: dict[str, Callable[[], str]] = {
+    "options.md": options_page,
+    "api.md": api_page,
+    "reproduction.md": partial(with_tables, FOLDER / "reproduction.md"),
+    "../README.md": partial(with_tables, FOLDER.parent / "README.md"),
+}
+"""Each page that is generated, or its tables, and what returns it."""
 
 
 def main() -> None:

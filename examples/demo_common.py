@@ -76,7 +76,7 @@ class Demo:
         console.print(f"\n[bold]$ {shlex.join(line)}[/]", soft_wrap=True)
 
         def build() -> None:
-            run_btx(line[1:], folder)
+            run_btx(line[1:], folder, self._key)
 
         self.step(folder, line, build)
 
@@ -85,12 +85,22 @@ class Demo:
         console.print(f"\n{time.perf_counter() - self.began:.0f} s in all", style="dim")
 
 
-def run_btx(words: Sequence[str], output: Path) -> None:
-    """Run a command of `btx`; a training that was ended in its midst goes on from its last checkpoint."""
-    is_kept = last_checkpoint(output.with_name(f"{output.name}.btx-training"))
+def run_btx(words: Sequence[str], output: Path, key: str) -> None:
+    """Run a command of `btx`; a training that was ended in its midst goes on from its last checkpoint.
+
+    Args:
+        key: of all that decides the result. What was begun under another key is not gone on with.
+    """
+    work, begun = (output.with_name(output.name + ending) for ending in (".btx-training", ".begun"))
+    if not begun.exists() or begun.read_text() != key:
+        shutil.rmtree(work, ignore_errors=True)
+        begun.parent.mkdir(parents=True, exist_ok=True)
+        begun.write_text(key)
+    is_kept = last_checkpoint(work)
     code = app([*words, "--overwrite", *(["--resume"] if is_kept else [])], standalone_mode=False)
     if code:
         sys.exit(code)
+    begun.unlink()
 
 
 @contextmanager
@@ -188,10 +198,9 @@ def fingerprint(*parts: object) -> str:
 
 
 def package_fingerprint() -> str:
-    """Return a key for the code that everything is made with."""
-    files = [
-        file for folder in ("btx_merge", "modeling", "examples") for file in sorted((ROOT / folder).rglob("*.py"))
-    ]
+    """Return a key for the code that models and texts are made with; the commands have keys of their own."""
+    files = [file for folder in ("btx_merge", "modeling") for file in sorted((ROOT / folder).rglob("*.py"))]
+    files += [ROOT / "examples" / name for name in ("demo_common.py", "demo_texts.py", "reproduce_texts.py")]
     return fingerprint([(str(file.relative_to(ROOT)), file.read_text("utf-8")) for file in files])
 
 

@@ -53,6 +53,7 @@ def split_documents(
     files: Iterable[tuple[str, Callable[[], str]]],
     seen: set[str],
     heldout_files: int = HELDOUT_FILES,
+    train_chars: int = TRAIN_CHARS,
     told: Callable[[int], None] = lambda number: None,
 ) -> Corpus:
     """Take held-out documents first, then those to train on, in an order that looks random but never changes.
@@ -68,7 +69,7 @@ def split_documents(
     in_order = sorted(files, key=lambda file: hashlib.sha256(file[0].encode()).digest())
     for number, (_, read) in enumerate(in_order):
         told(number)
-        if chars >= TRAIN_CHARS:
+        if chars >= train_chars:
             break
         text = _without_seen_blocks(read(), seen)
         if len(corpus.heldout) < heldout_files and len(text) > HELDOUT_CHARS / 2:

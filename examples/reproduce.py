@@ -3,19 +3,21 @@
     make reproduce                              # an hour or more on two cores; a run that was stopped goes on
     python examples/reproduce.py --quick        # one seed, few steps: shows that it runs, not what is better
 
+Every random seed is a process of its own with one thread, and all run side by side.
 Everything is kept under `demo/reproduction/`, the figures too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,17 @@ import torch
 import transformers
 from demo import WINDOW
 from demo_common import ROOT, console, one_at_a_time, shown
-from reproduce_run import BATCH, EQUAL_PARTS, Run, Scale
+from reproduce_rates import try_rates
+from reproduce_run import BATCH, STEP_TOKENS, Row, Run, Scale
 from reproduce_study import Study, active_parameters, stopwatch
-from reproduce_tables import tables
+from reproduce_tables import rates_table, tables
 from reproduce_texts import EXPERTS, text_file, write_texts
 
 import btx_merge
+from btx_merge.files.folder import read_json, write_json
 
-FULL = Scale(seed_steps=600, branch_steps=200, finetuning_steps=150, runs=3, ablation_runs=2)
-QUICK = Scale(seed_steps=12, branch_steps=6, finetuning_steps=4, runs=1, ablation_runs=1)
+FULL = Scale(seed_steps=2000, branch_steps=250, finetuning_steps=150, runs=3, ablation_runs=2)
+QUICK = Scale(seed_steps=12, branch_steps=6, finetuning_steps=4, runs=1, ablation_runs=1, scored_tokens=1000)
 
 NO_BALANCING = ["--router-aux-loss-coef", "0"]
 MICRO_BATCHES = ["--per-device-train-batch-size", str(BATCH // 4), "--gradient-accumulation-steps", "4"]
@@ -65,16 +69,21 @@ FINETUNED: dict[str, dict[str, tuple[list[str], list[str]]]] = {
 }
 """What a merge and its finetuning are told, for each row of each table."""
 
-RIDGE = ["--router-init", "ridge", "--domain-tokens", "50000"]
+FIT_TOKENS = ["--domain-tokens", "50000"]
+RIDGE = ["--router-init", "ridge", *FIT_TOKENS]
 REGMEAN = ["--combine", "regmean_merged", "--fit-through", "router", *RIDGE]
+LOGISTIC = ["--combine", "regmean_merged", "--fit-through", "router", "--router-init", "logistic", *FIT_TOKENS]
 FITTED = {
     "mean, ridge": RIDGE,
     "regmean_merged, ridge": REGMEAN,
     "regmean_merged, ridge, a head of its own": [*REGMEAN, "--head", "fitted"],
+    "regmean_merged, logistic, a head of its own": [*LOGISTIC, "--head", "fitted"],
+    "regmean_merged, logistic, evidence, a head of its own": [*LOGISTIC, "--evidence", "0.15", "--head", "fitted"],
 }
 """What a merge is told that is fitted and not trained."""
 BEST_FIT = "regmean_merged, ridge, a head of its own"
 """The fit that is finetuned, too."""
+AFTER_A_FIT = {"then finetuned": [], "then finetuned, taught by the sources": ["--teacher", "sources"]}
 LOOKED_AT = ("BTX Top-2", "Switch, no balancing", "Sample Top-1, no balancing", "Soft, no balancing")
 """The models whose routing is compared, layer by layer."""
 
@@ -82,35 +91,30 @@ LOOKED_AT = ("BTX Top-2", "Switch, no balancing", "Sample Top-1, no balancing", 
 def main_rows(run: Run) -> None:
     """Train and measure what the paper's main table compares, and merges that nothing was trained in."""
     run.dense_models()
-    plain = run.merged("plain")
-    run.measure_dense_models(MAIN, plain)
-    upcycled = run.merged(
-        "upcycled", "--combine", "seed", experts={f"copy{n + 1}": "seed" for n in range(len(EXPERTS))}
-    )
-    scale, data = run.scale, run.scale.all_data
-    ratio = active_parameters(run.folder / "seed") / active_parameters(upcycled)
+    plain = run.merged("merged")
+    run.measure_dense_models(MAIN, run.finetuned(plain, slug("finetuned", "BTX Top-2"), "merged"))
+    upcycled, scale = run.upcycled(), run.scale
+    ratio = active_parameters(run.seed) / active_parameters(upcycled)
     # as many steps as cost what the branches and a finetuning of their merge cost
     equal_compute = round(len(EXPERTS) * scale.branch_steps * ratio) + scale.finetuning_steps
     for name, steps in (("data-matched", scale.all_steps), ("compute-matched", equal_compute)):
-        model = run.finetuned(upcycled, f"upcycled-{name}", data, steps)
+        model = run.finetuned(upcycled, f"upcycled-{name}", "upcycled", steps=steps)
         run.measure(MAIN, f"sparse upcycling, {name}", model)
     finetuned_rows(run, MAIN)
     run.measure(UNTRAINED, "mean, random router", plain)
     fitted = {name: run.merged(slug("fitted", name), *words, fitted=True) for name, words in FITTED.items()}
     for name, merged in fitted.items():
         run.measure(UNTRAINED, name, merged)
-    model = run.finetuned(fitted[BEST_FIT], "fitted-finetuned", EQUAL_PARTS, scale.finetuning_steps)
-    run.measure(LATER, f"{BEST_FIT}, then finetuned", model)
+    for name, words in AFTER_A_FIT.items():
+        model = run.finetuned(fitted[BEST_FIT], slug("fitted", name), "fitted", *words)
+        run.measure(LATER, f"{BEST_FIT}, {name}", model)
 
 
 def further_rows(run: Run) -> None:
     """Train and measure the ablations, and what later work adds."""
     finetuned_rows(run, ABLATIONS)
     finetuned_rows(run, LATER)
-    ff = {domain: f"{domain}-ff" for domain in EXPERTS}
-    for domain, name in ff.items():
-        steps, rate = run.scale.branch_steps, run.scale.branch_rate
-        run.branch(run.folder / "seed", name, {domain: 1.0}, steps, rate, "--train", "ff")
+    ff = {domain: run.expert(f"{domain}-ff", domain, "--train", "ff").name for domain in EXPERTS}
     merged = run.merged("ff", *RIDGE, experts=ff, fitted=True)
     run.measure(UNTRAINED, "branches of feed-forward blocks alone, ridge", merged)
 
@@ -119,7 +123,7 @@ def finetuned_rows(run: Run, table: str) -> None:
     """Merge, finetune and measure the rows of a table."""
     for name, (merge_words, train_words) in FINETUNED[table].items():
         merged = run.merged(slug("merged", *merge_words), *merge_words)
-        model = run.finetuned(merged, slug("finetuned", name), EQUAL_PARTS, run.scale.finetuning_steps, *train_words)
+        model = run.finetuned(merged, slug("finetuned", name), "merged", *train_words)
         run.measure(table, name, model)
 
 
@@ -135,14 +139,16 @@ def slug(*words: str) -> str:
 
 def routing_figures(run: Run) -> dict[str, Any]:
     """Look at who gets which tokens, with and without balancing, and by router."""
-    texts = run.texts_words("--data", "held-out", EQUAL_PARTS)
+    texts = run.scored_words()
     looks = {name: [shown(run.folder / slug("finetuned", name)), *texts] for name in LOOKED_AT}
     looks[LOOKED_AT[0]] += ["--against", shown(run.folder / slug("finetuned", "BTX Top-2, no balancing"))]
     found = {}
     for name, words in looks.items():
-        more = ["--no-ablation", "--page-tokens", "0", "--tokens", "0"]
+        more = ["--no-ablation", "--page-tokens", "0"]
+        if run.scale.scored_tokens is None:
+            more += ["--tokens", "0"]  # all: a look is shorter otherwise
         folder = run.study.btx(run.folder / "looked-at" / slug(name), "routing", *words, *more)
-        report = json.loads((folder / "routing.json").read_text())
+        report = read_json(folder / "routing.json")
         found[name] = report["model"]
         if report["against"]:
             found[f"{name}, no balancing"] = report["against"]
@@ -150,6 +156,7 @@ def routing_figures(run: Run) -> dict[str, Any]:
     return {
         name: {
             "experts": model["experts"],
+            "load": model["load"],
             "domains": [{key: domain[key] for key in keys} for domain in model["domains"]],
             "neglected": model["neglected"],
         }
@@ -157,8 +164,8 @@ def routing_figures(run: Run) -> dict[str, Any]:
     }
 
 
-def throughput(study: Study, run: Run) -> dict[str, float]:
-    """Time two branches side by side, and one model on two ranks that sees the same tokens.
+def throughput(run: Run) -> dict[str, list[float]]:
+    """Time two branches side by side, and one model on two ranks that sees the same tokens, three times in turns.
 
     Both are two processes with one thread each and the same number of tokens; only the ranks exchange gradients.
     """
@@ -168,23 +175,26 @@ def throughput(study: Study, run: Run) -> dict[str, float]:
     texts = {name: ["--data", f"{name}={shown(text_file(run.texts, name, 'training'))}"] for name in EXPERTS[:2]}
 
     def branch(name: str, data: Sequence[str]) -> list[str]:
-        words = ["branch", shown(run.folder / "seed"), *data, "-o", shown(folder / name)]
+        words = ["branch", shown(run.seed), *data, "-o", shown(folder / name)]
         return ["btx_merge", *words, *steps, "--quiet", "--overwrite"]
+
+    ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    both = [word for data in texts.values() for word in data]
+    commands = {
+        "two branches side by side": [branch(name, data) for name, data in texts.items()],
+        "one model on two ranks": [[*ranks, *branch("dense", both)]],
+    }
 
     def build() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-        seconds = {
-            "two branches side by side": wall_seconds([branch(name, data) for name, data in texts.items()]),
-            "one model on two ranks": wall_seconds(
-                [[*ranks, *branch("dense", [word for data in texts.values() for word in data])]]
-            ),
-        }
-        (folder / "seconds.json").write_text(json.dumps(seconds))
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        for _ in range(3):
+            for name, side_by_side in commands.items():
+                seconds[name].append(wall_seconds(side_by_side))
+        write_json(folder / "seconds.json", seconds)
 
-    study.step(folder, steps, build)
-    seconds: dict[str, float] = json.loads((folder / "seconds.json").read_text())
-    return seconds
+    run.study.step(folder, commands, build)
+    return read_json(folder / "seconds.json")
 
 
 def wall_seconds(commands: Sequence[Sequence[str]]) -> float:
@@ -202,36 +212,65 @@ def wall_seconds(commands: Sequence[Sequence[str]]) -> float:
     return took[1]
 
 
+def one_run(study: Study, scale: Scale, number: int, texts: Path) -> list[Row]:
+    """Do all of one random seed. It has a process of its own, so its CPU seconds are its own too."""
+    torch.set_num_threads(1)
+    run = Run(study, scale, number, texts)
+    main_rows(run)
+    if number < scale.ablation_runs:
+        further_rows(run)
+    return run.rows
+
+
+def all_rows(studies: Sequence[Study], scale: Scale, texts: Path) -> list[Row]:
+    """Do all runs side by side."""
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit threads
+    with ProcessPoolExecutor(len(studies), spawn) as pool:
+        runs = [pool.submit(one_run, study, scale, number, texts) for number, study in enumerate(studies)]
+        return [row for run in runs for row in run.result()]
+
+
+def rates(scale: Scale, study: Study, texts: Path) -> None:
+    """Try learning rates with half the steps, and keep what was found beside the figures."""
+    steps = {name: getattr(scale, name) // 2 for name in ("seed_steps", "branch_steps", "finetuning_steps")}
+    run = Run(study, replace(scale, **steps), 0, texts, "validation")
+    write_json(study.folder.parent / "rates.json", try_rates(run, FITTED[BEST_FIT]))
+    print(rates_table(read_json(study.folder.parent / "rates.json")))
+
+
 @one_at_a_time()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed and few steps, in a folder of its own")
+    parser.add_argument("--rates", action="store_true", help="only try learning rates, on validation text")
     parser.add_argument("--wheel", type=Path, required=True, help="pretix, whose German messages are a domain")
     parser.add_argument("--folder", type=Path, help="where all is kept [demo/reproduction, or reproduction-quick]")
     options = parser.parse_args()
     scale = QUICK if options.quick else FULL
-    study = Study(options.folder or ROOT / "demo" / ("reproduction-quick" if options.quick else "reproduction"))
-    texts = study.folder / "texts"
-    study.step(texts, options.wheel.name, lambda: write_texts(texts, options.wheel))
-    runs = [Run(study, scale, number, texts) for number in range(scale.runs)]
-    for run in runs:
-        console.rule(f"[bold]Run {run.number + 1} of {len(runs)}", align="left")
-        main_rows(run)
-        if run.number < scale.ablation_runs:
-            further_rows(run)
+    folder = options.folder or ROOT / "demo" / ("reproduction-quick" if options.quick else "reproduction")
+    wheel = options.wheel.name
+    texts = Study(folder).step(folder / "texts", wheel, lambda: write_texts(folder / "texts", options.wheel))
+    if options.rates:
+        rates(scale, Study(folder / "rates", wheel), texts)
+        return
+    studies = [Study(folder / str(number), wheel) for number in range(scale.runs)]
+    rows = all_rows(studies, scale, texts)
+    finished = [Run(Study(study.folder, wheel), scale, number, texts) for number, study in enumerate(studies)]
+    first = finished[0]
     figures = {
         "machine": machine(),
         "scale": asdict(scale),
-        "parameters": active_parameters(runs[0].folder / "seed"),
-        "rows": [asdict(row) for run in runs for row in run.rows],
-        "routing": routing_figures(runs[0]),
-        "throughput": throughput(study, runs[0]),
-        "seconds": study.cost([study.folder / name for name in study.finished]).seconds,
+        "step_tokens": STEP_TOKENS,
+        "parameters": active_parameters(first.seed),
+        "rates": read_json(folder / "rates.json") if (folder / "rates.json").exists() else None,
+        "rows": [asdict(row) for row in rows],
+        "routing": [routing_figures(run) for run in finished[: scale.ablation_runs]],
+        "throughput": throughput(first),
+        "cpu_seconds": sum(run.study.cost().cpu_seconds for run in finished),
     }
-    file = study.folder / "figures.json"
-    file.write_text(json.dumps(figures, indent=1) + "\n")
+    write_json(folder / "figures.json", figures)
     print(tables(figures))
-    console.print(f"\nwritten {file}")
+    console.print(f"\nwritten {folder / 'figures.json'}")
 
 
 def machine() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from reproduce_texts import DOMAINS, EXPERTS, text_file
 BATCH = 8
 STEP_TOKENS = WINDOW * BATCH
 MODEL = {**demo.MODEL, "vocab_size": 2048}  # of four domains, one of them another language
-SEED_MIXTURE = {"english": 0.7, "code": 0.1, "math": 0.1, "german": 0.1}
+SEED_MIXTURE = {"english": 0.4, "code": 0.2, "math": 0.2, "german": 0.2}
 EQUAL_PARTS = dict.fromkeys(DOMAINS, 1.0)
 """The mixture of a finetuning."""
+RATES = {"seed": 3e-3, "branch": 1.5e-3, "dense": 1.5e-3, "upcycled": 1.5e-3, "merged": 3.5e-4, "fitted": 1.75e-4}
+"""Highest learning rate of each kind of training, the best of `reproduce_rates.py` on validation text."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,10 @@ class Scale:
     runs: int
     """Of the main rows, each with a random seed of its own for initialisation and order."""
     ablation_runs: int
-    branch_rate: float = 1.5e-3
-    """Highest learning rate of the seed and of every branch."""
-    mixture_rate: float = 1e-3
-    """Of every model that is trained on all domains, the dense one included."""
+    scored_tokens: int | None = None
+    """Of each domain's held-out text, at most."""
+    rates: Mapping[str, float] = field(default_factory=lambda: RATES)
+    """Highest learning rate of each kind of training."""
 
     @property
     def all_steps(self) -> int:
@@ -69,9 +71,10 @@ class Row:
 class Run:
     """The models of one random seed, and a row for each that was measured."""
 
-    def __init__(self, study: Study, scale: Scale, number: int, texts: Path):
-        self.study, self.scale, self.number, self.texts = study, scale, number, texts
-        self.folder = study.folder / str(number)
+    def __init__(self, study: Study, scale: Scale, number: int, texts: Path, scored: str = "held-out"):
+        self.study, self.scale, self.number, self.texts, self.scored = study, scale, number, texts, scored
+        self.folder = study.folder
+        self.seed = self.folder / "seed"
         self.made_by: dict[Path, tuple[Path, ...]] = {}
         """By model, the steps behind the seed that led to it."""
         self.tokens: dict[Path, int] = {}
@@ -82,24 +85,55 @@ class Run:
 
     def dense_models(self) -> None:
         """Train the seed, the experts, and the dense model that sees all that experts and a finetuning see."""
-        untrained, scale = self.folder / "untrained", self.scale
-        files = [text_file(self.texts, domain, "training") for domain in DOMAINS]
-        what = [MODEL, self.number]
-        self.study.step(untrained, what, lambda: save_untrained(untrained, MODEL, files, self.number))
-        seed = self.branch(untrained, "seed", SEED_MIXTURE, scale.seed_steps, scale.branch_rate)
-        self.made_by[seed] = ()
+        self.seed_model()
         for domain in EXPERTS:
-            self.branch(seed, domain, {domain: 1.0}, scale.branch_steps, scale.branch_rate)
-        self.branch(seed, "dense", scale.all_data, scale.all_steps, scale.mixture_rate)
+            self.expert(domain, domain)
+        self.dense_model("dense")
 
-    def branch(self, model: Path, name: str, data: Mapping[str, float], steps: int, rate: float, *more: str) -> Path:
-        """Train a dense model."""
-        return self._trained("branch", model, name, data, steps, rate, more)
+    def untrained(self) -> Path:
+        """Save a Llama with random weights and a tokenizer of all four domains."""
+        untrained = self.folder / "untrained"
+        files = [text_file(self.texts, domain, "training") for domain in DOMAINS]
+        return self.study.step(
+            untrained, [MODEL, self.number], lambda: save_untrained(untrained, MODEL, files, self.number)
+        )
 
-    def finetuned(self, model: Path, name: str, data: Mapping[str, float], steps: int, *more: str) -> Path:
-        """Train a merged model: every weight of it, unless `more` says otherwise."""
+    def seed_model(self) -> None:
+        """Train the seed."""
+        steps, rate = self.scale.seed_steps, self.scale.rates["seed"]
+        self._trained("branch", self.untrained(), self.seed.name, SEED_MIXTURE, steps, rate)
+        self.made_by[self.seed] = ()
+
+    def expert(self, name: str, domain: str, *more: str, rate: float | None = None) -> Path:
+        """Train the seed on its domain."""
+        rate = rate or self.scale.rates["branch"]
+        return self._trained("branch", self.seed, name, {domain: 1.0}, self.scale.branch_steps, rate, *more)
+
+    def dense_model(self, name: str, rate: float | None = None) -> Path:
+        """Train the seed on all that experts and a finetuning see."""
+        rate = rate or self.scale.rates["dense"]
+        return self._trained("branch", self.seed, name, self.scale.all_data, self.scale.all_steps, rate)
+
+    def finetuned(
+        self, model: Path, name: str, kind: str, *more: str, steps: int | None = None, rate: float | None = None
+    ) -> Path:
+        """Train a merged model: every weight of it, unless `more` says otherwise.
+
+        Args:
+            kind: whose learning rate is taken: "upcycled", which sees what branches and a finetuning see, "merged" or
+                "fitted".
+            steps: where they are not those of a finetuning, or of all branches and it.
+        """
         more = more if "--train" in more else ("--train", "all", *more)
-        return self._trained("train", model, name, data, steps, self.scale.mixture_rate, more)
+        data, usual = EQUAL_PARTS, self.scale.finetuning_steps
+        if kind == "upcycled":
+            data, usual = self.scale.all_data, self.scale.all_steps
+        return self._trained("train", model, name, data, steps or usual, rate or self.scale.rates[kind], *more)
+
+    def upcycled(self) -> Path:
+        """Merge copies of the seed: sparse upcycling, before its training."""
+        copies = {f"copy{number + 1}": self.seed.name for number in range(len(EXPERTS))}
+        return self.merged("upcycled", "--combine", "seed", experts=copies)
 
     def merged(self, name: str, *words: str, experts: Mapping[str, str] | None = None, fitted: bool = False) -> Path:
         """Merge the seed and experts.
@@ -109,10 +143,10 @@ class Run:
             fitted: whether texts are given to a fit.
         """
         experts = experts or dict(zip(EXPERTS, EXPERTS, strict=True))
-        sources = ["--seed", shown(self.folder / "seed")]
+        sources = ["--seed", shown(self.seed)]
         for expert, model in experts.items():
             sources += ["--expert", f"{expert}={shown(self.folder / model)}"]
-        texts = self.texts_words("--domain-text", "training", dict.fromkeys(EXPERTS, 1.0)) if fitted else []
+        texts = self.texts_words("--domain-text", "training", EQUAL_PARTS) if fitted else []
         words = (*words, *texts, "--random-seed", str(self.number))
         output = self.study.btx(self.folder / name, "merge", *sources, *words)
         branches = dict.fromkeys(step for model in experts.values() for step in self.made_by[self.folder / model])
@@ -127,7 +161,7 @@ class Run:
         data: Mapping[str, float],
         steps: int,
         rate: float,
-        more: Sequence[str],
+        *more: str,
     ) -> Path:
         words = [shown(model), *self.texts_words("--data", "training", data), "--max-steps", str(steps)]
         words += ["--learning-rate", str(rate), "--seed", str(self.number), "--max-length", str(WINDOW)]
@@ -141,28 +175,29 @@ class Run:
 
     def measure(self, table: str, name: str, model: Path) -> None:
         """Measure a merged model by itself."""
-        report = self._evaluated(model.name, model, "--no-sources")
+        report = self.evaluated(model.name, model, "--no-sources")
         self._add(table, name, report["rows"][0], self.made_by[model])
 
     def measure_dense_models(self, table: str, merged: Path) -> None:
-        """Measure all that a merge was made of, its soup, Branch-Train-Merge, and one dense model trained on all."""
+        """Measure what a model was made of, its soup, Branch-Train-Merge, and one dense model trained on all."""
         experts = {name: self.folder / name for name in EXPERTS}
         made_by = {
             "seed": (),
             "dense": (self.folder / "dense",),
             **{name: (expert,) for name, expert in experts.items()},
         }
-        btm = self.texts_words("--btm-text", "training", dict.fromkeys(EXPERTS, 1.0))
+        btm = self.texts_words("--btm-text", "training", EQUAL_PARTS)
         words = ["--soup", "--btm", "1", *btm, "--against", f"dense={shown(self.folder / 'dense')}"]
-        first = self._evaluated("dense-models", merged, *words)
-        second = self._evaluated("btm-2", merged, "--btm", "2", *btm)
-        rows = [row for row in first["rows"] if row["kind"] != "model"]  # the merge itself is measured elsewhere
+        first = self.evaluated("dense-models", merged, *words)
+        second = self.evaluated("btm-2", merged, "--btm", "2", *btm)
+        rows = [row for row in first["rows"] if row["kind"] != "model"]  # the model itself has a row elsewhere
         rows += [row for row in second["rows"] if row["kind"] == "btm"]
         for row in rows:
             self._add(table, row["name"], row, made_by.get(row["name"], tuple(experts.values())))
 
-    def _evaluated(self, name: str, model: Path, *words: str) -> dict[str, Any]:
-        texts = self.texts_words("--data", "held-out", EQUAL_PARTS)
+    def evaluated(self, name: str, model: Path, *words: str) -> dict[str, Any]:
+        """Return the report of `btx eval` on the texts that this run is scored on."""
+        texts = self.scored_words()
         folder = self.study.btx(self.folder / "measured" / name, "eval", shown(model), *texts, *words)
         report: dict[str, Any] = json.loads((folder / "eval.json").read_text())
         return report
@@ -174,11 +209,20 @@ class Run:
         flops = sum(6.0 * active_parameters(step) * self.tokens[step] for step in trainings)
         self.rows.append(Row(name, table, self.number, bits, tokens, flops, self.study.cost(steps).cpu_seconds))
 
+    def scored_words(self) -> list[str]:
+        """Return the words that give a command the text that this run is scored on."""
+        texts = self.texts_words("--data", self.scored, EQUAL_PARTS)
+        return texts if self.scale.scored_tokens is None else [*texts, "--tokens", str(self.scale.scored_tokens)]
+
     def texts_words(self, flag: str, part: str, weights: Mapping[str, float]) -> list[str]:
-        """Return the words that give a command a part of each domain's text, with weights unless all are alike."""
+        """Return the words that give a command a part of each domain's text, with weights unless all are alike.
+
+        Text to train or fit on bears the name of the source that it is for.
+        """
         alike = len(set(weights.values())) == 1
         words = []
         for domain, weight in weights.items():
+            name = "seed" if domain not in EXPERTS and part == "training" else domain
             text = shown(text_file(self.texts, domain, part))
-            words += [flag, f"{domain}={text}" if alike else f"{domain}={text}:{weight:g}"]
+            words += [flag, f"{name}={text}" if alike else f"{name}={text}:{weight:g}"]
         return words

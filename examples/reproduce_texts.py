@@ -21,6 +21,8 @@ EXPERTS = DOMAINS[1:]
 PARTS = ("training", "validation", "held-out")
 SCORED_FILES = 12
 """Documents of a domain in each of the parts that are scored."""
+TRAIN_CHARS = 1_000_000
+"""Of each domain, at most."""
 _MESSAGES = 40
 """Of a German document, in the order of their English originals: alike messages are neighbours."""
 
@@ -36,7 +38,7 @@ def write_texts(folder: Path, wheel: Path) -> None:
     }
     seen: set[str] = set()
     for domain, found in files.items():
-        corpus = split_documents(found, seen, heldout_files=2 * SCORED_FILES)
+        corpus = split_documents(found, seen, 2 * SCORED_FILES, TRAIN_CHARS)
         for part, documents in zip(PARTS, _parts(corpus), strict=True):
             lines = (json.dumps({"text": text}) + "\n" for text in documents)
             text_file(folder, domain, part).write_text("".join(lines), "utf-8")

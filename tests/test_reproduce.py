@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -14,6 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from btx_merge.finetuning.work_folder import COMPLETE
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DOMAINS = ("english", "code", "math", "german")
@@ -76,7 +79,31 @@ def test_the_gap_is_closed_as_far_as_computed_by_hand(modules):
     table = tables.table_of(rows, "main")
     (line,) = [line for line in table.splitlines() if line.startswith("| BTX ")]
     means = "2.200 ± 0.141 | 3.250 ± 0.354 | 2.500 ± 0.354 | 5.150 ± 0.071 | 3.275 ± 0.124"
-    assert line == f"| BTX | {means} | 62% ± 35% | 2.00 M | 3.0 T | 4 | 2 |"
+    assert line == f"| BTX | {means} | 62 ± 35 % | 2.00 M | 3.0 T | 4 | 2 |"
+
+
+def test_claims_are_judged_run_by_run(modules):
+    _, tables, _ = modules
+    rows = [row("BTX Top-2", run, *[bits] * 4) for run, bits in enumerate((2.0, 2.1, 2.6))]
+    rows += [row("dense", run, *[bits] * 4) for run, bits in enumerate((2.2, 2.5, 2.5))]
+    rows.append(row("blend", 1, *[2.2] * 4))  # an ablation of one run
+    lines = tables.claims_table(rows).splitlines()
+    (dense,) = [line for line in lines if "one dense model" in line]
+    assert dense.endswith("| +0.1667 ± 0.2517 | 2 of 3 |")
+    (blend,) = [line for line in lines if "blended" in line]
+    assert blend.endswith("| +0.1000 | 1 of 1 |")
+    assert not [line for line in lines if "Switch" in line]  # neither was measured
+
+
+def test_the_pages_show_every_table_of_the_study(modules):
+    _, tables, _ = modules
+    docs = EXAMPLES.parent / "docs"
+    figures = json.loads((docs / "reproduction.json").read_text(encoding="utf-8"))
+    pages = [page.read_text(encoding="utf-8") for page in (docs / "reproduction.md", docs.parent / "README.md")]
+    marks = re.findall("<!-- table: (.+?) -->", "".join(pages))
+    assert sorted(marks) == sorted(tables.blocks(figures))
+    measured = {found["name"] for found in figures["rows"]}
+    assert {name for claim in tables.CLAIMS for name in (claim.better, claim.worse)} <= measured
 
 
 def test_a_step_is_done_once_and_again_when_what_it_reads_has_changed(modules, tmp_path):
@@ -107,6 +134,27 @@ def test_a_step_is_done_once_and_again_when_what_it_reads_has_changed(modules, t
     assert set(json.loads((tmp_path / "finished.json").read_text())) == {"seed"}
 
 
+def test_only_the_training_that_was_begun_is_gone_on_with(modules, tmp_path, monkeypatch):
+    import demo_common
+
+    ran = []
+    monkeypatch.setattr(demo_common, "app", lambda words, standalone_mode: ran.append(words))
+    work, begun = tmp_path / "model.btx-training", tmp_path / "model.begun"
+    checkpoint = work / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / COMPLETE).touch()
+
+    begun.write_text("key")
+    demo_common.run_btx(["train"], tmp_path / "model", "key")
+    assert ran.pop() == ["train", "--overwrite", "--resume"]
+    assert not begun.exists()
+
+    begun.write_text("key")
+    demo_common.run_btx(["train"], tmp_path / "model", "another key")
+    assert ran.pop() == ["train", "--overwrite"]
+    assert not work.exists()
+
+
 def test_german_comes_in_documents_of_neighbours(modules, tmp_path):
     _, _, texts = modules
     messages = {
@@ -129,7 +177,7 @@ def test_the_whole_study_in_small_goes_on_after_a_kill(tmp_path):
     command = [sys.executable, str(EXAMPLES / "reproduce.py"), "--quick", "--wheel", str(wheel)]
     command += ["--folder", str(tmp_path / "study")]
     interrupted = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    record = tmp_path / "study" / "finished.json"
+    record = tmp_path / "study" / "0" / "finished.json"
     while interrupted.poll() is None and not (record.exists() and len(json.loads(record.read_text())) > 4):
         time.sleep(0.2)
     os.killpg(interrupted.pid, signal.SIGKILL)
@@ -146,4 +194,5 @@ def test_the_whole_study_in_small_goes_on_after_a_kill(tmp_path):
         assert all(0 < bits < 20 for bits in found["bits_per_byte"].values())
         assert (found["flops"] > 0) == (found["tokens"] > 0)
     assert set(figures["throughput"]) == {"two branches side by side", "one model on two ranks"}
-    assert "BTX Top-2, no balancing" in figures["routing"]
+    (routing,) = figures["routing"]
+    assert "BTX Top-2, no balancing" in routing

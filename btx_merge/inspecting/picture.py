@@ -6,6 +6,7 @@ Legend: E experts, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import wrap
 from typing import Any
 
 from btx_merge.inspecting.figures import DomainFigures, Grid, ModelFigures
@@ -17,6 +18,8 @@ _HATCHES = ("", "//", "..", "xx")
 """For the experts after those for which there are colours."""
 _KINDS = {"share": "share of tokens", "weight": "mean gate weight"}
 _MOST_NAME = 40
+_LINE_OF_A_LABEL = 22
+"""Letters beside a row of panels, at most: more would run into the next row's."""
 
 
 def figure_of(models: Sequence[ModelFigures]) -> Any:
@@ -38,8 +41,8 @@ def figure_of(models: Sequence[ModelFigures]) -> Any:
                 ax.set_title(_plain(domain.domain), fontsize=12, fontweight="bold")
             if ax in grid[-1]:
                 ax.set_xlabel("layer")
-        whose = f"{_plain(model.model)}\n" if len(models) > 1 else ""
-        axes[0].set_ylabel(whose + _KINDS[kind])
+        label = wrap(_plain(model.model), _LINE_OF_A_LABEL) if len(models) > 1 else []
+        axes[0].set_ylabel("\n".join([*label, _KINDS[kind]]))
     handles, labels = [], []
     for name in names:
         handles.append(_patch(name, names))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,14 @@ def test_two_models_have_rows_of_their_own_and_one_colour_an_expert() -> None:
     assert [text.get_text() for text in legend.get_texts()] == ["seed", "code", "bio"]
     code = [figure.axes[0].containers[1], figure.axes[6].containers[0]]
     assert code[0][0].get_facecolor() == code[1][0].get_facecolor()
+
+
+def test_long_names_of_models_stay_beside_their_rows() -> None:
+    figure = figure_of([model_of("finetuned-with-a-name-that-is-long"), model_of("w" * 60)])
+    figure.canvas.draw()
+    boxes = [ax.yaxis.label.get_window_extent() for ax in figure.axes[::3]]
+    for above, below in pairwise(boxes):
+        assert below.y1 < above.y0
 
 
 def test_the_page_has_the_same_colours() -> None:
