@@ -12,7 +12,7 @@ REGMEAN_METHODS = ("regmean", "regmean_merged")
 _BEST_SHARED = {"combine": "regmean_merged", "head": "fitted"}
 _BEST_ROUTERS = {"router_init": "ridge", "fit_through": "router"}
 """What closes most of the gap for far experts of all that loses next to nothing for near ones (docs/results.md): marks
-(`evidence`) spoil merges of SmolLM2, and logistic routers were measured on far experts alone."""
+(`evidence`) spoil merges of SmolLM2, and logistic routers, which are better, cannot be solved from `--statistics`."""
 
 
 def fit_of_text(given: Mapping[str, Any]) -> dict[str, Any]:
