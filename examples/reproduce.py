@@ -69,16 +69,16 @@ FINETUNED: dict[str, dict[str, tuple[list[str], list[str]]]] = {
 }
 """What a merge and its finetuning are told, for each row of each table."""
 
-FIT_TOKENS = ["--domain-tokens", "50000"]
-RIDGE = ["--router-init", "ridge", *FIT_TOKENS]
-REGMEAN = ["--combine", "regmean_merged", "--fit-through", "router", *RIDGE]
-LOGISTIC = ["--combine", "regmean_merged", "--fit-through", "router", "--router-init", "logistic", *FIT_TOKENS]
+RIDGE = ["--router-init", "ridge"]
+LOGISTIC = ["--router-init", "logistic"]
+REGMEAN = ["--combine", "regmean_merged", "--fit-through", "router"]
+OWN_HEAD = ["--head", "fitted"]
 FITTED = {
     "mean, ridge": RIDGE,
-    "regmean_merged, ridge": REGMEAN,
-    "regmean_merged, ridge, a head of its own": [*REGMEAN, "--head", "fitted"],
-    "regmean_merged, logistic, a head of its own": [*LOGISTIC, "--head", "fitted"],
-    "regmean_merged, logistic, evidence, a head of its own": [*LOGISTIC, "--evidence", "0.15", "--head", "fitted"],
+    "regmean_merged, ridge": [*REGMEAN, *RIDGE],
+    "regmean_merged, ridge, a head of its own": [*REGMEAN, *RIDGE, *OWN_HEAD],
+    "regmean_merged, logistic, a head of its own": [*REGMEAN, *LOGISTIC, *OWN_HEAD],
+    "regmean_merged, logistic, evidence, a head of its own": [*REGMEAN, *LOGISTIC, "--evidence", "0.15", *OWN_HEAD],
 }
 """What a merge is told that is fitted and not trained."""
 BEST_FIT = "regmean_merged, ridge, a head of its own"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +13,16 @@ from demo_common import save_untrained, shown
 from reproduce_study import Study, active_parameters
 from reproduce_texts import DOMAINS, EXPERTS, text_file
 
+from btx_merge.files.folder import read_json
+
 BATCH = 8
 STEP_TOKENS = WINDOW * BATCH
 MODEL = {**demo.MODEL, "vocab_size": 2048}  # of four domains, one of them another language
 SEED_MIXTURE = {"english": 0.4, "code": 0.2, "math": 0.2, "german": 0.2}
 EQUAL_PARTS = dict.fromkeys(DOMAINS, 1.0)
 """The mixture of a finetuning."""
+FIT_TOKENS = 50_000
+"""Of each domain, that a fit reads."""
 RATES = {"seed": 3e-3, "branch": 1.5e-3, "dense": 1.5e-3, "upcycled": 1.5e-3, "merged": 3.5e-4, "fitted": 1.75e-4}
 """Highest learning rate of each kind of training, the best of `reproduce_rates.py` on validation text."""
 
@@ -78,7 +81,9 @@ class Run:
         self.made_by: dict[Path, tuple[Path, ...]] = {}
         """By model, the steps behind the seed that led to it."""
         self.tokens: dict[Path, int] = {}
-        """By step, the tokens that it trained on."""
+        """By training, the tokens that it trained on."""
+        self.flops: dict[Path, float] = {}
+        """By training, 6 x active parameters x tokens."""
         self.rows: list[Row] = []
 
     # -- models
@@ -146,8 +151,10 @@ class Run:
         sources = ["--seed", shown(self.seed)]
         for expert, model in experts.items():
             sources += ["--expert", f"{expert}={shown(self.folder / model)}"]
-        texts = self.texts_words("--domain-text", "training", EQUAL_PARTS) if fitted else []
-        words = (*words, *texts, "--random-seed", str(self.number))
+        words = (*words, "--random-seed", str(self.number))
+        if fitted:
+            texts = self.texts_words("--domain-text", "training", EQUAL_PARTS)
+            words = (*words, *texts, "--domain-tokens", str(FIT_TOKENS))
         output = self.study.btx(self.folder / name, "merge", *sources, *words)
         branches = dict.fromkeys(step for model in experts.values() for step in self.made_by[self.folder / model])
         self.made_by[output] = (*branches, output)
@@ -168,6 +175,7 @@ class Run:
         words += ["--per-device-train-batch-size", str(BATCH), "--holdout", "0", "--report-to", "none", *more]
         output = self.study.btx(self.folder / name, verb, *words)
         self.tokens[output] = steps * STEP_TOKENS
+        self.flops[output] = 6.0 * active_parameters(output) * self.tokens[output]
         self.made_by[output] = (*self.made_by.get(model, ()), output)
         return output
 
@@ -199,14 +207,12 @@ class Run:
         """Return the report of `btx eval` on the texts that this run is scored on."""
         texts = self.scored_words()
         folder = self.study.btx(self.folder / "measured" / name, "eval", shown(model), *texts, *words)
-        report: dict[str, Any] = json.loads((folder / "eval.json").read_text())
-        return report
+        return read_json(folder / "eval.json")
 
     def _add(self, table: str, name: str, found: Mapping[str, Any], steps: Sequence[Path]) -> None:
         bits = {domain: score["bits_per_byte"] for domain, score in found["scores"].items()}
-        trainings = [step for step in steps if step in self.tokens]
-        tokens = sum(self.tokens[step] for step in trainings)
-        flops = sum(6.0 * active_parameters(step) * self.tokens[step] for step in trainings)
+        tokens = sum(self.tokens.get(step, 0) for step in steps)
+        flops = sum(self.flops.get(step, 0.0) for step in steps)
         self.rows.append(Row(name, table, self.number, bits, tokens, flops, self.study.cost(steps).cpu_seconds))
 
     def scored_words(self) -> list[str]:

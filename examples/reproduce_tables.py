@@ -142,7 +142,7 @@ def claims_table(rows: Rows) -> str:
 
     Runs are compared in pairs: both models of a pair come from the same seed, and see tokens in the same order.
     """
-    bits = {(row["name"], row["run"]): mean(row["bits_per_byte"].values()) for row in rows}
+    bits = {(row["name"], row["run"]): mean_bits(row) for row in rows}
     lines = ["| claim | where it stands | bits per byte less, here | in runs |", "|---|---|---|---|"]
     for claim in CLAIMS:
         runs = [run for name, run in bits if name == claim.worse and (claim.better, run) in bits]
@@ -173,7 +173,7 @@ def table_of(rows: Rows, table: str) -> str:
     for name in dict.fromkeys(row["name"] for row in rows if row["table"] == table):
         own = [row for row in rows if row["name"] == name and row["table"] == table]
         bits = [spread([row["bits_per_byte"][domain] for row in own], ".3f") for domain in DOMAINS]
-        bits.append(spread([mean(row["bits_per_byte"].values()) for row in own], ".3f"))
+        bits.append(spread([mean_bits(row) for row in own], ".3f"))
         closed = f"{spread([100 * gap_closed(row, rows) for row in own], '.0f')} %"
         tokens, flops = f"{own[0]['tokens'] / 1e6:.2f} M", f"{own[0]['flops'] / 1e12:.1f} T"
         seconds = f"{mean(row['cpu_seconds'] for row in own):.0f}"
@@ -186,9 +186,14 @@ def short_table(rows: Rows) -> str:
     lines = ["| | bits per byte | gap closed |", "|---|---|---|"]
     for label, name in SHORT.items():
         own = [row for row in rows if row["name"] == name]
-        bits = spread([mean(row["bits_per_byte"].values()) for row in own], ".3f")
+        bits = spread([mean_bits(row) for row in own], ".3f")
         lines.append(f"| {label} | {bits} | {percent(mean(gap_closed(row, rows) for row in own))} |")
     return "\n".join(lines)
+
+
+def mean_bits(row: Mapping[str, Any]) -> float:
+    """Return a model's bits per byte, mean over the domains."""
+    return float(mean(row["bits_per_byte"].values()))
 
 
 def gap_closed(row: Mapping[str, Any], rows: Rows) -> float:

@@ -237,9 +237,10 @@ def print_routing(report: RoutingReport) -> None:
 
 def _neglect_lines(figures: ModelFigures) -> Iterator[str]:
     """Return a line for each expert that is dead in some layers, then one for each that is cold in some."""
-    for kind in ("dead", "cold"):
+    neglected = figures.neglected
+    for kind, is_dead in (("dead", True), ("cold", False)):
         for expert in figures.experts:
-            found = [item for item in figures.neglected if item.expert == expert and item.is_dead == (kind == "dead")]
+            found = [item for item in neglected if item.expert == expert and item.is_dead == is_dead]
             if not found:
                 continue
             layers = ", ".join(str(item.layer) for item in found)
