@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only 
 
 import json
 import random
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,3 +76,26 @@ def merged(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged") / "merged"
     merge(MergeRecipe(str(family.seed), family.experts, max_shard_size="300KB"), folder)
     return folder
+
+
+@pytest.fixture
+def folder_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Give the folder in which transformers keeps code that lies beside a model and is run in this process.
+
+    transformers reads the variable for it once, when it is imported. It appends the folder to `sys.path`, where
+    another one that came before would be searched for its modules, so all of it ends with the test.
+    """
+    from transformers import dynamic_module_utils
+
+    def imported() -> list[str]:
+        return [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]
+
+    folder = tmp_path / "modules"
+    folder.mkdir()
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    for name in imported():
+        monkeypatch.delitem(sys.modules, name)
+    yield folder
+    for name in imported():
+        del sys.modules[name]

@@ -253,6 +253,8 @@ def _load(folder: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="btx-load-") as scratch:
         kept = {key: value for key, value in os.environ.items() if "TOKEN" not in key}
         own = {"HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        # First, or a cache that the user's path holds would be searched for the code that transformers copies here.
+        own["PYTHONPATH"] = os.pathsep.join(filter(None, [scratch, kept.get("PYTHONPATH")]))
         result = Path(scratch) / "result.json"
         done = subprocess.run(
             [sys.executable, "-c", script, str(folder), str(result)],

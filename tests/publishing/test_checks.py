@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, dynamic_module_utils
+from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError, MergeRecipe, merge
 from btx_merge.checkpoints.layout import INDEX_FILE
@@ -36,21 +35,10 @@ def model(merged: Path, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def remote_modules() -> list[str]:
-    return [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]
-
-
 @pytest.fixture
-def loaded_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Loads the model in this process, for another one takes seconds to import torch. Nothing of it stays."""
+def loaded_here(monkeypatch: pytest.MonkeyPatch, folder_code: Path) -> None:
+    """Loads the model in this process, for another one takes seconds to import torch."""
     monkeypatch.setattr(publish_checks, "_load", lambda folder: load(str(folder)))
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    for name in remote_modules():
-        monkeypatch.delitem(sys.modules, name)
-    yield
-    for name in remote_modules():
-        del sys.modules[name]
 
 
 def refused(folder: Path) -> list[str]:
@@ -217,8 +205,12 @@ def test_an_architecture_that_auto_map_does_not_name(model: Path) -> None:
 
 
 def test_the_folders_code_is_what_is_tried_and_gets_no_token(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here btx_merge.modeling is imported, and would do."""
+    """Here btx_merge.modeling is imported, and would do; so would another cache of code on the user's path."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
+    (model.parent / "cache" / "transformers_modules").mkdir(parents=True)
+    (model.parent / "cache" / "transformers_modules" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(model.parent / "cache"))
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # the working folder is not searched
     spy = "import os, sys\nassert 'HF_TOKEN' not in os.environ and 'btx_merge' not in sys.modules\nprint('loud')\n"
     (model / "modeling_btx.py").write_text(spy + (model / "modeling_btx.py").read_text())
     published(model)

@@ -453,7 +453,7 @@ class T(transformers.PreTrainedTokenizerFast): pass
 
 
 @pytest.mark.filterwarnings("ignore:::transformers")
-def test_code_in_a_folder_never_runs(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_in_a_folder_never_runs(family: Family, tmp_path: Path, folder_code: Path) -> None:
     """Neither for the seed, nor for an expert, nor for a base that peft merges an adapter into."""
     from peft import LoraConfig, get_peft_model
 
@@ -465,7 +465,6 @@ def test_code_in_a_folder_never_runs(family: Family, tmp_path: Path, monkeypatch
         auto_map = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoModel": "evil.M"}
         edit_json(folder / "config.json", auto_map=auto_map)
         edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "evil.T"]})
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     dora = get_peft_model(
         AutoModelForCausalLM.from_pretrained(folders["seed"], trust_remote_code=False),
         LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, use_dora=True),
@@ -483,6 +482,7 @@ def test_code_in_a_folder_never_runs(family: Family, tmp_path: Path, monkeypatch
     assert not (tmp_path / "out" / "evil.py").exists()
     AutoModelForCausalLM.from_pretrained(folders["seed"], trust_remote_code=True)
     assert marker.exists()  # so this test is able to fail
+    assert list(folder_code.rglob("it-ran"))
 
 
 # What the rest asks of a source
