@@ -12,8 +12,9 @@ from __future__ import annotations
 from typing import Any
 
 import demo_common as common
-from demo_common import ROOT, console, shown, texts, training
+from demo_common import texts, training
 from demo_texts import DOMAINS
+from steps import ROOT, Steps, console, shown
 
 DEMO = ROOT / "demo"
 WINDOW = 128
@@ -36,23 +37,23 @@ FIT = ["--domain-tokens", "30000"]
 
 @common.one_at_a_time()
 def main() -> None:
-    demo = common.Demo(DEMO)
+    demo = Steps(DEMO)
     console.rule("[bold]Three domains of text", align="left")
     demo.step(common.TEXTS, "texts", common.write_texts)
 
     console.rule("[bold]A seed, trained on all three", align="left")
     untrained = DEMO / "untrained"
     files = [training(domain) for domain in DOMAINS]
-    demo.step(untrained, MODEL, lambda: common.save_untrained(untrained, MODEL, files))
+    demo.step(untrained, MODEL, lambda: common.save_untrained(untrained, MODEL, files), [*map(shown, files)])
     steps = ["--max-steps", str(SEED_STEPS), "--learning-rate", "3e-3", *TRAINING]
-    demo.btx("seed", "branch", shown(untrained), *texts("--data", training), *steps)
+    seed = demo.btx(DEMO / "seed", "branch", shown(untrained), *texts("--data", training), *steps)
 
     console.rule("[bold]Branch and train: three copies of it, each on its own domain", align="left")
     steps = ["--max-steps", str(EXPERT_STEPS), "--learning-rate", "1.5e-3", *TRAINING]
     for domain in DOMAINS:
-        demo.btx(domain, "branch", "demo/seed", *texts("--data", training, (domain,)), *steps)
+        demo.btx(DEMO / domain, "branch", shown(seed), *texts("--data", training, (domain,)), *steps)
 
-    common.merge_and_look(demo, FIT, window=WINDOW - 1)
+    common.merge_and_look(demo, DEMO, FIT, window=WINDOW - 1)
 
 
 if __name__ == "__main__":

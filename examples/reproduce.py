@@ -24,12 +24,12 @@ from typing import Any
 import torch
 import transformers
 from demo import WINDOW
-from demo_common import ROOT, console, one_at_a_time, shown
+from demo_common import one_at_a_time
 from reproduce_rates import try_rates
-from reproduce_run import BATCH, STEP_TOKENS, Row, Run, Scale
-from reproduce_study import Study, active_parameters, stopwatch
+from reproduce_run import BATCH, STEP_TOKENS, Row, Run, Scale, Study, active_parameters
 from reproduce_tables import rates_table, tables
 from reproduce_texts import EXPERTS, text_file, write_texts
+from steps import ROOT, console, shown, stopwatch
 
 import btx_merge
 from btx_merge.files.folder import read_json, write_json

@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from demo_common import shown
 from reproduce_run import Run
 from reproduce_texts import EXPERTS
+from steps import shown
 
 TRAININGS = (7e-4, 1.5e-3, 3e-3)
 BRANCHES = (3.5e-4, *TRAININGS)

@@ -9,10 +9,11 @@ from typing import Any
 
 import demo
 from demo import WINDOW
-from demo_common import save_untrained, shown
-from reproduce_study import Study, active_parameters
+from demo_common import save_untrained
 from reproduce_texts import DOMAINS, EXPERTS, text_file
+from steps import Steps, shown
 
+from btx_merge import info
 from btx_merge.files.folder import read_json
 
 BATCH = 8
@@ -69,6 +70,12 @@ class Row:
     """Of the same trainings: 6 x active parameters x tokens."""
     cpu_seconds: float
     """Of the same trainings, and of merges and fits."""
+
+
+class Study(Steps):
+    """The finished steps of a run. Several runs go on side by side, so each says what it does, and no more."""
+
+    is_quiet = True
 
 
 class Run:
@@ -232,3 +239,12 @@ class Run:
             text = shown(text_file(self.texts, domain, part))
             words += [flag, f"{name}={text}" if alike else f"{name}={text}:{weight:g}"]
         return words
+
+
+def active_parameters(model: Path) -> int:
+    """Return the parameters that one token meets: all of a dense model, the shared and K experts of a merged one."""
+    if read_json(model / "config.json")["model_type"] == "btx":
+        return info(str(model)).active_parameters
+    from transformers import AutoModelForCausalLM
+
+    return int(AutoModelForCausalLM.from_pretrained(model).num_parameters())

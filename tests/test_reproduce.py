@@ -1,4 +1,4 @@
-"""The study of examples/reproduce.py: what it computes from its figures, what it does once, and all of it in small."""
+"""The study of examples/reproduce.py: what it computes, what it and the demos do once, and all of it in small."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from btx_merge.finetuning.work_folder import COMPLETE
+from btx_merge.finetuning.work_folder import COMPLETE, work_folder
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DOMAINS = ("english", "code", "math", "german")
@@ -28,11 +29,11 @@ def modules():
     before = dict(os.environ)
     sys.path.insert(0, str(EXAMPLES))
     try:
-        import reproduce_study
         import reproduce_tables
         import reproduce_texts
+        import steps
 
-        yield reproduce_study, reproduce_tables, reproduce_texts
+        yield steps, reproduce_tables, reproduce_texts
     finally:
         sys.path.remove(str(EXAMPLES))
         os.environ.clear()
@@ -107,52 +108,82 @@ def test_the_pages_show_every_table_of_the_study(modules):
 
 
 def test_a_step_is_done_once_and_again_when_what_it_reads_has_changed(modules, tmp_path):
-    study_module, _, _ = modules
+    steps_module, _, _ = modules
     done = []
 
-    def build(study, name: str, what: object) -> Path:
-        output = study.folder / name
+    def build(steps, name: str, what: object, *reads: str) -> Path:
+        output = steps.folder / name
 
         def make() -> None:
             output.mkdir(exist_ok=True)
             done.append(name)
 
-        return study.step(output, what, make)
+        return steps.step(output, what, make, reads)
 
-    study = study_module.Study(tmp_path)
-    build(study, "seed", 1)
-    build(study_module.Study(tmp_path), "seed", 1)
-    assert done == ["seed"]
     words = [f"code={tmp_path / 'seed' / 'config.json'}"]
-    before = study_module.Study(tmp_path)._keys_in(words)
-    assert len(before) == 1
-    build(study, "seed", 2)
-    assert done == ["seed", "seed"]
-    assert study._keys_in(words) != before
-    cost = study.cost([tmp_path / "seed"])
-    assert cost.seconds >= 0
-    assert set(json.loads((tmp_path / "finished.json").read_text())) == {"seed"}
+    for what in (1, 1, 2):
+        steps = steps_module.Steps(tmp_path)
+        build(steps, "seed", what)
+        build(steps, "branches/code", "the same", *words)
+    assert done == ["seed", "branches/code"] * 2
+    build(steps_module.Steps(tmp_path, "another wheel"), "seed", 2)
+    assert done[4:] == ["seed"]
+    assert steps.cost([tmp_path / "seed"]).seconds >= 0
+    assert set(json.loads((tmp_path / "steps.json").read_text())) == {"seed", "branches/code"}
+    with pytest.raises(ZeroDivisionError):
+        steps.step(tmp_path / "seed", 3, lambda: 1 / 0)
+    build(steps_module.Steps(tmp_path), "seed", 2)  # what failed may have left the folder in pieces
+    assert done[5:] == ["seed"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["branches", "seed", "steps.json"]
 
 
 def test_only_the_training_that_was_begun_is_gone_on_with(modules, tmp_path, monkeypatch):
-    import demo_common
-
+    steps_module, _, _ = modules
     ran = []
-    monkeypatch.setattr(demo_common, "app", lambda words, standalone_mode: ran.append(words))
-    work, begun = tmp_path / "model.btx-training", tmp_path / "model.begun"
-    checkpoint = work / "checkpoint-5"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / COMPLETE).touch()
+    model, is_killed = tmp_path / "model", True
 
-    begun.write_text("key")
-    demo_common.run_btx(["train"], tmp_path / "model", "key")
-    assert ran.pop() == ["train", "--overwrite", "--resume"]
-    assert not begun.exists()
+    def app(words, standalone_mode):
+        ran.append(words)
+        checkpoint = work_folder(model) / "checkpoint-5"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / COMPLETE).touch()
+        if is_killed:
+            raise KeyboardInterrupt
+        model.mkdir(exist_ok=True)
+        shutil.rmtree(work_folder(model))
 
-    begun.write_text("key")
-    demo_common.run_btx(["train"], tmp_path / "model", "another key")
-    assert ran.pop() == ["train", "--overwrite"]
-    assert not work.exists()
+    monkeypatch.setattr(steps_module, "app", app)
+    for word in ("--one", "--another"):
+        with pytest.raises(KeyboardInterrupt):
+            steps_module.Steps(tmp_path).btx(model, "train", word)
+    is_killed = False
+    for _ in range(2):
+        steps_module.Steps(tmp_path).btx(model, "train", "--another")
+    line = ["-o", str(model), "--overwrite"]
+    expected = [["train", "--one", *line], ["train", "--another", *line], ["train", "--another", *line, "--resume"]]
+    assert ran == expected
+
+
+def test_a_demo_shows_every_command_and_the_study_those_that_run(modules, tmp_path, monkeypatch, capsys):
+    steps_module, _, _ = modules
+    from reproduce_run import Study
+
+    output = tmp_path / "model"
+    said = []
+
+    def app(words, standalone_mode):
+        output.mkdir(exist_ok=True)
+        said.append(words[-1])
+
+    monkeypatch.setattr(steps_module, "app", app)
+    for steps in (steps_module.Steps, steps_module.Steps, Study, Study):
+        if steps is Study and "--quiet" not in said:
+            shutil.rmtree(output)
+        steps(tmp_path).btx(output, "info")
+    command = f"$ btx info -o {output}"
+    shown = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert shown == [command, "0 s", command, "finished by an earlier run", command]
+    assert said == ["--overwrite", "--quiet"]
 
 
 def test_german_comes_in_documents_of_neighbours(modules, tmp_path):
@@ -177,7 +208,7 @@ def test_the_whole_study_in_small_goes_on_after_a_kill(tmp_path):
     command = [sys.executable, str(EXAMPLES / "reproduce.py"), "--quick", "--wheel", str(wheel)]
     command += ["--folder", str(tmp_path / "study")]
     interrupted = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    record = tmp_path / "study" / "0" / "finished.json"
+    record = tmp_path / "study" / "0" / "steps.json"
     while interrupted.poll() is None and not (record.exists() and len(json.loads(record.read_text())) > 4):
         time.sleep(0.2)
     os.killpg(interrupted.pid, signal.SIGKILL)
