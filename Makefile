@@ -4,6 +4,7 @@ BIN := .venv/bin
 ENGINES := $(patsubst tests/engines/%.txt,.engines/%/installed,$(wildcard tests/engines/*.txt))
 SIDE_BY_SIDE := --numprocesses logical --maxprocesses 8
 export HF_HUB_OFFLINE ?= 1
+unexport PYTHONDONTWRITEBYTECODE  # else each process compiles the tests, and rewrites their asserts, anew
 
 .PHONY: demo test slow demo-smollm2 reproduce reproduce-quick benchmark benchmark-export benchmark-fit benchmark-head benchmark-loop benchmark-model benchmark-train benchmark-evaluate docs format clean
 

@@ -9,6 +9,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 
+import gc
 import json
 import random
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from btx_merge import MergeRecipe, merge
-from tests.support import warm
+from tests.support import pictures, warm
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,25 @@ class Family:
     @property
     def experts(self) -> dict[str, str]:
         return {"code": str(self.code), "math": str(self.math)}
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector, which every training calls, need not look through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _unpainted() -> Iterator[None]:
+    with pictures.unpainted():
+        yield
+
+
+@pytest.fixture
+def painted() -> Iterator[None]:
+    """For a test that looks at a picture, or whose picture is like no other test's."""
+    with pictures.painted():
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -99,3 +119,11 @@ def folder_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pat
     yield folder
     for name in imported():
         del sys.modules[name]
+
+
+@pytest.fixture
+def loaded_here(monkeypatch: pytest.MonkeyPatch, folder_code: Path) -> None:
+    """Load what is published in this process, for another one takes seconds to import torch."""
+    from btx_merge.publishing import checks, load_alone
+
+    monkeypatch.setattr(checks, "_load", lambda folder: load_alone.load(str(folder)))

@@ -7,6 +7,7 @@ import configparser
 import doctest
 import importlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,18 +42,26 @@ MODULES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
 PLACED = [name for name in MODULES if name not in ENTRANCES and not name.endswith("__init__")]
 
 
-def imports(name: str) -> Iterator[tuple[str, bool]]:
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(name: str) -> list[tuple[str, bool]]:
     """Return what a module imports, by full name, and whether that happens while it is imported itself."""
-    tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
+    found: list[tuple[str, bool]] = []
+    tree = tree_of(MODULES[name])
     at_once = {id(node) for node in tree.body}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, id(node) in at_once) for alias in node.names)
+            found += [(alias.name, id(node) in at_once) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{name} imports relatively"
             for alias in node.names:
                 is_module = f"{node.module}.{alias.name}".removeprefix("btx_merge.") in MODULES
-                yield (f"{node.module}.{alias.name}" if is_module else str(node.module)), id(node) in at_once
+                found.append((f"{node.module}.{alias.name}" if is_module else str(node.module), id(node) in at_once))
+    return found
 
 
 def own(name: str) -> set[str]:
@@ -87,18 +96,20 @@ def test_no_circle_of_modules():
             del left[name]
 
 
-def reached(name: str, seen: set[str]) -> set[str]:
-    """Return all modules of ours that importing one imports."""
-    for module, is_at_once in imports(name):
-        other = module.removeprefix("btx_merge.")
-        if is_at_once and other in MODULES and other not in seen:
-            reached(other, seen | {other})
-            seen |= {other} | reached(other, seen | {other})
+def reached(name: str) -> set[str]:
+    """Return a module of ours and all those that importing it imports."""
+    seen, ahead = {name}, [name]
+    while ahead:
+        for module, is_at_once in imports(ahead.pop()):
+            other = module.removeprefix("btx_merge.")
+            if is_at_once and other in MODULES and other not in seen:
+                seen.add(other)
+                ahead.append(other)
     return seen
 
 
 def test_the_command_imports_nothing_heavy():
-    for name in {"cli.app"} | reached("cli.app", {"cli.app"}):
+    for name in reached("cli.app"):
         heavy = [module for module, is_at_once in imports(name) if is_at_once and module.split(".")[0] in HEAVY]
         assert not heavy, f"{name} imports {', '.join(heavy)}, and every command waits for it"
 
@@ -107,14 +118,14 @@ def test_only_the_command_prints():
     for name in PLACED:
         if room(name) == "cli" or name == "publishing.load_alone":  # a script of its own, whose output is read
             continue
-        calls = [node for node in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(node, ast.Call)]
+        calls = [node for node in ast.walk(tree_of(MODULES[name])) if isinstance(node, ast.Call)]
         assert not [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"], name
         assert not {"typer", "rich"} & {module.split(".")[0] for module, _ in imports(name)}, name
 
 
 def test_the_model_code_stands_alone():
     for file in (ROOT / "modeling").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(file)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             assert not [name for name in names if name.startswith("btx_merge")], file.name
@@ -123,7 +134,7 @@ def test_the_model_code_stands_alone():
 def test_a_package_begins_with_a_docstring_and_nothing_else():
     for file in PACKAGE.rglob("__init__.py"):
         if file.parent != PACKAGE:
-            (only,) = ast.parse(file.read_text(encoding="utf-8")).body
+            (only,) = tree_of(file).body
             assert isinstance(only, ast.Expr), file
 
 
@@ -139,7 +150,7 @@ def test_modules_and_functions_can_be_read_in_one_go():
     for name, file in MODULES.items():
         text = file.read_text(encoding="utf-8")
         assert text.count("\n") <= 320, name
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.FunctionDef):
                 first = node.body[0]
                 is_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
@@ -154,7 +165,7 @@ MANY_PARAMETERS = ("publishing.run.push",)
 def test_no_function_takes_more_than_six_parameters():
     """Only the commands do, whose parameters are flags."""
     for name, file in MODULES.items():
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(file)):
             if (
                 not isinstance(node, ast.FunctionDef)
                 or room(name) == "cli"
@@ -169,7 +180,7 @@ def test_no_function_takes_more_than_six_parameters():
 def numbers_without_a_reason(file: Path) -> Iterator[str]:
     """Yield module-level numbers that have neither a docstring below them nor a comment beside or above them."""
     text = file.read_text(encoding="utf-8")
-    body, lines = ast.parse(text).body, text.splitlines()
+    body, lines = tree_of(file).body, text.splitlines()
     for node, below in zip(body, [*body[1:], None], strict=True):
         value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
         parts = list(ast.walk(value)) if value else []
@@ -265,7 +276,7 @@ def test_a_function_says_what_it_does_with_a_verb():
     wrong = []
     files = dict(MODULES) | {f"modeling.{file.stem}": file for file in (ROOT / "modeling").glob("*.py")}
     for name, file in files.items():
-        for node in filter(has_docstring_of_a_verb, ast.walk(ast.parse(file.read_text(encoding="utf-8")))):
+        for node in filter(has_docstring_of_a_verb, ast.walk(tree_of(file))):
             if not begins_with_a_verb(ast.get_docstring(node)):
                 wrong.append(f"{name}.{node.name}: {ast.get_docstring(node).splitlines()[0]}")
     assert not wrong, "\n".join(wrong)

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from btx_merge import MergeRecipe, export, merge
 from btx_merge.cli.app import app
+from tests.support import warm
 from tests.support.common import (
     assert_complete,
     assert_rounded_once,
@@ -28,7 +29,6 @@ from tests.support.common import (
     save_seed,
     tensors_of,
 )
-from tests.support.warm import BTX
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks for it
 
@@ -172,7 +172,8 @@ def test_branches_of_all_texts_in_a_folder(script, texts, tmp_path):
         shutil.copy(text, folder / f"{name}.jsonl")
     flags = ["--train=ff", "--max-steps=2", "--max-length=32", "--use-cpu", "--report-to=none", "--save-steps=1"]
     command = ["sh", str(EXAMPLES / script), str(seed), str(folder), str(out), *flags]
-    environment = {**os.environ, "PATH": f"{BTX.parent}:{os.environ['PATH']}"}
+    warm.command_in(tmp_path, "package")
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = [
         subprocess.run(command, env={**environment, "SLURM_ARRAY_TASK_ID": task}, capture_output=True, text=True)
         for task in (("0", "1", "0") if script.endswith("slurm") else ("", ""))

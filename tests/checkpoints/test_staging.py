@@ -23,6 +23,7 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError, MergeError, MergeInterrupted, MergeRecipe, NonFiniteError, Options, merge
+from tests.support import warm
 from tests.support.common import Told, assert_complete, files_of, grow, save_seed
 
 RECIPES = {
@@ -135,7 +136,7 @@ def run_and_die(
 ) -> bool:
     """Whether the process was killed before it was done."""
     arguments = json.dumps([recipe.to_dict(), str(out), nbytes, delay, event, number])
-    done = subprocess.run([sys.executable, "-c", KILLED, arguments], capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", KILLED, arguments])
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode != 0
 
@@ -182,7 +183,7 @@ def test_killed_while_finishing(sources, uninterrupted, tmp_path, event, number)
 # The command itself, which gets a signal when so many bytes are written or when a file is opened.
 SIGNALLED = """
 import os, sys, time
-from btx_merge.cli.app import main
+from btx_merge.__main__ import main
 from btx_merge.cli.printing import Lines
 
 number, nbytes, name = int(sys.argv.pop(1)), int(sys.argv.pop(1)), sys.argv.pop(1)
@@ -215,7 +216,7 @@ def signalled(number: int, sources: tuple[Path, ...], out: Path, *, nbytes: int 
     seed, code, math = sources
     script = [sys.executable, "-c", SIGNALLED, str(int(number)), str(nbytes), opened]
     command = ["merge", "--seed", seed, "--expert", f"code={code}", "--expert", f"math={math}", "-o", out]
-    return subprocess.run([*script, *map(str, command)], capture_output=True, text=True)
+    return warm.run([*script, *command])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -19,7 +19,7 @@ def test_an_evaluation(family: Family, texts: dict[str, str], tmp_path: Path) ->
     merge(MergeRecipe(str(family.seed), family.experts), merged)
     data = [part for name, text in texts.items() for part in ("--data", f"{name}={text}")]
     words = ["eval", merged, *data, "--tokens", "60", "--soup", "--routing", "domain", "-o", tmp_path / "report"]
-    done = btx(*words, COLUMNS="200")
+    done = btx(*words, COLUMNS="200", level="torch")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     rows = {line.strip().split("  ")[0] for line in lines}
@@ -27,7 +27,7 @@ def test_an_evaluation(family: Family, texts: dict[str, str], tmp_path: Path) ->
         assert name in rows
     report = json.loads((tmp_path / "report" / "eval.json").read_text())
     assert f"{report['rows'][0]['scores']['code']['bits_per_byte']:.3f}" in done.stdout
-    done = btx("eval", merged, *data, "--tokens", "60", "--no-sources", "--json")
+    done = btx("eval", merged, *data, "--tokens", "60", "--no-sources", "--json", level="package")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["rows"][0]["scores"] == report["rows"][0]["scores"]
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.reporting import printable, short
 from tests.cli.test_app import BTX, btx, errors_of, sources
 from tests.conftest import Family
+from tests.support import warm
 from tests.support.common import edit_json, without_next
 
 HOSTILE = "a\x1b[2J\x1b]0;owned\x07\u202e\nerror: a forged line\r\x9b31m\u2028\ud800[bold]:cat:"
@@ -82,16 +81,9 @@ def test_colours_on_a_terminal(family: Family, tmp_path: Path, variables: dict[s
     edit_json(twin / "config.json", max_position_embeddings=64)
 
     def stderr_of(*arguments: str) -> str:
-        leader, follower = pty.openpty()
         environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
         environment |= {"TERM": "xterm-256color", "COLUMNS": "300", **variables}
-        subprocess.run(
-            [str(BTX), *arguments], stdout=subprocess.DEVNULL, stderr=follower, timeout=120, env=environment
-        )
-        os.close(follower)
-        text = os.read(leader, 100_000).decode()
-        os.close(leader)
-        return text
+        return warm.run_on_terminal([BTX, *arguments], env=environment).stderr
 
     refused = stderr_of("check", "--seed", str(tmp_path / "nowhere"), "--expert", "a=b/c/d")
     assert refused.startswith("\x1b[31merror:\x1b[0m seed: " if is_coloured else "error: seed: ")

@@ -19,6 +19,7 @@ def found(measured, texts):
     return evaluate(EvalRecipe(str(measured), texts, tokens=200, soup=True))
 
 
+@pytest.mark.usefixtures("painted")
 def test_a_folder_has_numbers_tables_and_a_picture(measured, texts, tmp_path):
     recipe = EvalRecipe(str(measured), texts, tokens=60, no_sources=True)
     report = evaluate(recipe, tmp_path / "report")

@@ -59,9 +59,8 @@ def test_the_converter_that_is_named(merged: Path, room: Path, tmp_path: Path) -
 
 def test_the_command_finds_it_on_path(merged: Path, room: Path, tmp_path: Path) -> None:
     folder = converter(tmp_path / "bin", WORKS)
-    done = btx(
-        "export", merged, "-o", room / "model.gguf", "--format", "gguf", "--json", PATH=str(folder), LLAMA_CPP=""
-    )
+    words = ["export", merged, "-o", room / "model.gguf", "--format", "gguf", "--json"]
+    done = btx(*words, PATH=str(folder), LLAMA_CPP="", level="package")
     assert done.returncode == 0
     assert json.loads(done.stdout)["files"] == ["model.gguf"]
 

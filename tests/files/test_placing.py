@@ -33,6 +33,7 @@ from btx_merge.editing.run import edit
 from btx_merge.files import placing
 from btx_merge.files.disk_errors import disk_error, remedy_of
 from btx_merge.files.scratch import scratch_folder
+from tests.support import warm
 from tests.support.common import Told, files_of, grow, save_seed
 
 
@@ -96,8 +97,7 @@ merge(MergeRecipe(f"{root}/seed", {"code": f"{root}/code", "math": f"{root}/math
 @pytest.mark.parametrize("moment", ["before", "after", "never"])
 def test_the_output_is_never_absent_while_it_is_replaced(saved, tmp_path, moment):
     out = old_model(tmp_path / "out")
-    script = [sys.executable, "-c", WATCHED, str(saved), str(out), moment]
-    done = subprocess.run(script, capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", WATCHED, saved, out, moment])
     assert (done.returncode, done.stdout) == (0 if moment == "never" else -signal.SIGKILL, ""), done.stderr
     if moment == "before":
         assert files_of(out) == {"old.safetensors": b"precious"}

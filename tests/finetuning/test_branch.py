@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -94,6 +93,7 @@ def test_a_plain_trainer_has_the_same_losses(family, texts, tmp_path):
         assert (ours[name] - tensor).abs().max() <= 1e-6, name
 
 
+@pytest.mark.usefixtures("painted")
 @pytest.mark.parametrize("mode", ["all", "ff"])
 def test_what_is_trained_and_nothing_else(family, texts, tmp_path, mode):
     lines: list[str] = []
@@ -297,7 +297,7 @@ def deadly(self, place):
 pathlib.Path.rename = deadly
 branch({settings!r}, {str(out)!r})
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", script], level="package")
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not out.exists()
     assert not list(partial_of(out).glob("*config.json")), "it would load"
@@ -420,6 +420,7 @@ def test_two_ranks_as_one(texts, tmp_path, model, sizes):
         assert (tensor - theirs[name]).abs().max() <= 1e-3, name
 
 
+@pytest.mark.usefixtures("loaded_here")
 def test_a_branch_can_be_published(family, texts, tmp_path):
     """As a Llama, with the record and the picture of the run."""
     branch(recipe(family.seed, texts, train="ff"), tmp_path / "out")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import pty
 import re
 import shutil
 import signal
@@ -78,6 +76,7 @@ def changed(before: Path, after: Path) -> set[str]:
     return {name for name in old if raw_bytes(old[name]) != raw_bytes(new[name])}
 
 
+@pytest.mark.usefixtures("painted")
 @pytest.mark.parametrize("mode", ["routers", "shared", "all"])
 def test_each_mode_trains_what_it_says_and_nothing_else(merged, texts, tmp_path, mode):
     lines: list[str] = []
@@ -129,6 +128,7 @@ def test_an_adapter(merged, texts, tmp_path):
     assert yaml.safe_load((tmp_path / "out/btx_recipe.yaml").read_text())["training"][0]["train"] == "lora"
 
 
+@pytest.mark.usefixtures("painted")
 def test_what_the_result_says_about_itself(merged, texts, tmp_path):
     arguments = {"report_to": "tensorboard", "eval_steps": 3}
     report = train(recipe(merged, texts, train="routers", arguments=arguments), tmp_path / "out")
@@ -255,7 +255,7 @@ def deadly(self, place):
 pathlib.Path.rename = deadly
 train({settings!r}, {str(out)!r})
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = warm.run([sys.executable, "-c", script], level="package")
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not out.exists()
     left = partial_of(out)
@@ -391,19 +391,12 @@ def test_what_is_kept_when_it_is_interrupted_early(merged, texts, tmp_path, monk
 
 @pytest.mark.parametrize("flags", [[], ["--quiet"]])
 def test_progress_on_a_terminal(merged, texts, tmp_path, flags):
-    leader, follower = pty.openpty()
     command = [str(BTX), "train", str(merged), f"--data=code={texts['code']}", "-o", str(tmp_path / "out"), *flags]
     command += ["--max-steps=3", "--logging-steps=1", "--max-length=32", "--report-to=none"]
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
-    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=follower, env=environment)
-    os.close(follower)
-    raw = b""
-    with contextlib.suppress(OSError):  # the end, on Linux
-        while part := os.read(leader, 100_000):
-            raw += part
-    os.close(leader)
-    shown = raw.decode()
-    assert started.wait(60) == 0, shown
+    done = warm.run_on_terminal(command, env=environment, level="package")
+    shown = done.stderr
+    assert done.returncode == 0, shown
     assert ("training" in shown and "3/3" in shown and "0:00:" in shown) == (not flags), shown
     assert ("balancing" in shown) == (not flags)
 

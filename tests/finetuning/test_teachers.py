@@ -108,6 +108,7 @@ def test_loss_and_gradients_of_a_step(family, merged, texts, tmp_path, mode):
         torch.testing.assert_close(before[name] - after[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@pytest.mark.usefixtures("painted")
 def test_what_the_result_says(merged, texts, tmp_path):
     lines: list[str] = []
     report = train(recipe(merged, texts, teacher="sources"), tmp_path / "out", reporter=Told(line=lines.append))

@@ -198,6 +198,7 @@ def test_experts_come_and_go(grown, fitted, tmp_path):
     torch.testing.assert_close(after[HEAD] - before[HEAD], moved, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("loaded_here")
 def test_it_may_be_published(fitted):
     checked = examine(fitted)
     assert "model.safetensors" in checked.files

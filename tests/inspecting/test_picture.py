@@ -56,6 +56,7 @@ def test_the_page_has_the_same_colours() -> None:
     assert [light[f"x{number}"].upper() for number in range(8)] == [color.upper() for color in COLORS]
 
 
+@pytest.mark.usefixtures("painted")
 def test_names_are_no_formulas_and_of_bounded_length(tmp_path: Path) -> None:
     model = model_of("m", ("$\\frac", "x" * 5000 + "\x1b[2J"))
     figure = figure_of([model])

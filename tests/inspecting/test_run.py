@@ -21,6 +21,7 @@ from btx_merge.inspecting.run import NUMBERS, PICTURES
 from btx_merge.model.files import REPORT
 from tests.support.browser import CHROMIUM, Browser
 from tests.support.common import Told, edit_json, files_of, load_float32, tiny_tokenizer
+from tests.support.pictures import painted
 
 in_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed")
 
@@ -42,7 +43,8 @@ def written(merged: Path, texts: dict[str, str], tmp_path_factory: pytest.TempPa
     out = tmp_path_factory.mktemp("routing") / "report"
     heard: list[tuple[int, int]] = []
     reporter = Told(text_done=lambda done, of: heard.append((done, of)))
-    report = routing(recipe_of(merged, texts), out, reporter=reporter)
+    with painted():
+        report = routing(recipe_of(merged, texts), out, reporter=reporter)
     assert heard[0][0] == 0
     assert [done for done, _ in heard] == sorted(done for done, _ in heard)
     assert len({of for _, of in heard}) == 1

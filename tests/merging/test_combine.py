@@ -194,7 +194,7 @@ def test_ties_trims_over_the_whole_tensor_whatever_the_blocks(four, tmp_path, mo
     specs = dict(zip("abc", map(str, four[1:]), strict=True))
     recipe = MergeRecipe(str(four[0]), specs, combine="ties", density=density)
     merge(recipe, tmp_path / "large")
-    monkeypatch.setattr("btx_merge.merging.combine.DIFFERENCE_BLOCK_BYTES", 1 << 13)
+    monkeypatch.setattr("btx_merge.merging.combine.DIFFERENCE_BLOCK_BYTES", 1 << 16)  # of 256 rows of 6000
     merge(recipe, tmp_path / "small")
     large, small = shared(tmp_path / "large"), shared(tmp_path / "small")
     assert all(torch.equal(small[name], large[name]) for name in large)

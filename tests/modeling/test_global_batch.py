@@ -6,7 +6,6 @@ p, with the other factor taken as constant: `E * sum_i (P_i du_i + U_i dp_i)`.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from btx_merge.modeling import BTXConfig
 
 from tests.modeling.test_balancing import in_float64, random_logits
-from tests.support import two_ranks
+from tests.support import two_ranks, warm
 from tests.support.models import EXPERTS, Routed, given_logits, slow_balancing_loss, slow_shares, tiny_btx, tokens
 
 Call = tuple[Sequence[torch.Tensor], Routed]
@@ -156,8 +155,8 @@ def test_evaluation_in_between_is_by_itself_and_changes_nothing():
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Started once; one result per rank."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.support.two_ranks", str(folder)]
-    ran = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=180)
+    command = [sys.executable, "-m", "tests.support.two_ranks", folder]
+    ran = warm.run(command, cwd=Path(__file__).parents[2], timeout=180, level="package")
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(two_ranks.RANKS)]
 

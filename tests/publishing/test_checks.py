@@ -17,11 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError, MergeRecipe, merge
 from btx_merge.checkpoints.layout import INDEX_FILE
-from btx_merge.publishing import checks as publish_checks
 from btx_merge.publishing.card import card_problems
 from btx_merge.publishing.checks import Publishable, examine
 from btx_merge.publishing.kinds import BTX
-from btx_merge.publishing.load_alone import load
 from btx_merge.publishing.private_text import private_text
 from tests.support.common import edit_json, files_of, grow, save_seed, tiny_tokenizer
 
@@ -33,12 +31,6 @@ def model(merged: Path, tmp_path: Path) -> Path:
     """A merge in several files that a test may spoil."""
     shutil.copytree(merged, tmp_path / "model")
     return tmp_path / "model"
-
-
-@pytest.fixture
-def loaded_here(monkeypatch: pytest.MonkeyPatch, folder_code: Path) -> None:
-    """Loads the model in this process, for another one takes seconds to import torch."""
-    monkeypatch.setattr(publish_checks, "_load", lambda folder: load(str(folder)))
 
 
 def refused(folder: Path) -> list[str]:

@@ -24,7 +24,6 @@ from btx_merge.publishing.kinds import BTX, kind_of
 from btx_merge.texts.references import DomainText
 from tests.conftest import Family
 from tests.finetuning.test_run import ARGUMENTS
-from tests.publishing.test_checks import loaded_here  # noqa: F401  a fixture
 from tests.publishing.test_run import btx, error_of, home, hub, pushed, repository  # noqa: F401  fixtures
 from tests.support.common import edit_json, files_of, save_seed
 from tests.support.hub_server import Hub

@@ -17,6 +17,7 @@ import json
 import os
 import runpy
 import selectors
+import shlex
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,9 +40,14 @@ KEPT = ("HF_", "TRANSFORMERS_")
 """So begin environment variables that are read while transformers is imported."""
 CODE_CACHE = "HF_MODULES_CACHE"
 """But this one of them may differ: it is set in the one module that reads it."""
+COMMAND = [
+    *("btx_merge.__main__", "btx_merge.cli.app", "btx_merge.cli.display", "btx_merge.merging.run"),
+    *("btx_merge.exporting.run", "btx_merge.model.info"),
+    *(["pydantic.type_adapter", "pydantic.types"] if find_spec("pydantic") else []),  # which newer typers import
+]
 LEVELS = {
     "python": ["numpy", "rich.console", "typer", "yaml"],
-    "command": ["btx_merge.__main__", "btx_merge.cli.app"],
+    "command": COMMAND,
     "torch": ["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.export"],
     "transformers": [
         "transformers.models.llama.modeling_llama",
@@ -48,7 +55,7 @@ LEVELS = {
         "transformers.trainer",
         "peft",
     ],
-    "package": ["btx_merge.__main__", "btx_merge.cli.app", "btx_merge.modeling"],
+    "package": [*COMMAND, "btx_merge.modeling", "btx_merge.finetuning.run", "matplotlib.figure"],
 }
 """What the processes of a level find imported, beside what those of the level before it do."""
 BEFORE = {"command": "python", "torch": "python", "transformers": "torch", "package": "transformers"}
@@ -105,7 +112,7 @@ def run(
     """Run `btx ...`, `python -c ...` or `python -m ...` to its end, with its output as text.
 
     Args:
-        level: what the process finds imported, one of LEVELS: nothing that it would not import itself.
+        level: what the process finds imported, one of LEVELS: of large packages none that it would not import itself.
     """
     if is_cold() or "PYTHONIOENCODING" in (env or {}):  # which is read when Python starts
         return subprocess.run(
@@ -135,6 +142,28 @@ def started(
         yield process, stderr
 
 
+def run_on_terminal(
+    command: Command, *, env: Mapping[str, str] | None = None, level: str = "command"
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, with a pseudo-terminal as its stderr, and return what it wrote there, too."""
+    leader, follower = os.openpty()
+    with tempfile.TemporaryFile("w+") as out, open(os.devnull) as nothing:
+        process: Process | subprocess.Popen[str]
+        if is_cold():
+            words = list(map(str, command))
+            process = subprocess.Popen(words, stdin=nothing, stdout=out, stderr=follower, env=env, text=True)
+        else:
+            process = Process(command, level, None, env, [nothing.fileno(), out.fileno(), follower])
+        os.close(follower)
+        written = b""
+        with suppress(OSError):  # the end, on Linux
+            while part := os.read(leader, 100_000):
+                written += part
+        os.close(leader)
+        code = process.wait(120)
+        return subprocess.CompletedProcess(list(command), code, _read(out), written.decode())
+
+
 def torchrun(level: str | None, *words: Any) -> list[str]:
     """Return the command that starts `python WORDS` twice by torchrun, each as a fork of the level's server if any."""
     local = ["--nproc_per_node=2", "--local_addr=127.0.0.1", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
@@ -142,8 +171,24 @@ def torchrun(level: str | None, *words: Any) -> list[str]:
     if is_cold() or level is None:
         return [*start, *map(str, words)]
     _connect(level)  # starts the server
-    forward = [sys.executable, str(Path(__file__)), str(_folder[0]), level]
-    return [*start, "--no_python", *forward, sys.executable, *map(str, words)]
+    return [*start, "--no_python", *_forwarding(level), sys.executable, *map(str, words)]
+
+
+def command_in(folder: Path, level: str) -> Path:
+    """Put a command `btx` into a folder, for the path of a script: what it does, a fork of a level's server does."""
+    command = folder / "btx"
+    if is_cold():
+        command.symlink_to(BTX)
+    else:
+        _connect(level)  # starts the server
+        words = shlex.join([*_forwarding(level), str(BTX)])
+        command.write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+        command.chmod(0o755)
+    return command
+
+
+def _forwarding(level: str) -> list[str]:
+    return [sys.executable, str(Path(__file__)), str(_folder[0]), level]
 
 
 def _forward(folder: str, level: str, *command: str) -> int:
