@@ -202,13 +202,10 @@ class Run:
             **{name: (expert,) for name, expert in experts.items()},
         }
         btm = self.texts_words("--btm-text", "training", EQUAL_PARTS)
-        words = ["--soup", "--btm", "1", *btm, "--against", f"dense={shown(self.folder / 'dense')}"]
-        first = self.evaluated("dense-models", merged, *words)
-        second = self.evaluated("btm-2", merged, "--btm", "2", *btm)
-        rows = [row for row in first["rows"] if row["kind"] != "model"]  # the model itself has a row elsewhere
-        rows += [row for row in second["rows"] if row["kind"] == "btm"]
-        for row in rows:
-            self._add(table, row["name"], row, made_by.get(row["name"], tuple(experts.values())))
+        words = ["--soup", "--btm", "1", "--btm", "2", *btm, "--against", f"dense={shown(self.folder / 'dense')}"]
+        for row in self.evaluated("dense-models", merged, *words)["rows"]:
+            if row["kind"] != "model":  # which has a row elsewhere
+                self._add(table, row["name"], row, made_by.get(row["name"], tuple(experts.values())))
 
     def evaluated(self, name: str, model: Path, *words: str) -> dict[str, Any]:
         """Return the report of `btx eval` on the texts that this run is scored on."""

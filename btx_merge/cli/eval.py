@@ -1,4 +1,4 @@
-"""`btx eval`: what a merged model is worth, beside what it was made of."""
+"""`btx eval`: what a merged model is worth, beside what it was made of; or any other model, alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from btx_merge.cli.options import Device, Json, Model, Overwrite, Quiet, option
+from btx_merge.cli.options import Device, Json, Overwrite, Quiet, described, option
 from btx_merge.cli.printing import print_json
 from btx_merge.cli.takes import Given, takes
 from btx_merge.cli.terminal import terminal
@@ -17,7 +17,7 @@ from btx_merge.options import Options
 
 @takes(EvalRecipe, RULES, data="NAME=TEXT")
 def eval_command(
-    model: Model,
+    model: Annotated[str, typer.Argument(help=described(EvalRecipe, "model"))],
     given: Given,
     output: Annotated[Path | None, option("Folder for eval.json, eval.md and eval.png.", "--output", "-o")] = None,
     lm_eval_tasks: Annotated[
@@ -31,7 +31,7 @@ def eval_command(
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """Measure a merged model on held-out text, beside the models that it was made of."""
+    """Measure a merged model on held-out text, beside the models that it was made of; or any other model, alone."""
     from btx_merge.evaluation.run import evaluate
 
     recipe = given.build(EvalRecipe, model)

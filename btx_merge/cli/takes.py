@@ -161,8 +161,21 @@ def numbers(flag: str, items: list[str]) -> dict[str, float]:
     return out
 
 
+def whole_numbers(flag: str, items: list[str]) -> tuple[int, ...]:
+    """Parse whole numbers.
+
+    Raises:
+        InputError: an item that is none.
+    """
+    try:
+        return tuple(map(int, items))
+    except ValueError:
+        raise InputError([Problem("command", flag, " ".join(items), "a whole number each time")]) from None
+
+
 _ONE: dict[str, Any] = {"str": str, "bool": bool, "int": int, "float": float}
 _SEVERAL: dict[str, tuple[str, Parser]] = {
+    "tuple[int, ...]": ("NUMBER", whole_numbers),
     "tuple[str, ...]": ("NAME", lambda flag, items: tuple(items)),
     "Mapping[str, str]": ("NAME=MODEL", pairs),
     "Mapping[str, ExpertSpec]": ("NAME=MODEL", pairs),

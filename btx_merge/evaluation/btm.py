@@ -62,15 +62,18 @@ class BranchTrainMerge:
         self._embedding = _Embedding({name: given[name] for name in experts}, tokenizer)
         self._loaded: dict[str, Any] = {}
 
-    def weights(self, context: str) -> dict[str, float]:
+    def weights(self, context: str, top_k: int | None = None) -> dict[str, float]:
         """Return the experts that run for a context, the nearest first, with their shares, which add up to 1.
 
         A context that has no word in common with any text, such as an empty one, says nothing: then all run alike.
+
+        Args:
+            top_k: in the place of the ensemble's own.
         """
         cosines = self._embedding.cosines(context)
         if max(cosines.values()) <= 0:
             return dict.fromkeys(cosines, 1 / len(cosines))
-        nearest = sorted(cosines, key=lambda name: -cosines[name])[: self.top_k]
+        nearest = sorted(cosines, key=lambda name: -cosines[name])[: top_k or self.top_k]
         if not self.is_weighted:
             return dict.fromkeys(nearest, 1 / len(nearest))
         shares = np.exp([cosines[name] for name in nearest])

@@ -8,12 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from btx_merge.checkpoints.dtypes import TORCH_NAMES
 from btx_merge.errors import InputError, Problem
-from btx_merge.evaluation.recipe import EvalRecipe
+from btx_merge.evaluation.recipe import DTYPES, EvalRecipe
 from btx_merge.evaluation.report import AGAINST, MODEL, ROUTED, SOUP, SOURCE
 from btx_merge.files.folder import file_problems, read_json
 from btx_merge.files.placing import check_target
-from btx_merge.model.merged import MergedModel
+from btx_merge.model.merged import MergedModel, open_merged
 from btx_merge.model.records import is_blended
 from btx_merge.sources.locate import SMALL_FILES, Located, locate
 from btx_merge.sources.source import Source
@@ -23,6 +24,25 @@ from btx_merge.texts.readers import is_installed
 
 DEFAULT_WINDOW = 1024
 """Tokens of a window where nobody says, as in a finetuning; the model's own length if that is less."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """The model that an evaluation is of, opened without reading weights."""
+
+    located: Located
+    config: Mapping[str, Any]
+    """Of a merged model, that of a dense Llama in it."""
+    merged: MergedModel | None
+    """None for a model of another kind, which stands alone."""
+
+    @property
+    def dtype(self) -> str:
+        """torch's name of the dtype of its weights; float32 where a config does not say."""
+        if self.merged:
+            return TORCH_NAMES[self.merged.dtype]
+        stored = self.config.get("dtype") or self.config.get("torch_dtype")
+        return stored if stored in DTYPES else "float32"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +60,33 @@ class Entry:
     """Takes a dtype and a device of torch."""
 
 
+def open_measured(reference: str) -> Measured:
+    """Open the model that an evaluation is of.
+
+    Raises:
+        InputError: no model; or a merged one with something wrong.
+    """
+    located = locate("model", reference)
+    if not _is_other(located.folder):
+        merged = open_merged(located)
+        return Measured(located, merged.dense_config, merged)
+    if problems := [replace(problem, source="model") for problem in file_problems(located.folder, SMALL_FILES)]:
+        raise InputError(problems)
+    return Measured(located, read_json(located.folder / "config.json"), None)
+
+
+def _is_other(folder: Path) -> bool:
+    """Return whether a folder has a model that is no merged one. What cannot be read is left to who opens it."""
+    try:
+        return read_json(folder / "config.json").get("model_type") != "btx"
+    except (InputError, OSError):
+        return False
+
+
 def entries_of(
-    recipe: EvalRecipe, model: MergedModel, window: int, scratch: Callable[[], Path]
+    recipe: EvalRecipe, model: Measured, window: int, scratch: Callable[[], Path]
 ) -> tuple[list[Entry], list[Problem]]:
-    """Find all models of an evaluation, the merged one first; return with them what should be looked at twice.
+    """Find all models of an evaluation, the one that it is of first; return with them what should be looked at twice.
 
     Raises:
         InputError: every model that cannot be measured.
@@ -55,10 +98,10 @@ def entries_of(
     folder = model.located.folder
     kinds = (MODEL, ROUTED) if recipe.routing else (MODEL,)
     load: Callable[[Any, Any], Any] = lambda dtype, device: load_folder(model.located, dtype, device)  # noqa: E731
-    entries = [Entry("merged", kinds, folder, (folder,), load)]
-    if not recipe.no_sources:
+    entries = [Entry("merged" if model.merged else "model", kinds, folder, (folder,), load)]
+    if model.merged and not recipe.no_sources:
         try:
-            of_sources, warnings = _source_entries(recipe, model, scratch)
+            of_sources, warnings = _source_entries(recipe, model.merged, scratch)
             entries += of_sources
         except InputError as error:
             problems += error.problems
@@ -109,9 +152,8 @@ def _other(name: str, reference: str, window: int) -> Entry:
     if problems:
         raise InputError(problems)
     if not (located.folder / "adapter_config.json").exists():
-        config = read_json(located.folder / "config.json")
-        positions = config.get("max_position_embeddings") or config.get("n_positions")
-        if isinstance(positions, int) and positions < window:
+        positions = _positions(read_json(located.folder / "config.json"))
+        if positions is not None and positions < window:
             remedy = f"Give --window {positions}, for all models."
             raise InputError([Problem(name, "config.json", f"{positions} positions", f"at least {window}", remedy)])
     load: Callable[[Any, Any], Any] = lambda dtype, device: load_folder(located, dtype, device)  # noqa: E731
@@ -132,9 +174,10 @@ def ensemble_of(recipe: EvalRecipe, entries: Sequence[Entry]) -> list[Entry]:
         if name not in [entry.name for entry in sources]:
             expected = f"one of {', '.join(entry.name for entry in sources)}"
             problems.append(Problem("recipe", "btm_text", f"no source {name}", expected))
-    if recipe.btm is not None and recipe.btm > len(names):
-        problems.append(Problem("recipe", "btm", f"{recipe.btm}", f"at most {len(names)}, the experts with text"))
-    if recipe.btm is not None and not is_installed("sklearn"):
+    if recipe.btm and max(recipe.btm) > len(names):
+        found, expected = f"{max(recipe.btm)}", f"at most {len(names)}, the experts with text"
+        problems.append(Problem("recipe", "btm", found, expected))
+    if recipe.btm and not is_installed("sklearn"):
         remedy = "pip install '.[btm]' in a checkout of btx-merge."
         problems.append(Problem("command", "scikit-learn", "is not installed", "", remedy))
     if problems:
@@ -146,17 +189,27 @@ def window_of(recipe: EvalRecipe, config: Mapping[str, Any]) -> int:
     """Return the tokens of a window.
 
     Raises:
-        InputError: more than the merged model has positions.
+        InputError: more than the model has positions.
     """
-    positions = int(config["max_position_embeddings"])
-    if recipe.window is not None and recipe.window > positions:
+    positions = _positions(config)
+    if positions is not None and recipe.window is not None and recipe.window > positions:
         found, expected = f"{recipe.window}", f"at most {positions}, the model's positions"
         raise InputError([Problem("recipe", "window", found, expected)])
-    return recipe.window or min(DEFAULT_WINDOW, positions)
+    return recipe.window or min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
 
 
-def routing_problems(recipe: EvalRecipe, model: MergedModel) -> list[Problem]:
-    """Return which domains have no expert of their own to be routed to."""
+def _positions(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a model reads at most; None where its config does not say."""
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    return positions if isinstance(positions, int) else None
+
+
+def sources_problems(recipe: EvalRecipe, model: MergedModel | None) -> list[Problem]:
+    """Return which wishes need sources or experts that the model does not have."""
+    if model is None:
+        found, remedy = "given, and the model was not merged", "Leave it out, or give a merged model."
+        wishes = ("sources", "soup", "routing", "btm")
+        return [Problem("recipe", wish, found, "", remedy) for wish in wishes if getattr(recipe, wish)]
     if recipe.routing and is_blended(model.located.folder):
         found, expected = "domain, and experts that are each a part of every source", "an expert of each domain"
         return [Problem("recipe", "routing", found, expected, "Leave --routing out.")]

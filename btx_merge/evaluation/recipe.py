@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from btx_merge.errors import InputError, Problem
+from btx_merge.reporting import short
 from btx_merge.sources.source import as_spec
 from btx_merge.texts.references import ONE_DOMAIN, DomainText, as_domain_texts
-from btx_merge.values import Rule, at_least, mapping_problems, one_of, parse_field, value_problems
+from btx_merge.values import Rule, at_least, is_whole, mapping_problems, one_of, parse_field, value_problems
 
 DTYPES = ("float32", "bfloat16", "float16")
 ROUTINGS = ("domain",)
@@ -23,7 +25,8 @@ class EvalRecipe:
     """
 
     model: str
-    """A merged checkpoint: a folder, `org/name` or `org/name@revision`."""
+    """A merged checkpoint: a folder, `org/name` or `org/name@revision`. Or any other causal language model that
+    transformers loads without code from outside, such as a dense Llama; it was not merged, so it has no sources."""
     data: tuple[DomainText, ...] = ()
     """Held-out text of each domain: a file, a folder, a glob or a dataset of the Hub."""
     no_sources: bool = False
@@ -37,8 +40,9 @@ class EvalRecipe:
     routing: str | None = None
     """domain: measure the merged model once more, every token sent to its own domain's expert, which has the domain's
     name. That is what a perfect router would reach. Blended experts are of no domain, so they are refused."""
-    btm: int | None = None
-    """Branch-Train-Merge: experts that run side by side for a context, their distributions averaged; at least 1."""
+    btm: tuple[int, ...] = ()
+    """Branch-Train-Merge: experts that run side by side for a context, their distributions averaged; at least 1. Each
+    number has a row of its own."""
     btm_text: tuple[DomainText, ...] = ()
     """Training text of each expert of Branch-Train-Merge, or some of it, by which experts are chosen for a context.
     Experts without text are left out."""
@@ -58,7 +62,9 @@ class EvalRecipe:
         problems += mapping_problems("against", self.against, expected) or self._name_problems()
         problems += parse_field(self, "data", as_domain_texts, ONE_DOMAIN)
         problems += parse_field(self, "btm_text", as_domain_texts)
-        if (self.btm is None) != (not self.btm_text):
+        no_counts = parse_field(self, "btm", _as_counts)
+        problems += no_counts
+        if not no_counts and bool(self.btm) != bool(self.btm_text):
             found, other = ("btm", "btm_text") if self.btm_text else ("btm_text", "btm")
             problems.append(Problem("recipe", found, "missing", f"both, or {other} left out"))
         if self.no_sources and (self.soup or self.sources or self.btm):
@@ -78,8 +84,21 @@ class EvalRecipe:
         return problems
 
 
+def _as_counts(value: Any, name: str) -> tuple[int, ...]:
+    """Return whole numbers above 0, each of them once; one may stand by itself.
+
+    Raises:
+        InputError: anything else.
+    """
+    counts = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    for number, count in enumerate(counts):
+        if not is_whole(count) or count < 1 or count in counts[:number]:
+            found = f"{count} twice" if count in counts[:number] else short(count)
+            raise InputError([Problem("recipe", name, found, "whole numbers of at least 1, each once")])
+    return counts
+
+
 RULES: dict[str, Rule] = {
-    "btm": at_least(1),
     "tokens": at_least(1),
     "window": at_least(1),
     "batch_size": at_least(1),

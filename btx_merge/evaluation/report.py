@@ -13,9 +13,8 @@ from btx_merge.measuring.windows import Amount
 from btx_merge.sources.source import SEED
 
 MODEL, ROUTED, SOURCE, SOUP, BTM, AGAINST = "model", "routed", "source", "soup", "btm", "against"
-"""Kinds of rows: the merged model, the same with each domain sent to its own expert, one of its sources, their dense
-mean, the sources side by side as Branch-Train-Merge has them, another model."""
-
+"""Kinds of rows: the model that is measured, the same with each domain sent to its own expert, one of its sources,
+their dense mean, the sources side by side as Branch-Train-Merge has them, another model."""
 
 _LEAST_GAP = 0.001
 """Of the seed's bits: a choice. Fractions of a smaller gap are figures with many digits that mean nothing."""
@@ -32,7 +31,7 @@ class Score:
     tokens: int
     """Tokens that were scored."""
     same_tokens: bool = True
-    """Whether they are those of the merged model."""
+    """Whether they are those of the model that is measured."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,11 @@ class EvalReport:
     """What an evaluation found."""
 
     model: str
-    """The merged model, by the name under which it may be published."""
+    """The model that is measured, by the name under which it may be published."""
     domains: Mapping[str, Amount]
-    """How much of each was measured, in the merged model's tokens."""
+    """How much of each was measured, in the model's tokens."""
     rows: tuple[Row, ...]
-    """The merged model first."""
+    """The model that is measured first."""
     oracle: Mapping[str, Oracle]
     """By domain; empty where no sources were measured."""
     window: int

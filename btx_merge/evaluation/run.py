@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,22 @@ from btx_merge.evaluation.files import write_report
 from btx_merge.evaluation.harness import command, write_tasks
 from btx_merge.evaluation.models import (
     Entry,
+    Measured,
     ensemble_of,
     entries_of,
     hub_problem,
+    open_measured,
     overlap_problems,
-    routing_problems,
+    sources_problems,
     target_problems,
     window_of,
 )
 from btx_merge.evaluation.recipe import EvalRecipe
-from btx_merge.evaluation.report import BTM, ROUTED, EvalReport, Row, Score, oracle_of, with_gaps
+from btx_merge.evaluation.report import BTM, ROUTED, SOURCE, EvalReport, Row, Score, oracle_of, with_gaps
 from btx_merge.files.disk_errors import disk_error
 from btx_merge.files.folder import file_problems
 from btx_merge.files.scratch import scratch_folder
 from btx_merge.fitting.run import device_problems
-from btx_merge.model.merged import MergedModel
-from btx_merge.model.opening import open_model
 from btx_merge.options import Options, refuse_unused
 from btx_merge.reporting import Reporter
 from btx_merge.sources.text_checks import check_texts
@@ -49,7 +48,7 @@ class _Evaluation:
     """All that is decided and checked before a model is loaded."""
 
     recipe: EvalRecipe
-    model: MergedModel
+    model: Measured
     window: int
     entries: list[Entry]
     ensemble: list[Entry]
@@ -66,7 +65,7 @@ def evaluate(
     card: bool = False,
     lm_eval_tasks: str | Path | None = None,
 ) -> EvalReport:
-    """Measure a merged model on held-out text by domain, beside the models that it was made of.
+    """Measure a merged model on held-out text by domain, beside the models that it was made of; or any other, alone.
 
     Figures are those of lm-evaluation-harness' `loglikelihood_rolling`. One model is in memory at a time.
 
@@ -108,7 +107,12 @@ def evaluate(
 
 def _check(recipe: EvalRecipe, targets: Sequence[Path], options: Options, card: bool, stack: ExitStack) -> _Evaluation:
     """Open everything without reading weights. `targets` are the folders that will be written."""
-    model, problems = open_model(recipe.model, None, options.overwrite)
+    model: Measured | None = None
+    problems: list[Problem] = []
+    try:
+        model = open_measured(recipe.model)
+    except InputError as error:
+        problems += error.problems
     problems += target_problems(targets, options.overwrite)
     problems += check_texts((*recipe.data, *recipe.btm_text), model.located.folder if model else None)
     problems += device_problems(options.device)
@@ -119,17 +123,17 @@ def _check(recipe: EvalRecipe, targets: Sequence[Path], options: Options, card: 
     if not has_tokenizer(model.located.folder):
         folder = str(model.located.folder)
         problems.append(Problem("model", folder, "no tokenizer", "tokenizer.json or tokenizer.model"))
-    problems += routing_problems(recipe, model)
+    problems += sources_problems(recipe, model.merged)
     if card:
         problems += [*hub_problem(model.located), *file_problems(model.located.folder, ["README.md"])]
     window, entries, ensemble, warnings = 1, list[Entry](), list[Entry](), list[Problem]()
     try:
-        window = window_of(recipe, model.dense_config)
+        window = window_of(recipe, model.config)
         entries, warnings = entries_of(recipe, model, window, lambda: stack.enter_context(scratch_folder(None)))
-        ensemble = ensemble_of(recipe, entries)
+        ensemble = ensemble_of(recipe, entries) if model.merged else []
     except InputError as error:
         problems += error.problems
-    folders = {entry.name: entry.folders for entry in entries} or {"merged": (model.located.folder,)}
+    folders = {entry.name: entry.folders for entry in entries} or {"model": (model.located.folder,)}
     problems += overlap_problems(targets, folders)
     if problems:
         raise InputError(problems)
@@ -146,23 +150,26 @@ def _measure(
 
     recipe, model = checked.recipe, checked.model
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = _dtype(recipe, model, device.type)
+    dtype = recipe.dtype or ("float32" if device.type == "cpu" else model.dtype)
     tokenizer = load_tokenizer(model.located.folder)
     domains = [Domain.counted(text, tokenizer, checked.window, recipe.tokens) for text in recipe.data]
     if tasks:
         write_tasks(domains, tasks, options.overwrite, reporter)
         names = [domain.text.name for domain in domains]
         reporter.note(f"the same by the harness: {command(recipe.model, names, tasks, checked.window, dtype)}")
-    kinds = sum(len(entry.kinds) for entry in checked.entries) + len(checked.ensemble)
+    kinds = sum(len(entry.kinds) for entry in checked.entries)
     progress = _Progress(reporter, kinds * sum(domain.amount.nbytes for domain in domains))
     rows: list[Row] = []
+    losses: dict[str, dict[str, Any]] = {entry.name: {} for entry in checked.ensemble}
     for entry in checked.entries:
-        rows += _rows_of(entry, getattr(torch, dtype), device, domains, checked, progress)
+        loaded = entry.load(getattr(torch, dtype), device)
+        rows += _rows_of(entry, loaded, domains, checked, progress, losses)
+        del loaded
         gc.collect()  # the model is gone before the next one comes
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if checked.ensemble:
-        rows.append(_ensemble_row(checked, getattr(torch, dtype), device, domains, tokenizer, progress))
+        rows += _ensemble_rows(checked, domains, tokenizer, losses)
     oracle = oracle_of(rows)
     return EvalReport(
         model.located.public_name,
@@ -179,52 +186,61 @@ def _measure(
 
 
 def _rows_of(
-    entry: Entry, dtype: Any, device: Any, domains: Sequence[Any], checked: _Evaluation, told: Callable[[int], None]
+    entry: Entry,
+    loaded: Any,
+    domains: Sequence[Any],
+    checked: _Evaluation,
+    told: Callable[[int], None],
+    losses: Mapping[str, dict[str, Any]],
 ) -> list[Row]:
-    """Load a model and measure it, once for each of its rows."""
+    """Measure a model, once for each of its rows.
+
+    Args:
+        losses: gets, by domain, those of all tokens for each source that is in it: the experts of Branch-Train-Merge.
+
+    Raises:
+        InputError: such an expert reads other tokens than the merged model.
+    """
     from btx_merge.evaluation.scoring import score
     from btx_merge.measuring.routes import sent_to
 
-    tokenizer, loaded = load_tokenizer(entry.tokenizer), entry.load(dtype, device)
+    tokenizer, merged = load_tokenizer(entry.tokenizer), checked.model.merged
     tokens = checked.recipe.batch_size * checked.window
+    kept = losses.get(entry.name) if entry.kinds == (SOURCE,) else None
     rows = []
     for kind in entry.kinds:
         scores = {}
         for domain in domains:
             name = domain.text.name
-            with sent_to(loaded, checked.model.experts_of(name)) if kind == ROUTED else nullcontext():
-                scores[name] = score(loaded, domain, tokenizer, tokens, told)
+            of_domain = None if kept is None else kept.setdefault(name, {})
+            with sent_to(loaded, merged.experts_of(name)) if merged and kind == ROUTED else nullcontext():
+                scores[name] = score(loaded, domain, tokenizer, tokens, told, of_domain)
+            if kept is not None and not scores[name].same_tokens:
+                remedy = "Leave it out of --btm-text."
+                found = "reads other tokens"
+                raise InputError([Problem(entry.name, str(entry.tokenizer), found, "the model's", remedy)])
         _refuse_nonfinite(entry.name, scores)
         rows.append(Row(ROUTED_NAME if kind == ROUTED else entry.name, kind, scores, {}))
     return rows
 
 
-def _ensemble_row(
-    checked: _Evaluation, dtype: Any, device: Any, domains: Sequence[Any], tokenizer: Any, told: Callable[[int], None]
-) -> Row:
-    """Measure Branch-Train-Merge.
-
-    Raises:
-        InputError: an expert that reads other tokens than the merged model.
-    """
+def _ensemble_rows(
+    checked: _Evaluation, domains: Sequence[Any], tokenizer: Any, losses: Mapping[str, Mapping[str, Any]]
+) -> list[Row]:
+    """Measure Branch-Train-Merge, by what its experts have lost on every token."""
     from btx_merge.evaluation.btm import BranchTrainMerge
-    from btx_merge.evaluation.ensemble import ensemble_score
+    from btx_merge.evaluation.ensemble import ensemble_scores
 
-    problems = []
-    for entry in checked.ensemble:
-        own = load_tokenizer(entry.tokenizer)
-        if not all(domain.reads_alike(own) for domain in domains):
-            remedy = "Leave it out of --btm-text."
-            problems.append(Problem(entry.name, str(entry.tokenizer), "reads other tokens", "the model's", remedy))
-    if problems:
-        raise InputError(problems)
-    experts = {entry.name: partial(entry.load, dtype, device) for entry in checked.ensemble}
-    number = checked.recipe.btm or 1
-    ensemble = BranchTrainMerge(experts, checked.recipe.btm_text, tokenizer, number, on_demand=True)
-    tokens = checked.recipe.batch_size * checked.window
-    scores = {domain.text.name: ensemble_score(ensemble, domain, tokens, told) for domain in domains}
-    _refuse_nonfinite("Branch-Train-Merge", scores)
-    return Row(f"Branch-Train-Merge, top {number}", BTM, scores, {})
+    recipe = checked.recipe
+    ensemble = BranchTrainMerge(dict.fromkeys(losses), recipe.btm_text, tokenizer, max(recipe.btm))
+    scores: dict[int, dict[str, Score]] = {number: {} for number in recipe.btm}
+    for domain in domains:
+        name = domain.text.name
+        of_domain = {expert: kept[name] for expert, kept in losses.items()}
+        found = ensemble_scores(ensemble, domain, of_domain, recipe.btm)
+        for number, one in zip(recipe.btm, found, strict=True):
+            scores[number][name] = one
+    return [Row(f"Branch-Train-Merge, top {number}", BTM, found, {}) for number, found in scores.items()]
 
 
 def _refuse_nonfinite(name: str, scores: Mapping[str, Score]) -> None:
@@ -236,12 +252,6 @@ def _refuse_nonfinite(name: str, scores: Mapping[str, Score]) -> None:
     for domain, found in scores.items():
         if not math.isfinite(found.bits_per_byte):
             raise NonFiniteError(f"{name}: its loss on {domain} is not finite. No report was written.")
-
-
-def _dtype(recipe: EvalRecipe, model: MergedModel, device: str) -> str:
-    from btx_merge.checkpoints.dtypes import TORCH_NAMES
-
-    return recipe.dtype or ("float32" if device == "cpu" else TORCH_NAMES[model.dtype])
 
 
 class _Progress:

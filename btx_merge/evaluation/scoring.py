@@ -7,11 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from btx_merge.errors import InputError, Problem
 from btx_merge.evaluation.report import Score
 from btx_merge.measuring.losses import token_losses
 from btx_merge.measuring.windows import Amount, Window, amount_of, cut, windows_of
 from btx_merge.texts.references import DomainText, documents
+
+Losses = dict[tuple[int, int], NDArray[np.float32]]
+"""Of one model, by the place of a window (`Window.place`): those of its scored tokens, in nats."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +59,12 @@ class Domain:
 
 
 def score(
-    model: Any, domain: Domain, tokenizer: Any, batch_tokens: int, told: Callable[[int], None], **call: Any
+    model: Any,
+    domain: Domain,
+    tokenizer: Any,
+    batch_tokens: int,
+    told: Callable[[int], None],
+    kept: Losses | None = None,
 ) -> Score:
     """Measure a model on a domain.
 
@@ -61,7 +72,7 @@ def score(
         tokenizer: the model's own.
         batch_tokens: tokens that are computed together, at most.
         told: takes bytes of text as they are done.
-        call: what the model's forward pass takes besides.
+        kept: gets the losses of all tokens.
 
     Raises:
         InputError: the model's tokenizer gives ids for which its embedding has no row.
@@ -75,8 +86,10 @@ def score(
             [Problem("tokenizer", str(tokenizer.name_or_path), found, f"below {rows}, the embedding's rows")]
         )
     loss = 0.0  # in nats; a sum of float32 losses in float64
-    for window, losses in token_losses(model, domain.windows(tokenizer, same_tokens), batch_tokens, **call):
+    for window, losses in token_losses(model, domain.windows(tokenizer, same_tokens), batch_tokens):
         loss += float(losses.double().sum())
+        if kept is not None:
+            kept[window.place] = losses.numpy()
         told(window.nbytes)
     bits = loss / math.log(2) / domain.amount.nbytes
     return Score(bits, perplexity(loss / amount.tokens), amount.tokens, same_tokens)

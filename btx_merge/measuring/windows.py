@@ -38,6 +38,11 @@ class Window:
     nbytes: int
     """Bytes in UTF-8 of the text that the scored tokens stand for. A document's windows add up to the document."""
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """What no other window of a domain has."""
+        return self.document, self.offset
+
 
 @dataclass(frozen=True)
 class Amount:

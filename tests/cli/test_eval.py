@@ -45,10 +45,12 @@ def test_no_name_is_shortened_on_a_narrow_terminal(capsys, monkeypatch) -> None:
 
 
 def test_a_mistake_is_one_line(family: Family, texts: dict[str, str]) -> None:
-    assert errors_of(btx("eval", family.seed, "--data", f"code={texts['code']}")) == [
-        "model: config.json: model_type: 'llama', a dense Llama; expected 'btx'. "
-        "Merge first. Make an expert of it: btx merge --seed SEED --expert NAME=MODEL."
+    data = ("--data", f"code={texts['code']}")
+    assert errors_of(btx("eval", family.seed, *data, "--soup")) == [
+        "recipe: soup: given, and the model was not merged. Leave it out, or give a merged model."
     ]
+    (line,) = errors_of(btx("eval", family.seed, *data, "--btm", "1", "--btm", "two"))
+    assert line == "command: --btm: 1 two; expected a whole number each time"
     (line,) = errors_of(btx("eval", family.seed))
     assert "data: missing" in line
 

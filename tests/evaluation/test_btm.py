@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ def test_shares_by_hand(apples):
     shares /= shares.sum()
     assert cosines["b"] > cosines["a"] > 0
     assert ensemble(apples).weights("w2") == {"b": 1.0}
-    assert ensemble(apples, top_k=2).weights("w2") == {"b": 0.5, "a": 0.5}
+    assert ensemble(apples, top_k=2).weights("w2") == ensemble(apples).weights("w2", 2) == {"b": 0.5, "a": 0.5}
     found = ensemble(apples, top_k=2, is_weighted=True).weights("w2")
     assert found == pytest.approx({"a": shares[0], "b": shares[1]})
     assert ensemble(apples).weights("w1 w1 w3 w1") == {"a": 1.0}
@@ -111,14 +113,18 @@ def test_experts_are_loaded_when_they_are_needed(family, apples, on_demand, load
     assert seen == loads
 
 
-def test_its_score_is_that_of_a_plain_loop(measured, texts, family):
-    recipe = EvalRecipe(str(measured), texts, btm=1, btm_text=texts, tokens=150, window=48)
+def test_its_scores_are_those_of_a_plain_loop(measured, texts, family):
+    recipe = EvalRecipe(str(measured), texts, btm=(1, 2), btm_text=texts, tokens=150, window=48)
     report = evaluate(recipe)
-    row = report.rows[-1]
-    assert (row.name, row.kind) == ("Branch-Train-Merge, top 1", BTM)
+    rows = report.rows[-2:]
+    assert [(row.name, row.kind) for row in rows] == [(f"Branch-Train-Merge, top {k}", BTM) for k in (1, 2)]
     models = {"code": load_float32(family.code), "math": load_float32(family.math)}
-    tokenizer = tiny_tokenizer()
-    ours = BranchTrainMerge(models, texts, tokenizer)
+    for top_k, row in enumerate(rows, 1):
+        check_ensemble_row(row, BranchTrainMerge(models, texts, tiny_tokenizer(), top_k), report, texts)
+
+
+def check_ensemble_row(row, ours: BranchTrainMerge, report, texts) -> None:
+    models, tokenizer = ours.experts, ours.tokenizer
     for domain, score in row.scores.items():
         loss, chosen = 0.0, set()
         for window in windows_of(lines_of(texts[domain]), tokenizer, 48, 150):
@@ -132,7 +138,9 @@ def test_its_score_is_that_of_a_plain_loop(measured, texts, family):
                 loss -= math.log(
                     sum(share * float(each[n][place - 1, window.ids[place]]) for n, share in shares.items())
                 )
-        assert len(chosen) > 1  # at a beginning all, then one
+        assert (
+            len({len(names) for names in chosen}) == 3 - ours.top_k
+        )  # at a beginning all, then as many as are wanted
         assert score.bits_per_byte == pytest.approx(loss / math.log(2) / report.domains[domain].nbytes, rel=1e-5)
         assert score.tokens == report.domains[domain].tokens
 
@@ -151,8 +159,26 @@ def test_what_does_not_fit_is_refused(apples, measured, texts):
     with pytest.raises(InputError, match=r"btm: given without sources"):
         EvalRecipe(str(measured), texts, btm=1, btm_text=texts, no_sources=True)
     with pytest.raises(InputError) as error:
-        evaluate(EvalRecipe(str(measured), texts, btm=2, btm_text={"cod": texts["code"]}))
+        evaluate(EvalRecipe(str(measured), texts, btm=(1, 2), btm_text={"cod": texts["code"]}))
     assert [str(problem) for problem in error.value.problems] == [
         "recipe: btm_text: no source cod; expected one of seed, code, math",
         "recipe: btm: 2; expected at most 1, the experts with text",
     ]
+    for wrong, found in ((0, "0"), ([2, True], "True"), ((1, 2, 1), "1 twice"), ("1", "'1'")):
+        with pytest.raises(InputError) as error:
+            EvalRecipe(str(measured), texts, btm=wrong, btm_text=texts)
+        (problem,) = error.value.problems
+        assert str(problem) == f"recipe: btm: {found}; expected whole numbers of at least 1, each once"
+
+
+def test_an_expert_that_reads_other_tokens_is_refused(measured, texts, family, tmp_path):
+    other = shutil.copytree(family.math, tmp_path / "math")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["w60"], vocabulary["w61"] = vocabulary["w61"], vocabulary["w60"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    recipe = EvalRecipe(str(measured), texts, sources={"math": str(other)}, btm=1, btm_text=texts, tokens=60)
+    with pytest.raises(
+        InputError, match=r"math: .*reads other tokens; expected the model's. Leave it out of --btm-text"
+    ):
+        evaluate(recipe)

@@ -21,6 +21,7 @@ from btx_merge import (
     NonFiniteError,
     Options,
     evaluate,
+    export,
     fit,
     merge,
 )
@@ -206,6 +207,35 @@ def test_everything_wrong_is_said_at_once(measured, texts, tmp_path):
     with pytest.raises(InputError) as error:
         EvalRecipe(str(measured), {}, soup=True, no_sources=True, dtype="float8", routing="best", tokens=0)
     assert [problem.where for problem in error.value.problems] == ["routing", "tokens", "dtype", "data", "soup"]
+
+
+def test_a_model_that_was_not_merged_is_measured_alone(found, measured, texts, family, tmp_path):
+    """A dense Llama, and an export; each as where it stands beside a merged model."""
+    report = evaluate(EvalRecipe(str(family.math), texts, tokens=400), tmp_path / "report")
+    ((name, kind, alone),) = [(row.name, row.kind, row.scores) for row in report.rows]
+    assert (name, kind, report.oracle) == ("model", MODEL, {})
+    assert alone == scores(found, SOURCE, "math")
+    assert "| model |" in (tmp_path / "report" / "eval.md").read_text()
+    export(str(measured), tmp_path / "mixtral")
+    against = {"other": str(family.code)}
+    report = evaluate(EvalRecipe(str(tmp_path / "mixtral"), texts, against=against, tokens=400))
+    for domain, score in scores(report, MODEL).items():
+        assert score.bits_per_byte == pytest.approx(scores(found, MODEL)[domain].bits_per_byte, rel=1e-6)
+    assert scores(report, AGAINST) == scores(found, SOURCE, "code")
+
+
+def test_what_needs_sources_is_refused_for_a_model_without(texts, family):
+    recipe = EvalRecipe(
+        str(family.seed), texts, sources={"code": "x"}, soup=True, routing="domain", btm=1, btm_text=texts, window=500
+    )
+    with pytest.raises(InputError) as error:
+        evaluate(recipe)
+    remedy = "Leave it out, or give a merged model."
+    assert [str(problem) for problem in error.value.problems] == [
+        *(f"recipe: {what}: given, and the model was not merged. {remedy}" for what in ("sources", "soup")),
+        *(f"recipe: {what}: given, and the model was not merged. {remedy}" for what in ("routing", "btm")),
+        "recipe: window: 500; expected at most 128, the model's positions",
+    ]
 
 
 def test_a_moved_source_is_given(measured, texts, family, tmp_path):
