@@ -1,4 +1,4 @@
-"""Merge a seed and two experts, fit the routers of the result, and let it write.
+"""Merge a seed and two experts, fit the result, and let it write.
 
 make demo                                # trains the models that are merged here; or name your own below
 python examples/merge_and_generate.py
@@ -15,7 +15,7 @@ recipe = MergeRecipe.from_dict(
     {
         "seed": "demo/seed",  # a folder, or a model of the Hub: org/name
         "experts": {"code": "demo/code", "math": "demo/math"},
-        "router_init": "ridge",  # fit the routers on text; "random" where you will train them
+        # what routers, shared weights and head are fitted on; leave it out where you will train them
         "domain_text": {"code": "demo/texts/code.jsonl", "math": "demo/texts/math.jsonl"},
         "domain_tokens": 20_000,
     }

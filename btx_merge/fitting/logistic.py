@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 _ROUNDS = 100
 """Steps of L-BFGS, at most; some tens are enough."""
-_GRADIENT = 1e-5
-"""Largest entry of the gradient at which it ends, where inputs are white and losses are nats per token."""
+_GRADIENT = 1e-4
+"""Largest entry of the gradient at which it ends, where inputs are white and losses are nats per token. With 1e-5 a
+fit took 2.4 times as many passes, and its merge closed the same part of the gap to 0.1 points."""
 
 
 class Labelled(NamedTuple):

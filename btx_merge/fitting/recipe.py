@@ -35,8 +35,8 @@ class FitRecipe:
 
     model: str
     """A merged checkpoint: a folder, `org/name` or `org/name@revision`."""
-    method: str = "ridge"
-    """How routers are fitted. ridge, logistic: on `domain_text`, by ridge or by multinomial logistic regression;
+    method: str = "logistic"
+    """How routers are fitted. logistic, ridge: on `domain_text`, by multinomial logistic or by ridge regression;
     prompts: on `prompts`."""
     domain_text: tuple[DomainText, ...] = ()
     """Text of each expert's domain, for ridge and logistic: a file, a folder, a glob or a dataset of the Hub. The seed

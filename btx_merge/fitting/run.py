@@ -73,7 +73,7 @@ def fit(
     target = Path(output).expanduser().resolve()
     located, problems = find_model(recipe.model, target, options.overwrite)
     problems += check_texts(recipe.domain_text, located.folder if located else None)
-    problems += fit_problems(options, recipe.method)
+    problems += fit_problems(options, recipe.method, "--method")
     if located:
         problems += _name_problems(recipe, located.folder)
     if problems or located is None:
@@ -103,16 +103,18 @@ def fit(
     return FitReport(target, fitted.layers, fitted.losses, time.perf_counter() - began)
 
 
-def fit_problems(options: Options, router: str | None) -> list[Problem]:
+def fit_problems(options: Options, router: str | None, flag: str) -> list[Problem]:
     """Check options of a fit: the device, and whether its routers can be solved from statistics.
 
     Args:
         router: how they are fitted, if they are.
+        flag: of the command, for how they are fitted.
     """
     problems = device_problems(options.device)
     if options.statistics and router == "logistic":
         found = f"{options.statistics}, for logistic routers, which are not solved from moments but go over all tokens"
-        problems.append(Problem("command", "--statistics", found, "ridge routers", "Leave --statistics out."))
+        remedy = f"Say {flag} ridge, or leave --statistics out."
+        problems.append(Problem("command", "--statistics", found, "ridge routers", remedy))
     return problems
 
 

@@ -10,9 +10,9 @@ from btx_merge.fitting.recipe import ROUTER_FITS
 REGMEAN_METHODS = ("regmean", "regmean_merged")
 """Ways to combine that are fitted on text."""
 _BEST_SHARED = {"combine": "regmean_merged", "head": "fitted"}
-_BEST_ROUTERS = {"router_init": "ridge", "fit_through": "router"}
+_BEST_ROUTERS = {"router_init": "logistic", "fit_through": "router"}
 """What closes most of the gap for far experts of all that loses next to nothing for near ones (docs/results.md): marks
-(`evidence`) spoil merges of SmolLM2, and logistic routers, which are better, cannot be solved from `--statistics`."""
+(`evidence`) spoil merges of SmolLM2."""
 
 
 def fit_of_text(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def fit_of_text(given: Mapping[str, Any]) -> dict[str, Any]:
         given: options by name, without defaults. They are not validated, and win.
 
     >>> fit_of_text({"domain_text": {"code": "code.jsonl"}, "combine": "mean"})
-    {'router_init': 'ridge', 'fit_through': 'router'}
+    {'router_init': 'logistic', 'fit_through': 'router'}
     """
     says_it = given.get("combine") in REGMEAN_METHODS or given.get("router_init") in ROUTER_FITS
     if says_it or not given.get("domain_text"):

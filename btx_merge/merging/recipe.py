@@ -96,7 +96,7 @@ class MergeRecipe:
     domain_text: Mapping[str, DomainText] = field(default_factory=dict)
     """Text of each expert's domain, for what is fitted: a file, a folder, a glob or a dataset of the Hub. The seed
     may go without. If nothing else asks for a fit, text does: `combine` regmean_merged, `head` fitted,
-    `router_init` ridge and `fit_through` router, where they are not given."""
+    `router_init` logistic and `fit_through` router, where they are not given."""
     domain_tokens: int = 200_000
     """Tokens that are read of each domain, from the beginning of its text; at least 64."""
     prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -147,7 +147,7 @@ def check(recipe: MergeRecipe, output: str | Path | None = None, options: Option
             return _compared(checked)
     target = Path(output).expanduser().resolve()
     check_target(target, options.overwrite)
-    if recipe.is_fitted and (problems := fit_problems(options, recipe.router_init)):
+    if recipe.is_fitted and (problems := fit_problems(options, recipe.router_init, "--router-init")):
         raise InputError(problems)
     with _checked(recipe) as checked, tempfile.TemporaryDirectory(prefix="btx-files-") as small:
         plan = checked.plan
@@ -187,7 +187,7 @@ def merge(
     refuse_unused(options, "merge", *_OPTIONS)
     target = Path(output).expanduser().resolve()
     check_target(target, options.overwrite)
-    if recipe.is_fitted and (problems := fit_problems(options, recipe.router_init)):
+    if recipe.is_fitted and (problems := fit_problems(options, recipe.router_init, "--router-init")):
         raise InputError(problems)
     with continuable(target), _checked(recipe, target) as checked:
         for warning in checked.warnings:

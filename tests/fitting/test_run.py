@@ -109,7 +109,7 @@ def assert_same_direction(found: torch.Tensor, expected: torch.Tensor, tolerance
 def test_ridge_is_the_regression_of_labels_on_the_routers_true_input(grown, tmp_path):
     folder, texts = grown
     merge(recipe_of(folder), tmp_path / "btx")
-    report = fit(FitRecipe(str(tmp_path / "btx"), domain_text=tuple(texts.values())), tmp_path / "fitted")
+    report = fit(FitRecipe(str(tmp_path / "btx"), "ridge", domain_text=tuple(texts.values())), tmp_path / "fitted")
     model = load_float32(tmp_path / "btx")
     gates = [f"model.layers.{layer}.mlp.gate" for layer in range(LAYERS)]
     # each domain through its own expert alone
@@ -142,7 +142,7 @@ def test_the_temperature_is_the_best_of_those_tried(grown, tmp_path):
     folder, texts = grown
     merge(recipe_of(folder), tmp_path / "btx")
     report = fit(
-        FitRecipe(str(tmp_path / "btx"), domain_text=tuple(texts.values())),
+        FitRecipe(str(tmp_path / "btx"), "ridge", domain_text=tuple(texts.values())),
         tmp_path / "fitted",
         Options(statistics=tmp_path / "statistics"),
     )
@@ -165,7 +165,7 @@ def test_the_temperature_is_the_best_of_those_tried(grown, tmp_path):
 def test_merging_with_ridge_is_merging_then_fitting(grown, tmp_path):
     folder, texts = grown
     merge(recipe_of(folder, router_init="zeros"), tmp_path / "zeros")
-    fit(FitRecipe(str(tmp_path / "zeros"), domain_text=tuple(texts.values())), tmp_path / "fitted")
+    fit(FitRecipe(str(tmp_path / "zeros"), "ridge", domain_text=tuple(texts.values())), tmp_path / "fitted")
     report = merge(recipe_of(folder, texts, router_init="ridge"), tmp_path / "ridge")
     assert [layer.layer for layer in report.layers] == list(range(LAYERS))
     fitted, ridge = tensors_of(tmp_path / "fitted"), tensors_of(tmp_path / "ridge")
@@ -396,7 +396,7 @@ def test_a_dot_in_a_name_means_something_in_a_split_model_only(grown, tmp_path, 
     merge(MergeRecipe(str(folder / "seed"), experts, allow_unrelated=True, **values), tmp_path / "btx")
     named = dict.fromkeys(given, texts["code"].references[0])
     with pytest.raises(InputError) as caught:
-        fit(FitRecipe(str(tmp_path / "btx"), domain_text=named), tmp_path / "out")
+        fit(FitRecipe(str(tmp_path / "btx"), "ridge", domain_text=named), tmp_path / "out")
     assert [problem.found for problem in caught.value.problems] == expected
 
 
@@ -412,18 +412,18 @@ def test_statistics_are_reused(grown, tmp_path):
     """The same penalty gives the same bytes without a pass; another one gives what a pass with it gives."""
     folder, texts = grown
     merge(recipe_of(folder), tmp_path / "btx")
-    recipe = FitRecipe(str(tmp_path / "btx"), domain_text=tuple(texts.values()))
+    recipe = FitRecipe(str(tmp_path / "btx"), "ridge", domain_text=tuple(texts.values()))
     fit(recipe, tmp_path / "first", Options(statistics=tmp_path / "statistics"))
     fit(recipe, tmp_path / "again", Options(statistics=tmp_path / "statistics"))
     assert files_of(tmp_path / "first") == files_of(tmp_path / "again")
-    other = FitRecipe(str(tmp_path / "btx"), domain_text=tuple(texts.values()), router_ridge=0.1)
+    other = FitRecipe(str(tmp_path / "btx"), "ridge", domain_text=tuple(texts.values()), router_ridge=0.1)
     quick = fit(other, tmp_path / "quick", Options(statistics=tmp_path / "statistics"))
     slow = fit(other, tmp_path / "slow")
     assert quick.layers == slow.layers
     assert (quick.losses, len(slow.losses)) == ((), 2)  # they take a pass through the model as it is now
     weights = [files_of(tmp_path / name)["model.safetensors"] for name in ("quick", "slow", "first")]
     assert weights[0] == weights[1] != weights[2]
-    shorter = FitRecipe(str(tmp_path / "btx"), domain_text=tuple(texts.values()), domain_tokens=640)
+    shorter = FitRecipe(str(tmp_path / "btx"), "ridge", domain_text=tuple(texts.values()), domain_tokens=640)
     with pytest.raises(InputError, match="collected with another domain_tokens"):
         fit(shorter, tmp_path / "refused", Options(statistics=tmp_path / "statistics"))
     with pytest.raises(InputError, match="something else"):
@@ -435,7 +435,7 @@ def test_statistics_are_reused(grown, tmp_path):
 def test_statistics_of_an_earlier_version_are_refused(grown, tmp_path):
     folder, texts = grown
     merge(recipe_of(folder), tmp_path / "btx")
-    recipe = FitRecipe(str(tmp_path / "btx"), domain_text=tuple(texts.values()))
+    recipe = FitRecipe(str(tmp_path / "btx"), "ridge", domain_text=tuple(texts.values()))
     fit(recipe, tmp_path / "first", Options(statistics=tmp_path / "statistics"))
     file = tmp_path / "statistics/statistics.json"
     kept = json.loads(file.read_text())

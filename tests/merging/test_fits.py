@@ -16,7 +16,7 @@ BEST = {
     "combine": "regmean_merged",
     "head": "fitted",
     "evidence": 0.0,
-    "router_init": "ridge",
+    "router_init": "logistic",
     "fit_through": "router",
 }
 PLAIN = {"combine": "mean", "head": "combined", "evidence": 0.0, "router_init": "random", "fit_through": "expert"}
