@@ -1,4 +1,4 @@
-"""What can be had without training: routers and shared weights fitted in closed form, beside what they must beat.
+"""What can be had without training: routers and shared weights fitted on text, beside what they must beat.
 
     make demo && python examples/compare.py                # the demo's checkpoints
     make demo-smollm2 && python examples/compare.py --demo demo/smollm2 --domain-tokens 12000 --tokens 6000

@@ -1,4 +1,4 @@
-"""Fit the routers of a merged model on text of each domain: in closed form, without training.
+"""Fit the routers of a merged model on text of each domain, without training.
 
 make demo                # makes demo/btx; or name your own merged model below
 python examples/fit.py

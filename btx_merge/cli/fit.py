@@ -1,4 +1,4 @@
-"""`btx fit`: the routers of a merged model, in closed form."""
+"""`btx fit`: the routers of a merged model, on text or prompts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fit_command(
     quiet: Quiet = False,
     json_output: Json = False,
 ) -> None:
-    """Fit a merged model's routers in closed form, without training."""
+    """Fit a merged model's routers on text or prompts, without training."""
     from btx_merge.cli.display import fit_line
     from btx_merge.fitting.run import fit
     from btx_merge.model.held_out import fit_advice

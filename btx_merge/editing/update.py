@@ -98,7 +98,8 @@ def _kept_warning(edit: EditPlan, problems: Sequence[Problem]) -> Problem:
         return replace(problems[0], found=f"shared weights are kept: {problems[0].found}")
     flags = " ".join(f"--source {name}=MODEL" for name in names)
     remedy = f"Give {flags} where they lie now, or --shared keep if that is meant."
-    return Problem("model", "shared weights", f"kept, for want of {', '.join(names)}: {problems[0]}", "", remedy)
+    found = f"kept, for want of {', '.join(names)}: {replace(problems[0], remedy='')}"
+    return Problem("model", "shared weights", found, "", remedy)
 
 
 def _merge_of(

@@ -67,6 +67,9 @@ def open_measured(reference: str) -> Measured:
         InputError: no model; or a merged one with something wrong.
     """
     located = locate("model", reference)
+    if (located.folder / "adapter_config.json").exists() and not (located.folder / "config.json").exists():
+        remedy = "Give its base, and it beside that: --against NAME=ADAPTER."
+        raise InputError([Problem("model", "adapter_config.json", "a PEFT adapter", "a whole model", remedy)])
     if not _is_other(located.folder):
         merged = open_merged(located)
         return Measured(located, merged.dense_config, merged)
@@ -105,7 +108,11 @@ def entries_of(
             entries += of_sources
         except InputError as error:
             problems += error.problems
+    taken = [entry.name for entry in entries]
     for name, reference in recipe.against.items():
+        if name in taken:
+            found, expected = f"the name {name}, which another row has", "a name of its own"
+            problems.append(Problem("recipe", "against", found, expected))
         try:
             entries.append(_other(name, reference, window))
         except InputError as error:
@@ -244,7 +251,7 @@ def overlap_problems(targets: Sequence[Path], folders: Mapping[str, Sequence[Pat
     for target in targets:
         for name, places in folders.items():
             if any(place.resolve().is_relative_to(target) for place in places):
-                found = f"is where the model {name} lies, or holds it"
+                found = f"is the folder of {name}, or holds it"
                 problems.append(Problem("output", str(target), found, "", "Give another folder."))
     return problems
 

@@ -1,1 +1,1 @@
-"""The verb `fit`: routers and shared weights in closed form, layer by layer."""
+"""The verb `fit`: routers and shared weights without training, layer by layer."""

@@ -13,7 +13,7 @@ FIT_THROUGH = ("expert", "router")
 TEXT_ROUTERS = ("ridge", "logistic")
 """Routers that are fitted on text of each domain."""
 ROUTER_FITS = (*TEXT_ROUTERS, "prompts")
-"""Routers that are fitted in closed form."""
+"""Routers that are fitted, without training."""
 
 
 RULES: dict[str, Rule] = {
@@ -58,6 +58,9 @@ class FitRecipe:
         unused = "prompts" if self.method in TEXT_ROUTERS else "domain_text"
         if getattr(self, unused):
             problems.append(Problem("recipe", unused, f"given, but method {self.method} does not use it"))
+        if not problems and self.method != "ridge" and self.router_ridge != FitRecipe.router_ridge:
+            found = f"{self.router_ridge:g}, which method {self.method} does not use"
+            problems.append(Problem("recipe", "router_ridge", found, "", "Say method: ridge, or leave it out."))
         if problems:
             raise InputError(problems)
 

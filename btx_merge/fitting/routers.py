@@ -1,8 +1,9 @@
-"""Routers in closed form (DUME, arXiv 2603.29765; MergeME, arXiv 2502.00997).
+"""Routers without training (DUME, arXiv 2603.29765; MergeME, arXiv 2502.00997).
 
 `ridge`: ridge regression of the domain's label on the router's true input, behind the post-attention norm, with a
-temperature per layer, chosen to minimise the layer's output error on held-out text. `prompts`: the mean input of a few
-prompts for each expert.
+temperature per layer, chosen to minimise the layer's output error on held-out text. `logistic`: from that solution on
+to the optimum of a logistic regression, with such a temperature, too. `prompts`: the mean input of a few prompts for
+each expert.
 
 Legend: B windows, T tokens in each, N tokens, H hidden, E experts.
 """

@@ -1,4 +1,4 @@
-"""Fitting in closed form: the routers of a merged model, or whatever of a new merge its recipe wants fitted."""
+"""Fitting without training: the routers of a merged model, or whatever of a new merge its recipe wants fitted."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def fit(
     options: Options = Options(),
     reporter: Reporter = Reporter(),
 ) -> FitReport:
-    """Fit the routers of a merged model without gradients, and write the model with them into `output`.
+    """Fit the routers of a merged model without training, and write the model with them into `output`.
 
     Args:
         options: `overwrite`, `workers`, `device` and `statistics`.
@@ -73,7 +73,7 @@ def fit(
     target = Path(output).expanduser().resolve()
     located, problems = find_model(recipe.model, target, options.overwrite)
     problems += check_texts(recipe.domain_text, located.folder if located else None)
-    problems += fit_problems(options, recipe.method, "--method")
+    problems += fit_problems(options, recipe.method, "--method ridge")
     if located:
         problems += _name_problems(recipe, located.folder)
     if problems or located is None:
@@ -103,17 +103,17 @@ def fit(
     return FitReport(target, fitted.layers, fitted.losses, time.perf_counter() - began)
 
 
-def fit_problems(options: Options, router: str | None, flag: str) -> list[Problem]:
+def fit_problems(options: Options, router: str | None, with_ridge: str) -> list[Problem]:
     """Check options of a fit: the device, and whether its routers can be solved from statistics.
 
     Args:
         router: how they are fitted, if they are.
-        flag: of the command, for how they are fitted.
+        with_ridge: the command's options for the same fit with ridge routers.
     """
     problems = device_problems(options.device)
     if options.statistics and router == "logistic":
         found = f"{options.statistics}, for logistic routers, which are not solved from moments but go over all tokens"
-        remedy = f"Say {flag} ridge, or leave --statistics out."
+        remedy = f"Say {with_ridge}, or leave --statistics out."
         problems.append(Problem("command", "--statistics", found, "ridge routers", remedy))
     return problems
 
@@ -223,7 +223,7 @@ def _record(folder: Path, recipe: FitRecipe, fitted: Fitted, located: Located) -
     append_record(folder, "fits", entry)
     update_card(
         folder,
-        f"{ROUTERS_TITLE}\n\nFitted in closed form, by {by} (`btx fit`).\n{table}",
+        f"{ROUTERS_TITLE}\n\nFitted without training, by {by} (`btx fit`).\n{table}",
         " Fitted since: see [below](#routers).",
         located=located,
         results=router_results(fitted.layers, [text.name for text in recipe.domain_text]),

@@ -1,4 +1,4 @@
-"""One walk through a merged model that fits its shared weights and routers on texts, in closed form.
+"""One walk through a merged model that fits its shared weights and routers on texts, without training.
 
 Layers are processed in order: read a layer's weights, run all tokens through it, solve for what is fitted there, write
 that back, move on. Memory is one layer and the tokens' hidden states.

@@ -185,7 +185,7 @@ class MergeRecipe:
 
     @property
     def is_fitted(self) -> bool:
-        """Whether anything is fitted in closed form when the merge is written."""
+        """Whether anything is fitted when the merge is written."""
         return self.fits_shared or self.router_init in ROUTER_FITS
 
     @classmethod

@@ -147,8 +147,7 @@ def check(recipe: MergeRecipe, output: str | Path | None = None, options: Option
             return _compared(checked)
     target = Path(output).expanduser().resolve()
     check_target(target, options.overwrite)
-    if recipe.is_fitted and (problems := fit_problems(options, recipe.router_init, "--router-init")):
-        raise InputError(problems)
+    _refuse_fit(recipe, options)
     with _checked(recipe) as checked, tempfile.TemporaryDirectory(prefix="btx-files-") as small:
         plan = checked.plan
         _check_apart(target, plan.sources)
@@ -158,6 +157,20 @@ def check(recipe: MergeRecipe, output: str | Path | None = None, options: Option
         files = {shard.name: shard.nbytes for shard in plan.shards}
         files |= {file.name: file.stat().st_size for file in sorted(Path(small).iterdir())}
         return replace(_compared(checked), output=target, files=files)
+
+
+def _refuse_fit(recipe: MergeRecipe, options: Options) -> None:
+    """Check that what is to be fitted can be, with these options.
+
+    Raises:
+        InputError: it cannot. The remedy names all of the fit: who says a part of it gets no more than that part.
+    """
+    if not recipe.is_fitted:
+        return
+    asked = {"combine": recipe.combine, "head": recipe.head, "router_init": "ridge", "fit_through": recipe.fit_through}
+    words = [f"--{key.replace('_', '-')} {value}" for key, value in asked.items()]
+    if problems := fit_problems(options, recipe.router_init, " ".join(words)):
+        raise InputError(problems)
 
 
 def _compared(checked: Check) -> Check:
@@ -187,8 +200,7 @@ def merge(
     refuse_unused(options, "merge", *_OPTIONS)
     target = Path(output).expanduser().resolve()
     check_target(target, options.overwrite)
-    if recipe.is_fitted and (problems := fit_problems(options, recipe.router_init, "--router-init")):
-        raise InputError(problems)
+    _refuse_fit(recipe, options)
     with continuable(target), _checked(recipe, target) as checked:
         for warning in checked.warnings:
             reporter.warn(str(warning))

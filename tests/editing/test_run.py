@@ -303,6 +303,7 @@ def test_what_the_sources_do_not_allow(root, two, tmp_path):
     assert report.shared_reason.startswith("seed: seed: ")
     (warning,) = report.warnings
     assert "shared weights: kept, for want of seed, code, math: " in str(warning)
+    assert str(warning).count("--shared keep") == 1
     assert "Give --source seed=MODEL --source code=MODEL --source math=MODEL where they lie now" in str(warning)
     with pytest.raises(InputError, match="seed: seed: "):
         edited(tmp_path / "moved", tmp_path / "again", add={"bio": str(root / "bio")}, shared="update")

@@ -204,6 +204,8 @@ def test_everything_wrong_is_said_at_once(measured, texts, tmp_path):
         evaluate(EvalRecipe(str(measured), texts, window=5000))
     with pytest.raises(InputError, match=r"against: the name 'a \| b'; expected letters"):
         EvalRecipe(str(measured), texts, against={"a | b": "somewhere"})
+    with pytest.raises(InputError, match="against: the name code, which another row has; expected a name of its own"):
+        evaluate(EvalRecipe(str(measured), texts, against={"code": str(measured)}))
     with pytest.raises(InputError) as error:
         EvalRecipe(str(measured), {}, soup=True, no_sources=True, dtype="float8", routing="best", tokens=0)
     assert [problem.where for problem in error.value.problems] == ["routing", "tokens", "dtype", "data", "soup"]
@@ -222,6 +224,13 @@ def test_a_model_that_was_not_merged_is_measured_alone(found, measured, texts, f
     for domain, score in scores(report, MODEL).items():
         assert score.bits_per_byte == pytest.approx(scores(found, MODEL)[domain].bits_per_byte, rel=1e-6)
     assert scores(report, AGAINST) == scores(found, SOURCE, "code")
+
+
+def test_an_adapter_is_no_whole_model(texts, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    expected = "a PEFT adapter; expected a whole model. Give its base, and it beside that: --against NAME=ADAPTER"
+    with pytest.raises(InputError, match=expected):
+        evaluate(EvalRecipe(str(tmp_path), texts))
 
 
 def test_what_needs_sources_is_refused_for_a_model_without(texts, family):
@@ -287,15 +296,15 @@ def test_ctrl_c_writes_nothing(measured, texts, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("role", ["sources", "against"])
-def test_no_model_beside_the_merged_one_is_overwritten(measured, texts, family, tmp_path, role):
+@pytest.mark.parametrize(("role", "name"), [("sources", "math"), ("against", "other")])
+def test_no_model_beside_the_merged_one_is_overwritten(measured, texts, family, tmp_path, role, name):
     moved = shutil.copytree(family.math, tmp_path / "place" / "math")
     before = files_of(tmp_path)
     for out in (moved, tmp_path / "place"):
-        recipe = EvalRecipe(str(measured), texts, **{role: {"math": str(moved)}})
-        with pytest.raises(InputError, match="is where the model math lies, or holds it"):
+        recipe = EvalRecipe(str(measured), texts, **{role: {name: str(moved)}})
+        with pytest.raises(InputError, match=f"is the folder of {name}, or holds it"):
             evaluate(recipe, out, Options(overwrite=True))
-    with pytest.raises(InputError, match="is where the model math lies"):
+    with pytest.raises(InputError, match=f"is the folder of {name}, or holds it"):
         evaluate(recipe, options=Options(overwrite=True), lm_eval_tasks=moved)
     assert files_of(tmp_path) == before
 

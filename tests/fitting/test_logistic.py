@@ -149,13 +149,15 @@ def test_merging_with_it_is_merging_then_fitting_and_the_same_every_time(grown, 
 def test_it_cannot_be_solved_from_statistics(grown, tmp_path):
     folder, texts = grown
     options = Options(statistics=tmp_path / "statistics")
-    said = r"--statistics: .*for logistic routers.*expected ridge routers.*Say {} ridge, or leave --statistics out"
-    for values in ({"router_init": "logistic"}, {}):  # text alone asks for them
-        with pytest.raises(InputError, match=said.format("--router-init")) as caught:
+    said = r"--statistics: .*for logistic routers.*expected ridge routers.*Say {} ridge{}, or leave --statistics out"
+    mean = "--combine mean --head combined --router-init", " --fit-through expert"
+    all_of_it = "--combine regmean_merged --head fitted --router-init", " --fit-through router"
+    for values, words in ({"router_init": "logistic"}, mean), ({}, all_of_it):  # text alone asks for them
+        with pytest.raises(InputError, match=said.format(*words)) as caught:
             merge(recipe_of(folder, texts, **values), tmp_path / "out", options)
         assert len(caught.value.problems) == 1
     merge(recipe_of(folder), tmp_path / "btx")
-    with pytest.raises(InputError, match=said.format("--method")):
+    with pytest.raises(InputError, match=said.format("--method", "")):
         fit(FitRecipe(str(tmp_path / "btx"), domain_text=tuple(texts.values())), tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "statistics").exists()

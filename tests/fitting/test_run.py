@@ -1,4 +1,4 @@
-"""Fits in closed form, against slow references: whole models run by transformers, one document at a time."""
+"""Fits without training, against slow references: whole models run by transformers, one document at a time."""
 
 import itertools
 import json
@@ -520,6 +520,7 @@ WRONG = {
     "a method that is none": (["--method", "lasso"], "one of ridge, logistic, prompts"),
     "prompts for ridge": (["--prompt", "code=x"], "does not use it"),
     "a penalty of nothing": (["--router-ridge", "0"], "above 0"),
+    "a penalty of ridge, for logistic": (["--router-ridge", "0.1"], "0.1, which method logistic does not use"),
     "a device that is none": (
         ["--domain-text", "code={code}", "--domain-text", "math={math}", "--device", "toaster"],
         "--device: toaster",
