@@ -35,7 +35,7 @@ from btx_merge import DomainText, MergeRecipe, merge
 from btx_merge.fitting.checkpoint import Checkpoint
 from btx_merge.fitting.dense_source import DenseSource
 from btx_merge.fitting.equations import Statistics
-from btx_merge.fitting.recipe import FitTask
+from btx_merge.fitting.recipe import TEXT_ROUTERS, FitTask
 from btx_merge.fitting.streams import TokenStream, streams_of
 from btx_merge.fitting.walk import Walk
 from btx_merge.reporting import Reporter
@@ -163,7 +163,13 @@ def fits(folder: Path, options: argparse.Namespace) -> dict[str, Fit]:
     # a fit of 64 tokens, for a checkpoint with a head of its own
     few = {**given, "domain_tokens": 64, "combine": "regmean", "head": "fitted"}
     merge(MergeRecipe(str(folder / "seed"), **recipe, **few), folder / "untied")
-    through = {"texts": texts, "prompts": {}, "domain_tokens": options.tokens, "router": "ridge", "through": "router"}
+    through = {
+        "texts": texts,
+        "prompts": {},
+        "domain_tokens": options.tokens,
+        "router": options.router,
+        "through": "router",
+    }
     every: Any = {**through, "combine": "regmean_merged", "head": "fitted", "averaged": options.experts + 1}
     routers: Any = through
     return {
@@ -174,6 +180,7 @@ def fits(folder: Path, options: argparse.Namespace) -> dict[str, Fit]:
 
 def main() -> None:
     parser = bench.parser_of(__doc__, SHAPE | RUN)
+    parser.add_argument("--router", default="logistic", choices=TEXT_ROUTERS, help="how routers are fitted [logistic]")
     parser.add_argument("--busy", type=int, default=0, help="other programs that keep a core busy meanwhile")
     options = bench.parse(parser)
     quiet: Any = transformers.logging
