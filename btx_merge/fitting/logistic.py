@@ -24,8 +24,8 @@ _ROUNDS = 100
 """Steps of L-BFGS, at most; some tens are enough."""
 _GRADIENT = 3e-4
 """Largest entry of the gradient at which it ends, where inputs are white and losses are nats per token. The loss is
-then nearer to its optimum than so many tokens could tell: with 1e-5 a fit took three times as many passes, and its merge
-closed the same part of the gap to 0.1 points."""
+then nearer to its optimum than so many tokens could tell: with 1e-5 a fit took three times as many passes, and its
+merge closed the same part of the gap to 0.1 points."""
 
 
 class Labelled(NamedTuple):

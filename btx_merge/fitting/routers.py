@@ -41,8 +41,8 @@ _HELD_OUT_TOKENS = 512
 this bounds the time; a share of 512 tokens is known to about two points."""
 
 _FEW_BATCHES = 8
-"""Of each domain, on which logistic routers are fitted first where there are at least twice as many. From there all tokens
-take few passes: with 100,000 tokens of each of three domains, a half of the time, for the same merge."""
+"""Of each domain, on which logistic routers are fitted first where there are at least twice as many. From there few
+passes over all tokens are left: with 100,000 tokens of each of three domains, half of the time, for the same merge."""
 
 _LOGISTIC_PENALTY = 1e-4
 """On the weights of logistic routers, relative to the mean square of the inputs."""
