@@ -478,7 +478,7 @@ def test_a_pushed_model_is_fitted_and_keeps_its_recipe(
     assert done.returncode == 0, done.stderr
     before = yaml.safe_load((model / "btx_recipe.yaml").read_text())
     after = yaml.safe_load((tmp_path / "out/btx_recipe.yaml").read_text())
-    assert after.pop("fits")[0]["method"] == "ridge"
+    assert after.pop("fits")[0]["method"] == "logistic"
     assert after == before
     assert not [line for line in hub.requests() if line.startswith("GET") and ".py" in line]
     report = pushed(hub, home, tmp_path / "out", "org/fitted")
