@@ -198,6 +198,11 @@ def fit_folder(
     }
     kept = Statistics(Path(options.statistics).expanduser() if options.statistics else None, key)
     streams = streams_of(files, config, task.texts, task.prompts, task.domain_tokens)
+    if short := [stream.name for stream in streams if not (stream.is_prompt or stream.holds_out)]:
+        reporter.warn(
+            f"domain_text: {', '.join(short)}: too little for a window of {streams[0].ids.shape[1]} tokens to be held "
+            "out, so what is said of held-out text is said of text that was fitted on. Give twice as much, or more."
+        )
     dense = {name: DenseSource(source, segments, place) for name, (source, segments) in (sources or {}).items()}
     walk = Walk(checkpoint, config, streams, kept, task, dense)
     fitted = walk.run(reporter)

@@ -72,6 +72,11 @@ class TokenStream:
         return slice(0, len(self.ids))
 
     @property
+    def holds_out(self) -> bool:
+        """Whether there is a window that the equations do not see."""
+        return len(self.ids) > 1
+
+    @property
     def fitted(self) -> slice:
         """The windows that the equations are made of."""
         return slice(0, max(1, len(self.ids) - self._held))
@@ -79,7 +84,7 @@ class TokenStream:
     @property
     def held_out(self) -> slice:
         """The windows that they are tried on; where there is only one, the same."""
-        return slice(len(self.ids) - self._held if len(self.ids) > 1 else 0, len(self.ids))
+        return slice(len(self.ids) - self._held if self.holds_out else 0, len(self.ids))
 
     def held_out_alone(self) -> TokenStream:
         """Return a stream of the held-out windows and nothing else, with states of its own."""

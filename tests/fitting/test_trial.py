@@ -16,7 +16,7 @@ from btx_merge.model.held_out import DomainLoss, fit_advice
 from btx_merge.texts.references import DomainText, documents
 from btx_merge.texts.windows import packed_windows
 from tests.fitting.test_run import DOMAINS, WINDOW, recipe_of, write_texts
-from tests.support.common import grow, load_float32, save_seed, tiny_tokenizer
+from tests.support.common import Told, grow, load_float32, save_seed, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +151,17 @@ def test_the_commands_say_what_is_lost(grown, tmp_path):
 )
 def test_the_verb_that_helps_is_named(loss, said):
     assert said in fit_advice([loss])
+
+
+def test_text_of_which_nothing_can_be_held_out_is_told(grown, tmp_path):
+    folder, texts = grown
+    warnings: list[str] = []
+    told = Told(warn=warnings.append)
+    merge(recipe_of(folder, texts, router_init="ridge", domain_tokens=128), tmp_path / "short", reporter=told)
+    found = [line for line in warnings if "held out" in line]
+    assert [line.split("to be held out")[0] for line in found] == [
+        "domain_text: code, math: too little for a window of 128 tokens "
+    ]
+    warnings.clear()
+    merge(recipe_of(folder, texts, router_init="ridge", domain_tokens=256), tmp_path / "enough", reporter=told)
+    assert not [line for line in warnings if "held out" in line]
