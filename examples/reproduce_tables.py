@@ -82,7 +82,7 @@ SHORT = {
     "Branch-Train-Merge, two of four": "Branch-Train-Merge, top 2",
     "one dense model": "dense",
     "BTX as in the paper": "BTX Top-2",
-    "fitted by btx-merge, without training": "regmean_merged, ridge, a head of its own",
+    "fitted by btx-merge, with ridge routers, without training": "regmean_merged, ridge, a head of its own",
     "the same, finetuned as long as BTX, taught by the sources": (
         "regmean_merged, ridge, a head of its own, then finetuned, taught by the sources"
     ),
