@@ -102,14 +102,19 @@ def fit_advice(losses: Sequence[DomainLoss]) -> str:
     routing = sum(loss.lost_by_routing for loss in losses) / len(losses)
     parts = [loss.lost_by_sharing for loss in losses if loss.lost_by_sharing is not None]
     sharing = sum(parts) / len(parts) if parts else 0.0
-    lost = f"{routing:.3f} bits per byte are lost by the routers"
+    lost = _lost_by("the routers", routing)
     if parts:
-        lost = f"{sharing:.3f} bits per byte are lost by the weights that experts share, {routing:.3f} by the routers"
+        lost = f"{_lost_by('the weights that experts share', sharing)}; {lost}"
     if max(sharing, routing) < _LITTLE * sum(loss.routed for loss in losses) / len(losses):
         return f"{lost}: next to nothing."
     if sharing >= routing:
         return f"{lost}. Branches that share them with the seed lose nothing there (`btx branch --train ff`)."
     return f"{lost}. Fit them on more text, or train them (`btx train`)."
+
+
+def _lost_by(what: str, bits: float) -> str:
+    """Say what is lost, or gained: two experts together can be better than the domain's own."""
+    return f"{abs(bits):.3f} bits per byte are {'lost' if bits > -0.0005 else 'gained'} by {what}"
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def test_the_commands_say_what_is_lost(grown, tmp_path):
         *given,
     ]
     merged = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "btx")], env={"COLUMNS": "300"})
-    assert "bits per byte are lost by the weights that experts share, " in merged.output
+    assert "bits per byte are lost by the weights that experts share; " in merged.output
     command = ["fit", str(tmp_path / "btx"), *given, "-o", str(tmp_path / "out")]
     fitted = CliRunner().invoke(app, command, env={"COLUMNS": "300"})
     assert "bits per byte are lost by the routers" in fitted.output
@@ -141,11 +141,13 @@ def test_the_commands_say_what_is_lost(grown, tmp_path):
     [
         (
             DomainLoss("code", 2.3, 2.35, 2.0),
-            "0.300 bits per byte are lost by the weights that experts share, 0.050 by",
+            "0.300 bits per byte are lost by the weights that experts share; 0.050 bits per byte are lost by",
         ),
         (DomainLoss("code", 2.3, 2.35, 2.0), "(`btx branch --train ff`)"),
         (DomainLoss("code", 2.0, 2.2, 1.9), "or train them (`btx train`)"),
         (DomainLoss("code", 2.01, 2.02, 2.0), "next to nothing"),
+        (DomainLoss("code", 2.3, 2.2, 2.0), "experts share; 0.100 bits per byte are gained by the routers"),
+        (DomainLoss("code", 2.0, 1.9999), "0.000 bits per byte are lost by the routers: next to nothing"),
         (DomainLoss("code", 2.0, 2.2), "0.200 bits per byte are lost by the routers. Fit them on more text"),
     ],
 )
