@@ -128,7 +128,7 @@ def test_the_commands_say_what_is_lost(grown, tmp_path):
         *given,
     ]
     merged = CliRunner().invoke(app, [*command, "-o", str(tmp_path / "btx")], env={"COLUMNS": "300"})
-    assert "bits per byte are lost by the weights that experts share; " in merged.output
+    assert "bits per byte are gained by the weights that experts share; " in merged.output
     command = ["fit", str(tmp_path / "btx"), *given, "-o", str(tmp_path / "out")]
     fitted = CliRunner().invoke(app, command, env={"COLUMNS": "300"})
     assert "bits per byte are lost by the routers" in fitted.output
