@@ -73,9 +73,9 @@ def _uncompressed_records(file: Path) -> dict[int, int]:
             data that would fill the memory; a zip file that is broken.
     """
     out: dict[int, int] = {}
-    if not zipfile.is_zipfile(file):
-        return out
     try:
+        if not zipfile.is_zipfile(file):  # which raises, too: of a file that says it is one of several
+            return out
         with zipfile.ZipFile(file) as archive, file.open("rb") as handle:
             for member in archive.infolist():
                 if "/data/" not in member.filename and member.file_size > _MAX_HEADER:

@@ -343,6 +343,16 @@ def test_bin_whose_byte_order_cannot_be_unpacked(compression: int, damage: str, 
     assert found.startswith(("a broken zip file (", "its numbers are big-endian")), found
 
 
+def test_bin_that_is_one_of_several_disks(tmp_path: Path) -> None:
+    """At which zipfile raises already where it is asked whether this is a zip file."""
+    file = tmp_path / "a.bin"
+    torch.save({"a": torch.arange(64.0)}, file)
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PK\x06\x07") + 4] = 1  # the number of the disk in the ZIP64 locator
+    file.write_bytes(content)
+    assert refusal(file).startswith("a broken zip file (zipfiles that span multiple disks are not supported)")
+
+
 def many(kind: str, count: int = 10_000) -> Header:
     if kind == "malformed":
         return {f"t{number}": {} for number in range(count)}
