@@ -70,10 +70,17 @@ class BranchTrainMerge:
         Args:
             top_k: in the place of the ensemble's own.
         """
-        cosines = self._embedding.cosines(context)
+        return self.weights_by(self.cosines(context), top_k or self.top_k)
+
+    def cosines(self, context: str) -> dict[str, float]:
+        """Return how near a context is to each expert's text, in [0, 1]."""
+        return self._embedding.cosines(context)
+
+    def weights_by(self, cosines: Mapping[str, float], top_k: int) -> dict[str, float]:
+        """Return `weights` of a context with these cosines, for `top_k` experts."""
         if max(cosines.values()) <= 0:
             return dict.fromkeys(cosines, 1 / len(cosines))
-        nearest = sorted(cosines, key=lambda name: -cosines[name])[: top_k or self.top_k]
+        nearest = sorted(cosines, key=lambda name: -cosines[name])[:top_k]
         if not self.is_weighted:
             return dict.fromkeys(nearest, 1 / len(nearest))
         shares = np.exp([cosines[name] for name in nearest])

@@ -55,7 +55,8 @@ def _shares(ensemble: BranchTrainMerge, window: Window, top_ks: Sequence[int]) -
     out: NDArray[np.float64] = np.zeros((len(top_ks), len(starts), len(names)))
     for block, start in enumerate(starts):
         context = ensemble.tokenizer.decode(window.ids[: first + start], skip_special_tokens=True)
+        cosines = ensemble.cosines(context)
         for row, top_k in enumerate(top_ks):
-            for name, share in ensemble.weights(context, top_k).items():
+            for name, share in ensemble.weights_by(cosines, top_k).items():
                 out[row, block, names.index(name)] = share
     return out
