@@ -102,10 +102,12 @@ class RouterFit:
         norm = layer.post_attention_layernorm
         scales: dict[tuple[int, int], torch.Tensor] = {}  # what the norm divides by, [N] of each batch
 
+        fitted = [[*stream.batches(stream.fitted)] for stream in self.texts]
+
         def batches(every: int) -> Iterator[Labelled]:
             """Give out each `every`th batch of each domain."""
             for domain, stream in enumerate(self.texts):
-                taken = [*stream.batches(stream.fitted)][::every]
+                taken = fitted[domain][::every]
                 tokens = sum(batch.stop - batch.start for batch in taken) * stream.ids.shape[1]
                 for batch in taken:
                     states = stream.merged[batch].flatten(0, 1)
@@ -117,7 +119,7 @@ class RouterFit:
 
         silent = len(experts_by_domain(self.config.to_dict())) - len(self.texts)
         solution = torch.stack([ridge[stream.experts[0]] for stream in self.texts])
-        fewest = min(len([*stream.batches(stream.fitted)]) for stream in self.texts)
+        fewest = min(map(len, fitted))
         strides = [fewest // _FEW_BATCHES, 1] if fewest >= 2 * _FEW_BATCHES else [1]
         for every in strides:
             given = partial(batches, every)
