@@ -6,6 +6,9 @@ bfloat16 is the upper half of a float32, so both directions are integer operatio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -21,6 +24,11 @@ SAFETENSORS_NAMES = {torch: name for name, torch in TORCH_NAMES.items()}
 # All bits of the exponent set: Inf and NaN. Seen as integers they lie above every finite value,
 # and their negatives above every finite negative one.
 _EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+
+
+def config_dtype(config: Mapping[str, Any]) -> Any:
+    """Return what a config.json says of the weights' dtype, as transformers 5 writes it, or 4; None for nothing."""
+    return config.get("dtype") or config.get("torch_dtype")
 
 
 def to_float32(raw: Raw, dtype: str) -> Float32:

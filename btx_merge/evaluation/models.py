@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from btx_merge.checkpoints.dtypes import TORCH_NAMES
+from btx_merge.checkpoints.dtypes import TORCH_NAMES, config_dtype
 from btx_merge.errors import InputError, Problem
 from btx_merge.evaluation.recipe import DTYPES, EvalRecipe
 from btx_merge.evaluation.report import AGAINST, MODEL, ROUTED, SOUP, SOURCE
@@ -41,7 +41,7 @@ class Measured:
         """torch's name of the dtype of its weights; float32 where a config does not say."""
         if self.merged:
             return TORCH_NAMES[self.merged.dtype]
-        stored = self.config.get("dtype") or self.config.get("torch_dtype")
+        stored = config_dtype(self.config)
         return stored if stored in DTYPES else "float32"
 
 

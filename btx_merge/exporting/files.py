@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.architectures.llama import DEFAULTS
-from btx_merge.checkpoints.dtypes import TORCH_NAMES
+from btx_merge.checkpoints.dtypes import TORCH_NAMES, config_dtype
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.files.folder import copy_file, read_text, write_json
@@ -44,7 +44,7 @@ def shared_config(model: MergedModel) -> dict[str, Any]:
         # transformers 4 takes the trained length from here, and only 5 takes the factor from where it stands
         out["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
         rope["attention_factor"] = _longrope_attention(rope, dense["max_position_embeddings"])
-    out["torch_dtype"] = model.config.get("dtype") or model.config.get("torch_dtype") or TORCH_NAMES[model.dtype]
+    out["torch_dtype"] = config_dtype(model.config) or TORCH_NAMES[model.dtype]
     return out
 
 

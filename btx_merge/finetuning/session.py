@@ -16,6 +16,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
+from btx_merge.checkpoints.dtypes import config_dtype
 from btx_merge.errors import InputError, MergeError, MergeInterrupted, Problem
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.folder import read_json
@@ -288,5 +289,4 @@ def _precision(recipe: Recipe, located: Located) -> dict[str, bool]:
     if {"bf16", "fp16", "use_cpu"} & set(recipe.arguments) or not torch.cuda.is_available():
         return {}
     config = read_json(located.folder / "config.json")
-    stored = config.get("dtype") or config.get("torch_dtype")  # as transformers 5 writes it, and 4
-    return {"bf16": True} if stored == "bfloat16" and torch.cuda.is_bf16_supported() else {}
+    return {"bf16": True} if config_dtype(config) == "bfloat16" and torch.cuda.is_bf16_supported() else {}

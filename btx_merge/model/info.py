@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.architectures.btx import active_parameters, experts_by_domain, experts_per_token, merged_shapes
-from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES, STORED, TORCH_NAMES
+from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES, STORED, TORCH_NAMES, config_dtype
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.files.folder import checked, read_json
 from btx_merge.model.files import REPORT
@@ -98,7 +98,7 @@ def info(model: str) -> ModelInfo:
     if located.repo_id:
         merged = open_config(located)
         shapes = merged_shapes(merged.config)
-        dtype = str(merged.config.get("dtype") or merged.config.get("torch_dtype") or "float32")
+        dtype = str(config_dtype(merged.config) or "float32")
         itemsize = STORED[SAFETENSORS_NAMES[dtype]].itemsize if dtype in SAFETENSORS_NAMES else 4
         nbytes = itemsize * sum(map(math.prod, shapes.values()))
     else:
