@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from btx_merge.errors import InputError, Problem
@@ -54,6 +55,11 @@ def is_number(value: Any) -> bool:
 def is_whole(value: Any) -> bool:
     """Return whether a value is a whole number that 64 bits can hold."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def path_as_text(value: Any) -> Any:
+    """Return a path as text, and any other value as it is."""
+    return str(value) if isinstance(value, Path) else value
 
 
 _KINDS: dict[str, Rule] = {  # annotation to what a person calls it
@@ -101,7 +107,7 @@ def parse_size(text: str) -> int | None:
 SHARD_SIZE: Rule = ("a size such as 5GB, 500MB or 5GiB", lambda value: bool(parse_size(value)))
 
 
-def value_problems(recipe: Any, rules: Mapping[str, Rule], source: str = "recipe") -> list[Problem]:
+def value_problems(recipe: Any, rules: Mapping[str, Rule]) -> list[Problem]:
     """Return what is wrong with the single values of a recipe, a dataclass: their kinds, then what the rules say.
 
     Fields that are neither text, a switch nor a number are passed over.
@@ -117,10 +123,10 @@ def value_problems(recipe: Any, rules: Mapping[str, Rule], source: str = "recipe
             found = "missing" if value is None and kind == "text" else short(value)
             if isinstance(value, int) and not isinstance(value, bool) and kind in ("a number", "a whole number"):
                 kind += " of a usual size"
-            problems.append(Problem(source, item.name, found, expected if kind == "text" else kind, _remedy(value)))
+            problems.append(Problem("recipe", item.name, found, expected if kind == "text" else kind, _remedy(value)))
         elif not is_fine(value):
             remedy = _size_remedy(value) if (expected, is_fine) == SHARD_SIZE else ""
-            problems.append(Problem(source, item.name, short(value) if value != "" else "missing", expected, remedy))
+            problems.append(Problem("recipe", item.name, short(value) if value != "" else "missing", expected, remedy))
     return problems
 
 

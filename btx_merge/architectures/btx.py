@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from btx_merge.architectures.llama import expected_tensors, normalise_config, per_layer
+from btx_merge.architectures.llama import EMBEDDING, dimensions, expected_tensors, normalise_config, per_layer
 
 ROUTER = "model.layers.{layer}.mlp.gate.weight"
 GATE_UP_EXPERTS = "model.layers.{layer}.mlp.experts.gate_up_proj"
 DOWN_EXPERTS = "model.layers.{layer}.mlp.experts.down_proj"
-_MOE_TENSORS = {ROUTER: "E H", GATE_UP_EXPERTS: "E 2I H", DOWN_EXPERTS: "E H I"}
+MOE_TENSORS = {ROUTER: "E H", GATE_UP_EXPERTS: "E 2I H", DOWN_EXPERTS: "E H I"}
 SELECTION_BIAS = "model.layers.{layer}.mlp.routing.e_score_correction_bias"
 DEAD = 0.01
 """Part of its ideal share of the choices, 1 / E, below which an expert of a layer counts as dead. It then gets next to
@@ -56,18 +56,24 @@ def active_parameters(shapes: Mapping[str, Sequence[int]], experts: int, per_tok
 
 
 def merged_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor that a BTX model of this config.json has; the head where it is untied."""
+    """Return name and shape of every tensor that a BTX model of this config.json has; the head where it is untied.
+
+    They stand in the order in which a token meets them.
+    """
     dense = normalise_config(config)
-    experts, width, hidden = config["num_local_experts"], config["intermediate_size"], config["hidden_size"]
+    layers, sizes = dense["num_hidden_layers"], dimensions(dense)
+    sizes |= {"E": config["num_local_experts"], "2I": 2 * sizes["I"]}
     # a Llama's tensors, with the feed-forward blocks replaced
     out = {name: shape for name, shape in expected_tensors(dense).items() if ".mlp." not in name}
-    moe = {
-        ROUTER: (experts, hidden),
-        GATE_UP_EXPERTS: (experts, 2 * width, hidden),
-        DOWN_EXPERTS: (experts, hidden, width),
-    }
+    moe = dict(MOE_TENSORS)
     if config.get("router_selection_bias") and config.get("router_type", "top_k") in ("top_k", "switch"):
-        moe[SELECTION_BIAS] = (experts,)
-    for pattern, shape in moe.items():
-        out |= dict.fromkeys(per_layer(pattern, dense["num_hidden_layers"]), shape)
-    return out
+        moe[SELECTION_BIAS] = "E"
+    for pattern, letters in moe.items():
+        out |= dict.fromkeys(per_layer(pattern, layers), tuple(sizes[letter] for letter in letters.split()))
+
+    def place(name: str) -> int:
+        if name.startswith("model.layers."):
+            return int(name.split(".")[2])
+        return -1 if name == EMBEDDING else layers
+
+    return {name: out[name] for name in sorted(out, key=place)}

@@ -56,12 +56,6 @@ def copy_layout(tensors: Mapping[str, StoredTensor], shard_bytes: int) -> CopyLa
     return CopyLayout(placed, shards, tensors)
 
 
-def copied_rows(job: CopiedRows) -> Iterator[Block]:
-    """Read a job's bytes, in blocks that fit a cache."""
-    for start, stop in portions(job.start, job.stop, job.tensor.row_bytes, BLOCK_BYTES):
-        yield 0, job.source.read_rows(start, stop)
-
-
 def same_layout(folder: Path) -> CopyLayout:
     """Return the tensors of a checkpoint in the files and the places where they are.
 
@@ -83,10 +77,11 @@ def same_layout(folder: Path) -> CopyLayout:
 
 
 def fill_copy(job: Job) -> Iterator[Block]:
-    """Return the bytes of a job of a `CopyLayout`."""
+    """Return the bytes of a job of a `CopyLayout`, in blocks that fit a cache."""
     if not isinstance(job, CopiedRows):
         raise TypeError(f"{job.key} copies nothing")
-    return copied_rows(job)
+    for start, stop in portions(job.start, job.stop, job.tensor.row_bytes, BLOCK_BYTES):
+        yield 0, job.source.read_rows(start, stop)
 
 
 def copy_staging(

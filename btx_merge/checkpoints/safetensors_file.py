@@ -6,14 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.checkpoints.dtypes import STORED
-from btx_merge.checkpoints.stored import StoredTensor, checked_file, file_problem
+from btx_merge.checkpoints.stored import FETCH_AGAIN, MAX_HEADER, StoredTensor, checked_file, file_problem
 from btx_merge.errors import InputError, Problem, capped
 from btx_merge.files.bounded_json import parse_json
-
-_FETCH_AGAIN = "Download or copy the file again."
-_MAX_HEADER = 25_000_000
-"""Bytes of a header, or of the pickle that is one in torch's format. A hundred thousand tensors need 15 MB."""
-
 
 _MAX_BYTES = 2**63 - 1  # offsets in a file are signed, of 64 bits
 _MAX_DIMENSIONS = 16  # no tensor of a Llama has more than 2; a shape of millions of ones would only cost time
@@ -43,14 +38,14 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
     with file.open("rb") as handle:
         head = handle.read(8)  # the header's length
         length = int.from_bytes(head, "little")
-        if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
+        if len(head) < 8 or length > min(size - 8, MAX_HEADER):
             found = f"{size:,} bytes, too few for the {length:,} bytes of header that it announces"
             if len(head) < 8:
                 found = f"{size} bytes, not even a header"
             expected = "a safetensors file"
-            if _MAX_HEADER < length <= size - 8:
-                found, expected = f"a header of {length:,} bytes", f"at most {_MAX_HEADER:,}"
-            raise InputError([file_problem(file, found, expected, _FETCH_AGAIN)])
+            if MAX_HEADER < length <= size - 8:
+                found, expected = f"a header of {length:,} bytes", f"at most {MAX_HEADER:,}"
+            raise InputError([file_problem(file, found, expected, FETCH_AGAIN)])
         try:
             header = parse_json(handle.read(length), object_pairs_hook=_refuse_duplicates)
             if not isinstance(header, dict):
@@ -72,7 +67,7 @@ def read_safetensors(file: Path) -> dict[str, StoredTensor]:
                 raise ValueError
         except (KeyError, TypeError, ValueError):
             found = f"the header's entry for {name} is malformed: {repr(entry)[:_MAX_SHOWN]}"
-            problems.append(file_problem(file, found, "dtype, shape, data_offsets", _FETCH_AGAIN))
+            problems.append(file_problem(file, found, "dtype, shape, data_offsets", FETCH_AGAIN))
             continue
         tensors[name] = StoredTensor(name, file, dtype, shape, 8 + length + begin, end - begin)
     if problems := [*capped(problems), *_layout_problems(file, size, 8 + length, list(tensors.values()))]:
@@ -101,15 +96,15 @@ def _layout_problems(file: Path, size: int, data_start: int, tensors: list[Store
         if width is not None and tensor.nbytes != wanted:
             found = f"the header gives {tensor.name} {tensor.nbytes:,} bytes"
             expected = f"{wanted:,} for shape {list(tensor.shape)} in {tensor.dtype}"
-            wrong_sizes.append(file_problem(file, found, expected, _FETCH_AGAIN))
+            wrong_sizes.append(file_problem(file, found, expected, FETCH_AGAIN))
         if tensor.start != expected_start:
             found = f"the header puts {tensor.name} at byte {tensor.start:,}"
-            problems.append(file_problem(file, found, f"byte {expected_start:,}", _FETCH_AGAIN))
+            problems.append(file_problem(file, found, f"byte {expected_start:,}", FETCH_AGAIN))
         expected_start = tensor.start + tensor.nbytes
     problems = [*capped(wrong_sizes), *capped(problems)]
     if expected_start > size:
-        problems.append(file_problem(file, f"truncated: {size:,} bytes", f"{expected_start:,}", _FETCH_AGAIN))
+        problems.append(file_problem(file, f"truncated: {size:,} bytes", f"{expected_start:,}", FETCH_AGAIN))
     elif expected_start < size and not problems:
         found = f"{size - expected_start:,} bytes behind the last tensor"
-        problems.append(file_problem(file, found, f"{expected_start:,} bytes in all", _FETCH_AGAIN))
+        problems.append(file_problem(file, found, f"{expected_start:,} bytes in all", FETCH_AGAIN))
     return problems

@@ -13,14 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from btx_merge.checkpoints.dtypes import STORED, Raw
+from btx_merge.checkpoints.layout import BLOCK_BYTES, portions
 from btx_merge.checkpoints.page_cache import forget_range, was_cached
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.disk_errors import naming
 from btx_merge.files.folder import checked
 
-_MAX_HEADER = 25_000_000
+MAX_HEADER = 25_000_000
 """Bytes of a header, or of the pickle that is one in torch's format. A hundred thousand tensors need 15 MB."""
-
+FETCH_AGAIN = "Download or copy the file again."
 
 Lent = Raw
 """Bytes in a buffer of this thread that its next read overwrites: whatever must stay longer is copied."""
@@ -66,7 +67,7 @@ class StoredTensor:
             while filled < nbytes:  # Linux gives at most 2 GiB for one call
                 got = file.readinto(out.data[filled:])
                 if not got:
-                    raise InputError([file_problem(self.file, f"ends inside tensor {self.name}", "", _FETCH_AGAIN)])
+                    raise InputError([file_problem(self.file, f"ends inside tensor {self.name}", "", FETCH_AGAIN)])
                 filled += got
             if not was_cached(self.file):
                 forget_range(file.fileno(), first, nbytes)
@@ -75,8 +76,6 @@ class StoredTensor:
 
 _buffers = threading.local()  # workers read at the same time, so each has a buffer of its own
 _NOTHING = np.empty(0, np.uint8)  # what a tensor without values holds
-_SAVE_AGAIN = "Save it as safetensors: load it in transformers and call save_pretrained."
-_FETCH_AGAIN = "Download or copy the file again."
 
 
 def file_problem(file: Path, found: str, expected: str = "", remedy: str = "") -> Problem:
@@ -136,6 +135,18 @@ def part_of(tensor: StoredTensor, index: int, start: int = 0, stop: int | None =
     return StoredTensor(
         tensor.name, tensor.file, tensor.dtype, (stop - start, columns), first, (stop - start) * row_bytes
     )
+
+
+def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    """Return whether two tensors hold the same numbers in the same dtype. Reads both."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    rows = one.shape[0] if one.shape else 1
+    for start, stop in portions(0, rows, max(1, one.row_bytes), BLOCK_BYTES):
+        ours = one.read_rows(start, stop).copy()  # the next read uses the same buffer
+        if not np.array_equal(ours, other.read_rows(start, stop)):
+            return False
+    return True
 
 
 def flat_bytes(tensor: StoredTensor) -> StoredTensor:

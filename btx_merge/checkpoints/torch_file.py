@@ -7,13 +7,10 @@ import zipfile
 from pathlib import Path
 
 from btx_merge.checkpoints.dtypes import TORCH_NAMES
-from btx_merge.checkpoints.stored import StoredTensor, checked_file, file_problem
+from btx_merge.checkpoints.stored import FETCH_AGAIN, MAX_HEADER, StoredTensor, checked_file, file_problem
 from btx_merge.errors import InputError, Problem
 
 _SAVE_AGAIN = "Save it as safetensors: load it in transformers and call save_pretrained."
-_FETCH_AGAIN = "Download or copy the file again."
-_MAX_HEADER = 25_000_000
-"""Bytes of a header, or of the pickle that is one in torch's format. A hundred thousand tensors need 15 MB."""
 
 
 def read_torch(file: Path) -> dict[str, StoredTensor]:
@@ -78,9 +75,9 @@ def _uncompressed_records(file: Path) -> dict[int, int]:
             return out
         with zipfile.ZipFile(file) as archive, file.open("rb") as handle:
             for member in archive.infolist():
-                if "/data/" not in member.filename and member.file_size > _MAX_HEADER:
+                if "/data/" not in member.filename and member.file_size > MAX_HEADER:
                     found = f"{member.filename} announces {member.file_size:,} bytes"
-                    raise InputError([file_problem(file, found, f"at most {_MAX_HEADER:,}", _SAVE_AGAIN)])
+                    raise InputError([file_problem(file, found, f"at most {MAX_HEADER:,}", _SAVE_AGAIN)])
                 if member.filename.endswith("/byteorder") and archive.open(member).read(16) != b"little":
                     raise InputError([file_problem(file, "its numbers are big-endian", "little-endian", _SAVE_AGAIN)])
                 handle.seek(member.header_offset + 26)  # the lengths of the name and of the extra field behind it
@@ -91,5 +88,5 @@ def _uncompressed_records(file: Path) -> dict[int, int]:
         raise
     except Exception as error:  # zipfile and its decompressors raise many kinds; each means the same to us
         reason = str(error) or type(error).__name__
-        raise InputError([file_problem(file, f"a broken zip file ({reason})", "", _FETCH_AGAIN)]) from error
+        raise InputError([file_problem(file, f"a broken zip file ({reason})", "", FETCH_AGAIN)]) from error
     return out

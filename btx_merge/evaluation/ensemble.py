@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btx_merge.evaluation.report import Score
-from btx_merge.evaluation.scoring import Domain, Losses, perplexity
+from btx_merge.evaluation.scoring import Domain, Losses
+from btx_merge.measuring.losses import perplexity
 from btx_merge.measuring.windows import Window
 
 if TYPE_CHECKING:

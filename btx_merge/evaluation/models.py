@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def entries_of(
     warnings: list[Problem] = []
     folder = model.located.folder
     kinds = (MODEL, ROUTED) if recipe.routing else (MODEL,)
-    load: Callable[[Any, Any], Any] = lambda dtype, device: load_folder(model.located, dtype, device)  # noqa: E731
+    load = partial(load_folder, model.located)
     entries = [Entry("merged" if model.merged else "model", kinds, folder, (folder,), load)]
     if model.merged and not recipe.no_sources:
         try:
@@ -130,16 +131,14 @@ def _source_entries(
 
     def entry(source: Source) -> Entry:
         tokenizer = source.tokenizer_folder or model.located.folder
-        load: Callable[[Any, Any], Any] = lambda dtype, device: load_source(source, dtype, device)  # noqa: E731
-        return Entry(source.name, (SOURCE,), tokenizer, source.folders, load)
+        return Entry(source.name, (SOURCE,), tokenizer, source.folders, partial(load_source, source))
 
     sources, warnings = open_sources(model, recipe.sources, scratch)
     entries = [entry(source) for source in sources.values()]
     if recipe.soup:
         each = list(sources.values())
         plan_vocabulary(each)  # says now what cannot be averaged
-        load: Callable[[Any, Any], Any] = lambda dtype, device: load_mean(each, dtype, device)  # noqa: E731
-        entries.append(Entry("soup", (SOUP,), model.located.folder, (), load))
+        entries.append(Entry("soup", (SOUP,), model.located.folder, (), partial(load_mean, each)))
     return entries, warnings
 
 
@@ -163,8 +162,7 @@ def _other(name: str, reference: str, window: int) -> Entry:
         if positions is not None and positions < window:
             remedy = f"Give --window {positions}, for all models."
             raise InputError([Problem(name, "config.json", f"{positions} positions", f"at least {window}", remedy)])
-    load: Callable[[Any, Any], Any] = lambda dtype, device: load_folder(located, dtype, device)  # noqa: E731
-    return Entry(name, (AGAINST,), located.folder, (located.folder,), load)
+    return Entry(name, (AGAINST,), located.folder, (located.folder,), partial(load_folder, located))
 
 
 def ensemble_of(recipe: EvalRecipe, entries: Sequence[Entry]) -> list[Entry]:

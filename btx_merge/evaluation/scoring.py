@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.evaluation.report import Score
-from btx_merge.measuring.losses import token_losses
+from btx_merge.measuring.losses import perplexity, token_losses
 from btx_merge.measuring.windows import Amount, Window, amount_of, cut, windows_of
 from btx_merge.texts.references import DomainText, documents
 
@@ -93,8 +93,3 @@ def score(
         told(window.nbytes)
     bits = loss / math.log(2) / domain.amount.nbytes
     return Score(bits, perplexity(loss / amount.tokens), amount.tokens, same_tokens)
-
-
-def perplexity(loss: float) -> float:
-    """Return exp(loss), infinite where that is too large for a number."""
-    return math.exp(loss) if loss < 700 else math.inf

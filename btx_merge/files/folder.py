@@ -88,26 +88,26 @@ def read_bytes(file: Path, root: Path | None = None) -> bytes:
         raise InputError([_unreachable(file, error)]) from error
 
 
-def read_text(file: Path, root: Path | None = None) -> str:
+def read_text(file: Path) -> str:
     """Return the text of a small file of a model's folder.
 
     Raises:
         InputError: as `checked`, or it is no text in UTF-8.
     """
     try:
-        return read_bytes(file, root).decode()
+        return read_bytes(file).decode()
     except UnicodeDecodeError as error:
         found, remedy = f"is no UTF-8 ({error.reason} at byte {error.start:,})", "Save it as UTF-8."
         raise InputError([Problem(file.parent.name, str(file), found, "text in UTF-8", remedy)]) from error
 
 
-def read_json(file: Path, root: Path | None = None) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """Return the JSON object in a small file of a model's folder.
 
     Raises:
         InputError: as `checked`, or it is no JSON (`bounded_json.parse_json`), or no object.
     """
-    content = read_bytes(file, root)
+    content = read_bytes(file)
     where = (file.parent.name, str(file))
     try:
         values = parse_json(content)

@@ -81,13 +81,13 @@ def check_names(names: Iterable[str], origin: str, more: Iterable[str] = ()) -> 
     return problems
 
 
-def training_arguments(values: Mapping[str, Any], folder: str, origin: str = "command") -> TrainingArguments:
+def training_arguments(values: Mapping[str, Any], folder: str) -> TrainingArguments:
     """Build the arguments with our defaults. Text is read as on transformers' own command lines.
 
     Raises:
         InputError: an unknown name, or a value that is not of the argument's kind; all of them.
     """
-    problems = check_names(values, origin)
+    problems = check_names(values, "command")
     typed: dict[str, Any] = {}
     parser = _Parser(cast(Any, TrainingArguments))
     for name, value in values.items():
@@ -97,11 +97,11 @@ def training_arguments(values: Mapping[str, Any], folder: str, origin: str = "co
             typed[name] = getattr(parser.parse_args(_words(name, value)), name)
         except _NotUnderstood as error:
             reason = str(error).partition(": ")[2] or str(error)
-            problems.append(Problem(origin, name, f"{value!r}", "", f"({reason})"))
+            problems.append(Problem("command", name, f"{value!r}", "", f"({reason})"))
     steps = typed.get("max_steps")
     if not problems and (steps is None or steps < 1):
         found = "missing" if steps is None else f"{steps}"
-        problems.append(Problem(origin, "max_steps", found, "at least 1", "Give --max-steps."))
+        problems.append(Problem("command", "max_steps", found, "at least 1", "Give --max-steps."))
     if problems:
         raise InputError(problems)
     settings = {**DEFAULTS, **_defaults_by(typed), **typed}
@@ -115,7 +115,7 @@ def training_arguments(values: Mapping[str, Any], folder: str, origin: str = "co
             **settings,
         )
     except (ValueError, TypeError, ImportError) as error:
-        raise InputError([Problem(origin, "arguments", " ".join(str(error).split()))]) from error
+        raise InputError([Problem("command", "arguments", " ".join(str(error).split()))]) from error
 
 
 def _defaults_by(typed: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,10 +117,10 @@ def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """
     longest = max(len(row["input_ids"]) for row in rows)
 
-    def filled(name: str, fill: int) -> torch.Tensor:
-        return torch.tensor([[*row[name], *[fill] * (longest - len(row[name]))] for row in rows])
+    def filled(name: str) -> torch.Tensor:
+        return torch.tensor([[*row[name], *[0] * (longest - len(row[name]))] for row in rows])
 
-    ids, positions = filled("input_ids", 0), filled("position_ids", 0)
+    ids, positions = filled("input_ids"), filled("position_ids")
     return {
         "input_ids": ids,
         "position_ids": positions,

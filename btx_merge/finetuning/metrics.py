@@ -5,7 +5,6 @@ Legend: B rows, T tokens, N = B * T, K experts per token, E experts, L layers, D
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from btx_merge.architectures.btx import DEAD
+from btx_merge.measuring.losses import perplexity
 from btx_merge.modeling.routing_btx import BTXRouting
 from btx_merge.reporting import Reporter
 
@@ -161,8 +161,3 @@ def _summed(parts: Sequence[torch.Tensor], device: torch.device) -> tuple[list[t
         ranks = dist.get_world_size()
     pieces: Any = torch.split(flat.cpu(), [part.numel() for part in parts])
     return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)], ranks
-
-
-def perplexity(loss: float) -> float:
-    """Return exp(loss); infinite where that would be too large for a number."""
-    return math.exp(loss) if loss < 700 else math.inf  # exp(710) is no float any more

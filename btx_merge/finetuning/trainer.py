@@ -23,10 +23,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.files.placing import remove
-from btx_merge.finetuning.metrics import LOAD_PER_LAYER, DomainLosses, perplexity
+from btx_merge.finetuning.metrics import LOAD_PER_LAYER, DomainLosses
 from btx_merge.finetuning.stopwatch import Stopwatch
 from btx_merge.finetuning.teachers import STATES, Teachers
 from btx_merge.finetuning.work_folder import COMPLETE, what_is_kept
+from btx_merge.measuring.losses import perplexity
 
 TRAINED = "trained.safetensors"
 SELECTION_BIAS = "e_score_correction_bias"

@@ -8,6 +8,7 @@ Legend: B windows, T tokens of the longest, N scored tokens of a batch, H hidden
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -115,3 +116,8 @@ def token_losses(
     """Compute the losses of windows; yield each with its own, in the order of `batches`. See `batch_losses`."""
     for batch in batches(windows, tokens):
         yield from zip(batch.windows, batch_losses(model, batch, **call), strict=True)
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss); infinite where that would be too large for a number."""
+    return math.exp(loss) if loss < 700 else math.inf  # exp(710) is no float any more

@@ -5,7 +5,8 @@ Each is what transformers makes of it, in one dtype on one device, and only one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers.utils import logging
 
 from btx_merge.architectures.llama import EMBEDDING, HEAD
 from btx_merge.checkpoints.dtypes import Float32
+from btx_merge.checkpoints.layout import portions
 from btx_merge.errors import InputError, Problem
 from btx_merge.sources.locate import Located
 from btx_merge.sources.segments import within
@@ -45,9 +47,8 @@ def load_mean(sources: Sequence[Source], dtype: torch.dtype, device: torch.devic
         InputError: vocabularies that do not fit each other.
     """
     vocabulary = plan_vocabulary(sources)
-    rows: Rows = lambda name, start, stop: _mean(sources, vocabulary, name, start, stop)  # noqa: E731
     tied = all(source.config["tie_word_embeddings"] for source in sources)
-    return _dense(sources[0], vocabulary.size, tied, rows, dtype, device)
+    return _dense(sources[0], vocabulary.size, tied, partial(_mean, sources, vocabulary), dtype, device)
 
 
 def load_folder(located: Located, dtype: torch.dtype, device: torch.device) -> Any:
@@ -86,14 +87,10 @@ def _dense(
         model.lm_head.weight = model.model.embed_tokens.weight
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # a tied head comes once, as the embedding
-            for start, stop in _blocks(parameter.shape[0]):
+            for start, stop in portions(0, parameter.shape[0], 1, _ROWS):
                 parameter[start:stop] = torch.from_numpy(rows(name, start, stop)).to(device)
     model.eval()
     return model  # type: ignore[no-any-return]
-
-
-def _blocks(rows: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
 
 
 def _mean(sources: Sequence[Source], vocabulary: Vocabulary, name: str, start: int, stop: int) -> Float32:

@@ -7,25 +7,22 @@ Legend: S sources that are experts, E experts of the result, I intermediate, H h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import einops
 import numpy as np
 
-from btx_merge.architectures.btx import _MOE_TENSORS, GATE_UP_EXPERTS, ROUTER, active_parameters, experts_per_token
-from btx_merge.architectures.llama import (
-    ATTENTION_BIASES,
-    DOWN,
-    EMBEDDING,
-    GATE,
-    HEAD,
-    SHARED_TENSORS,
-    UP,
-    dimensions,
-    expected_tensors,
+from btx_merge.architectures.btx import (
+    GATE_UP_EXPERTS,
+    MOE_TENSORS,
+    ROUTER,
+    active_parameters,
+    experts_per_token,
+    merged_shapes,
 )
+from btx_merge.architectures.llama import DOWN, EMBEDDING, GATE, HEAD, UP
 from btx_merge.checkpoints.layout import JOB_BYTES, Extent, Job, Layout, OutputTensor, portions
 from btx_merge.sources.segments import Segment, runs
 from btx_merge.sources.source import Source
@@ -183,7 +180,7 @@ class Mixture(Layout):
 
     def _jobs_of(self, tensor: OutputTensor) -> Iterator[Job]:
         """Cut the writing of one tensor into jobs of about `JOB_BYTES`."""
-        for pattern in _MOE_TENSORS:
+        for pattern in MOE_TENSORS:
             front, _, back = pattern.partition("{layer}")
             if tensor.name.startswith(front) and tensor.name.endswith(back):
                 layer = int(tensor.name.removeprefix(front).removesuffix(back))
@@ -250,19 +247,8 @@ class Mixture(Layout):
                 else:
                     yield ExpertColumns(tensor, extents, start, stop, members, name)
 
-    def output_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def output_shapes(self) -> Iterable[tuple[str, tuple[int, ...]]]:
         """Return name and shape of every tensor of the result, in the order in which a token meets them."""
         config = {**self.seed.config, "vocab_size": self.vocabulary.size, "tie_word_embeddings": self.tied}
-        dense = expected_tensors(config)
-        sizes = {**dimensions(config), "E": self.num_experts, "I": self.expert_width, "2I": 2 * self.expert_width}
-        yield EMBEDDING, dense[EMBEDDING]
-        for layer in range(config["num_hidden_layers"]):
-            for pattern in (*SHARED_TENSORS, *ATTENTION_BIASES):
-                name = pattern.format(layer=layer)
-                if "{layer}" in pattern and name in dense:
-                    yield name, dense[name]
-            for pattern, letters in _MOE_TENSORS.items():
-                yield pattern.format(layer=layer), tuple(sizes[letter] for letter in letters.split())
-        for name in ("model.norm.weight", HEAD):
-            if name in dense:
-                yield name, dense[name]
+        config |= {"intermediate_size": self.expert_width, "num_local_experts": self.num_experts}
+        return merged_shapes(config).items()

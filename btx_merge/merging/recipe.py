@@ -17,7 +17,7 @@ from btx_merge.fitting.recipe import FIT_THROUGH, ROUTER_FITS, TEXT_ROUTERS
 from btx_merge.merging.fits import REGMEAN_METHODS, fit_of_text
 from btx_merge.merging.recipe_file import as_resolved, read_recipe_file
 from btx_merge.reporting import short
-from btx_merge.sources.source import SEED, ExpertSpec, as_spec, path_as_text
+from btx_merge.sources.source import SEED, ExpertSpec, as_spec
 from btx_merge.texts.references import DomainText, as_domain_texts, as_prompts, plain_values
 from btx_merge.values import (
     ABOVE_ZERO,
@@ -28,6 +28,7 @@ from btx_merge.values import (
     one_of,
     parse_field,
     parse_size,
+    path_as_text,
     unknown_problems,
     value_problems,
 )

@@ -26,7 +26,7 @@ from btx_merge.sources.cards import card_texts
 from btx_merge.sources.locate import Located
 from btx_merge.sources.tensors import read_tensors
 from btx_merge.sources.tokenizer_files import TOKENIZER_FILES, has_tokenizer
-from btx_merge.values import is_number, is_text, unknown_problems
+from btx_merge.values import is_number, is_text, path_as_text, unknown_problems
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -194,10 +194,6 @@ class ExpertSpec:
     """Weight of an expert where sources are weighted, relative to the others'; a number, at least 0."""
     base: str | None = None
     """Model that an adapter was trained on, if not the seed."""
-
-
-def path_as_text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def as_spec(name: Any, spec: Any, key: str = "experts") -> ExpertSpec:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-import numpy as np
-
 from btx_merge.architectures.llama import EMBEDDING, HEAD, expected_tensors, is_computed
 from btx_merge.architectures.loading_rules import config_refusals
 from btx_merge.checkpoints.dtypes import STORED
-from btx_merge.checkpoints.layout import BLOCK_BYTES, portions
+from btx_merge.checkpoints.stored import same_bytes
 from btx_merge.errors import Problem, capped
 from btx_merge.sources.source import Source
 
@@ -102,14 +100,7 @@ def _head_of_tied_problems(source: Source) -> Iterator[Problem]:
     transformers ignores it at load, so other numbers there would silently be lost. Reads both tensors.
     """
     head, embedding = source.tensors[HEAD], source.tensors.get(EMBEDDING)
-    same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
-    if same and embedding is not None and head.shape:
-        for start, stop in portions(0, head.shape[0], max(1, head.row_bytes), BLOCK_BYTES):
-            ours = head.read_rows(start, stop).copy()  # the next read uses the same buffer
-            if not np.array_equal(ours, embedding.read_rows(start, stop)):
-                same = False
-                break
-    if not same:
+    if embedding is None or not same_bytes(head, embedding):
         found = f"{HEAD} differs from the embedding although tie_word_embeddings is true"
         remedy = "Say false in its config.json if the head is meant, or delete the tensor if it is not."
         yield Problem(source.name, head.file.name, found, "the same numbers, or no such tensor", remedy)

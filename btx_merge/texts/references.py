@@ -17,7 +17,7 @@ from typing import Any
 from btx_merge.errors import InputError, Problem
 from btx_merge.reporting import short
 from btx_merge.texts.readers import READERS, Record, is_installed, read_file, read_hub, suffix_of
-from btx_merge.values import is_number, is_text
+from btx_merge.values import is_number, is_text, path_as_text
 
 ONE_DOMAIN = "at least one domain, --data NAME=TEXT"
 EXTRA = "pip install '.[train]' in a checkout of btx-merge"
@@ -41,7 +41,7 @@ class DomainText:
         given: Any = self.references
         listed = [given] if isinstance(given, (str, Path)) else given
         if isinstance(listed, (list, tuple)):
-            object.__setattr__(self, "references", tuple(_as_reference(item) for item in listed))
+            object.__setattr__(self, "references", tuple(path_as_text(item) for item in listed))
 
 
 def parse_domain_texts(flag: str, items: Iterable[str]) -> tuple[DomainText, ...]:
@@ -97,7 +97,7 @@ def domain_texts_of(origin: str, values: Any, folders: Sequence[Path], key: str 
         value = plain_values(value) if isinstance(value, DomainText) else value
         given = value if isinstance(value, Mapping) else {"text": value}
         text = given.get("text")
-        listed = [_as_reference(item) for item in (text if isinstance(text, (list, tuple)) else [text])]
+        listed = [path_as_text(item) for item in (text if isinstance(text, (list, tuple)) else [text])]
         weight = given.get("weight", 1.0)
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             problems.append(Problem(origin, key, f"the name {short(name)}", "letters, digits, `_`, `-`, `.`"))
@@ -288,10 +288,6 @@ def _split_weight(given: str) -> tuple[str, float | None]:
         return reference, float(number)
     except ValueError:
         return given, None
-
-
-def _as_reference(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
 
 
 def _is_weight(value: Any) -> bool:

@@ -54,8 +54,6 @@ _PREFIX = "base_model.model."
 _SAVE_AGAIN = "Save the adapter again with peft's save_pretrained."
 _SINGLE_THREADED = 4 * 65536
 """Multiplications up to which OpenBLAS starts no thread: its GEMM_MULTITHREAD_THRESHOLD of 4, times 65,536."""
-_COMPARED = 64 * 2**20
-"""Bytes that are read at once of tensors that are compared: an embedding has hundreds of MB."""
 
 
 def is_plain_lora(config: Mapping[str, Any]) -> bool:
@@ -186,18 +184,6 @@ def _scaling(config: Mapping[str, Any], module: str, rank: int, matches: Matches
     if not math.isfinite(alpha):
         raise ValueError(f"alpha is {alpha}")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
-    """Return whether two tensors hold the same numbers in the same dtype. Reads both."""
-    if one.shape != other.shape or one.dtype != other.dtype or not one.shape:
-        return False
-    step = max(1, _COMPARED // max(1, one.row_bytes))
-    for start in range(0, one.shape[0], step):
-        stop = min(start + step, one.shape[0])
-        if one.read_rows(start, stop).tobytes() != other.read_rows(start, stop).tobytes():
-            return False
-    return True
 
 
 def same_delta(embedding: LoraDelta, head: LoraDelta) -> bool:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.architectures.llama import EMBEDDING, HEAD
-from btx_merge.checkpoints.stored import StoredTensor
+from btx_merge.checkpoints.stored import StoredTensor, same_bytes
 from btx_merge.checkpoints.tensor_files import read_tensor_file
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.folder import read_json
 from btx_merge.sources.adapters.base import adapter_base
-from btx_merge.sources.adapters.lora_delta import LoraDelta, is_plain_lora, same_bytes, same_delta, split_adapter
+from btx_merge.sources.adapters.lora_delta import LoraDelta, is_plain_lora, same_delta, split_adapter
 from btx_merge.sources.adapters.targets import Matches, modules_of, saved_whole, targeted
 from btx_merge.sources.adapters.through_peft import BY_NOBODY, grown_rows, merge_through_peft
 from btx_merge.sources.locate import Located
