@@ -4,39 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from btx_merge.architectures.llama import ACTIVATIONS, DEFAULTS
 from btx_merge.errors import InputError, Problem
+from btx_merge.values import Rule
 
 _SAVE_AGAIN = "Save it again with save_pretrained, or download it again."
 _MANY_CHARACTERS = 80
 """Of a value that an error repeats: about a line of a terminal."""
 
 
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 < value < 2**63
-
-
-def _is_switch(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_at_least_0(value: Any) -> bool:
-    return _is_number(value) and value >= 0
-
-
-def _is_above_0(value: Any) -> bool:
-    return _is_number(value) and value > 0
-
-
-def _is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value < 1
 
 
 def _is_activation(value: Any) -> bool:
@@ -61,18 +42,20 @@ def _is_token_ids(value: Any) -> bool:
     return all(item is None or (type(item) is int and abs(item) < 2**63) for item in ids)
 
 
-_SIZE, _SWITCH = (_is_size, "a whole number above 0"), (_is_switch, "true or false")
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+_SIZE: Rule = ("a whole number above 0", lambda value: type(value) is int and 0 < value < 2**63)
+_SWITCH: Rule = ("true or false", lambda value: isinstance(value, bool))
+_AT_LEAST_0: Rule = ("a number, at least 0", lambda value: _is_number(value) and value >= 0)
+_RULES: dict[str, Rule] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"), _SIZE),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"), _SIZE),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_cache"), _SWITCH),
-    **dict.fromkeys(("rms_norm_eps", "initializer_range"), (_is_at_least_0, "a number, at least 0")),
-    "rope_theta": (_is_above_0, "a number above 0"),
-    **dict.fromkeys(("rope_scaling", "rope_parameters"), (_is_rope, "an object of numbers and words")),
-    "attention_dropout": (_is_share, "a number in [0, 1)"),
+    **dict.fromkeys(("rms_norm_eps", "initializer_range"), _AT_LEAST_0),
+    "rope_theta": ("a number above 0", lambda value: _is_number(value) and value > 0),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), ("an object of numbers and words", _is_rope)),
+    "attention_dropout": ("a number in [0, 1)", lambda value: _is_number(value) and 0 <= value < 1),
     "pretraining_tp": _SIZE,
-    "hidden_act": (_is_activation, "an activation that transformers knows, such as silu"),
-    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (_is_token_ids, "a token's id, or a list")),
+    "hidden_act": ("an activation that transformers knows, such as silu", _is_activation),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), ("a token's id, or a list", _is_token_ids)),
 }
 
 
@@ -83,7 +66,7 @@ def refuse_odd_values(name: str, raw: Mapping[str, Any]) -> None:
         InputError: all of them.
     """
     problems = []
-    for key, (is_fine, expected) in _RULES.items():
+    for key, (expected, is_fine) in _RULES.items():
         if key not in raw or is_fine(raw[key]) or (raw[key] is None and DEFAULTS.get(key, 0) is None):
             continue
         found = json.dumps(raw[key])

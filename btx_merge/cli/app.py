@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import typer
 
-from btx_merge.cli.branch import branch_command
 from btx_merge.cli.edit import edit_command
 from btx_merge.cli.eval import eval_command
 from btx_merge.cli.export import export_command, extract_command
@@ -24,7 +23,7 @@ from btx_merge.cli.merge import check_command, merge_command
 from btx_merge.cli.printing import error as print_error
 from btx_merge.cli.push import push_command
 from btx_merge.cli.routing import routing_command
-from btx_merge.cli.train import train_command
+from btx_merge.cli.training import branch_command, train_command
 from btx_merge.errors import BTXError, InputError, MergeInterrupted
 from btx_merge.reporting import printable
 

@@ -1,4 +1,7 @@
-"""What `btx train` and `btx branch` have in common: a recipe from a file and from flags, and several ranks."""
+"""`btx train` and `btx branch`: a merged model is finetuned, an expert is made of a seed.
+
+They share a recipe from a file and from flags, and several ranks.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,24 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from btx_merge.cli.options import option
-from btx_merge.cli.printing import print_json, result
-from btx_merge.cli.takes import Given
+from btx_merge.cli.options import Json, Output, Overwrite, Quiet, described, option
+from btx_merge.cli.printing import print_json, result, tell_next
+from btx_merge.cli.takes import Given, takes
 from btx_merge.cli.terminal import end_like_ctrl_c, terminal
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.finetuning.launched import own_local_rank, own_rank
-from btx_merge.finetuning.recipe import BranchRecipe, TrainRecipe, option_names
+from btx_merge.finetuning.recipe import BRANCH_RULES, RULES, BranchRecipe, TrainRecipe, option_names
 from btx_merge.options import Options
+from btx_merge.reporting import pasted
 from btx_merge.texts.references import domain_texts_of
 
 if TYPE_CHECKING:
     from btx_merge.finetuning.run import TrainReport
 
 Recipe = TypeVar("Recipe", TrainRecipe, BranchRecipe)
-Config = Annotated[Path | None, option("YAML file: data, and any option by name; flags win over it.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
+_Config = Annotated[Path | None, option("YAML file: data, and any option by name; flags win over it.")]
+_Resume = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
 _BETWEEN_RANKS, _WAIT_FOR_THE_FIRST = 1, 10
 """Seconds that a rank gives the first of its host to say why a run ended: by Ctrl-C, or by an error."""
 
@@ -57,10 +61,53 @@ def _trainer_option(name: str) -> Any:
     return Annotated[kind | None, option(text, metavar=metavar)]
 
 
-TRAINER_OPTIONS = {name: _trainer_option(name) for name in TRAINER}
+_TRAINER_OPTIONS = {name: _trainer_option(name) for name in TRAINER}
 
 
-def carry_out(
+@takes(TrainRecipe, RULES, more=_TRAINER_OPTIONS)
+def train_command(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help=described(TrainRecipe, "model"))] = None,
+    output: Output = ...,  # type: ignore[assignment]
+    config: _Config = None,
+    given: Given = ...,  # type: ignore[assignment]
+    resume: _Resume = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json_output: Json = False,
+) -> None:
+    """Finetune a merged model. All of transformers.TrainingArguments are options too, as --adam-beta2 0.98."""
+    from btx_merge.finetuning.run import train
+
+    how = (resume, overwrite, quiet, json_output)
+    if _carry_out(TrainRecipe, train, context.args, model, output, config, given, *how):
+        tell_next(output)
+
+
+@takes(BranchRecipe, BRANCH_RULES, more=_TRAINER_OPTIONS)
+def branch_command(
+    context: typer.Context,
+    model: Annotated[str | None, typer.Argument(help=described(BranchRecipe, "model"))] = None,
+    output: Output = ...,  # type: ignore[assignment]
+    config: _Config = None,
+    given: Given = ...,  # type: ignore[assignment]
+    resume: _Resume = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    json_output: Json = False,
+) -> None:
+    """Train a copy of a seed, to become an expert. All of transformers.TrainingArguments are options too."""
+    from btx_merge.finetuning.run import branch
+
+    how = (resume, overwrite, quiet, json_output)
+    recipe = _carry_out(BranchRecipe, branch, context.args, model, output, config, given, *how)
+    if recipe:
+        name = recipe.data[0].name if len(recipe.data) == 1 else "NAME"
+        seed, expert = pasted(recipe.model), pasted(f"{name}={output}")
+        tell_next(output, f"btx merge --seed {seed} --expert {expert} -o MERGED")
+
+
+def _carry_out(
     recipe: type[Recipe],
     verb: Callable[..., TrainReport],
     words: Sequence[str],

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from btx_merge.evaluation.picture import draw
 from btx_merge.evaluation.report import EvalReport
-from btx_merge.evaluation.tables import bits_table, lines_of, markdown, perplexity_table
+from btx_merge.evaluation.tables import bits_table, lines_of, perplexity_table
 from btx_merge.files.folder import write_json
 from btx_merge.files.placing import put_in_place
 from btx_merge.files.scratch import scratch_folder
+from btx_merge.model.card import markdown_table
 from btx_merge.model.files import EVALUATION
 from btx_merge.reporting import Reporter
 from btx_merge.sources.cards import in_card
@@ -37,6 +38,6 @@ def described(report: EvalReport) -> str:
     parts = ["Bits per byte, and the fraction of the gap between the seed and the best single source that is closed:"]
     if not report.oracle:
         parts = ["Bits per byte:"]
-    parts += [markdown(bits_table(report)), "Perplexity per token:"]
-    parts += [markdown(perplexity_table(report)), f"![bits per byte by domain and model]({EVALUATION})"]
+    parts += [markdown_table(*bits_table(report), "---:"), "Perplexity per token:"]
+    parts += [markdown_table(*perplexity_table(report), "---:"), f"![bits per byte by domain and model]({EVALUATION})"]
     return "\n\n".join(part.rstrip() for part in [*parts, notes]) + "\n"

@@ -19,7 +19,7 @@ from btx_merge.model.merged import MergedModel, open_merged
 from btx_merge.model.records import is_blended
 from btx_merge.sources.locate import SMALL_FILES, Located, locate
 from btx_merge.sources.source import Source
-from btx_merge.sources.tokenizer_files import has_tokenizer
+from btx_merge.sources.tokenizer_files import no_tokenizer
 from btx_merge.sources.vocabulary import plan_vocabulary
 from btx_merge.texts.readers import is_installed
 
@@ -152,9 +152,7 @@ def _other(name: str, reference: str, window: int) -> Entry:
 
     located = locate(name, reference)
     problems = list(file_problems(located.folder, SMALL_FILES))
-    if not problems and not has_tokenizer(located.folder):
-        expected = "tokenizer.json or tokenizer.model"
-        problems = [Problem(name, str(located.folder), "no tokenizer", expected)]
+    problems = problems or no_tokenizer(name, located.folder)
     if problems:
         raise InputError(problems)
     if not (located.folder / "adapter_config.json").exists():

@@ -24,14 +24,12 @@ def draw(report: EvalReport, file: Path) -> None:
 
 def figure_of(report: EvalReport) -> Any:
     """Return a figure for a model card: lower is better; a line across each group is the best single source."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     domains = list(report.domains)
     rows = sorted(report.rows, key=lambda row: (row.kind == ROUTED) + 2 * (row.kind == MODEL))
     bars = len(domains) * len(rows)
     figure = Figure(figsize=(min(16, max(6, 2 + 0.45 * bars)), 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     width, others = 0.84 / len(rows), 0
     for number, row in enumerate(rows):

@@ -36,9 +36,8 @@ from btx_merge.fitting.run import device_problems
 from btx_merge.options import Options, refuse_unused
 from btx_merge.reporting import Reporter
 from btx_merge.sources.text_checks import check_texts
-from btx_merge.sources.tokenizer_files import has_tokenizer, load_tokenizer
-from btx_merge.texts.readers import is_installed
-from btx_merge.texts.references import EXTRA
+from btx_merge.sources.tokenizer_files import load_tokenizer, no_tokenizer
+from btx_merge.texts.readers import missing_packages
 
 ROUTED_NAME = "merged, own expert"
 
@@ -116,13 +115,11 @@ def _check(recipe: EvalRecipe, targets: Sequence[Path], options: Options, card: 
     problems += target_problems(targets, options.overwrite)
     problems += check_texts((*recipe.data, *recipe.btm_text), model.located.folder if model else None)
     problems += device_problems(options.device)
-    if (targets or card) and not is_installed("matplotlib"):
-        problems.append(Problem("command", "matplotlib", "is not installed", "", f"{EXTRA}."))
+    if targets or card:
+        problems += missing_packages("matplotlib")
     if model is None:
         raise InputError(problems)
-    if not has_tokenizer(model.located.folder):
-        folder = str(model.located.folder)
-        problems.append(Problem("model", folder, "no tokenizer", "tokenizer.json or tokenizer.model"))
+    problems += no_tokenizer("model", model.located.folder)
     problems += sources_problems(recipe, model.merged)
     if card:
         problems += [*hub_problem(model.located), *file_problems(model.located.folder, ["README.md"])]

@@ -54,14 +54,6 @@ def lines_of(report: EvalReport) -> list[str]:
     return lines
 
 
-def markdown(table: Table) -> str:
-    """Return a table in Markdown. Names in it are of letters, digits and `_.-`."""
-    head, rows = table
-    rule = ["---", *("---:" for _ in head[1:])]
-    cells = [head, rule, *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells) + "\n"
-
-
 def _table(report: EvalReport, cell: Callable[[Score], str]) -> Table:
     domains = list(report.domains)
     rows: list[list[str]] = []

@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from btx_merge.model.card import CITATION, LICENCE_KEYS, PAPER, how_to_use, link_licence, project_link, with_metadata
+from btx_merge.model.card import (
+    CITATION,
+    LICENCE_KEYS,
+    PAPER,
+    how_to_use,
+    link_licence,
+    markdown_table,
+    project_link,
+    with_metadata,
+)
 from btx_merge.model.files import BRANCH, PICTURE
 from btx_merge.model.held_out import OF_THIS_MODEL
 from btx_merge.sources.cards import card_texts, code_in_card, in_card
@@ -60,7 +69,7 @@ def _mixture(entry: Mapping[str, Any]) -> str:
         name, texts = domain["name"], ", ".join(map(code_in_card, domain["references"]))
         before, after = held_out["before"].get(name), held_out["after"].get(name)
         rows.append([name, texts, f"{domain['weight'] / total:.0%}", _figure(before), _figure(after)])
-    return _table(["domain", "texts", "share", "held-out perplexity before", "after"], rows)
+    return markdown_table(["domain", "texts", "share", "held-out perplexity before", "after"], rows)
 
 
 def _curve(history: Sequence[Mapping[str, Any]]) -> str:
@@ -72,7 +81,7 @@ def _curve(history: Sequence[Mapping[str, Any]]) -> str:
         shown.append(logged[-1])
     keys = [key for key in _LOSSES if logged and key in logged[-1]]
     rows = [[str(item["step"]), *(_figure(item.get(key)) for key in keys)] for item in shown]
-    return _table(["step", *(_LOSSES[key] for key in keys)], rows)
+    return markdown_table(["step", *(_LOSSES[key] for key in keys)], rows)
 
 
 def _figure(value: float | None) -> str:
@@ -123,7 +132,3 @@ btx merge --seed {reference} --expert {name}=. --expert OTHER=MODEL -o MERGED
 ```
 
 {training_section("branch", entry, history)}"""
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "".join("| " + " | ".join(row) + " |\n" for row in [head, ["---"] * len(head), *rows])

@@ -18,9 +18,8 @@ from btx_merge.sources.opening import open_whole
 from btx_merge.sources.source import SEED, Source
 from btx_merge.sources.tensor_checks import expert_problems, tensor_problems
 from btx_merge.sources.text_checks import check_texts
-from btx_merge.sources.tokenizer_files import has_tokenizer
-from btx_merge.texts.readers import is_installed
-from btx_merge.texts.references import EXTRA
+from btx_merge.sources.tokenizer_files import no_tokenizer
+from btx_merge.texts.readers import missing_packages
 
 
 def check_model(recipe: TrainRecipe, target: Path, resume: bool, overwrite: bool) -> Located:
@@ -67,9 +66,9 @@ def check_seed(recipe: BranchRecipe, target: Path, resume: bool, overwrite: bool
 def _run_problems(recipe: Recipe, tokenizer: Path | None) -> list[Problem]:
     """Return what is wrong with the texts, and which packages a training lacks."""
     problems = check_texts(recipe.data, tokenizer)
-    needed = ["accelerate", "matplotlib", *([] if "report_to" in recipe.arguments else ["tensorboard"])]
-    missing = [package for package in needed if not is_installed(package)]
-    return problems + [Problem("command", package, "is not installed", "", f"{EXTRA}.") for package in missing]
+    return problems + missing_packages(
+        "accelerate", "matplotlib", *([] if "report_to" in recipe.arguments else ["tensorboard"])
+    )
 
 
 def _config_problems(recipe: TrainRecipe, config: Mapping[str, Any]) -> list[Problem]:
@@ -94,6 +93,5 @@ def _seed_problems(seed: Source, target: Path) -> list[Problem]:
                 read_json(folder / name)
         except InputError as error:
             problems += error.problems
-    if not has_tokenizer(folder):
-        problems.append(Problem(SEED, str(folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
+    problems += no_tokenizer(SEED, folder)
     return problems + room_problems(target, sum(tensor.nbytes for tensor in seed.tensors.values()))

@@ -26,11 +26,9 @@ def figure_of(history: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> A
         history: what the Trainer logged.
         experts: their names, in the model's order. A dense model has none: no balancing loss, and no load.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 8 if experts else 4), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = iter(figure.subplots(2 if experts else 1, 3).flatten())
     loss = next(panels)
     _curve(loss, history, "loss", "loss" if _points(history, "teacher_loss")[0] else "")

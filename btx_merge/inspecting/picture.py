@@ -24,7 +24,6 @@ _LINE_OF_A_LABEL = 22
 
 def figure_of(models: Sequence[ModelFigures]) -> Any:
     """Return a figure with a column for each domain, and for each model a row of shares and one of gate weights."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = expert_names(models)
@@ -32,7 +31,6 @@ def figure_of(models: Sequence[ModelFigures]) -> Any:
     rows = [(model, kind) for model in models for kind in _KINDS]
     size = (2.2 + 3.1 * len(domains), 0.9 + 2.3 * len(rows))
     figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.subplots(len(rows), len(domains), squeeze=False, sharex="row", sharey="row")
     for axes, (model, kind) in zip(grid, rows, strict=True):
         for ax, domain in zip(axes, model.domains, strict=True):

@@ -23,9 +23,9 @@ from btx_merge.model.opening import open_model
 from btx_merge.options import Options, refuse_unused
 from btx_merge.reporting import Reporter
 from btx_merge.sources.text_checks import check_texts
-from btx_merge.sources.tokenizer_files import has_tokenizer
-from btx_merge.texts.readers import is_installed
-from btx_merge.texts.references import EXTRA, public_record
+from btx_merge.sources.tokenizer_files import no_tokenizer
+from btx_merge.texts.readers import missing_packages
+from btx_merge.texts.references import public_record
 
 if TYPE_CHECKING:
     from btx_merge.inspecting.page_text import PageText
@@ -105,16 +105,12 @@ def _check(recipe: RoutingRecipe, target: Path, options: Options) -> list[Merged
         if model is None:
             continue
         models.append(model)
-        folder = model.located.folder
-        if not has_tokenizer(folder):
-            problems.append(Problem(name, str(folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
+        problems += no_tokenizer(name, model.located.folder)
         most = model.config.get("max_position_embeddings")
         if recipe.window and isinstance(most, int) and recipe.window > most:
             problems.append(Problem(name, "--window", f"{recipe.window}", f"at most {most}, which it can take"))
     problems += check_texts(recipe.data, models[0].located.folder if models else None)
-    problems += device_problems(options.device)
-    if not is_installed("matplotlib"):
-        problems.append(Problem("command", "matplotlib", "is not installed", "", f"{EXTRA}."))
+    problems += device_problems(options.device) + missing_packages("matplotlib")
     if problems:
         raise InputError(dict.fromkeys(problems))  # what is wrong with the output is found with each model
     return models

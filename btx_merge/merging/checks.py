@@ -16,7 +16,6 @@ from btx_merge.architectures.loading_rules import generation_refusals
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.folder import read_json
 from btx_merge.merging.recipe import MergeRecipe
-from btx_merge.merging.tying import tying_problems, untie_warnings
 from btx_merge.sources.digest import changed_problems
 from btx_merge.sources.divergence import Divergence, measure_divergence
 from btx_merge.sources.opening import open_each
@@ -66,7 +65,7 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
         problems += _fit_problems(recipe, sources)
     untie = recipe.untie or recipe.has_own_head
     examined = examine_sources(sources, problems, untie=untie, allow_unrelated=recipe.allow_unrelated)
-    return replace(examined, warnings=(*untie_warnings(recipe, sources), *examined.warnings))
+    return replace(examined, warnings=(*_untie_warnings(recipe, sources), *examined.warnings))
 
 
 def examine_sources(
@@ -88,7 +87,7 @@ def examine_sources(
         raise InputError(problems)  # there is nothing to compare the others with
     sound = []  # sources whose shapes are right: only those can be compared number by number
     for source in sources:
-        own = [*config_problems(source, seed), *tensor_problems(source), *tying_problems(source, seed, untie)]
+        own = [*config_problems(source, seed), *tensor_problems(source), *_tying_problems(source, seed, untie)]
         problems += own
         if not own:
             sound.append(source)
@@ -135,6 +134,26 @@ def config_problems(source: Source, seed: Source) -> Iterator[Problem]:
         if source.config[key] != seed.config[key]:
             yield from _differing(source.name, f"config.json: {key}", source.config[key], seed.config[key])
     yield from expert_problems(source)
+
+
+def _tying_problems(source: Source, seed: Source, untie: bool) -> Iterator[Problem]:
+    """Check that embedding and head are one tensor in this source if and only if they are in the seed."""
+    tied, seed_tied = source.config["tie_word_embeddings"], seed.config["tie_word_embeddings"]
+    if tied != seed_tied and not untie:
+        remedy = "Give --untie (`untie: true`) to untie them all: a tied source's head is its embedding."
+        where = "config.json: tie_word_embeddings"
+        found = repr(tied)
+        if source.base and not tied:
+            found = "False: the adapter changes embedding and head apart, or one of them alone"
+        yield Problem(source.name, where, found, f"{seed_tied!r} as in the seed", remedy)
+
+
+def _untie_warnings(recipe: MergeRecipe, sources: Sequence[Source]) -> Iterator[Problem]:
+    """Yield that `untie` changes nothing, where it does not: it only lets sources be mixed."""
+    if recipe.untie and not recipe.has_own_head and all(source.config["tie_word_embeddings"] for source in sources):
+        remedy = "For a head of its own give --head fitted (`head: fitted`) and what it is fitted on, or leave it out."
+        found = "changes nothing: all sources are tied, and so is the result"
+        yield Problem("recipe", "untie", found, "", remedy)
 
 
 def _differing(name: str, where: str, found: Any, wanted: Any) -> Iterator[Problem]:

@@ -1,4 +1,5 @@
-"""The feed-forward blocks of the sources as experts: copied, cut into chunks, with their own norms folded in.
+"""The feed-forward blocks of the sources as experts: copied, cut into chunks, with their own norms folded in; and
+the routers that choose among them.
 
 Legend: S sources, R rows of a block, H hidden, I intermediate.
 """
@@ -16,6 +17,7 @@ from btx_merge.checkpoints.layout import BLOCK_BYTES, Block, portions
 from btx_merge.merging.combine import cast, combining_rule
 from btx_merge.merging.mixture import EXPERT_LAYOUTS, ExpertColumns, ExpertRows, Mixture
 from btx_merge.merging.plan import Plan
+from btx_merge.merging.recipe import MergeRecipe
 
 _SMALL_GAMMA = 1e-3
 """Part of the merged norm's mean magnitude below which a channel counts as shut. Nothing comes through it that could
@@ -71,3 +73,17 @@ def merged_norm(plan: Plan, name: str) -> Float32:
     """Compute a norm of a merge as it will be stored, [H], rounding included: experts stand behind that one."""
     values = combining_rule(plan, name)(0, plan.seed.config["hidden_size"])
     return to_float32(from_float32(values, plan.dtype), plan.dtype)
+
+
+def initial_router(recipe: MergeRecipe, layer: int, num_experts: int, hidden_size: int, std: float) -> Float32:
+    """Return a layer's router [E, H], stored in the checkpoint and not left to chance when it is loaded.
+
+    random: normal(0, std). Behind an RMSNorm |x| is about sqrt(H), so std = 0.02 gives logits of about 1 for
+    H = 2048; std = 1 would send every token to one expert with certainty. Otherwise zeros: all experts tie.
+    RandomState's stream is frozen by numpy's policy, so that a recipe gives the same bytes in years.
+    """
+    shape = (num_experts, hidden_size)
+    if recipe.router_init != "random":
+        return np.zeros(shape, np.float32)
+    values = np.random.RandomState([recipe.random_seed, layer]).standard_normal(shape)
+    return (std * values).astype(np.float32)

@@ -11,7 +11,7 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.files.folder import checked
 from btx_merge.merging.mergekit_moe import from_mergekit, is_mergekit
-from btx_merge.model.records import _HUB_ID, RECIPE_FILE, RECORDS, anchor_sources
+from btx_merge.model.records import HUB_ID, RECIPE_FILE, RECORDS, anchor_sources
 from btx_merge.reporting import Reporter, short
 from btx_merge.sources.locate import locate
 from btx_merge.sources.source import SEED
@@ -41,7 +41,7 @@ def read_recipe_file(
             told apart.
     """
     path = Path(file)
-    if _HUB_ID.fullmatch(str(file)) and not os.path.exists(file) and path.suffix not in (".yaml", ".yml"):
+    if HUB_ID.fullmatch(str(file)) and not os.path.exists(file) and path.suffix not in (".yaml", ".yml"):
         path = locate("recipe", str(file), weights=False).folder / RECIPE_FILE
     path = path / RECIPE_FILE if os.path.isfile(path / RECIPE_FILE) else path
     roots = [path.parent, *([path.parent.parent] if path.name == RECIPE_FILE else [])]

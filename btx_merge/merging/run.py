@@ -23,12 +23,11 @@ from btx_merge.fitting.recipe import ROUTER_FITS, FitTask
 from btx_merge.fitting.run import fit_folder, fit_problems
 from btx_merge.merging.checks import examine
 from btx_merge.merging.combine import cast, shared_rows
-from btx_merge.merging.experts import expert_columns, expert_rows, merged_norm
+from btx_merge.merging.experts import expert_columns, expert_rows, initial_router, merged_norm
 from btx_merge.merging.files import write_files
 from btx_merge.merging.mixture import ExpertColumns, ExpertRows, RouterRows, SharedRows
 from btx_merge.merging.plan import Fate, Plan, make_plan
 from btx_merge.merging.recipe import MergeRecipe
-from btx_merge.merging.routers import initial_router
 from btx_merge.model.held_out import Fitted
 from btx_merge.model.opening import room_problems
 from btx_merge.options import Options, refuse_unused

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import metadata as package_metadata
 from typing import Any
 from urllib.parse import quote
@@ -76,6 +76,12 @@ def path_line(path: str) -> str:
 def with_path(card: str, path: str) -> str:
     """Return a card whose code finds the model there: `.` for its own folder, `org/name` for a repository."""
     return _PATH_LINE.sub(lambda match: path_line(path), card)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], rule: str = "---") -> str:
+    """Return a table in Markdown; `rule` says how the columns behind the first are aligned."""
+    lines = [head, ["---", *[rule] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def count(number: int) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from btx_merge.model.card import markdown_table
+
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
@@ -80,21 +82,18 @@ def fit_tables(fitted: Fitted) -> str:
         columns = ["layer", "tokens that go to their own domain's expert first", "relative error of the output"]
         rows = []
         for layer in fitted.layers:
-            figures = f"{layer.accuracy:.1%} | {layer.error:.4g} | {layer.own_error:.4g} | {layer.temperature:g}"
-            rows.append(f"| {layer.layer} | {figures} |")
-        text += _table([*columns, "with every token at its own domain's expert", "temperature"], rows)
+            errors = f"{layer.error:.4g}", f"{layer.own_error:.4g}"
+            rows.append([str(layer.layer), f"{layer.accuracy:.1%}", *errors, f"{layer.temperature:g}"])
+        columns += ["with every token at its own domain's expert", "temperature"]
+        text += "\n" + markdown_table(columns, rows)
     if fitted.losses:
         rows = []
         for loss in fitted.losses:
             source = "" if loss.source is None else f"{loss.source:.3f}"
-            rows.append(f"| {loss.domain} | {source} | {loss.own_expert:.3f} | {loss.routed:.3f} |")
+            rows.append([loss.domain, source, f"{loss.own_expert:.3f}", f"{loss.routed:.3f}"])
         columns = ["bits per byte", "the domain's own source", "every token at its own domain's expert", "as it is"]
-        text += _table(columns, rows) + f"\n{fit_advice(fitted.losses)}\n"
+        text += f"\n{markdown_table(columns, rows)}\n{fit_advice(fitted.losses)}\n"
     return text
-
-
-def _table(head: Sequence[str], rows: Sequence[str]) -> str:
-    return "\n" + "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows]) + "\n"
 
 
 def fit_advice(losses: Sequence[DomainLoss]) -> str:

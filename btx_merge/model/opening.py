@@ -12,7 +12,7 @@ from btx_merge.model.merged import MergedModel, open_merged
 from btx_merge.model.records import read_record
 from btx_merge.reporting import readable
 from btx_merge.sources.locate import Located, locate
-from btx_merge.sources.tokenizer_files import has_tokenizer
+from btx_merge.sources.tokenizer_files import no_tokenizer
 
 
 def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located | None, list[Problem]]:
@@ -26,8 +26,7 @@ def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located |
         read_record(folder)
     except InputError as error:
         problems += error.problems
-    if not has_tokenizer(folder):
-        problems.append(Problem("model", str(folder), "no tokenizer", "tokenizer.json or tokenizer.model"))
+    problems += no_tokenizer("model", folder)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return model.located, problems + room_problems(target, weights)
 

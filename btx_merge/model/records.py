@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.files.folder import checked
 from btx_merge.reporting import short
-from btx_merge.values import SHARD_SIZE, is_number, is_text
+from btx_merge.values import SHARD_SIZE, Rule, is_number, is_text
 
 RECIPE_FILE = "btx_recipe.yaml"
 """What a merge writes down of itself beside its result: a recipe with everything resolved."""
 RECORDS = {"resolved": "", "fits": "fitted", "training": "trained", "edits": "edited", "shared_over": ""}
 """Keys of that file that are no recipe, and what they say was done to the model since."""
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -67,14 +67,14 @@ def _are_experts(value: Any) -> bool:
     return True
 
 
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("seed", "combine", "head", "expert_mode", "router_init", "tokenizer_source"), (is_text, "text")),
-    **dict.fromkeys(("fold_norms", "seed_expert"), (lambda value: isinstance(value, bool), "true or false")),
-    "seed_weight": (_is_weight, "a number of at least 0"),
-    "max_shard_size": (lambda value: is_text(value) and SHARD_SIZE[1](value), SHARD_SIZE[0]),
-    "experts": (_are_experts, "`name: model`, or `model:`, `weight:` and `base:` below each name"),
-    **dict.fromkeys(("domain_text", "prompts", "resolved", "shared_over"), (_is_object, "keys with values")),
-    **dict.fromkeys(("fits", "training", "edits"), (_are_records, "a list of records")),
+_KINDS: dict[str, Rule] = {
+    **dict.fromkeys(("seed", "combine", "head", "expert_mode", "router_init", "tokenizer_source"), ("text", is_text)),
+    **dict.fromkeys(("fold_norms", "seed_expert"), ("true or false", lambda value: isinstance(value, bool))),
+    "seed_weight": ("a number of at least 0", _is_weight),
+    "max_shard_size": (SHARD_SIZE[0], lambda value: is_text(value) and SHARD_SIZE[1](value)),
+    "experts": ("`name: model`, or `model:`, `weight:` and `base:` below each name", _are_experts),
+    **dict.fromkeys(("domain_text", "prompts", "resolved", "shared_over"), ("keys with values", _is_object)),
+    **dict.fromkeys(("fits", "training", "edits"), ("a list of records", _are_records)),
 }
 """What stands in a model's own recipe, as far as something is computed from it or added to it."""
 
@@ -82,7 +82,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _odd_values(file: Path, prefix: str, values: Mapping[str, Any]) -> list[Problem]:
     remedy = "Copy the file again from where the model came from, or remove it: then the sources are unknown."
     problems = []
-    for key, (is_fine, expected) in _KINDS.items():
+    for key, (expected, is_fine) in _KINDS.items():
         if values.get(key) is not None and not is_fine(values[key]):
             problems.append(Problem("model", f"{file}: {prefix}{key}", short(values[key]), expected, remedy))
     return problems

@@ -41,6 +41,12 @@ def has_tokenizer(folder: Path) -> bool:
     return as_gpt2 or any((folder / name).exists() for name in names)
 
 
+def no_tokenizer(name: str, folder: Path) -> list[Problem]:
+    """Return that a model's folder has no tokenizer, where it has none."""
+    expected = "tokenizer.json or tokenizer.model"
+    return [] if has_tokenizer(folder) else [Problem(name, str(folder), "no tokenizer", expected)]
+
+
 def has_speech(folder: Path) -> bool:
     """Return whether a folder says anything about special tokens or chat templates."""
     return any((folder / name).exists() for name in (*SPEECH_FILES, TEMPLATES))

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from btx_merge.errors import InputError, Problem
 
+EXTRA = "pip install '.[train]' in a checkout of btx-merge"
 _WHOLE = 4_000_000
 """Bytes of a text file that is one document; characters after which a larger one is cut even inside a paragraph."""
 _PART = 1_000_000
@@ -60,6 +61,12 @@ def suffix_of(file: Path) -> str:
 def is_installed(package: str) -> bool:
     """Return whether a package could be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
+
+
+def missing_packages(*needed: str) -> list[Problem]:
+    """Return which of these packages, all of the extra `train`, are not installed."""
+    missing = [package for package in needed if not is_installed(package)]
+    return [Problem("command", package, "is not installed", "", f"{EXTRA}.") for package in missing]
 
 
 def read_file(source: str, file: Path) -> Iterator[Record]:

@@ -16,11 +16,10 @@ from typing import Any
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.reporting import short
-from btx_merge.texts.readers import READERS, Record, is_installed, read_file, read_hub, suffix_of
+from btx_merge.texts.readers import EXTRA, READERS, Record, is_installed, read_file, read_hub, suffix_of
 from btx_merge.values import is_number, is_text, path_as_text
 
 ONE_DOMAIN = "at least one domain, --data NAME=TEXT"
-EXTRA = "pip install '.[train]' in a checkout of btx-merge"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _HUB_DATASET = re.compile(r"[\w-][\w.-]*/[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 

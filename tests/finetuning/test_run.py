@@ -467,7 +467,7 @@ def test_a_disk_that_is_too_small_is_refused_at_once(merged, texts, tmp_path, mo
 
 
 def test_packages_that_are_missing_are_named_first(merged, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("btx_merge.finetuning.checks.is_installed", lambda package: False)
+    monkeypatch.setattr("btx_merge.texts.readers.is_installed", lambda package: False)
     found = problems_of(train, recipe(merged, texts, arguments={"report_to": None}), tmp_path / "out")
     assert [line.split(":")[1].strip() for line in found] == ["accelerate", "matplotlib"]
     assert all("pip install '.[train]'" in line for line in found)

@@ -44,7 +44,7 @@ def test_two_models_have_rows_of_their_own_and_one_colour_an_expert() -> None:
 
 def test_long_names_of_models_stay_beside_their_rows() -> None:
     figure = figure_of([model_of("finetuned-with-a-name-that-is-long"), model_of("w" * 60)])
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     boxes = [ax.yaxis.label.get_window_extent() for ax in figure.axes[::3]]
     for above, below in pairwise(boxes):
         assert below.y1 < above.y0

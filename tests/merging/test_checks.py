@@ -403,7 +403,7 @@ def test_every_row_of_a_tied_checkpoints_head_counts(
     row: int, tied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where only the rows of special tokens were trained. Read in pieces of four rows here."""
-    monkeypatch.setattr("btx_merge.sources.tensor_checks.BLOCK_BYTES", 1024)
+    monkeypatch.setattr("btx_merge.checkpoints.stored.BLOCK_BYTES", 1024)
 
     def add_head(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from btx_merge import MergeRecipe, merge
-from btx_merge.merging.routers import initial_router
+from btx_merge.merging.experts import initial_router
 from tests.support.common import HIDDEN, LAYERS, tensors_of
 
 LAYER = "model.layers.{}.mlp.gate.weight"
