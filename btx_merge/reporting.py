@@ -115,6 +115,15 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def counted(number: int, what: str) -> str:
+    """Return how many there are of something.
+
+    >>> counted(1, "expert"), counted(1_200, "token")
+    ('1 expert', '1,200 tokens')
+    """
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def readable(nbytes: int) -> str:
     """Return a number of bytes in the largest unit that leaves a digit before the point.
 

@@ -32,7 +32,6 @@ _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]  # click's; newer releases of 
 app = typer.Typer(
     name="btx",
     help="Merge fine-tuned Llama checkpoints grown from one seed into one Mixture of Experts (Branch-Train-MiX).",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -118,7 +117,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = app(standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except _USAGE_ERROR as error:
         error.message = printable(error.message)
         error.show()

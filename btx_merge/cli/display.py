@@ -29,7 +29,7 @@ from btx_merge.merging.run import Check, Report
 from btx_merge.model.card import count
 from btx_merge.model.held_out import fit_advice
 from btx_merge.model.info import ModelInfo
-from btx_merge.reporting import printable, readable
+from btx_merge.reporting import counted, printable, readable
 
 if TYPE_CHECKING:
     from btx_merge.inspecting.figures import ModelFigures
@@ -130,13 +130,14 @@ def print_check(checked: Check) -> None:
         shared += ", norms folded into the experts"
     if checked.is_lossless:
         shared += "; every source has the seed's, averaging loses nothing"
+    added = counted(len(plan.vocabulary.new_tokens), "token")
     lines = {
         "experts": f"{plan.num_experts} ({recipe.expert_mode}): {', '.join(plan.expert_names)}",
         "shared weights": shared,
         "routers": f"{recipe.router_type}, {recipe.router_init}, experts per token: {plan.experts_per_token}",
         "parameters": f"{count(plan.parameters)} in all, {count(plan.active_parameters)} active per token",
-        "vocabulary": f"{plan.vocabulary.size:,} rows, {len(plan.vocabulary.new_tokens)} tokens new to the seed",
-        "output": f"{TORCH_NAMES[plan.dtype]}, {len(plan.shards)} weights file{'s' * (len(plan.shards) > 1)}",
+        "vocabulary": f"{plan.vocabulary.size:,} rows, {added} new to the seed",
+        "output": f"{TORCH_NAMES[plan.dtype]}, {counted(len(plan.shards), 'weights file')}",
         "to read / to write": f"{readable(plan.bytes_to_read)} / {readable(plan.bytes_to_write)}",
         "working memory": f"about {readable(plan.working_memory)}",
     }
@@ -161,7 +162,7 @@ def print_report(report: Report) -> None:
     plan = report.checked.plan
     rate = plan.bytes_to_write / max(report.seconds, 1e-9)
     lines = {
-        "written": f"{report.output}: {readable(plan.bytes_to_write)}, {plan.num_experts} experts, "
+        "written": f"{report.output}: {readable(plan.bytes_to_write)}, {counted(plan.num_experts, 'expert')}, "
         f"{count(plan.parameters)} parameters, {count(plan.active_parameters)} active per token",
         "took": f"{report.seconds:.1f} s ({readable(int(rate))}/s), peak memory {readable(report.peak_memory)}",
     }
@@ -176,7 +177,7 @@ def print_report(report: Report) -> None:
 
 def print_export(report: ExportReport) -> None:
     """Print what was written, and what it cost."""
-    files = f"{len(report.files)} weights file{'s' * (len(report.files) > 1)}"
+    files = counted(len(report.files), "weights file")
     lines = {
         "written": f"{report.output}: {readable(report.nbytes)} in {files}, {count(report.parameters)} parameters",
         "took": f"{report.seconds:.1f} s, peak memory {readable(report.peak_memory)}",
@@ -197,7 +198,7 @@ def print_info(info: ModelInfo) -> None:
     on_disk = "" if info.disk_bytes is None else f", {readable(info.disk_bytes)} on disk"
     lines = {
         "model": info.model + (f"@{info.revision[:8]}" if info.revision else ""),
-        "routing": f"{info.router_type}, {info.experts_per_token} of {len(info.experts)} experts per token",
+        "routing": f"{info.router_type}, {info.experts_per_token} of {counted(len(info.experts), 'expert')} per token",
         "routers": info.routers + (f"; untrained: {', '.join(info.untrained)}" if info.untrained else ""),
         "parameters": f"{count(info.parameters)} in all, {count(info.active_parameters)} active per token",
         "size": f"{readable(info.nbytes)} of weights in {info.dtype}{on_disk}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from btx_merge.evaluation.report import EvalReport, Score
+from btx_merge.reporting import counted
 
 _NO_GAP = "no gap"
 
@@ -37,7 +38,7 @@ def lines_of(report: EvalReport) -> list[str]:
     """Return what was measured, and what of the tables must be read with care."""
     lines = []
     for name, amount in report.domains.items():
-        documents, windows = _count(amount.documents, "document"), _count(amount.windows, "window")
+        documents, windows = counted(amount.documents, "document"), counted(amount.windows, "window")
         lines.append(f"{name}: {amount.nbytes:,} bytes in {documents}: {amount.tokens:,} tokens in {windows}.")
     dtype = f"in {report.dtype}" + ("" if report.device == "cpu" else f" on {report.device}")
     lines.append(f"Every token is scored once, in windows of at most {report.window:,} tokens, {dtype}.")
@@ -64,7 +65,3 @@ def _table(report: EvalReport, cell: Callable[[Score], str]) -> Table:
 
 def _share(part: float | None) -> str:
     return _NO_GAP if part is None else f"{part:.1%}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"

@@ -14,6 +14,7 @@ from btx_merge.checkpoints.stored import StoredTensor
 from btx_merge.exporting.files import origin, shared_config
 from btx_merge.model.card import CITATION, UNTRAINED, how_to_use
 from btx_merge.model.merged import MergedModel
+from btx_merge.reporting import counted
 from btx_merge.sources.cards import in_card
 
 _BLOCK = "model.layers.{layer}.block_sparse_moe."
@@ -71,8 +72,8 @@ def mixtral_card(model: MergedModel, untrained: Sequence[str] = ()) -> str:
 
 {origin(model, "btx export --format mixtral")}
 
-Its weights are the same bytes under Mixtral's names, and its logits the same bits. {model.experts_per_token} of
-{model.num_experts} experts are active per token:
+Its weights are the same bytes under Mixtral's names, and its logits the same bits. A token passes through
+{model.experts_per_token} of {counted(model.num_experts, "expert")}:
 
 | expert | name |
 |---|---|

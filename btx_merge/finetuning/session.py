@@ -35,7 +35,7 @@ from btx_merge.finetuning.trainer import BTXTrainer, trained_tensors, whole
 from btx_merge.finetuning.work_folder import last_checkpoint, tools, what_is_kept
 from btx_merge.model.files import PICTURE
 from btx_merge.options import Options
-from btx_merge.reporting import Reporter
+from btx_merge.reporting import Reporter, counted
 from btx_merge.sources.locate import Located
 from btx_merge.sources.tokenizer_files import load_tokenizer
 from btx_merge.texts.references import public_record
@@ -240,12 +240,12 @@ class Run:
             f"({self.trained_parameters / total:.2%}), {len(trained)} of {len(parameters)} tensors"
         )
         args, length = self.args, self.streams[0].length
-        ranks = "1 rank" if args.world_size == 1 else f"{args.world_size} ranks"
         words = {"fsdp_size": ", sharded over", "ep_size": ", experts over"}
         shares = "".join(f"{words[name]} {size}" for name, size in self.sizes.items() if size > 1)
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.reporter.line(
-            f"on {ranks}, {args.device.type}{shares}: {rows:,} windows of {length:,} tokens a step, "
+            f"on {counted(args.world_size, 'rank')}, {args.device.type}{shares}: "
+            f"{counted(rows, 'window')} of {length:,} tokens a step, "
             f"{rows * length:,} tokens"
         )
         if self.teachers:

@@ -10,6 +10,7 @@ from urllib.parse import quote
 
 import yaml
 
+from btx_merge.reporting import counted
 from btx_merge.sources.cards import is_web_link
 from btx_merge.sources.locate import Located
 
@@ -95,7 +96,7 @@ def count(number: int) -> str:
 
 def sizes(parameters: int, active: int, per_token: int, experts: int) -> str:
     """Write the sizes of a model as its card gives them."""
-    routed = f"per token ({per_token} of {experts} experts)"
+    routed = f"per token ({per_token} of {counted(experts, 'expert')})"
     return f"{count(parameters)} parameters, {count(active)} of them active\n{routed}"
 
 

@@ -16,7 +16,7 @@ from btx_merge.files.folder import checked, read_json
 from btx_merge.model.files import REPORT
 from btx_merge.model.merged import MergedModel, open_config, open_merged
 from btx_merge.model.mixtral_limits import mixtral_refusals
-from btx_merge.model.records import RECIPE_FILE
+from btx_merge.model.records import RECIPE_FILE, anchor_sources
 from btx_merge.model.router_state import entries, untrained_experts, whole_trainings
 from btx_merge.reporting import pasted, short
 from btx_merge.sources.locate import Located, locate
@@ -217,6 +217,21 @@ def _names(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def _source_flags(folder: Path, recipe: Mapping[str, Any]) -> str:
+    """Return what `btx eval` has to be told of sources: of folders, a recipe has the name and no path."""
+    if not recipe.get("seed"):
+        return " --no-sources"
+    folder = folder.resolve()
+    anchored = anchor_sources(recipe, [folder, folder.parent])  # where `btx eval` looks
+    experts = anchored.get("experts")
+    flags = ""
+    for name, spec in {SEED: anchored["seed"], **(experts if isinstance(experts, dict) else {})}.items():
+        model = spec.get("model") if isinstance(spec, dict) else spec
+        if isinstance(model, str) and "/" not in model and "@" not in model:  # no path was found, and it is no Hub id
+            flags += f" --source {pasted(f'{name}=MODEL')}"
+    return flags
+
+
 def _next(model: str, merged: MergedModel, recipe: Mapping[str, Any], untrained: tuple[str, ...]) -> Iterator[str]:
     given, name = pasted(model), merged.located.public_name.rpartition("/")[2]
     fitted, trained, mixtral, routing = (
@@ -235,5 +250,5 @@ def _next(model: str, merged: MergedModel, recipe: Mapping[str, Any], untrained:
         yield f"btx export {given} {mixtral}"
     if not merged.located.repo_id:
         yield f"btx push {given} ORG/NAME"
-    yield f"btx eval {given} {data}"
+    yield f"btx eval {given} {data}{_source_flags(merged.located.folder, recipe)}"
     yield f"btx routing {given} {data} -o {routing}"

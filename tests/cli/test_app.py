@@ -154,9 +154,8 @@ def test_help(command: list[str]) -> None:
 
 
 def test_no_command_at_all_shows_the_help() -> None:
-    done = btx()
-    assert done.returncode == 2
-    assert "Usage: btx" in done.stdout + done.stderr
+    done, asked = btx(), btx("--help")
+    assert (done.returncode, done.stdout, done.stderr) == (0, asked.stdout, "")
 
 
 # What is printed where
@@ -177,6 +176,14 @@ def test_a_merge(merged: tuple[Path, Done], family: Family) -> None:
         assert "15 (" in rows[name]  # embedding, head, norms, attention
     assert re.search(r"peak memory \d", text)
     assert re.search(r"took\s+\d+\.\d s", text)
+
+
+def test_one_expert_is_counted_as_one(family: Family, tmp_path: Path) -> None:
+    alone = ["--seed", family.seed, "--expert", f"code={family.code}", "--no-seed-expert"]
+    told = btx("merge", *alone, "--num-experts-per-tok", 1, "-o", tmp_path / "one", COLUMNS="200").stdout
+    assert ", 1 expert, " in told
+    assert "1 of 1 expert per token" in btx("info", tmp_path / "one").stdout
+    assert "per token (1 of 1 expert), made by" in (tmp_path / "one/README.md").read_text()
 
 
 def test_the_command_and_the_function_do_the_same(merged: tuple[Path, Done], family: Family, tmp_path: Path) -> None:

@@ -27,7 +27,10 @@ from btx_merge import (
     info,
     merge,
 )
+from btx_merge.measuring.sources import open_sources
 from btx_merge.model.info import next_commands
+from btx_merge.model.merged import open_merged
+from btx_merge.sources.locate import locate
 from tests.cli.test_app import HEAVY, btx, errors_of, imported_by
 from tests.conftest import Family
 from tests.support.common import edit_json, files_of
@@ -79,6 +82,31 @@ def test_the_next_command_runs(merged: Path, texts: dict[str, str], tmp_path: Pa
     assert next_commands(tmp_path / "merged-fitted-routing") == (
         f"python -m webbrowser {(tmp_path / 'merged-fitted-routing/report.html').as_uri()}",
     )
+
+
+def test_the_next_command_says_which_sources_lie_elsewhere(family: Family, tmp_path: Path) -> None:
+    """`btx eval` finds a folder by its name beside the model; as the command stands, it finds all others, too."""
+    (tmp_path / "models").mkdir()
+    shutil.copytree(family.code, tmp_path / "models" / family.code.name)
+    merge(MergeRecipe(str(family.seed), family.experts), tmp_path / "models/merged")
+    lines = {"code": ["w1 w2"], "math": ["w70 w71"], "seed": ["w3"]}
+    fit(FitRecipe(str(tmp_path / "models/merged"), "prompts", prompts=lines), tmp_path / "models/fitted")
+
+    def asked() -> list[str]:
+        (line,) = [line for line in info(str(tmp_path / "models/fitted")).next if line.startswith("btx eval ")]
+        return line.split()[3:]
+
+    texts = ["--data", "code=TEXT", "--data", "math=TEXT"]
+    assert asked() == [*texts, "--source", "seed=MODEL", "--source", "math=MODEL"]
+    found = open_merged(locate("model", str(tmp_path / "models/fitted")))
+    moved = {"seed": str(family.seed), "math": str(family.math)}
+    sources, problems = open_sources(found, moved, scratch=lambda: tmp_path)
+    assert ([*sources], problems) == (["seed", "code", "math"], [])
+    for folder in (family.seed, family.math):
+        shutil.copytree(folder, tmp_path / "models" / folder.name)
+    assert asked() == texts
+    (tmp_path / "models/fitted/btx_recipe.yaml").unlink()
+    assert asked()[-1] == "--no-sources"
 
 
 def test_what_was_done_since(family: Family, merged: Path, tmp_path: Path) -> None:
@@ -250,7 +278,7 @@ def test_each_verb_says_which_comes_next(merged: Path, texts: dict[str, str], tm
     lead_on = [
         f"btx export {fitted} fitted-mixtral",
         f"btx push {fitted} ORG/NAME",
-        f"btx eval {fitted} {data}",
+        f"btx eval {fitted} {data} --source seed=MODEL --source code=MODEL --source math=MODEL",
         f"btx routing {fitted} {data} -o fitted-routing",
     ]
     assert told_next("fit", merged, *given, "-o", fitted) == lead_on == list(info(str(fitted)).next)
