@@ -8,6 +8,7 @@ from typing import Any
 
 from btx_merge.editing.recipe import EditRecipe
 from btx_merge.errors import InputError, Problem
+from btx_merge.fitting.recipe import TEXT_ROUTERS
 from btx_merge.merging.recipe import ROUTER_TYPES
 from btx_merge.model.merged import MergedModel
 from btx_merge.reporting import short
@@ -78,10 +79,14 @@ def text_problems(recipe: EditRecipe, model: MergedModel, origins: Mapping[str, 
         if name not in origins:
             yield Problem("command", "--domain-text", f"no expert {name}", f"one of {', '.join(origins)}")
     missing = [name for name in new if name not in texts]
-    if recipe.router_init == "ridge" and missing:
+    if recipe.router_init in TEXT_ROUTERS and missing:
         remedy = "Give " + ", ".join(f"--domain-text {name}=FILE" for name in missing) + ", or --router-init random."
         yield Problem("command", "--domain-text", f"none for {', '.join(missing)}", "text of every new expert", remedy)
-    is_fitted = recipe.router_init in (None, "ridge") and any(name in texts for name in new)
+    if recipe.router_init == "logistic" and not {*texts} - {*new}:
+        remedy = "Give text of an expert that stays, or --router-init ridge."
+        expected = "text of others, from which a logistic row sets its own apart"
+        yield Problem("command", "--domain-text", "of new experts alone", expected, remedy)
+    is_fitted = recipe.router_init in (None, *TEXT_ROUTERS) and any(name in texts for name in new)
     if texts and not is_fitted:
         remedy = "Leave it out, or fit all routers anew with btx fit."
         yield Problem("command", "--domain-text", "given, but no new expert's row is fitted on it", "", remedy)

@@ -22,6 +22,7 @@ from btx_merge.checkpoints.layout import Job, OutputTensor, Shape, lay_out
 from btx_merge.editing.checks import set_problems, text_problems
 from btx_merge.editing.recipe import EditRecipe
 from btx_merge.errors import InputError, Problem
+from btx_merge.fitting.recipe import TEXT_ROUTERS
 from btx_merge.merging.checks import Examined, examine_sources, side_file_problems
 from btx_merge.merging.mixture import Mixture
 from btx_merge.model.merged import MergedModel
@@ -55,14 +56,14 @@ class EditPlan:
 
     @cached_property
     def router_inits(self) -> dict[str, str]:
-        """How the router's row of every new expert comes about: ridge, random, zeros or kept."""
+        """How the router's row of every new expert comes about: logistic, ridge, random, zeros or kept."""
         texts = {text.name for text in self.recipe.domain_text}
         inits = {}
         for name in self.new:
             if self.recipe.router_init:
                 inits[name] = self.recipe.router_init
             elif name in texts:
-                inits[name] = "ridge"
+                inits[name] = "logistic" if texts.difference(self.new) else "ridge"
             else:
                 inits[name] = "kept" if name in self.recipe.replace else "random"
         return inits
@@ -81,9 +82,14 @@ class EditPlan:
         return rows
 
     @property
+    def row_fit(self) -> str | None:
+        """How rows are fitted, all in one way; None where none is."""
+        return next((init for init in self.router_inits.values() if init in TEXT_ROUTERS), None)
+
+    @property
     def fitted_rows(self) -> list[int]:
         """The numbers of the experts whose rows are fitted."""
-        names = {name for name, init in self.router_inits.items() if init == "ridge"}
+        names = {name for name, init in self.router_inits.items() if init in TEXT_ROUTERS}
         chunks = self.mixture.chunks
         return [i * chunks + chunk for i, name in enumerate(self.origins) if name in names for chunk in range(chunks)]
 

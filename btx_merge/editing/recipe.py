@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from btx_merge.errors import InputError, Problem
+from btx_merge.fitting.recipe import TEXT_ROUTERS
 from btx_merge.reporting import short
 from btx_merge.sources.source import SEED, ExpertSpec, as_spec
 from btx_merge.texts.references import DomainText, as_domain_texts
@@ -22,7 +23,7 @@ from btx_merge.values import (
 )
 
 SHARED_UPDATES = ("auto", "update", "keep")
-ROW_INITS = ("ridge", "random", "zeros")
+ROW_INITS = (*TEXT_ROUTERS, "random", "zeros")
 """Ways to a router row of a new expert."""
 
 
@@ -53,16 +54,17 @@ class EditRecipe:
     sources: Mapping[str, str] = field(default_factory=dict)
     """Where sources of the model's own recipe lie now, if they have moved."""
     router_init: str | None = None
-    """Router rows of new experts. ridge: fitted on `domain_text`; random: normal with `router_std`; zeros: all 0.
-    By default ridge if there is text; otherwise random for an added expert, and the row that was there for a
-    replaced one."""
+    """Router rows of new experts. logistic, ridge: fitted on `domain_text`, by logistic or ridge regression; random:
+    normal with `router_std`; zeros: all 0. By default logistic where there is text of an expert that stays, too, and
+    ridge where there is text of new ones alone. Without text, random for an added expert, and the row that was there
+    for a replaced one."""
     router_std: float | None = None
     """Standard deviation of random rows, above 0. By default the model's initializer_range."""
     random_seed: int = 0
     """Seed of random rows, in [0, 2**32)."""
     domain_text: tuple[DomainText, ...] = ()
-    """Text of each new expert's domain, for ridge: a file, a folder, a glob or a dataset of the Hub. Text of the
-    others, for contrast, helps."""
+    """Text of each new expert's domain: a file, a folder, a glob or a dataset of the Hub. Text of experts that stay
+    shows how much of a new row is too much."""
     domain_tokens: int = 200_000
     """Tokens that are read of each domain, from the beginning of its text; at least 64."""
     router_ridge: float = 0.001
@@ -79,6 +81,9 @@ class EditRecipe:
         if not problems:
             problems += _change_problems(self)
         problems += parse_field(self, "domain_text", as_domain_texts)
+        if not problems and self.router_ridge != EditRecipe.router_ridge and self.router_init != "ridge":
+            found = f"{self.router_ridge:g}, which rows that are not by ridge regression do not use"
+            problems.append(Problem("recipe", "router_ridge", found, "", "Say router_init: ridge, or leave it out."))
         for key in ("add", "replace"):
             specs, given = {}, getattr(self, key)
             for name, spec in given.items() if isinstance(given, Mapping) else ():

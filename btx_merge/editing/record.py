@@ -140,7 +140,9 @@ def _entry(edit: EditPlan, outcome: str, layers: Sequence[LayerFit]) -> dict[str
         entry |= {"router_std": std, "random_seed": recipe.random_seed}
     if layers:
         texts = public_record(recipe.domain_text)
-        entry |= {"domain_text": texts, "domain_tokens": recipe.domain_tokens, "router_ridge": recipe.router_ridge}
+        entry |= {"domain_text": texts, "domain_tokens": recipe.domain_tokens}
+        if edit.row_fit == "ridge":
+            entry["router_ridge"] = recipe.router_ridge
         entry |= {"layers": [asdict(layer) for layer in layers]}
     tools = ("btx-merge", "numpy", *(("torch", "transformers") if layers else ()))
     return entry | {"tools": {name: version(name) for name in tools}}

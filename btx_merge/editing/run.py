@@ -54,7 +54,7 @@ class EditReport:
     shared_reason: str
     """Why they were kept, or what their update goes by."""
     router_rows: dict[str, str]
-    """New expert to how its row came about: ridge, random, zeros, or kept for one that was replaced."""
+    """New expert to how its row came about: logistic, ridge, random, zeros, or kept for one that was replaced."""
     warnings: tuple[Problem, ...]
     """What deserves a look: shared weights that could not be updated, and oddities of the new sources."""
     kept_bytes: int
@@ -62,7 +62,7 @@ class EditReport:
     seconds: float
     """Wall time in seconds, checks included."""
     layers: tuple[LayerFit, ...] = ()
-    """For ridge: how each layer's new rows came out."""
+    """How each layer's new rows came out, where they were fitted."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as `--json` prints them."""
@@ -112,7 +112,7 @@ def edit(
             staging.write(options.workers)
             files = staging.scratch()
             _write_files(planned, files)
-            layers = _fit(planned, staging.folder, files, options, reporter) if planned.fitted_rows else []
+            layers = _fit(planned, staging.folder, files, options, reporter) if planned.row_fit else []
             write_records(planned, shared.outcome, files, layers)
             move_in(files, staging.folder)
             staging.finish(options.overwrite)
@@ -199,6 +199,12 @@ def _fit(edit: EditPlan, folder: Path, files: Path, options: Options, reporter: 
     """Fit the rows of new experts in the folder where the weights were just written."""
     recipe = edit.recipe
     texts = {text.name: text for text in recipe.domain_text}
-    rows = tuple(edit.fitted_rows)
-    task = FitTask(texts, {}, recipe.domain_tokens, router="ridge", router_ridge=recipe.router_ridge, rows=rows)
+    task = FitTask(
+        texts,
+        {},
+        recipe.domain_tokens,
+        router=edit.row_fit,
+        router_ridge=recipe.router_ridge,
+        rows=tuple(edit.fitted_rows),
+    )
     return fit_folder(folder, files, task, options, reporter).layers

@@ -6,7 +6,7 @@ Legend: N tokens, H hidden, E experts, I inputs and O outputs of a linear layer.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,6 @@ from btx_merge.files.folder import read_json
 
 OFF_DIAGONAL = 0.9
 """RegMean's factor on what inputs have in common (arXiv 2212.09849, section 4.2: alpha)."""
-TEMPERATURES = tuple(2 ** (half / 2) for half in range(17))
-"""Factors on a fitted router that are tried: 1 to 256, in steps of sqrt(2). The regression's targets are 0 and 1, so
-that its solution is softer than any router should be; at 256 its choice is as good as certain."""
 STATISTICS_FORMAT = 2
 """Of what is kept in a folder of statistics. Others cannot be told from those of another model."""
 _KEY_FILE = "statistics.json"
@@ -65,54 +62,6 @@ def scaled_off_diagonal(gram: torch.Tensor) -> torch.Tensor:
             [1.8000, 1.0000]])
     """
     return OFF_DIAGONAL * gram + (1 - OFF_DIAGONAL) * torch.diag(gram.diagonal())
-
-
-def best_temperature(
-    targets: Sequence[torch.Tensor],
-    routed: Callable[[float, int], torch.Tensor],
-    factors: Sequence[float] = TEMPERATURES,
-) -> tuple[float, float]:
-    """Find the factor on a router that brings the layer nearest to what it should give, and how near that is.
-
-    Args:
-        targets: what the layer should add, per domain [N, H].
-        routed: what it adds, by a factor, on the inputs of a domain, given by its number.
-        factors: those that are tried.
-
-    Returns:
-        The factor, and the mean over domains of `sum |y - target|^2 / sum |target|^2`.
-    """
-    best = (float("inf"), 1.0)
-    for factor in factors:
-        error = relative_error(targets, [routed(factor, domain) for domain in range(len(targets))])
-        best = min(best, (round(error, 6), factor))  # a tie goes to the softer router
-    return best[1], best[0]
-
-
-def relative_error(targets: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> float:
-    """Return the mean over domains of `sum |y - target|^2 / sum |target|^2`, of outputs and targets [N, H]."""
-    errors = []
-    for target, output in zip(targets, outputs, strict=True):
-        # relative to the target, so that no domain weighs more because its outputs are larger
-        distance = (output - target).square().sum()
-        errors.append((distance / target.square().sum().clamp(min=1e-30)).item())  # a target may be all zeros
-    return sum(errors) / len(errors)
-
-
-def winning_temperature(wins: Callable[[float], float], part: float = 0.9) -> float:
-    """Find the smallest factor on a new expert's row that makes it the likeliest for `part` of its own tokens.
-
-    For a row that is fitted on its own text alone: nothing tells there how much is too much.
-
-    Args:
-        wins: by a factor, the part of its own tokens for which it is the likeliest.
-        part: of its tokens. A part of them is ambiguous, and the last would ask for a factor that takes tokens from
-            all others.
-
-    >>> winning_temperature(lambda factor: 1.0 if factor >= 3 else 0.5)
-    4.0
-    """
-    return next((factor for factor in TEMPERATURES if wins(factor) >= part), TEMPERATURES[-1])
 
 
 def prompt_rows(means: dict[int, torch.Tensor], inputs: torch.Tensor, experts: int) -> torch.Tensor:

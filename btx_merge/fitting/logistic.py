@@ -2,18 +2,18 @@
 
 Of N tokens x_n with domains d_n and weights a_n, which add up to 1,
 
-    W = argmin_W  sum_n a_n (log (M + sum_d exp(w_d . x_n)) - w_(d_n) . x_n)  +  lambda / 2 * mu |W|^2
+    W = argmin_W  sum_n a_n (log sum_d exp(w_d . x_n) - w_(d_n) . x_n)  +  lambda / 2 * mu |W|^2
 
-with mu the mean square of the inputs, and M the number of domains without text, whose rows are zero. Ridge regression
-fits labels of 0 and 1, and spends its weights on tokens that are far on the right side already; this does not. It is
-convex: whatever it sets out from, it comes to the same rows.
+with mu the mean square of the inputs. W are the rows that are fitted. The softmax is over others, too, which stay as
+they are: those of domains without text are zero. Ridge regression fits labels of 0 and 1, and spends its weights on
+tokens that are far on the right side already; this does not. It is convex: whatever it sets out from, it comes to the
+same rows.
 
-Legend: N tokens, H hidden, D domains.
+Legend: N tokens, H hidden, D rows that are fitted, F rows that stay.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ class Labelled(NamedTuple):
     scales: torch.Tensor
     """[N]"""
     domain: int
+    """The number of its row: one of D that are fitted, or D and more for one that stays."""
     weight: float
     """Of each token."""
 
@@ -49,7 +50,7 @@ def logistic_solution(
     gram: torch.Tensor,
     start: torch.Tensor,
     penalty: float,
-    silent: int,
+    fixed: torch.Tensor,
 ) -> torch.Tensor:
     """Go from the rows `start` [D, H] to the optimum; return it, [D, H] in float32.
 
@@ -58,13 +59,13 @@ def logistic_solution(
         gain: the norm's weight, [H].
         gram: `sum_n a_n x_n x_n^T`, [H, H].
         penalty: lambda.
-        silent: M.
+        fixed: rows that stay, [F, H].
     """
     gram = gram.double()
     scale = penalty * gram.diagonal().mean()
     # in coordinates in which the inputs are white, L-BFGS needs few steps: V = W L with gram + lambda = L L^T
     factor = torch.linalg.cholesky(gram + scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    if not silent:  # the softmax does not see what all rows have in common, so at the optimum that is nothing
+    if not len(fixed):  # the softmax does not see what all rows have in common, so at the optimum that is nothing
         start = start - start.mean(dim=0)
     white = (start.double() @ factor).requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -78,7 +79,7 @@ def logistic_solution(
     def closure() -> torch.Tensor:
         """Compute the loss and, into `white.grad`, its gradient."""
         rows = dyed(white.detach())
-        loss, gradient = _loss(batches(), gain, rows, silent)
+        loss, gradient = _loss(batches(), gain, rows, fixed)
         loss += scale / 2 * rows.square().sum()
         gradient += scale * rows
         white.grad = torch.linalg.solve_triangular(factor.T, gradient, upper=True, left=False).contiguous()
@@ -89,19 +90,18 @@ def logistic_solution(
 
 
 def _loss(
-    batches: Iterator[Labelled], gain: torch.Tensor, rows: torch.Tensor, silent: int
+    batches: Iterator[Labelled], gain: torch.Tensor, rows: torch.Tensor, fixed: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the tokens' weighed loss, and its gradient by the rows [D, H], in float64."""
     loss = torch.zeros((), dtype=torch.float64, device=rows.device)
     gradient = torch.zeros_like(rows)
-    narrow = rows.float() * gain
+    narrow = torch.cat([rows.float(), fixed.float()]) * gain
     for states, scales, domain, weight in batches:
-        logits = scales * (narrow @ states.T)  # [D, N]: a softmax over a few columns would take as long as the product
-        if silent:  # their logits are 0, and exp(log M + 0) = M
-            logits = torch.cat([logits, torch.full_like(logits[:1], math.log(silent))])
-        logs = F.log_softmax(logits, dim=0)[: len(rows)]
+        # [D + F, N]: a softmax over a few columns would take as long as the product
+        logs = F.log_softmax(scales * (narrow @ states.T), dim=0)
         loss -= weight * logs[domain].sum().double()
-        errors = logs.exp()
-        errors[domain] -= 1
+        errors = logs[: len(rows)].exp()
+        if domain < len(rows):
+            errors[domain] -= 1
         gradient += weight * ((scales * errors) @ states).double()
     return loss, gradient * gain

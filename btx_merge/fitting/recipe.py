@@ -87,4 +87,4 @@ class FitTask:
     averaged: int = 0
     """For `combine`: of how many sources the means are from which it sets out."""
     rows: tuple[int, ...] | None = None
-    """The experts whose router rows are fitted by ridge, while the others' stay; all by default."""
+    """The experts whose router rows are fitted on text, while the others' stay; all by default."""

@@ -10,34 +10,25 @@ Legend: B windows, T tokens in each, N tokens, H hidden, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from btx_merge.architectures.btx import experts_by_domain
 from btx_merge.fitting.checkpoint import Checkpoint
-from btx_merge.fitting.equations import (
-    TEMPERATURES,
-    Moments,
-    Statistics,
-    best_temperature,
-    prompt_rows,
-    relative_error,
-    ridge_solution,
-    winning_temperature,
-)
+from btx_merge.fitting.equations import Moments, Statistics, prompt_rows, ridge_solution
 from btx_merge.fitting.logistic import Labelled, logistic_solution
-from btx_merge.fitting.passing import expert_output, own_experts
 from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.streams import TokenStream
+from btx_merge.fitting.temperatures import HeldOutTokens, Temperatures
 from btx_merge.model.held_out import LayerFit
 from btx_merge.modeling.configuration_btx import BTXConfig
 from btx_merge.modeling.modeling_btx import BTXDecoderLayer
-from btx_merge.modeling.routing_btx import RouterCall
 
 _HELD_OUT_TOKENS = 512
-"""Tokens of each domain's held-out windows that the temperature is chosen on, per layer. Every expert runs on each, so
+"""Tokens of each domain's held-out windows that the temperature is chosen on, per layer. The experts run on each, so
 this bounds the time; a share of 512 tokens is known to about two points."""
 
 _FEW_BATCHES = 8
@@ -87,46 +78,37 @@ class RouterFit:
         solution = ridge_solution(moments["gram"], moments["labels"], self.task.router_ridge)
         if self.task.router == "logistic":
             solution = self._logistic(layer, moments["gram"], solution)
-        temperatures = _Temperatures(self, layer, moments, solution)
-        fit, rows = temperatures.best(index)
+        held_out = [
+            HeldOutTokens(stream.experts, moments[f"inputs.{stream.name}"], moments.get(f"targets.{stream.name}"))
+            for stream in self.texts
+        ]
+        trial = Temperatures(layer, solution, self.rows, held_out, self.config.num_experts_per_tok)
+        # new rows alone, and no text of others: a larger factor would always look better
+        fit, rows = trial.best(index) if self.has_contrast else trial.best(index, [trial.winning()])
         self._write(index, layer, rows)
         return [fit]
 
     def _logistic(self, layer: BTXDecoderLayer, gram: torch.Tensor, ridge: torch.Tensor) -> torch.Tensor:
         """Compute a layer's router [E, H] by logistic regression, from the ridge solution on.
 
-        A source's chunks share one row. Experts without text keep rows of zeros.
+        A source's chunks share one row. Rows that are not fitted stay as the layer has them in an edit, and are zero
+        in a whole fit, where they are of experts without text.
         """
-        total = sum(stream.share for stream in self.texts)
-
-        norm = layer.post_attention_layernorm
-        scales: dict[tuple[int, int], torch.Tensor] = {}  # what the norm divides by, [N] of each batch
-
-        fitted = [[*stream.batches(stream.fitted)] for stream in self.texts]
-
-        def batches(every: int) -> Iterator[Labelled]:
-            """Give out each `every`th batch of each domain."""
-            for domain, stream in enumerate(self.texts):
-                taken = fitted[domain][::every]
-                tokens = sum(batch.stop - batch.start for batch in taken) * stream.ids.shape[1]
-                for batch in taken:
-                    states = stream.merged[batch].flatten(0, 1)
-                    place = domain, batch.start
-                    if place not in scales:
-                        square = states.square().mean(dim=-1)
-                        scales[place] = torch.rsqrt(square + norm.variance_epsilon)
-                    yield Labelled(states, scales[place], domain, stream.share / total / tokens)
-
-        silent = len(experts_by_domain(self.config.to_dict())) - len(self.texts)
-        solution = torch.stack([ridge[stream.experts[0]] for stream in self.texts])
-        fewest = min(map(len, fitted))
-        strides = [fewest // _FEW_BATCHES, 1] if fewest >= 2 * _FEW_BATCHES else [1]
-        for every in strides:
-            given = partial(batches, every)
-            solution = logistic_solution(given, norm.weight, gram / total, solution, _LOGISTIC_PENALTY, silent)
-        rows = torch.zeros_like(ridge)
-        for stream, row in zip(self.texts, solution, strict=True):
-            rows[stream.experts] = row
+        rows = torch.zeros_like(ridge) if self.task.rows is None else layer.mlp.gate.weight.clone()
+        domains = experts_by_domain(self.config.to_dict())
+        fitted = [stream.name for stream in self.texts if set(stream.experts) <= set(self.rows)]
+        stay = [name for name in domains if name not in fitted]
+        fixed = torch.stack([rows[domains[name]].mean(dim=0) for name in stay]) if stay else rows[:0]
+        numbers = {name: number for number, name in enumerate([*fitted, *stay])}
+        tokens = _LabelledTokens(self.texts, numbers, layer.post_attention_layernorm)
+        gain, gram = layer.post_attention_layernorm.weight, gram / tokens.share
+        solution = torch.stack([ridge[domains[name][0]] for name in fitted])
+        if tokens.fewest >= 2 * _FEW_BATCHES:
+            few = partial(tokens.batches, tokens.fewest // _FEW_BATCHES)
+            solution = logistic_solution(few, gain, gram, solution, _LOGISTIC_PENALTY, fixed)
+        solution = logistic_solution(tokens.batches, gain, gram, solution, _LOGISTIC_PENALTY, fixed)
+        for name, row in zip(fitted, solution, strict=True):
+            rows[domains[name]] = row
         return rows
 
     def _write(self, index: int, layer: BTXDecoderLayer, rows: torch.Tensor) -> None:
@@ -155,8 +137,8 @@ class RouterFit:
     def _moments(self, layer: BTXDecoderLayer) -> Moments:
         """Collect the regression's Gram matrix [H, H] and labels [H, E]; by domain some held-out inputs and targets.
 
-        A target [N, H] is what the feed-forward block should add: what the own expert gives or, where shared weights
-        are fitted, what is missing to the source's own state.
+        A target [N, H] is what the feed-forward block should add. Where shared weights are fitted, it is what is
+        missing to the source's own state; otherwise it is what the own expert gives, which needs no keeping.
         """
         hidden = self.config.hidden_size
         gram = torch.zeros(hidden, hidden, dtype=torch.float64, device=self.device)
@@ -174,63 +156,44 @@ class RouterFit:
             chosen = torch.linspace(0, len(held) - 1, min(_HELD_OUT_TOKENS, len(held))).long()
             before = held[chosen]
             read = layer.post_attention_layernorm(before)
+            moments[f"inputs.{stream.name}"] = read
             if self.task.combine:
                 aim = stream.dense[stream.held_out].flatten(0, 1)[chosen] + stream.mark
-                target = aim - before
-            else:
-                target = own_experts(layer, stream, read)
-            moments |= {f"inputs.{stream.name}": read, f"targets.{stream.name}": target}
+                moments[f"targets.{stream.name}"] = aim - before
         return moments
 
 
-class _Temperatures:
-    """Tries factors on a layer's fitted router, by what they would do on held-out text."""
+class _LabelledTokens:
+    """The tokens of all texts in batches, each with the number of its domain's row."""
 
-    def __init__(self, fit: RouterFit, layer: BTXDecoderLayer, moments: Moments, solution: torch.Tensor):
-        self.fit, self.layer, self.solution = fit, layer, solution
-        self.inputs = [moments[f"inputs.{stream.name}"] for stream in fit.texts]
-        self.targets = [moments[f"targets.{stream.name}"] for stream in fit.texts]
-        # [E, N, H] by domain; computed once, not for each factor
-        self.outputs = [
-            torch.stack([expert_output(layer, expert, read) for expert in range(fit.experts)]) for read in self.inputs
-        ]
-        self.call = RouterCall(fit.config.num_experts_per_tok)
+    def __init__(self, texts: Sequence[TokenStream], numbers: Mapping[str, int], norm: LlamaRMSNorm):
+        self.texts, self.numbers, self.epsilon = texts, numbers, norm.variance_epsilon
+        self.taken = {stream.name: [*stream.batches(stream.fitted)] for stream in texts}
+        self.scales: dict[tuple[str, int], torch.Tensor] = {}
+        """What the norm multiplies by, [N] of each batch; computed once, not for each pass."""
 
-    def best(self, index: int) -> tuple[LayerFit, torch.Tensor]:
-        """Return the best factor with its figures, and the router [E, H] that it gives."""
-        if self.fit.has_contrast:
-            factors: Sequence[float] = TEMPERATURES
-        else:  # new rows alone, and no text of others: a larger factor would always look better
-            factors = (winning_temperature(self._right),)
-        temperature, error = best_temperature(self.targets, self._routed, factors)
-        fit = LayerFit(index, temperature, self._right(temperature), error, self._own_error())
-        return fit, self._router(temperature)
+    @property
+    def share(self) -> float:
+        """The weights of all domains together."""
+        return sum(stream.share for stream in self.texts)
 
-    def _router(self, factor: float) -> torch.Tensor:
-        """Return the layer's router [E, H] with the factor on the rows that are fitted; the others stay."""
-        rows = torch.as_tensor(self.layer.mlp.gate.weight.clone())
-        rows[self.fit.rows] = factor * self.solution[self.fit.rows]
-        return rows
+    @property
+    def fewest(self) -> int:
+        """How many batches the shortest text has."""
+        return min(map(len, self.taken.values()))
 
-    def _right(self, factor: float) -> float:
-        """Return the mean over domains of the part of tokens for which an own expert is the likeliest."""
-        rows, parts = self._router(factor), []
-        for stream, read in zip(self.fit.texts, self.inputs, strict=True):
-            own = torch.tensor(stream.experts, device=self.fit.device)
-            parts.append(torch.isin((read @ rows.T).argmax(dim=-1), own).float().mean())
-        return torch.stack(parts).mean().item()
-
-    def _own_error(self) -> float:
-        """Return the error with every token at its own expert, whose chunks together are its source's block."""
-        of_streams = zip(self.fit.texts, self.outputs, strict=True)
-        return relative_error(self.targets, [outputs[stream.experts].sum(dim=0) for stream, outputs in of_streams])
-
-    def _routed(self, factor: float, domain: int) -> torch.Tensor:
-        """Return what the layer would add for a domain's inputs, [N, H], by the model's own routing."""
-        weights, _, chosen = self.layer.mlp.routing(self.inputs[domain] @ self._router(factor).T, self.call)
-        # of the outputs [E, N, H], those of each token's experts: [N, K, H]
-        tokens = torch.arange(len(chosen), device=self.fit.device)[:, None]
-        return torch.as_tensor((weights[..., None] * self.outputs[domain][chosen, tokens]).sum(dim=1))
+    def batches(self, every: int = 1) -> Iterator[Labelled]:
+        """Give out each `every`th batch of each text. The weights of all tokens add up to 1."""
+        for stream in self.texts:
+            taken = self.taken[stream.name][::every]
+            tokens = sum(batch.stop - batch.start for batch in taken) * stream.ids.shape[1]
+            for batch in taken:
+                states = stream.merged[batch].flatten(0, 1)
+                place = stream.name, batch.start
+                if place not in self.scales:
+                    self.scales[place] = torch.rsqrt(states.square().mean(dim=-1) + self.epsilon)
+                weight = stream.share / self.share / tokens
+                yield Labelled(states, self.scales[place], self.numbers[stream.name], weight)
 
 
 def _name(index: int) -> str:

@@ -214,11 +214,13 @@ def _record(folder: Path, recipe: FitRecipe, fitted: Fitted, located: Located) -
     """Write into the result's recipe and card what was fitted, on what, and how it came out."""
     used: dict[str, Any] = {"prompts": {name: list(lines) for name, lines in recipe.prompts.items()}}
     if recipe.method in TEXT_ROUTERS:
-        used["domain_text"] = public_record(recipe.domain_text)
+        used = {"domain_text": public_record(recipe.domain_text), "domain_tokens": recipe.domain_tokens}
+    if recipe.method == "ridge":
+        used["router_ridge"] = recipe.router_ridge
     entry = {
         "method": recipe.method,
         **used,
-        **{name: getattr(recipe, name) for name in ("domain_tokens", "router_ridge", "fit_through")},
+        "fit_through": recipe.fit_through,
         **fitted.to_dict(),
         "tools": {name: version(name) for name in ("btx-merge", "torch", "transformers")},
     }

@@ -17,8 +17,9 @@ from btx_merge import EditRecipe, InputError, MergeError, MergeRecipe, NonFinite
 from btx_merge.architectures.btx import SELECTION_BIAS
 from btx_merge.architectures.llama import EMBEDDING
 from btx_merge.cli.app import app
-from btx_merge.fitting.equations import TEMPERATURES
+from btx_merge.fitting.temperatures import TEMPERATURES
 from btx_merge.sources.source import ExpertSpec
+from tests.fitting.test_logistic import NEAR_THE_OPTIMUM, newton
 from tests.fitting.test_run import GATE, assert_same_direction, fitted_documents, inputs_of, write_texts
 from tests.support.common import (
     LAYERS,
@@ -411,26 +412,36 @@ def test_active_experts_are_those_that_were(two, tmp_path):
     assert json.loads((tmp_path / "none/config.json").read_text())["active_experts"] is None
 
 
-@pytest.mark.parametrize("contrast", [True, False])
-def test_a_row_is_fitted_on_text(root, two, texts, tmp_path, contrast):
+@pytest.mark.parametrize("given", ["all", "bio", "all, ridge"])
+def test_a_row_is_fitted_on_text(root, two, texts, tmp_path, given, monkeypatch):
     """As `btx fit` would fit it; the factor on it is the best, or the smallest that wins its own tokens."""
-    given = tuple(texts.values()) if contrast else (texts["bio"],)
-    report = edited(two, tmp_path / "out", add={"bio": str(root / "bio")}, domain_text=given)
-    assert report.router_rows == {"bio": "ridge"}
+    monkeypatch.setattr("btx_merge.fitting.logistic._GRADIENT", NEAR_THE_OPTIMUM)
+    used = (texts["bio"],) if given == "bio" else tuple(texts.values())
+    asked = {"router_init": "ridge"} if given == "all, ridge" else {}
+    report = edited(two, tmp_path / "out", add={"bio": str(root / "bio")}, domain_text=used, **asked)
+    way = "logistic" if given == "all" else "ridge"
+    assert report.router_rows == {"bio": way}
     assert_rows(tmp_path / "out", two, [0, 1, 2, None])
     same_but_for_routers(tmp_path / "out", merged(root, "three", "code", "math", "bio"))
     model = load_float32(tmp_path / "out")
     gates = [f"model.layers.{layer}.mlp.gate" for layer in range(LAYERS)]
-    inputs = {text.name: inputs_of(model, gates, fitted_documents(text), active_experts=[text.name]) for text in given}
+    inputs = {text.name: inputs_of(model, gates, fitted_documents(text), active_experts=[text.name]) for text in used}
     for layer, gate in enumerate(gates):
-        gram = sum(found[gate].T @ found[gate] / len(found[gate]) for found in inputs.values())
-        own = inputs["bio"][gate].mean(dim=0)
-        expected = torch.linalg.inv(gram + 0.001 * gram.diagonal().mean() * torch.eye(64).double()) @ own
         rows = tensors_of(tmp_path / "out")[GATE.format(layer)]
-        factor = assert_same_direction(rows[3], expected, 1e-3)
+        if way == "logistic":
+            seed, code, math = rows[:3]
+            by_domain = [inputs[name][gate] for name in ("bio", "code", "math")]
+            stay = torch.stack([code, math, seed])
+            expected, tolerance = newton(by_domain, [1 / 3] * 3, stay, fitted=1)[0], 5e-3
+        else:
+            gram = sum(found[gate].T @ found[gate] / len(found[gate]) for found in inputs.values())
+            own = inputs["bio"][gate].mean(dim=0)
+            penalty = 0.001 * gram.diagonal().mean() * torch.eye(64).double()
+            expected, tolerance = torch.linalg.inv(gram + penalty) @ own, 1e-3
+        factor = assert_same_direction(rows[3], expected, tolerance)
         assert factor == pytest.approx(report.layers[layer].temperature, rel=1e-2)
         assert report.layers[layer].temperature in TEMPERATURES
-        if not contrast:
+        if given == "bio":
             assert report.layers[layer].accuracy >= 0.9
             smaller = rows.clone().double()
             smaller[3] /= 2**0.5  # the next smaller one, on text that it was not chosen on
@@ -438,7 +449,8 @@ def test_a_row_is_fitted_on_text(root, two, texts, tmp_path, contrast):
             wins = ((inputs["bio"][gate] @ smaller.T).argmax(dim=-1) == 3).double().mean()
             assert first or wins < 0.95
     record = yaml.safe_load((tmp_path / "out/btx_recipe.yaml").read_text())["edits"][0]
-    assert [text["name"] for text in record["domain_text"]] == [text.name for text in given]
+    assert [text["name"] for text in record["domain_text"]] == [text.name for text in used]
+    assert ("router_ridge" in record) == (way == "ridge")
     assert str(tmp_path) not in (tmp_path / "out/btx_recipe.yaml").read_text()
 
 
@@ -510,6 +522,14 @@ WRONG = {
     ),
     "text": ({"drop": ("code",), "domain_text": "math"}, "no new expert's row is fitted on it"),
     "no text": ({"add": {"bio": "{root}/bio"}, "router_init": "ridge"}, "none for bio; expected text of every new"),
+    "no contrast": (
+        {"add": {"bio": "{root}/bio"}, "router_init": "logistic", "domain_text": "bio"},
+        r"--domain-text: of new experts alone; expected text of others.*Give text of an expert that stays",
+    ),
+    "penalty": (
+        {"add": {"bio": "{root}/bio"}, "router_ridge": 0.1},
+        "router_ridge: 0.1, which rows that are not by ridge regression do not use. Say router_init: ridge, or leave",
+    ),
     "shared": ({"drop": ("code",), "shared": "no"}, "shared: 'no'; expected one of auto, update, keep"),
     "name": ({"add": {"a b": "{root}/bio"}}, "add: the name 'a b'; expected letters"),
     "seed again": ({"add": {"seed": "{root}/bio"}}, "add: the name 'seed'"),

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError, MergeRecipe, Options, merge
 from btx_merge.cli.app import app
-from btx_merge.fitting.equations import OFF_DIAGONAL, TEMPERATURES, Statistics, prompt_rows, ridge_solution
+from btx_merge.fitting.equations import OFF_DIAGONAL, prompt_rows, ridge_solution
 from btx_merge.fitting.recipe import FitRecipe
 from btx_merge.fitting.run import fit
 from btx_merge.texts.references import DomainText, documents
@@ -135,31 +135,6 @@ def test_text_of_the_seed_gives_its_row(grown, tmp_path):
     seed_text = write_texts(tmp_path, ("a", "b", "seed"))["seed"]
     merge(recipe_of(folder, {**texts, "seed": seed_text}, router_init="ridge"), tmp_path / "btx")
     assert tensors_of(tmp_path / "btx")[GATE.format(0)][0].any()
-
-
-def test_the_temperature_is_the_best_of_those_tried(grown, tmp_path):
-    """By running the layer with each, on what an own expert gives."""
-    folder, texts = grown
-    merge(recipe_of(folder), tmp_path / "btx")
-    report = fit(
-        FitRecipe(str(tmp_path / "btx"), "ridge", domain_text=tuple(texts.values())),
-        tmp_path / "fitted",
-        Options(statistics=tmp_path / "statistics"),
-    )
-    layer = load_float32(tmp_path / "fitted").model.layers[0].mlp.requires_grad_(False)
-    moments = Statistics(tmp_path / "statistics", {}).get("layer-000.router", dict)
-    unit = layer.gate.weight.data / report.layers[0].temperature
-    errors = {}
-    for factor in TEMPERATURES:
-        layer.gate.weight.data = factor * unit
-        per_domain = []
-        for name in DOMAINS:
-            out = layer(moments[f"inputs.{name}"][None])[0]
-            target = moments[f"targets.{name}"]
-            per_domain.append(float((out - target).square().sum() / target.square().sum()))
-        errors[factor] = sum(per_domain) / 2
-    assert report.layers[0].temperature == min(errors, key=lambda factor: errors[factor])
-    assert report.layers[0].error == pytest.approx(min(errors.values()), rel=1e-3)
 
 
 def test_merging_with_ridge_is_merging_then_fitting(grown, tmp_path):
