@@ -32,7 +32,7 @@ from btx_merge.model.info import ModelInfo
 from btx_merge.reporting import counted, printable, readable
 
 if TYPE_CHECKING:
-    from btx_merge.inspecting.figures import ModelFigures
+    from btx_merge.inspecting.figures import DomainFigures, ModelFigures
     from btx_merge.inspecting.run import RoutingReport
     from btx_merge.model.held_out import LayerFit
 
@@ -212,28 +212,33 @@ def print_info(info: ModelInfo) -> None:
 
 
 def print_routing(report: RoutingReport) -> None:
-    """Print how each domain is routed, and which experts get next to nothing."""
+    """Print how each model routes each domain, and which experts get next to nothing."""
     console = _console()
-    model = report.model
-    table = Table("domain", box=SIMPLE, pad_edge=False)
-    for column in ("tokens", "loss", "own expert first", "best alone", "worth most", "regret"):
-        table.add_column(column, justify="right")
-    for domain in model.domains:
-        own, best, most = model.own_first(domain), "", ""
-        if domain.alone:
-            name = min(domain.alone, key=domain.alone.__getitem__)
-            best = f"{domain.alone[name]:.3f} ({name})"
-        if domain.without:
-            name = max(domain.without, key=domain.without.__getitem__)
-            most = f"{domain.without[name] - domain.loss:+.3f} without {name}"
-        cells = [f"{domain.tokens:,}", f"{domain.loss:.3f}", f"{sum(own) / len(own):.0%}" if own else "", best, most]
-        regret = "" if domain.regret is None else f"{domain.regret:.3f}"
-        table.add_row(*map(printable, (domain.domain, *cells, regret)))
-    console.print(table)
-    for figures in (report.model, *([report.against] if report.against else [])):
+    models = [report.model, *([report.against] if report.against else [])]
+    head = ["model", "domain", "tokens", "loss", "own expert first", "best alone", "worth most", "regret"]
+    rows = [_routed(figures, domain) for figures in models for domain in figures.domains]
+    shown = [number for number in range(len(head)) if any(row[number] for row in rows)]  # not all was measured
+    if len(models) == 1:
+        shown.remove(0)
+    console.print(_cells(([head[number] for number in shown], [[row[number] for number in shown] for row in rows])))
+    for figures in models:
         for line in _neglect_lines(figures):
             console.print(printable(line), soft_wrap=True)
     console.print(_facts({"written": str(report.output), "took": f"{report.seconds:.1f} s"}))
+
+
+def _routed(figures: ModelFigures, domain: DomainFigures) -> list[str]:
+    """Return a domain's row of the table, with empty cells for what was not measured."""
+    own, best, most = figures.own_first(domain), "", ""
+    if domain.alone:
+        name = min(domain.alone, key=domain.alone.__getitem__)
+        best = f"{domain.alone[name]:.3f} ({name})"
+    if domain.without:
+        name = max(domain.without, key=domain.without.__getitem__)
+        most = f"{domain.without[name] - domain.loss:+.3f} without {name}"
+    first = f"{sum(own) / len(own):.0%}" if own else ""
+    regret = "" if domain.regret is None else f"{domain.regret:.3f}"
+    return [figures.model, domain.domain, f"{domain.tokens:,}", f"{domain.loss:.3f}", first, best, most, regret]
 
 
 def _neglect_lines(figures: ModelFigures) -> Iterator[str]:
@@ -254,7 +259,8 @@ def print_evaluation(report: EvalReport) -> None:
     """Print what an evaluation found."""
     console = _console()
     for title, cells in (("Bits per byte", bits_table(report)), ("Perplexity per token", perplexity_table(report))):
-        console.print(_cells(title, cells))
+        console.print(title)  # as the table's own title it would be broken at the table's width
+        console.print(_cells(cells))
     for line in lines_of(report):
         console.print(printable(line), soft_wrap=True)
     if report.output:
@@ -262,9 +268,9 @@ def print_evaluation(report: EvalReport) -> None:
     console.print(f"took     {report.seconds:.1f} s")
 
 
-def _cells(title: str, cells: Cells) -> Table:
+def _cells(cells: Cells) -> Table:
     head, rows = cells
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table = Table(box=SIMPLE, pad_edge=False)
     for number, name in enumerate(head):
         table.add_column(printable(name), justify="right" if number else "left", overflow="fold")
     for row in rows:

@@ -21,7 +21,7 @@ from btx_merge.sources.divergence import Divergence, measure_divergence
 from btx_merge.sources.opening import open_each
 from btx_merge.sources.source import SEED, ExpertSpec, Source
 from btx_merge.sources.tensor_checks import expert_problems, tensor_problems
-from btx_merge.sources.text_checks import check_texts
+from btx_merge.sources.text_checks import check_texts, shared_text_warnings
 from btx_merge.sources.tokenizer_files import has_speech
 from btx_merge.sources.vocabulary import Vocabulary, plan_vocabulary
 
@@ -65,7 +65,8 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
         problems += _fit_problems(recipe, sources)
     untie = recipe.untie or recipe.has_own_head
     examined = examine_sources(sources, problems, untie=untie, allow_unrelated=recipe.allow_unrelated)
-    return replace(examined, warnings=(*_untie_warnings(recipe, sources), *examined.warnings))
+    of_texts = shared_text_warnings(recipe.domain_text.values())
+    return replace(examined, warnings=(*_untie_warnings(recipe, sources), *of_texts, *examined.warnings))
 
 
 def examine_sources(

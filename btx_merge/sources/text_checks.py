@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,6 +41,28 @@ def check_texts(texts: Iterable[DomainText], tokenizer: Path | None = None) -> l
                 found += _record_problems(text.name, file, has_template)
             problems += found
     return problems
+
+
+def shared_text_warnings(texts: Iterable[DomainText]) -> list[Problem]:
+    """Return a warning for each group of domains that have files in common: no router can tell them apart by those."""
+    domains_of: dict[str, list[str]] = {}
+    for text in texts:
+        for reference in text.references:
+            for place in [os.path.realpath(file) for file in files_of(reference)] or [reference]:
+                names = domains_of.setdefault(place, [])
+                if text.name not in names:
+                    names.append(text.name)
+    places_of: dict[str, list[str]] = {}
+    for place, names in domains_of.items():
+        if len(names) > 1:
+            places_of.setdefault(", ".join(names), []).append(place)
+    expected = "a text of its own for each, from which the routers learn to tell them apart"
+    return [
+        Problem(
+            names, first + (f" and {len(more)} more" if more else ""), "the same text for several domains", expected
+        )
+        for names, (first, *more) in places_of.items()
+    ]
 
 
 def has_chat_template(folder: Path) -> bool:

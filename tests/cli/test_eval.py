@@ -42,6 +42,7 @@ def test_no_name_is_shortened_on_a_narrow_terminal(capsys, monkeypatch) -> None:
     assert "…" not in out
     first = "".join(line.strip().split("  ")[0] for line in out.splitlines())  # of the cells of each line
     assert first.replace(" ", "").count("Branch-Train-Merge,top1") == 2
+    assert "Perplexity per token" in out.splitlines()  # as wide as it is, and not as its table
 
 
 def test_a_mistake_is_one_line(family: Family, texts: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,31 @@ def test_neglected_experts_are_told_with_their_layers(capsys: pytest.CaptureFixt
         "dead  bio in layer 0 of m: 0.10% of the choices",
         "cold  law in layer 2 of m: 4.00% of the choices",
         "cold  bio in layers 1, 2 of m: at most 6.00% of the choices",
+    ]
+
+
+def test_a_second_model_stands_in_the_table_and_what_was_not_measured_does_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    share = [(0.25, 0.75)]
+    whole = domain_of("code", share, without={"seed": 2.5}, alone={"code": 1.5}, regret=0.25)
+    after = ModelFigures("after", "top_k", ("seed", "code"), (whole,))
+    before = ModelFigures("before", "top_k", ("seed", "code"), (domain_of("code", share, loss=3.0),))
+
+    def table(model: ModelFigures, against: ModelFigures | None) -> list[list[str]]:
+        """Cells by row, the head's first."""
+        print_routing(RoutingReport(Path("out"), model, against, 1.0))
+        lines = [line.strip() for line in capsys.readouterr().out.split("written")[0].splitlines()]
+        return [re.split("  +", line) for line in lines if line and "─" not in line]
+
+    head = ["domain", "tokens", "loss", "own expert first"]
+    assert table(before, None) == [head, ["code", "10", "3.000", "75%"]]
+    worth = ["1.500 (code)", "+0.500 without seed", "0.250"]
+    assert table(after, before) == [
+        ["model", *head, "best alone", "worth most", "regret"],
+        ["after", "code", "10", "2.000", "75%", *worth],
+        ["before", "code", "10", "3.000", "75%"],
     ]
 
 

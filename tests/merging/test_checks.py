@@ -135,6 +135,13 @@ def test_lengths_matter_where_the_rotary_embedding_is_computed_from_them(
         assert "longer: config.json: max_position_embeddings: 256; expected 128 as in the seed" in warnings[0]
 
 
+def test_a_text_of_two_domains_is_a_warning(family: Family, texts: dict[str, str]) -> None:
+    twice = dict.fromkeys(family.experts, texts["code"])
+    (warning,) = check(MergeRecipe(str(family.seed), family.experts, domain_text=twice)).warnings
+    assert (warning.source, warning.found) == ("code, math", "the same text for several domains")
+    assert check(MergeRecipe(str(family.seed), family.experts, domain_text=texts)).warnings == ()
+
+
 def test_another_length_is_a_warning(family: Family, tmp_path: Path) -> None:
     longer = copied(family.code, tmp_path / "longer", max_position_embeddings=4096)
     report = merge(MergeRecipe(str(family.seed), {"longer": str(longer)}), tmp_path / "out")

@@ -16,7 +16,7 @@ from btx_merge import InputError, MergeRecipe
 from btx_merge.editing.recipe import EditRecipe
 from btx_merge.finetuning.recipe import TrainRecipe
 from btx_merge.fitting.recipe import FitRecipe
-from btx_merge.sources.text_checks import check_texts
+from btx_merge.sources.text_checks import check_texts, shared_text_warnings
 from btx_merge.texts import readers as textfiles
 from btx_merge.texts import references as texts
 from btx_merge.texts.references import DomainText, documents, domain_texts_of, parse_domain_texts
@@ -140,6 +140,27 @@ def test_first_records_are_looked_at_in_the_check(tmp_path):
     with_template.chat_template = TEMPLATE
     with_template.save_pretrained(tokenizer)
     assert check_texts([DomainText("chat", (tmp_path / "d.jsonl",))], tokenizer) == []
+
+
+def test_domains_with_a_text_in_common_are_a_warning(tmp_path, monkeypatch):
+    """By whatever path it is named; a router cannot learn from it which of them a token is of."""
+    for name in ("a.txt", "b.txt", "c.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    monkeypatch.chdir(tmp_path)
+    code, math = (
+        DomainText("code", ("[ab].txt", "org/name")),
+        DomainText("math", (str(tmp_path / "link.txt"), "b.txt")),
+    )
+    bio, law = DomainText("bio", ("c.txt",)), DomainText("law", ("org/name", "c.txt", "c.txt"))
+    assert shared_text_warnings([code, bio]) == shared_text_warnings([math, law]) == []
+    found = shared_text_warnings([code, math, bio, law])
+    assert [(problem.source, problem.where) for problem in found] == [
+        ("code, math", f"{tmp_path / 'a.txt'} and 1 more"),
+        ("code, law", "org/name"),
+        ("bio, law", str(tmp_path / "c.txt")),
+    ]
+    assert "the same text for several domains; expected a text of its own for each" in str(found[0])
 
 
 def test_every_recipe_takes_texts_in_every_form(tmp_path):
