@@ -79,49 +79,31 @@ __all__ = [
     "train",
 ]
 
-_MODULES = {
-    "BTXError": "btx_merge.errors",
-    "BranchRecipe": "btx_merge.finetuning.recipe",
-    "BranchTrainMerge": "btx_merge.evaluation.btm",
-    "Check": "btx_merge.merging.run",
-    "DomainText": "btx_merge.texts.references",
-    "EditRecipe": "btx_merge.editing.recipe",
-    "EditReport": "btx_merge.editing.run",
-    "EvalRecipe": "btx_merge.evaluation.recipe",
-    "EvalReport": "btx_merge.evaluation.report",
-    "ExpertSpec": "btx_merge.sources.source",
-    "ExportReport": "btx_merge.exporting.run",
-    "FitRecipe": "btx_merge.fitting.recipe",
-    "FitReport": "btx_merge.fitting.run",
-    "InputError": "btx_merge.errors",
-    "MergeError": "btx_merge.errors",
-    "MergeInterrupted": "btx_merge.errors",
-    "MergeRecipe": "btx_merge.merging.recipe",
-    "ModelInfo": "btx_merge.model.info",
-    "NonFiniteError": "btx_merge.errors",
-    "Options": "btx_merge.options",
-    "Problem": "btx_merge.errors",
-    "PushReport": "btx_merge.publishing.run",
-    "Report": "btx_merge.merging.run",
-    "Reporter": "btx_merge.reporting",
-    "RoutingRecipe": "btx_merge.inspecting.recipe",
-    "RoutingReport": "btx_merge.inspecting.run",
-    "TrainRecipe": "btx_merge.finetuning.recipe",
-    "TrainReport": "btx_merge.finetuning.run",
-    "branch": "btx_merge.finetuning.run",
-    "check": "btx_merge.merging.run",
-    "edit": "btx_merge.editing.run",
-    "evaluate": "btx_merge.evaluation.run",
-    "export": "btx_merge.exporting.run",
-    "extract": "btx_merge.exporting.run",
-    "fit": "btx_merge.fitting.run",
-    "info": "btx_merge.model.info",
-    "merge": "btx_merge.merging.run",
-    "push": "btx_merge.publishing.run",
-    "routing": "btx_merge.inspecting.run",
-    "train": "btx_merge.finetuning.run",
+_HOMES = {
+    "editing.recipe": ("EditRecipe",),
+    "editing.run": ("EditReport", "edit"),
+    "errors": ("BTXError", "InputError", "MergeError", "MergeInterrupted", "NonFiniteError", "Problem"),
+    "evaluation.btm": ("BranchTrainMerge",),
+    "evaluation.recipe": ("EvalRecipe",),
+    "evaluation.report": ("EvalReport",),
+    "evaluation.run": ("evaluate",),
+    "exporting.run": ("ExportReport", "export", "extract"),
+    "finetuning.recipe": ("BranchRecipe", "TrainRecipe"),
+    "finetuning.run": ("TrainReport", "branch", "train"),
+    "fitting.recipe": ("FitRecipe",),
+    "fitting.run": ("FitReport", "fit"),
+    "inspecting.recipe": ("RoutingRecipe",),
+    "inspecting.run": ("RoutingReport", "routing"),
+    "merging.recipe": ("MergeRecipe",),
+    "merging.run": ("Check", "Report", "check", "merge"),
+    "model.info": ("ModelInfo", "info"),
+    "options": ("Options",),
+    "publishing.run": ("PushReport", "push"),
+    "reporting": ("Reporter",),
+    "sources.source": ("ExpertSpec",),
+    "texts.references": ("DomainText",),
 }
-"""Where each public name is at home."""
+"""The module in which each public name is at home."""
 
 
 if not TYPE_CHECKING:  # where it is true, a name that does not exist would pass unseen
@@ -132,9 +114,10 @@ if not TYPE_CHECKING:  # where it is true, a name that does not exist would pass
         Raises:
             AttributeError: the package has no such name.
         """
-        if name not in _MODULES:
+        home = next((module for module, names in _HOMES.items() if name in names), None)
+        if home is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_MODULES[name]), name)
+        value = getattr(importlib.import_module(f"btx_merge.{home}"), name)
         globals()[name] = value
         return value
 

@@ -56,11 +56,9 @@ def printable(text: str, most: int = MOST_CHARACTERS) -> str:
         text = f"{text[: most // 2]} ... {text[-most // 2 :]}"
     if text.isprintable():
         return text
-    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
-
-
-def _escaped(letter: str) -> str:
-    return letter.encode("unicode_escape").decode("ascii")
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
+    )
 
 
 def pasted(word: str) -> str:

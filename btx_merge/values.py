@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
 import itertools
 import math
@@ -24,6 +25,7 @@ _SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*(?:([KMGT])i?B?|B)", re.IGNOREC
 _NAMED = 20  # unknown keys named one by one
 
 
+@functools.cache
 def field_descriptions(cls: type) -> dict[str, str]:
     """Return the text under each field of a class, by the field's name. It is read from the source, on one line."""
     module = ast.parse(inspect.getsource(sys.modules[cls.__module__]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Collection
 from dataclasses import Field, fields
@@ -38,14 +37,11 @@ def described(cls: type, name: str, more: str = "") -> str:
         more: what `--help` says between them.
     """
     flags = {item.name: flag_of(item) for item in fields(cls)}
-    text = re.sub(r"`([^`]+)`", lambda match: flags.get(match[1], match[1]), _descriptions(cls)[name]) + more
+    text = re.sub(r"`([^`]+)`", lambda match: flags.get(match[1], match[1]), field_descriptions(cls)[name]) + more
     (default,) = (item.default for item in fields(cls) if item.name == name)
     if isinstance(default, (str, int, float)) and default is not False:
         text += f" [default: {'yes' if default is True else default}]"
     return text
-
-
-_descriptions = functools.cache(field_descriptions)
 
 
 def is_several(item: Field[Any]) -> bool:

@@ -70,7 +70,7 @@ def results_of(report: EvalReport) -> list[EvalResult]:
                 result = EvalResult(
                     task_type="text-generation",
                     dataset_type=domain,
-                    dataset_name=_dataset(domain),
+                    dataset_name=f"{domain}, held-out text",
                     metric_type=metric,
                     metric_value=float(f"{value:.5g}"),
                     metric_name=name,
@@ -81,10 +81,6 @@ def results_of(report: EvalReport) -> list[EvalResult]:
 
 _PERPLEXITY = ("perplexity", "Perplexity by btx eval")
 """Of other windows than the perplexity of a finetuning, which stands beside it."""
-
-
-def _dataset(domain: str) -> str:
-    return f"{domain}, held-out text"
 
 
 def _kept_results(metadata: Mapping[str, Any]) -> list[EvalResult]:

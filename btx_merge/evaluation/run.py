@@ -199,7 +199,7 @@ def _rows_of(
         InputError: such an expert reads other tokens than the merged model.
     """
     from btx_merge.evaluation.scoring import score
-    from btx_merge.measuring.routes import sent_to
+    from btx_merge.measuring.models import sent_to
 
     tokenizer, merged = load_tokenizer(entry.tokenizer), checked.model.merged
     tokens = checked.recipe.batch_size * checked.window

@@ -62,7 +62,8 @@ class DomainStream:
                     is_empty = False
                     yield window
                 if is_empty:  # otherwise this would go round for ever
-                    raise self._nothing_left()
+                    found = "no window to train on"
+                    raise InputError([Problem(self.text.name, "text", found, "", "Give more text.")])
 
         return _shuffled(passes(), shuffled, random.Random(seed))
 
@@ -80,9 +81,6 @@ class DomainStream:
     def _part(self, items: Iterable[_T], held_out: bool) -> Iterator[_T]:
         period = round(1 / self.holdout)  # the second of each: a first one alone is then trained on
         return (item for number, item in enumerate(items) if (number % period == 1) == held_out)
-
-    def _nothing_left(self) -> InputError:
-        return InputError([Problem(self.text.name, "text", "no window to train on", "", "Give more text.")])
 
 
 class MixedWindows(IterableDataset[dict[str, Any]]):

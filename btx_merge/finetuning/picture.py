@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from btx_merge.finetuning.metrics import LOAD_PER_LAYER
@@ -12,11 +11,6 @@ _FEW = 20
 """Points of a curve up to which it is shown as it is; longer ones get a smoothed line over a pale raw one."""
 _WIDE = 10
 """Ratio of the largest to the smallest perplexity from which they stand on a logarithmic axis."""
-
-
-def draw(history: Sequence[Mapping[str, Any]], experts: Sequence[str], file: Path) -> None:
-    """Write the picture of a run; see `figure_of`."""
-    figure_of(history, experts).savefig(file, dpi=110)
 
 
 def figure_of(history: Sequence[Mapping[str, Any]], experts: Sequence[str]) -> Any:

@@ -24,7 +24,7 @@ from btx_merge.files.scratch import move_in
 from btx_merge.finetuning.arguments import DEFAULTS, training_arguments
 from btx_merge.finetuning.callbacks import ConsoleLines, StepCount, StopOnSignal
 from btx_merge.finetuning.data import DomainStream, MixedWindows, collate, row_of
-from btx_merge.finetuning.picture import draw
+from btx_merge.finetuning.picture import figure_of
 from btx_merge.finetuning.ranks import check_launch, check_ranks
 from btx_merge.finetuning.recipe import Recipe, sharded_over
 from btx_merge.finetuning.result import check_finite, check_stored, result_staging
@@ -137,7 +137,7 @@ class Run:
             if self.is_adapter:
                 self.model.save_pretrained(files, save_embedding_layers=False)  # no target; peft would ask the Hub
             self.trainee.write_files(files, entry, self.history)
-            draw(self.history, self.trainer.meter.experts, files / PICTURE)
+            figure_of(self.history, self.trainer.meter.experts).savefig(files / PICTURE, dpi=110)
             if (self.work / "runs").is_dir():  # TensorBoard's
                 shutil.copytree(self.work / "runs", files / "runs", dirs_exist_ok=True)
             move_in(files, staging.folder)
@@ -172,8 +172,6 @@ class Run:
                 if parameter.requires_grad and parameter.dtype != torch.float32:
                     parameter.data = parameter.data.float()
             check_stored(self.trainee, trained_tensors(model))
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise InputError([Problem("recipe", "train", f"{self.recipe.train} matches no parameter of the model")])
         return model
 
     def _streams(self) -> list[DomainStream]:

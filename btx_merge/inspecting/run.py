@@ -72,7 +72,8 @@ def routing(
     refuse_unused(options, "routing", "overwrite", "device")
     target = Path(output).expanduser().resolve()
     models = _check(recipe, target, options)
-    read = ReadFiles([("model", file) for model in models for file in model.located.stamps], _stamps(models))
+    stamps = {file: stamp for model in models for file, stamp in model.located.stamps.items()}
+    read = ReadFiles([("model", file) for file in stamps], stamps)
     staging = Staging(target, CopyLayout((), (), {}), lambda _: iter(()), read, "routing", reporter=reporter)
     try:
         with staging:
@@ -114,10 +115,6 @@ def _check(recipe: RoutingRecipe, target: Path, options: Options) -> list[Merged
     if problems:
         raise InputError(dict.fromkeys(problems))  # what is wrong with the output is found with each model
     return models
-
-
-def _stamps(models: Sequence[MergedModel]) -> dict[Path, Any]:
-    return {file: stamp for model in models for file, stamp in model.located.stamps.items()}
 
 
 def _write(

@@ -83,7 +83,8 @@ class Session:
         gates = routes.num_layers * len(routes.experts)
         page_tokens = min(page_tokens, _PAGE_GATES // gates)
         domains, texts = [], []
-        for text, most in zip(recipe.data, shares(self._tokens(), page_tokens), strict=True):
+        tokens = [amount.tokens for amount in self._amounts[0].values()]
+        for text, most in zip(recipe.data, shares(tokens, page_tokens), strict=True):
             page = PageText(text.name, most, routes.num_layers, len(routes.experts))
             domains.append(inspection.domain(text.name, self._windows(number, text), page))
             texts.append(page)
@@ -121,9 +122,6 @@ class Session:
                     expected = "a document of two tokens or more, for routers to see one"
                     problems.append(Problem(text.name, "text", "one token in each document", expected))
         return list(dict.fromkeys(problems))
-
-    def _tokens(self) -> list[int]:
-        return [amount.tokens for amount in self._amounts[0].values()]
 
     def _text_done(self, nbytes: int) -> None:
         self._done += nbytes

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from btx_merge.reporting import printable
+
 _BYTES = 4
 """Of a character in UTF-8, at most; no more tokens than that are parts of one."""
 _SHOWN = "\n\t\u3000"
@@ -39,8 +41,4 @@ def shown(text: str) -> str:
     >>> shown("a\x1b\u202e\n")
     'a\\x1b\\u202e\n'
     """
-    letters = []
-    for letter in text:
-        is_plain = letter.isprintable() or letter in _SHOWN
-        letters.append(letter if is_plain else letter.encode("unicode_escape").decode("ascii"))
-    return "".join(letters)
+    return "".join(letter if letter in _SHOWN else printable(letter) for letter in text)

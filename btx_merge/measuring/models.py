@@ -1,11 +1,13 @@
-"""Models in memory: a merged one, the sources that it was made of, their mean, and any other.
+"""Models in memory: a merged one, whose routers may be overruled, the sources that it was made of, their mean, and any
+other.
 
 Each is what transformers makes of it, in one dtype on one device, and only one should be in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from btx_merge.architectures.llama import EMBEDDING, HEAD
 from btx_merge.checkpoints.dtypes import Float32
 from btx_merge.checkpoints.layout import portions
 from btx_merge.errors import InputError, Problem
+from btx_merge.modeling.routing_btx import BTXRouting
 from btx_merge.sources.locate import Located
 from btx_merge.sources.segments import within
 from btx_merge.sources.source import Source
@@ -70,6 +73,32 @@ def load_folder(located: Located, dtype: torch.dtype, device: torch.device) -> A
         if had_bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     return model.to(device).eval()
+
+
+@contextmanager
+def sent_to(model: Any, experts: Sequence[int]) -> Iterator[None]:
+    """Send every token of every layer to these experts alone, each with weight 1.
+
+    With one expert, or with all chunks of one source, each feed-forward block is then that source's, whatever the
+    kind of router.
+
+    Args:
+        model: a `BTXForCausalLM`.
+        experts: their numbers.
+    """
+
+    def force(module: Any, inputs: Any, out: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        weights, logits, _ = out  # [N, K], [N, E], [N, K]
+        chosen = torch.tensor(experts, device=logits.device).expand(len(logits), -1)
+        return torch.ones_like(chosen, dtype=weights.dtype), logits, chosen
+
+    routings = [module for module in model.modules() if isinstance(module, BTXRouting)]
+    handles = [module.register_forward_hook(force) for module in routings]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _dense(

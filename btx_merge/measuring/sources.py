@@ -63,11 +63,9 @@ def open_sources(
     specs = source_specs(model, moved, without)
     if only is not None:
         specs = {name: spec for name, spec in specs.items() if name in {SEED, *only}}
-    seed, problems = open_each({SEED: specs[SEED]}, None, scratch)
-    experts, more = open_each({name: spec for name, spec in specs.items() if name != SEED}, seed.get(SEED), scratch)
-    if problems or more:
-        raise InputError([_with_ways_out(problem, specs, without) for problem in (*problems, *more)])
-    sources = {**seed, **experts}
+    sources, problems = open_each(specs, None, scratch)
+    if problems:
+        raise InputError([_with_ways_out(problem, specs, without) for problem in problems])
     digests = (read_record(model.located.folder).get("resolved") or {}).get("sources")
     changed = changed_problems(sources.values(), digests if isinstance(digests, Mapping) else {})
     return sources, [replace(problem, remedy="Give the one that was merged by --source.") for problem in changed]

@@ -55,7 +55,9 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
     Raises:
         InputError: every problem of every source.
     """
-    sources, problems = open_sources(recipe, scratch)
+    specs = {SEED: ExpertSpec(recipe.seed, recipe.seed_weight), **recipe.experts}
+    opened, problems = open_each(specs, None, scratch)
+    sources = list(opened.values())
     problems += changed_problems(sources, recipe.resolved.get("sources", {}))
     if sources and sources[0].name == SEED:
         problems += _recipe_problems(recipe, sources[0])
@@ -211,17 +213,3 @@ def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:
             where = "config.json: max_position_embeddings"
             remedy = f"The result keeps {wanted}."
             yield Problem(source.name, where, str(length), f"{wanted} as in the seed", remedy)
-
-
-def open_sources(recipe: MergeRecipe, scratch: Callable[[], Path]) -> tuple[list[Source], list[Problem]]:
-    """Open the seed, then the experts in the recipe's order, without reading weights.
-
-    Args:
-        scratch: makes a folder for what peft has to merge itself (adapters that are not plain LoRA).
-
-    Returns:
-        Those that could be opened, and why the others could not.
-    """
-    seed, problems = open_each({SEED: ExpertSpec(recipe.seed, recipe.seed_weight)}, None, scratch)
-    experts, more = open_each(recipe.experts, seed.get(SEED), scratch)
-    return [*seed.values(), *experts.values()], [*problems, *more]

@@ -33,8 +33,6 @@ class Kind:
     tags: tuple[str, ...] = ()
     relations: tuple[str, ...] = ("merge", "finetune")
     """What `base_model_relation` may be: made of other models, or a fitted or finetuned one of them."""
-    architecture: str | None = None
-    """The class of transformers that loads it; None where its own code does."""
 
     @property
     def is_adapter(self) -> bool:
@@ -55,17 +53,11 @@ ADAPTER = Kind(
     library="peft",
     relations=("adapter",),
 )
-_BRANCH = Kind(
-    "llama",
-    "a Llama of btx branch",
-    (*_MODEL_FILES, PICTURE, BRANCH),
-    relations=("finetune",),
-    architecture="LlamaForCausalLM",
-)
+_BRANCH = Kind("llama", "a Llama of btx branch", (*_MODEL_FILES, PICTURE, BRANCH), relations=("finetune",))
 _KINDS = (
     BTX,
-    Kind("mixtral", "a Mixtral of btx export", _MODEL_FILES, architecture="MixtralForCausalLM"),
-    Kind("llama", "a Llama of btx extract", _MODEL_FILES, architecture="LlamaForCausalLM"),
+    Kind("mixtral", "a Mixtral of btx export", _MODEL_FILES),
+    Kind("llama", "a Llama of btx extract", _MODEL_FILES),
     ADAPTER,
 )
 

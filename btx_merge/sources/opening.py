@@ -10,18 +10,23 @@ from btx_merge.errors import InputError, Problem
 from btx_merge.files.folder import file_problems
 from btx_merge.sources.adapters.opening import open_adapter
 from btx_merge.sources.locate import SMALL_FILES, Located, locate
-from btx_merge.sources.source import ExpertSpec, Source, open_checkpoint
+from btx_merge.sources.source import SEED, ExpertSpec, Source, open_checkpoint
 
 
 def open_each(
     specs: Mapping[str, ExpertSpec], seed: Source | None, scratch: Callable[[], Path]
 ) -> tuple[dict[str, Source], list[Problem]]:
-    """Open sources by name, without reading weights; return with them why others could not be opened."""
+    """Open sources by name, without reading weights; return with them why others could not be opened.
+
+    Args:
+        seed: the base of adapters, where it is not itself the first of the sources.
+        scratch: makes a folder for what peft has to merge itself (adapters that are not plain LoRA).
+    """
     sources: dict[str, Source] = {}
     problems: list[Problem] = []
     for name, spec in specs.items():
         try:
-            sources[name] = open_source(name, spec, seed, scratch)
+            sources[name] = open_source(name, spec, sources.get(SEED, seed), scratch)
         except InputError as error:
             problems += [replace(problem, source=name) for problem in error.problems]
         except OSError as error:  # such as a folder that may not be entered

@@ -15,6 +15,7 @@ import btx_merge
 from btx_merge import InputError, MergeInterrupted, MergeRecipe, Options, extract, merge
 from tests.checkpoints.test_staging import ctrl_c_after
 from tests.support.common import (
+    TINY_CONFIG,
     Told,
     edit_json,
     files_of,
@@ -144,23 +145,7 @@ def test_all_its_files(merged, tmp_path):
     assert config == {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "hidden_act": "silu",
-        "max_position_embeddings": 128,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "use_cache": True,
-        "pad_token_id": None,
-        "bos_token_id": 126,
-        "eos_token_id": 127,
-        "tie_word_embeddings": False,
-        "attention_dropout": 0.0,
+        **TINY_CONFIG,
         "rope_theta": 10000.0,
         "rope_scaling": None,
         "torch_dtype": "float32",

@@ -21,6 +21,7 @@ from btx_merge.sources.locate import Located
 from tests.checkpoints.test_staging import ctrl_c_after, partial
 from tests.support import warm
 from tests.support.common import (
+    TINY_CONFIG,
     WITHOUT_BTX_MERGE,
     Told,
     edit_json,
@@ -158,23 +159,7 @@ def test_its_config_and_its_files(tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text()) == {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
-        "vocab_size": 128,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "hidden_act": "silu",
-        "max_position_embeddings": 128,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "use_cache": True,
-        "pad_token_id": None,
-        "bos_token_id": 126,
-        "eos_token_id": 127,
-        "tie_word_embeddings": False,
-        "attention_dropout": 0.0,
+        **TINY_CONFIG,
         "rope_theta": 5e5,
         "rope_scaling": {
             "rope_type": "llama3",

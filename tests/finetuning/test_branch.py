@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from btx_merge.finetuning.work_folder import SUFFIX
 from btx_merge.publishing.checks import examine
 from btx_merge.sources.source import SEED
 from btx_merge.texts.references import DomainText
-from tests.finetuning.test_run import ARGUMENTS, changed, losses_of, problems_of
+from tests.finetuning.test_run import ARGUMENTS, changed, killed_between_files, losses_of, problems_of
 from tests.support import warm
 from tests.support.common import (
     Told,
@@ -282,23 +281,7 @@ def test_killed_while_the_result_is_written(family, texts, tmp_path):
     """kill -9 between its files: what is there is no model, and --resume writes what was trained."""
     settings, out = recipe(family.seed, texts), tmp_path / "out"
     expected = branch(settings, tmp_path / "expected")
-    script = f"""
-import os, pathlib, signal
-from btx_merge import BranchRecipe, branch
-from btx_merge.files import scratch
-from btx_merge.texts.references import DomainText
-plain, moved = pathlib.Path.rename, []
-def deadly(self, place):
-    if self.parent.name == "btx_files":
-        moved.append(self)
-        if len(moved) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-    return plain(self, place)
-pathlib.Path.rename = deadly
-branch({settings!r}, {str(out)!r})
-"""
-    done = warm.run([sys.executable, "-c", script], level="package")
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed_between_files(f"branch({settings!r}, {str(out)!r})")
     assert not out.exists()
     assert not list(partial_of(out).glob("*config.json")), "it would load"
     assert (tmp_path / f"out{SUFFIX}").exists()

@@ -233,18 +233,11 @@ def test_killed_before_the_result_had_its_name(merged, texts, tmp_path, whole_ru
     assert changed(out, tmp_path / "out") == set()
 
 
-@pytest.mark.parametrize(
-    "train_mode", ["all", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("routers", "lora"))]
-)
-def test_killed_while_the_result_is_written(merged, texts, tmp_path, train_mode):
-    """kill -9 between its files: what is there is no model, and --resume writes what was trained."""
-    settings, out = recipe(merged, texts, train=train_mode), tmp_path / "out"
+def killed_between_files(call: str) -> None:
+    """Train in a process that is killed when two files of the result lie in their place."""
     script = f"""
 import os, pathlib, signal
-from btx_merge.files import scratch
-from btx_merge.finetuning.recipe import TrainRecipe
-from btx_merge.finetuning.run import train
-from btx_merge.texts.references import DomainText
+from btx_merge import BranchRecipe, DomainText, TrainRecipe, branch, train
 plain, moved = pathlib.Path.rename, []
 def deadly(self, place):
     if self.parent.name == "btx_files":
@@ -253,10 +246,19 @@ def deadly(self, place):
             os.kill(os.getpid(), signal.SIGKILL)
     return plain(self, place)
 pathlib.Path.rename = deadly
-train({settings!r}, {str(out)!r})
+{call}
 """
     done = warm.run([sys.executable, "-c", script], level="package")
     assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.parametrize(
+    "train_mode", ["all", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("routers", "lora"))]
+)
+def test_killed_while_the_result_is_written(merged, texts, tmp_path, train_mode):
+    """kill -9 between its files: what is there is no model, and --resume writes what was trained."""
+    settings, out = recipe(merged, texts, train=train_mode), tmp_path / "out"
+    killed_between_files(f"train({settings!r}, {str(out)!r})")
     assert not out.exists()
     left = partial_of(out)
     assert not list(left.glob("*config.json")), "it would load"

@@ -16,24 +16,26 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from btx_merge import InputError, MergeRecipe, check, merge
-from btx_merge.merging.checks import open_sources
 from btx_merge.sources.locate import Located
-from btx_merge.sources.source import Source
+from btx_merge.sources.opening import open_each
+from btx_merge.sources.source import SEED, ExpertSpec, Source
 from tests.conftest import Family
 from tests.support.common import edit_json, grow, save_seed, tensors_of
 
 
 def open_one(folder: Path, expert: str | Path | None = None) -> Source:
     """A folder opened as the seed, or an expert opened beside it."""
-    experts = {} if expert is None else {"expert": str(expert)}
+    specs = {SEED: ExpertSpec(str(folder))}
+    if expert is not None:
+        specs["expert"] = ExpertSpec(str(expert))
 
     def scratch() -> Path:
         raise AssertionError("nothing here needs peft to merge it")
 
-    sources, problems = open_sources(MergeRecipe(str(folder), experts, num_experts_per_tok=1), scratch)
+    sources, problems = open_each(specs, None, scratch)
     if problems:
         raise InputError(problems)
-    return sources[-1]
+    return list(sources.values())[-1]
 
 
 def refusal(folder: Path) -> list[str]:

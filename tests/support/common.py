@@ -54,6 +54,28 @@ def tiny_config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**values, **changes})
 
 
+TINY_CONFIG = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "use_cache": True,
+    "pad_token_id": None,
+    "bos_token_id": 126,
+    "eos_token_id": 127,
+    "tie_word_embeddings": False,
+    "attention_dropout": 0.0,
+}
+"""What config.json says of the size of everything that is made of such a Llama."""
+
+
 def tiny_tokenizer(added: list[str] | None = None) -> PreTrainedTokenizerFast:
     """A real tokenizer: one id per word; with words added as add_tokens adds them."""
     vocab = {word: number for number, word in enumerate([*WORDS, "<s>", "</s>"])}

@@ -19,9 +19,9 @@ from transformers import LlamaForCausalLM
 
 from btx_merge import InputError, MergeRecipe, NonFiniteError, check, extract, merge
 from btx_merge.checkpoints.dtypes import from_float32
-from btx_merge.merging.checks import open_sources
 from btx_merge.sources.adapters.lora_delta import is_plain_lora
-from btx_merge.sources.source import Source
+from btx_merge.sources.opening import open_each
+from btx_merge.sources.source import SEED, ExpertSpec, Source
 from tests.support.common import (
     edit_json,
     load_float32,
@@ -94,11 +94,11 @@ def open_adapter(seed: Path, adapter: Path, scratch: Path | None = None, **spec:
         scratch.mkdir(parents=True)
         return scratch
 
-    recipe = MergeRecipe(str(seed), {"expert": {"model": str(adapter), **spec}})
-    sources, problems = open_sources(recipe, make)
+    specs = {SEED: ExpertSpec(str(seed)), "expert": ExpertSpec(str(adapter), **spec)}
+    sources, problems = open_each(specs, None, make)
     if problems:
         raise InputError(problems)
-    return sources[1]
+    return sources["expert"]
 
 
 def rows_of(source: Source, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
