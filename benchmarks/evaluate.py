@@ -23,7 +23,8 @@ from btx_merge.modeling import BTXConfig, BTXForCausalLM
 from torch.nn import functional as F
 
 from btx_merge import DomainText
-from btx_merge.evaluation.scoring import Domain, score
+from btx_merge.evaluation.scoring import score
+from btx_merge.measuring.windows import Domain
 
 RUN = {"documents": 48, "longest": 700, "window": 1024, "batch_size": 4, "rounds": 5, "threads": 1}
 GOAL = 0.9

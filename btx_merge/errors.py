@@ -9,7 +9,8 @@ BTXError
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from btx_merge.reporting import printable
@@ -68,6 +69,15 @@ class InputError(BTXError):
         lines = [str(problem) for problem in self.problems[:_MOST_PROBLEMS]]
         more = len(self.problems) - len(lines)
         return [*lines, f"{more:,} more problems"] if more else lines
+
+
+@contextmanager
+def collecting(problems: list[Problem]) -> Iterator[None]:
+    """Go on behind a refusal inside: its problems join the others, so that all of them are told together."""
+    try:
+        yield
+    except InputError as error:
+        problems += error.problems
 
 
 class MergeError(BTXError):

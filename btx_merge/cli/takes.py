@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, TypeVar
 
 from btx_merge.cli.options import described, flag_of, option
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, Problem, collecting
 from btx_merge.sources.source import ExpertSpec
 from btx_merge.texts.references import parse_domain_texts
 from btx_merge.values import Rule, choices
@@ -238,10 +238,8 @@ def _given(flags: Mapping[str, _Flag], values: Mapping[str, Any]) -> Given:
         if name in flags:
             given.flags[name] = flags[name].name
         if name in flags and (parse := flags[name].parse):
-            try:
+            with collecting(problems):
                 given.values[name] = parse(flags[name].name, value)
-            except InputError as error:
-                problems += error.problems
     if problems:
         raise InputError(problems)
     return given

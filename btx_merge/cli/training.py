@@ -21,7 +21,7 @@ from btx_merge.cli.takes import Given, takes
 from btx_merge.cli.terminal import end_like_ctrl_c, terminal
 from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
 from btx_merge.files.bounded_yaml import read_yaml
-from btx_merge.finetuning.launched import own_local_rank, own_rank
+from btx_merge.finetuning.ranks import own_local_rank, own_rank
 from btx_merge.finetuning.recipe import BRANCH_RULES, RULES, BranchRecipe, TrainRecipe, option_names
 from btx_merge.options import Options
 from btx_merge.reporting import pasted

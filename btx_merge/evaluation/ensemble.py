@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from btx_merge.evaluation.report import Score
-from btx_merge.evaluation.scoring import Domain, Losses
+from btx_merge.evaluation.scoring import Losses
 from btx_merge.measuring.losses import perplexity
-from btx_merge.measuring.windows import Window
+from btx_merge.measuring.windows import Domain, Window
 
 if TYPE_CHECKING:
     from btx_merge.evaluation.btm import BranchTrainMerge

@@ -15,7 +15,7 @@ from btx_merge.files.scratch import scratch_folder
 from btx_merge.reporting import Reporter
 
 if TYPE_CHECKING:
-    from btx_merge.evaluation.scoring import Domain
+    from btx_merge.measuring.windows import Domain
 
 METRICS = ("bits_per_byte", "byte_perplexity", "word_perplexity")
 

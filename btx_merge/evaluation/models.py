@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.checkpoints.dtypes import TORCH_NAMES, config_dtype
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, Problem, collecting
 from btx_merge.evaluation.recipe import DTYPES, EvalRecipe
 from btx_merge.evaluation.report import AGAINST, MODEL, ROUTED, SOUP, SOURCE
 from btx_merge.files.folder import file_problems, read_json
 from btx_merge.files.placing import check_target
+from btx_merge.measuring.windows import DEFAULT_WINDOW
 from btx_merge.model.merged import MergedModel, open_merged
 from btx_merge.model.records import is_blended
 from btx_merge.sources.locate import SMALL_FILES, Located, locate
@@ -22,9 +23,6 @@ from btx_merge.sources.source import Source
 from btx_merge.sources.tokenizer_files import no_tokenizer
 from btx_merge.sources.vocabulary import plan_vocabulary
 from btx_merge.texts.readers import is_installed
-
-DEFAULT_WINDOW = 1024
-"""Tokens of a window where nobody says, as in a finetuning; the model's own length if that is less."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,11 +102,9 @@ def entries_of(
     load = partial(load_folder, model.located)
     entries = [Entry("merged" if model.merged else "model", kinds, folder, (folder,), load)]
     if model.merged and not recipe.no_sources:
-        try:
+        with collecting(problems):
             of_sources, warnings = _source_entries(recipe, model.merged, scratch)
             entries += of_sources
-        except InputError as error:
-            problems += error.problems
     taken = [entry.name for entry in entries]
     for name, reference in recipe.against.items():
         if name in taken:
@@ -226,10 +222,8 @@ def target_problems(targets: Sequence[Path], overwrite: bool) -> list[Problem]:
     """Return why nothing can be written to the folders of report and tasks."""
     problems: list[Problem] = []
     for target in targets:
-        try:
+        with collecting(problems):
             check_target(target, overwrite)
-        except InputError as error:
-            problems += error.problems
     for target, other in pairwise(targets):  # there are two at most
         if target.is_relative_to(other) or other.is_relative_to(target):
             found, expected = f"overlaps with {target}, the folder of the report", "a folder for the tasks alone"

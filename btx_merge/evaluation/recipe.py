@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, Problem, collecting
 from btx_merge.reporting import short
 from btx_merge.sources.source import as_spec
 from btx_merge.texts.references import ONE_DOMAIN, DomainText, as_domain_texts
@@ -77,10 +77,8 @@ class EvalRecipe:
         """Return what is wrong with the names of further models, which stand in tables as they are."""
         problems: list[Problem] = []
         for name, model in self.against.items():
-            try:
+            with collecting(problems):
                 as_spec(name, model, "against")
-            except InputError as error:
-                problems += error.problems
         return problems
 
 

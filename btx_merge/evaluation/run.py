@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from btx_merge.errors import InputError, MergeInterrupted, NonFiniteError, Problem
+from btx_merge.errors import InputError, MergeInterrupted, NonFiniteError, Problem, collecting
 from btx_merge.evaluation.card import update_card
 from btx_merge.evaluation.files import write_report
 from btx_merge.evaluation.harness import command, write_tasks
@@ -29,10 +29,11 @@ from btx_merge.evaluation.models import (
 )
 from btx_merge.evaluation.recipe import EvalRecipe
 from btx_merge.evaluation.report import BTM, ROUTED, SOURCE, EvalReport, Row, Score, oracle_of, with_gaps
-from btx_merge.files.disk_errors import disk_error
+from btx_merge.files.disk_errors import continuable
 from btx_merge.files.folder import file_problems
 from btx_merge.files.scratch import scratch_folder
 from btx_merge.fitting.run import device_problems
+from btx_merge.measuring.windows import Domain, Progress
 from btx_merge.options import Options, refuse_unused
 from btx_merge.reporting import Reporter
 from btx_merge.sources.text_checks import check_texts
@@ -82,25 +83,21 @@ def evaluate(
     began = time.perf_counter()
     refuse_unused(options, "evaluate", "device", "overwrite")
     target, tasks = (None if path is None else Path(path).expanduser().resolve() for path in (output, lm_eval_tasks))
-    try:
-        with ExitStack() as stack:
-            checked = _check(recipe, [path for path in (target, tasks) if path], options, card, stack)
-            for warning in checked.warnings:
-                reporter.warn(str(warning))
-            places = [path for path in (target, tasks, checked.model.located.folder if card else None) if path]
-            for place in places:
-                with scratch_folder(place.parent):
-                    pass  # what is measured for hours can be written
-            report = _measure(checked, target, tasks, options, reporter)
-            report = replace(report, seconds=time.perf_counter() - began)
-            if target is not None:
-                write_report(report, target, options.overwrite, reporter)
-            if card:
-                update_card(report, checked.model.located.folder)
-    except KeyboardInterrupt:
-        raise MergeInterrupted("Interrupted. No report was written.") from None
-    except OSError as error:
-        raise disk_error(error, target or tasks or Path(recipe.model), "") from error
+    interrupted = MergeInterrupted("Interrupted. No report was written.")
+    with continuable(target or tasks or Path(recipe.model), "", interrupted), ExitStack() as stack:
+        checked = _check(recipe, [path for path in (target, tasks) if path], options, card, stack)
+        for warning in checked.warnings:
+            reporter.warn(str(warning))
+        places = [path for path in (target, tasks, checked.model.located.folder if card else None) if path]
+        for place in places:
+            with scratch_folder(place.parent):
+                pass  # what is measured for hours can be written
+        report = _measure(checked, target, tasks, options, reporter)
+        report = replace(report, seconds=time.perf_counter() - began)
+        if target is not None:
+            write_report(report, target, options.overwrite, reporter)
+        if card:
+            update_card(report, checked.model.located.folder)
     return report
 
 
@@ -108,10 +105,8 @@ def _check(recipe: EvalRecipe, targets: Sequence[Path], options: Options, card: 
     """Open everything without reading weights. `targets` are the folders that will be written."""
     model: Measured | None = None
     problems: list[Problem] = []
-    try:
+    with collecting(problems):
         model = open_measured(recipe.model)
-    except InputError as error:
-        problems += error.problems
     problems += target_problems(targets, options.overwrite)
     problems += check_texts((*recipe.data, *recipe.btm_text), model.located.folder if model else None)
     problems += device_problems(options.device)
@@ -124,12 +119,10 @@ def _check(recipe: EvalRecipe, targets: Sequence[Path], options: Options, card: 
     if card:
         problems += [*hub_problem(model.located), *file_problems(model.located.folder, ["README.md"])]
     window, entries, ensemble, warnings = 1, list[Entry](), list[Entry](), list[Problem]()
-    try:
+    with collecting(problems):
         window = window_of(recipe, model.config)
         entries, warnings = entries_of(recipe, model, window, lambda: stack.enter_context(scratch_folder(None)))
         ensemble = ensemble_of(recipe, entries) if model.merged else []
-    except InputError as error:
-        problems += error.problems
     folders = {entry.name: entry.folders for entry in entries} or {"model": (model.located.folder,)}
     problems += overlap_problems(targets, folders)
     if problems:
@@ -143,8 +136,6 @@ def _measure(
     """Run one model after the other; before that, write the tasks for the harness."""
     import torch
 
-    from btx_merge.evaluation.scoring import Domain
-
     recipe, model = checked.recipe, checked.model
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = recipe.dtype or ("float32" if device.type == "cpu" else model.dtype)
@@ -155,7 +146,7 @@ def _measure(
         names = [domain.text.name for domain in domains]
         reporter.note(f"the same by the harness: {command(recipe.model, names, tasks, checked.window, dtype)}")
     kinds = sum(len(entry.kinds) for entry in checked.entries)
-    progress = _Progress(reporter, kinds * sum(domain.amount.nbytes for domain in domains))
+    progress = Progress(reporter, kinds * sum(domain.amount.nbytes for domain in domains))
     rows: list[Row] = []
     losses: dict[str, dict[str, Any]] = {entry.name: {} for entry in checked.ensemble}
     for entry in checked.entries:
@@ -185,7 +176,7 @@ def _measure(
 def _rows_of(
     entry: Entry,
     loaded: Any,
-    domains: Sequence[Any],
+    domains: Sequence[Domain],
     checked: _Evaluation,
     told: Callable[[int], None],
     losses: Mapping[str, dict[str, Any]],
@@ -222,7 +213,7 @@ def _rows_of(
 
 
 def _ensemble_rows(
-    checked: _Evaluation, domains: Sequence[Any], tokenizer: Any, losses: Mapping[str, Mapping[str, Any]]
+    checked: _Evaluation, domains: Sequence[Domain], tokenizer: Any, losses: Mapping[str, Mapping[str, Any]]
 ) -> list[Row]:
     """Measure Branch-Train-Merge, by what its experts have lost on every token."""
     from btx_merge.evaluation.btm import BranchTrainMerge
@@ -249,15 +240,3 @@ def _refuse_nonfinite(name: str, scores: Mapping[str, Score]) -> None:
     for domain, found in scores.items():
         if not math.isfinite(found.bits_per_byte):
             raise NonFiniteError(f"{name}: its loss on {domain} is not finite. No report was written.")
-
-
-class _Progress:
-    """Adds up what is done over all models."""
-
-    def __init__(self, reporter: Reporter, nbytes: int):
-        self._reporter, self._all, self._done = reporter, nbytes, 0
-        reporter.text_done(0, nbytes)
-
-    def __call__(self, nbytes: int) -> None:
-        self._done += nbytes
-        self._reporter.text_done(self._done, self._all)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,49 +12,10 @@ from numpy.typing import NDArray
 from btx_merge.errors import InputError, Problem
 from btx_merge.evaluation.report import Score
 from btx_merge.measuring.losses import perplexity, token_losses
-from btx_merge.measuring.windows import Amount, Window, amount_of, cut, windows_of
-from btx_merge.texts.references import DomainText, documents
+from btx_merge.measuring.windows import Domain, amount_of
 
 Losses = dict[tuple[int, int], NDArray[np.float32]]
 """Of one model, by the place of a window (`Window.place`): those of its scored tokens, in nats."""
-
-
-@dataclass(frozen=True, eq=False)
-class Domain:
-    """A domain's text, and how much of it is measured."""
-
-    text: DomainText
-    tokenizer: Any
-    """The merged model's. Its template writes messages for all models."""
-    window: int
-    tokens: int | None
-    amount: Amount
-    """In the merged model's tokens."""
-
-    @classmethod
-    def counted(cls, text: DomainText, tokenizer: Any, window: int, tokens: int | None) -> Domain:
-        """Count what there is to measure.
-
-        Raises:
-            InputError: a text that cannot be read, or that has no token.
-        """
-        windows = windows_of(documents(text, tokenizer), tokenizer, window, tokens, text.name)
-        return cls(text, tokenizer, window, tokens, amount_of(windows))
-
-    def documents(self) -> Iterator[str]:
-        """Give out the text that is measured, the last document cut where it ends."""
-        return cut(documents(self.text, self.tokenizer), self.amount)
-
-    def reads_alike(self, tokenizer: Any) -> bool:
-        """Return whether a tokenizer makes the merged model's tokens of the text."""
-        return amount_of(self.windows(tokenizer, True)).digest == self.amount.digest
-
-    def windows(self, tokenizer: Any, same_tokens: bool) -> Iterator[Window]:
-        """Cut the text that is measured, all of it, into windows of any model's tokens."""
-        if same_tokens:
-            found = documents(self.text, self.tokenizer)
-            return windows_of(found, tokenizer, self.window, self.tokens, self.text.name)
-        return windows_of(self.documents(), tokenizer, self.window, source=self.text.name)
 
 
 def score(

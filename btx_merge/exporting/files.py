@@ -15,7 +15,7 @@ from btx_merge.checkpoints.dtypes import TORCH_NAMES, config_dtype
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.bounded_yaml import read_yaml
 from btx_merge.files.folder import copy_file, read_text, write_json
-from btx_merge.model.card import LICENCE_KEYS, PAPER, UNTRAINED, hub_ids, link_licence, project_link, with_metadata
+from btx_merge.model.card import PAPER, UNTRAINED, hub_ids, project_link, take_over_terms, with_metadata
 from btx_merge.model.card_update import title_of
 from btx_merge.model.held_out import MODEL_INDEX
 from btx_merge.model.merged import MergedModel
@@ -151,6 +151,5 @@ def _metadata(located: Located, tags: list[str]) -> dict[str, Any]:
     if bases := hub_ids(known.get("base_model")):
         out["base_model"] = bases
         out |= {key: known[key] for key in ("base_model_relation",) if key in known}
-    out |= {key: known[key] for key in (*LICENCE_KEYS, "language") if key in known}
-    link_licence(out, located)
+    take_over_terms(out, located)
     return out

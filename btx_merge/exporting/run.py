@@ -14,7 +14,7 @@ from typing import Any
 from btx_merge.checkpoints.copying import copy_layout, copy_staging
 from btx_merge.checkpoints.layout import write_index
 from btx_merge.checkpoints.stored import StoredTensor
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, Problem, collecting
 from btx_merge.exporting.files import check_tokenizer, origin, shared_config, untrained_routers, write_export_files
 from btx_merge.exporting.gguf import file_problems, find_converter, no_converter, write_gguf
 from btx_merge.exporting.mixtral import mixtral_card, mixtral_config, mixtral_tensors
@@ -205,12 +205,10 @@ def _check(
     problems += of_model
     derived = None
     if merged:
-        try:
+        with collecting(problems):
             derived = derive(merged)
             warnings = check_tokenizer(merged, derived.config)
             derived = replace(derived, warnings=(*derived.warnings, *warnings))
-        except InputError as error:
-            problems += error.problems
     if problems or not (merged and derived and shard_bytes):
         raise InputError(problems)
     return _Checked(merged, derived, shard_bytes)

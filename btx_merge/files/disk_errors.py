@@ -83,8 +83,14 @@ def disk_error(error: OSError, otherwise: Path, continues: str = CONTINUES) -> M
 
 
 @contextlib.contextmanager
-def continuable(output: Path) -> Iterator[None]:
+def continuable(
+    output: Path, continues: str = CONTINUES, interrupted: MergeInterrupted | None = None
+) -> Iterator[None]:
     """Turn a disk's refusal and Ctrl-C into errors that say whether the same command continues.
+
+    Args:
+        continues: see `remedy_of`.
+        interrupted: the error for Ctrl-C where the same command does not continue.
 
     Raises:
         MergeError: the disk refused; `MergeInterrupted` for Ctrl-C.
@@ -92,9 +98,9 @@ def continuable(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise disk_error(error, output) from error
+        raise disk_error(error, output, continues) from error
     except KeyboardInterrupt:
-        raise MergeInterrupted from None
+        raise interrupted or MergeInterrupted() from None
 
 
 @contextlib.contextmanager

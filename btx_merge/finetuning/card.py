@@ -9,17 +9,16 @@ from typing import Any
 
 from btx_merge.model.card import (
     CITATION,
-    LICENCE_KEYS,
     PAPER,
     how_to_use,
-    link_licence,
     markdown_table,
     project_link,
+    take_over_terms,
     with_metadata,
 )
 from btx_merge.model.files import BRANCH, PICTURE
 from btx_merge.model.held_out import OF_THIS_MODEL
-from btx_merge.sources.cards import card_texts, code_in_card, in_card
+from btx_merge.sources.cards import code_in_card, in_card
 from btx_merge.sources.locate import Located
 
 _TRAINED = {
@@ -98,9 +97,7 @@ def branch_card(seed: Located, entry: Mapping[str, Any]) -> str:
     metadata["tags"] = ["llama", "branch-train-mix"]
     if seed.repo_id:
         metadata |= {"base_model": [seed.repo_id], "base_model_relation": "finetune"}
-    of_seed = card_texts(seed.folder)
-    metadata |= {key: of_seed[key] for key in (*LICENCE_KEYS, "language") if key in of_seed}
-    link_licence(metadata, seed)
+    take_over_terms(metadata, seed)
     name = f"{code_in_card(seed.public_name)}, a local folder"
     if seed.repo_id:
         name = f"[{seed.repo_id}](https://huggingface.co/{seed.repo_id}) at revision {seed.revision}"

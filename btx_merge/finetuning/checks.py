@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, Problem, collecting
 from btx_merge.files.folder import read_json
 from btx_merge.files.placing import check_target
-from btx_merge.finetuning.launched import own_rank
+from btx_merge.finetuning.ranks import own_rank
 from btx_merge.finetuning.recipe import BranchRecipe, Recipe, TrainRecipe
 from btx_merge.finetuning.work_folder import folder_problems, work_folder
 from btx_merge.model.opening import find_model, overlap_problems, room_problems
@@ -47,15 +47,11 @@ def check_seed(recipe: BranchRecipe, target: Path, resume: bool, overwrite: bool
     """
     problems: list[Problem] = []
     seed: Source | None = None
-    try:
+    with collecting(problems):
         seed = open_whole(SEED, recipe.model)
         problems += _seed_problems(seed, target)
-    except InputError as error:
-        problems += error.problems
-    try:
+    with collecting(problems):
         check_target(target, overwrite)
-    except InputError as error:
-        problems += error.problems
     problems = _run_problems(recipe, seed.located.folder if seed else None) + problems
     problems += folder_problems(work_folder(target), resume, own_rank() == 0, "branch")
     if problems or seed is None:
@@ -88,10 +84,8 @@ def _seed_problems(seed: Source, target: Path) -> list[Problem]:
     folder = seed.located.folder
     problems = [*expert_problems(seed), *tensor_problems(seed), *overlap_problems(folder, target)]
     for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
-        try:
+        with collecting(problems):
             if (folder / name).exists():
                 read_json(folder / name)
-        except InputError as error:
-            problems += error.problems
     problems += no_tokenizer(SEED, folder)
     return problems + room_problems(target, sum(tensor.nbytes for tensor in seed.tensors.values()))

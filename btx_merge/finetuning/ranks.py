@@ -1,4 +1,8 @@
-"""A check that the ranks that were started are those that a finetuning needs."""
+"""The ranks that a launcher has started, by its environment variables, and whether a finetuning can use them.
+
+torchrun and `accelerate launch` set WORLD_SIZE, RANK and LOCAL_RANK; launchers of MPI have names of their own. The
+names, and their order, are those that accelerate reads.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,34 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-import transformers
-from transformers.distributed import DistributedConfig
-
 from btx_merge.errors import InputError, Problem
-from btx_merge.finetuning.launched import started_ranks
+
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+
+
+def _started() -> tuple[str, int]:
+    """Return how many ranks the environment speaks of, after the name of the variable; 1 where it speaks of none."""
+    return _first(_SIZES, 1)
+
+
+def own_rank() -> int:
+    """Return this process's number among all ranks."""
+    return _first(_RANKS, 0)[1]
+
+
+def own_local_rank() -> int:
+    """Return this process's number among the ranks of its host."""
+    return _first(_LOCAL_RANKS, 0)[1]
+
+
+def _first(names: tuple[str, ...], otherwise: int) -> tuple[str, int]:
+    for name in names:
+        value = os.environ.get(name, "")
+        if value.isdecimal():
+            return name, int(value)
+    return names[0], otherwise
 
 
 def _torchrun(ranks: int, verb: str) -> str:
@@ -27,7 +54,7 @@ def check_launch(verb: str) -> None:
     Raises:
         InputError: several ranks were started, and no address at which they meet.
     """
-    name, size = started_ranks()
+    name, size = _started()
     if size > 1 and not os.environ.get("MASTER_ADDR"):
         remedy = f"Start them by {_torchrun(size, verb)}; for one process unset {name}."
         raise InputError([Problem("command", name, f"{size}, but MASTER_ADDR is not set", "", remedy)])
@@ -44,12 +71,15 @@ def check_ranks(verb: str, sizes: Mapping[str, int], args: Any) -> None:
     Raises:
         InputError: a reason not to train.
     """
+    import transformers
+    from transformers.distributed import DistributedConfig
+
     problems = []
     if args.n_gpu > 1:
         found, expected = f"{args.n_gpu} in one process", "a process for each"
         remedy = f"Start it by {_torchrun(args.n_gpu, verb)}, or let it see one of them: CUDA_VISIBLE_DEVICES=0."
         problems.append(Problem("command", "GPUs", found, expected, remedy))
-    name, size = started_ranks()
+    name, size = _started()
     if size != args.world_size:
         found = f"{size}, but this process trains with {args.world_size} on {args.device.type}"
         remedy = f"Start it by {_torchrun(size, verb)}; for one process unset {name}."

@@ -12,7 +12,7 @@ from btx_merge.checkpoints.copying import CopyLayout
 from btx_merge.checkpoints.staging import Staging
 from btx_merge.errors import InputError, MergeInterrupted, Problem
 from btx_merge.files.changes import ReadFiles
-from btx_merge.files.disk_errors import disk_error, naming
+from btx_merge.files.disk_errors import continuable, naming
 from btx_merge.files.folder import write_json
 from btx_merge.fitting.run import device_problems
 from btx_merge.inspecting.figures import ModelFigures
@@ -75,20 +75,16 @@ def routing(
     stamps = {file: stamp for model in models for file, stamp in model.located.stamps.items()}
     read = ReadFiles([("model", file) for file in stamps], stamps)
     staging = Staging(target, CopyLayout((), (), {}), lambda _: iter(()), read, "routing", reporter=reporter)
-    try:
-        with staging:
-            from btx_merge.inspecting.session import Session
+    interrupted = MergeInterrupted("Interrupted. Nothing was written.")
+    with continuable(target, "The same command begins anew.", interrupted), staging:
+        from btx_merge.inspecting.session import Session
 
-            session = Session(recipe, models, options.device, reporter)
-            figures, texts = session.measure(0, recipe.page_tokens)
-            against = session.measure(1, 0)[0] if len(models) > 1 else None
-            staging.write()
-            _write(staging.folder, recipe, figures, against, texts)
-            staging.finish(options.overwrite)
-    except KeyboardInterrupt:
-        raise MergeInterrupted("Interrupted. Nothing was written.") from None
-    except OSError as error:
-        raise disk_error(error, target, "The same command begins anew.") from error
+        session = Session(recipe, models, options.device, reporter)
+        figures, texts = session.measure(0, recipe.page_tokens)
+        against = session.measure(1, 0)[0] if len(models) > 1 else None
+        staging.write()
+        _write(staging.folder, recipe, figures, against, texts)
+        staging.finish(options.overwrite)
     return RoutingReport(target, figures, against, time.perf_counter() - began)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 
@@ -16,14 +15,12 @@ from btx_merge.inspecting.page_text import PageText
 from btx_merge.inspecting.recipe import RoutingRecipe
 from btx_merge.inspecting.routes import Routes, running_experts
 from btx_merge.measuring.models import load_folder
-from btx_merge.measuring.windows import Amount, Window, amount_of, cut, windows_of
+from btx_merge.measuring.windows import DEFAULT_WINDOW, Domain, Progress, Window, amount_of
 from btx_merge.model.merged import MergedModel
 from btx_merge.reporting import Reporter
 from btx_merge.sources.tokenizer_files import load_tokenizer
-from btx_merge.texts.references import DomainText, documents
 
-_WINDOW = 1024
-"""Tokens that a model reads at a time, where the recipe does not say."""
+_NAMES = ("model", "against")
 _PAGE_GATES = 8_000_000
 """Gate weights that the page holds at most, a byte each: those of 20,000 tokens in 40 layers of 10 experts."""
 
@@ -38,22 +35,19 @@ class Session:
             InputError: a text that cannot be read, or has no token that is routed; a tokenizer with tokens that its
                 model has not.
         """
-        self._recipe, self._models, self._reporter = recipe, models, reporter
+        self._recipe, self._models = recipe, models
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._tokenizers = [load_tokenizer(model.located.folder) for model in models]
-        longest = [model.config.get("max_position_embeddings", _WINDOW) for model in models]
-        self._length = recipe.window or min(_WINDOW, *longest)
+        longest = [model.config.get("max_position_embeddings", DEFAULT_WINDOW) for model in models]
+        self._length = recipe.window or min(DEFAULT_WINDOW, *longest)
         self._experts = [running_experts(model.config) for model in models]
         self._switches = Switches.of(self._experts[0]) if recipe.ablation else Switches((), ())
-        self._amounts: list[dict[str, Amount]] = []
-        for number in range(len(models)):
-            self._amounts.append({text.name: amount_of(self._windows(number, text)) for text in recipe.data})
+        tokens = recipe.tokens or None
+        self._domains = [Domain.counted(text, self._tokenizers[0], self._length, tokens) for text in recipe.data]
         if problems := self._token_problems() + self._routed_problems():
             raise InputError(problems)
-        self._done = 0
-        nbytes = sum(amount.nbytes for amount in self._amounts[0].values())
-        self._total = nbytes * (self._switches.passes + len(models))
-        reporter.text_done(0, self._total)
+        nbytes = sum(domain.amount.nbytes for domain in self._domains)
+        self._text_done = Progress(reporter, nbytes * (self._switches.passes + len(models)))
 
     def measure(self, number: int, page_tokens: int) -> tuple[ModelFigures, list[PageText]]:
         """Measure one of the models, which is in memory meanwhile. The first is measured with experts switched off.
@@ -83,49 +77,41 @@ class Session:
         gates = routes.num_layers * len(routes.experts)
         page_tokens = min(page_tokens, _PAGE_GATES // gates)
         domains, texts = [], []
-        tokens = [amount.tokens for amount in self._amounts[0].values()]
-        for text, most in zip(recipe.data, shares(tokens, page_tokens), strict=True):
-            page = PageText(text.name, most, routes.num_layers, len(routes.experts))
-            domains.append(inspection.domain(text.name, self._windows(number, text), page))
+        shown = shares([domain.amount.tokens for domain in self._domains], page_tokens)
+        for domain, most in zip(self._domains, shown, strict=True):
+            page = PageText(domain.text.name, most, routes.num_layers, len(routes.experts))
+            domains.append(inspection.domain(domain.text.name, self._windows(number, domain), page))
             texts.append(page)
         name, router = opened.located.public_name, opened.config.get("router_type", "top_k")
         return ModelFigures(name, router, tuple(routes.experts), tuple(domains)), texts
 
-    def _windows(self, number: int, text: DomainText) -> Iterator[Window]:
+    def _windows(self, number: int, domain: Domain) -> Iterator[Window]:
         """Return a domain's windows; those of the second model are of the text that the first one reads."""
-        tokenizer, most = self._tokenizers[number], self._recipe.tokens or None
-        read = partial(documents, text, self._tokenizers[0])
-        windows = windows_of(read(), tokenizer, self._length, most, text.name)
-        if number == 0:
-            return windows
-        amount = self._amounts[0][text.name]
-        if amount_of(windows).digest == amount.digest:  # of the same tokens, none is cut
-            return windows_of(read(), tokenizer, self._length, most, text.name)
-        return windows_of(cut(read(), amount), tokenizer, self._length, None, text.name)
+        tokenizer = self._tokenizers[number]
+        return domain.windows(tokenizer, number == 0 or domain.reads_alike(tokenizer))
 
     def _token_problems(self) -> list[Problem]:
         """Check that each model has a row in its embedding for every token of the texts."""
         problems = []
-        for name, model, amounts in zip(("model", "against"), self._models, self._amounts, strict=False):
-            largest, rows = max(amount.largest_id for amount in amounts.values()), model.config["vocab_size"]
+        for number, model in enumerate(self._models):
+            amounts = [domain.amount for domain in self._domains]
+            if number:
+                amounts = [amount_of(self._windows(number, domain)) for domain in self._domains]
+            largest, rows = max(amount.largest_id for amount in amounts), model.config["vocab_size"]
             if largest >= rows:
                 expected = f"below {rows}, the embedding's rows"
-                problems.append(Problem(name, "tokenizer", f"gives the id {largest}", expected))
+                problems.append(Problem(_NAMES[number], "tokenizer", f"gives the id {largest}", expected))
         return problems
 
     def _routed_problems(self) -> list[Problem]:
         """Check that each model routes a token of every text: a document's last one predicts nothing."""
         problems = []
         for number in range(len(self._models)):
-            for text in self._recipe.data:
-                if not any(window.scored > 1 or window.offset for window in self._windows(number, text)):
+            for domain in self._domains:
+                if not any(window.scored > 1 or window.offset for window in self._windows(number, domain)):
                     expected = "a document of two tokens or more, for routers to see one"
-                    problems.append(Problem(text.name, "text", "one token in each document", expected))
+                    problems.append(Problem(domain.text.name, "text", "one token in each document", expected))
         return list(dict.fromkeys(problems))
-
-    def _text_done(self, nbytes: int) -> None:
-        self._done += nbytes
-        self._reporter.text_done(self._done, self._total)
 
 
 def shares(there: Sequence[int], most: int) -> list[int]:

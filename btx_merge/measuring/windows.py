@@ -20,7 +20,12 @@ from typing import Any
 import numpy as np
 
 from btx_merge.errors import InputError, Problem
+from btx_merge.reporting import Reporter
+from btx_merge.texts.references import DomainText, documents
 from btx_merge.texts.windows import grouped
+
+DEFAULT_WINDOW = 1024
+"""Tokens of a window where nobody says, as in a finetuning; the model's own length if that is less."""
 
 
 @dataclass(frozen=True)
@@ -146,3 +151,55 @@ def cut(documents: Iterable[str], amount: Amount) -> Iterator[str]:
             yield document.encode("utf-8")[: amount.last_bytes].decode("utf-8")
             return
         yield document
+
+
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """A domain's text, and how much of it is measured."""
+
+    text: DomainText
+    tokenizer: Any
+    """The first model's. Its template writes messages for all of them."""
+    window: int
+    """Tokens of a window, at most."""
+    tokens: int | None
+    """Tokens that are scored, at most; None for all."""
+    amount: Amount
+    """In the first model's tokens."""
+
+    @classmethod
+    def counted(cls, text: DomainText, tokenizer: Any, window: int, tokens: int | None) -> Domain:
+        """Count what there is to measure.
+
+        Raises:
+            InputError: a text that cannot be read, or that has no token.
+        """
+        windows = windows_of(documents(text, tokenizer), tokenizer, window, tokens, text.name)
+        return cls(text, tokenizer, window, tokens, amount_of(windows))
+
+    def documents(self) -> Iterator[str]:
+        """Give out the text that is measured, the last document cut where it ends."""
+        return cut(documents(self.text, self.tokenizer), self.amount)
+
+    def reads_alike(self, tokenizer: Any) -> bool:
+        """Return whether a tokenizer makes the first model's tokens of the text."""
+        return amount_of(self.windows(tokenizer, True)).digest == self.amount.digest
+
+    def windows(self, tokenizer: Any, same_tokens: bool) -> Iterator[Window]:
+        """Cut the text that is measured, all of it, into windows of any model's tokens."""
+        if same_tokens:
+            found = documents(self.text, self.tokenizer)
+            return windows_of(found, tokenizer, self.window, self.tokens, self.text.name)
+        return windows_of(self.documents(), tokenizer, self.window, source=self.text.name)
+
+
+class Progress:
+    """Adds up the bytes that are done, over all models, and tells how far that is."""
+
+    def __init__(self, reporter: Reporter, nbytes: int):
+        self._reporter, self._all, self._done = reporter, nbytes, 0
+        reporter.text_done(0, nbytes)
+
+    def __call__(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._reporter.text_done(self._done, self._all)

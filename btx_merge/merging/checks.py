@@ -13,7 +13,7 @@ from typing import Any
 
 from btx_merge.architectures.llama import MUST_AGREE
 from btx_merge.architectures.loading_rules import generation_refusals
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, Problem, collecting
 from btx_merge.files.folder import read_json
 from btx_merge.merging.recipe import MergeRecipe
 from btx_merge.sources.digest import changed_problems
@@ -99,10 +99,8 @@ def examine_sources(
     unrelated: list[Problem] = []
     identical: list[Problem] = []
     if seed in sound:
-        try:
+        with collecting(problems):
             vocabulary = plan_vocabulary(sound)
-        except InputError as error:
-            problems += error.problems
         divergence, unrelated, identical = measure_divergence(sound)
     if not allow_unrelated:
         problems += unrelated

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.checkpoints.dtypes import SAFETENSORS_NAMES
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, Problem, collecting
 from btx_merge.fitting.recipe import FIT_THROUGH, ROUTER_FITS, TEXT_ROUTERS
 from btx_merge.merging.fits import REGMEAN_METHODS, fit_of_text
 from btx_merge.merging.recipe_file import as_resolved, read_recipe_file
@@ -157,10 +157,8 @@ class MergeRecipe:
             found = f"a {type(self.experts).__name__}"
             problems.append(Problem("recipe", "experts", found, "`name: model`, one line per expert"))
         for name, spec in self.experts.items() if not problems else ():
-            try:
+            with collecting(problems):
                 specs[name] = as_spec(name, spec)
-            except InputError as error:
-                problems += error.problems
         object.__setattr__(self, "experts", specs)
         for key, parse in (("domain_text", _by_name), ("prompts", as_prompts), ("resolved", as_resolved)):
             problems += parse_field(self, key, parse)

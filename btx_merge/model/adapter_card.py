@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from btx_merge.model.card import CITATION, LICENCE_KEYS, link_licence, path_line, project_link, with_metadata
+from btx_merge.model.card import CITATION, path_line, project_link, take_over_terms, with_metadata
 from btx_merge.model.files import BRANCH
 from btx_merge.model.records import RECIPE_FILE
-from btx_merge.sources.cards import card_texts, code_in_card, front_matter, in_card
+from btx_merge.sources.cards import code_in_card, front_matter, in_card
 from btx_merge.sources.locate import Located
 
 _BASE_COMMENT = "  # the folder of the base model, or its id on the Hub"
@@ -75,9 +75,7 @@ def write_adapter_card(
     metadata["tags"] = list(kind.tags)
     if located.repo_id:
         metadata |= _origin(located.repo_id)
-    of_base = card_texts(located.folder)
-    metadata |= {key: of_base[key] for key in (*LICENCE_KEYS, "language") if key in of_base}
-    link_licence(metadata, located)
+    take_over_terms(metadata, located)
     name = located.public_name
     base = f"- Base model: {code_in_card(name)}, a local folder."
     if located.repo_id:

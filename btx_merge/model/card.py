@@ -11,7 +11,7 @@ from urllib.parse import quote
 import yaml
 
 from btx_merge.reporting import counted
-from btx_merge.sources.cards import is_web_link
+from btx_merge.sources.cards import card_texts, is_web_link
 from btx_merge.sources.locate import Located
 
 LICENCE_KEYS = ("license", "license_name", "license_link")
@@ -105,6 +105,13 @@ def hub_ids(given: Any) -> list[str]:
     candidates = given if isinstance(given, list) else [given]
     texts = [candidate for candidate in candidates if isinstance(candidate, str)]
     return [text for text in texts if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text)]
+
+
+def take_over_terms(metadata: dict[str, Any], located: Located) -> None:
+    """Add licence and languages of the model that a result is made of, as far as its card says them."""
+    known = card_texts(located.folder)
+    metadata |= {key: known[key] for key in (*LICENCE_KEYS, "language") if key in known}
+    link_licence(metadata, located)
 
 
 def link_licence(metadata: dict[str, Any], located: Located) -> None:

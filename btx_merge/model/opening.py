@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import Problem, collecting
 from btx_merge.files.folder import file_problems, small_files
 from btx_merge.files.placing import check_target, partial_of
 from btx_merge.model.merged import MergedModel, open_merged
@@ -22,10 +22,8 @@ def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located |
         return None, problems
     folder = model.located.folder
     problems += file_problems(folder, [*small_files(folder)])
-    try:
+    with collecting(problems):
         read_record(folder)
-    except InputError as error:
-        problems += error.problems
     problems += no_tokenizer("model", folder)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return model.located, problems + room_problems(target, weights)
@@ -64,14 +62,12 @@ def open_model(reference: str, target: Path | None, overwrite: bool) -> tuple[Me
         target: the folder for the result; None where the result is no folder.
     """
     problems: list[Problem] = []
-    try:
+    model: MergedModel | None = None
+    with collecting(problems):
         if target is not None:
             check_target(target, overwrite)
-    except InputError as error:
-        problems += error.problems
-    try:
+    with collecting(problems):
         located = locate("model", reference)
         problems += overlap_problems(located.folder, target)
-        return open_merged(located), problems
-    except InputError as error:
-        return None, [*problems, *error.problems]
+        model = open_merged(located)
+    return model, problems
