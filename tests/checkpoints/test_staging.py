@@ -354,14 +354,6 @@ def test_an_untouched_merge_says_nothing(sources, uninterrupted, tmp_path):
     assert files_of(tmp_path / "out") == uninterrupted()
 
 
-def test_a_folder_that_holds_something_is_not_touched_without_overwrite(sources, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text("years of work")
-    with pytest.raises(InputError, match=r"not empty.*--overwrite"):
-        merge(recipe_of(sources), tmp_path / "out")
-    assert files_of(tmp_path) == {"out/config.json": b"years of work"}
-
-
 def test_overwrite_replaces_all_that_was_there(sources, uninterrupted, tmp_path):
     merge(recipe_of(sources, max_shard_size="3MB"), tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*"))) > 5
@@ -517,25 +509,6 @@ def test_a_folder_of_somebody_else_with_the_name_is_not_deleted(sources, tmp_pat
             merge(recipe_of(sources), tmp_path / "out")
         assert (partial(tmp_path / "out") / "model.safetensors").read_text() == "not ours"
     assert not (tmp_path / "out").exists()
-
-
-def test_an_output_that_cannot_be_one(sources, tmp_path):
-    (tmp_path / "file").write_text("text")
-    with pytest.raises(InputError, match="a file"):
-        merge(recipe_of(sources), tmp_path / "file", Options(overwrite=True))
-    with pytest.raises((InputError, MergeError)):
-        merge(recipe_of(sources), tmp_path / "file" / "out")
-    assert files_of(tmp_path) == {"file": b"text"}
-
-
-def test_a_source_is_never_overwritten(sources, tmp_path):
-    copies = tuple(shutil.copytree(folder, tmp_path / "sources" / folder.name) for folder in sources)
-    (tmp_path / "sources" / "config.json").write_text("{}")  # all of it could be an earlier result
-    before = files_of(tmp_path)
-    for output in (copies[0], tmp_path / "sources", copies[1] / "merged"):
-        with pytest.raises(InputError, match="overlaps with the source"):
-            merge(recipe_of(copies), output, Options(overwrite=True))
-        assert files_of(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

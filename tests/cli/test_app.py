@@ -483,13 +483,6 @@ def test_overwrite_replaces_only_by_what_is_complete(family: Family, odd: Path, 
     assert files_of(tmp_path) == {"out/model.safetensors": b"mine"}
 
 
-def test_an_empty_folder_is_taken(family: Family, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    done = btx("merge", *sources(family), "-o", "out", "-q", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert_complete(tmp_path / "out")
-
-
 def test_a_file_in_the_way(family: Family, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     (line,) = errors_of(btx("merge", *sources(family), "-o", tmp_path / "out", "--overwrite"))

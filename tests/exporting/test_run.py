@@ -418,14 +418,3 @@ def test_an_interrupted_export_continues(merged, tmp_path, monkeypatch):
     assert announced == [sum(moved)]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
-
-
-def test_overwrite_replaces_all_that_was_there(merged, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/old.safetensors").write_text("years of work")
-    with pytest.raises(InputError, match="not empty"):
-        export(str(merged), tmp_path / "out")
-    assert files_of(tmp_path) == {"out/old.safetensors": b"years of work"}
-    export(str(merged), tmp_path / "out", Options(overwrite=True))
-    export(str(merged), tmp_path / "fresh")
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")

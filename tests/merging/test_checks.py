@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralForCausalLM
 
-from btx_merge import Check, InputError, MergeRecipe, NonFiniteError, Options, Problem, Report, check, merge
+from btx_merge import Check, InputError, MergeRecipe, NonFiniteError, Problem, Report, check, merge
 from btx_merge.architectures.llama import ACTIVATIONS, DEFAULTS, normalise_config
 from tests.conftest import Family
 from tests.support.common import assert_complete, edit_json, grow, save_seed, tensors_of
@@ -283,24 +283,6 @@ def test_float64_is_no_quantised_checkpoint(family: Family, tmp_path: Path) -> N
     assert len(problems) == 5
 
 
-def test_files_that_lie_or_are_cut_off(family: Family, tmp_path: Path) -> None:
-    """The details are in test_tensorfiles.py and test_sources.py."""
-    cut, lying, gone = (copied(family.math, tmp_path / name) for name in ("cut", "lying", "gone"))
-    shards = sorted(path.name for path in cut.glob("*.safetensors"))
-    whole = (cut / shards[0]).read_bytes()
-    (cut / shards[0]).write_bytes(whole[:-1])
-    index = json.loads((lying / "model.safetensors.index.json").read_text())
-    index["weight_map"][DOWN] = "../../x.safetensors"
-    (lying / "model.safetensors.index.json").write_text(json.dumps(index))
-    (gone / shards[1]).unlink()
-    problems = refusal(tmp_path, family.seed, experts={"cut": cut, "lying": lying, "gone": gone})
-    assert [(p.source, p.where, p.found) for p in problems] == [
-        ("cut", shards[0], f"truncated: {len(whole) - 1:,} bytes"),
-        ("lying", "model.safetensors.index.json", "points outside its folder, to ../../x.safetensors"),
-        ("gone", shards[1], "missing"),
-    ]
-
-
 # Quantised
 
 
@@ -491,23 +473,6 @@ def test_allow_nonfinite_goes_on(place: str, family: Family, tmp_path: Path) -> 
     }.get(name, name)
     assert {key: count for key, count in bad.items() if count} == {expected: 1}
     assert torch.isnan(merged[expected][(1, *index) if expected != name else index])
-
-
-def test_nonfinite_numbers_stop_a_merge_that_was_done_before(family: Family, tmp_path: Path) -> None:
-    """What the earlier one wrote stays as it is."""
-    merge(MergeRecipe(str(family.seed), family.experts), tmp_path / "out")
-    before = (tmp_path / "out" / WEIGHTS).read_bytes()
-    odd = edit_tensors(copied(family.code, tmp_path / "odd"), lambda tensors: tensors[DOWN].fill_(float("nan")))
-    with pytest.raises(NonFiniteError):
-        merge(MergeRecipe(str(family.seed), {"odd": str(odd)}), tmp_path / "out", Options(overwrite=True))
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
-
-
-def test_a_value_that_the_output_cannot_hold(family: Family, tmp_path: Path) -> None:
-    odd = edit_tensors(copied(family.code, tmp_path / "odd"), lambda tensors: tensors[DOWN][20, 3].fill_(1e5))
-    with pytest.raises(NonFiniteError, match=r"down_proj: a value leaves the range of F16\. Choose a wider --dtype"):
-        merge(MergeRecipe(str(family.seed), {"odd": str(odd)}, dtype="float16"), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 # Relatives and twins

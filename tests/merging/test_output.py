@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import btx_merge.sources.opening
-from btx_merge import ExpertSpec, MergeRecipe, merge
+from btx_merge import MergeRecipe, merge
 from btx_merge.cli.app import app
 from btx_merge.sources.locate import Located
 from tests.support import warm
@@ -29,7 +29,6 @@ from tests.support.common import (
     files_of,
     grow,
     load_float32,
-    logits_of,
     save_seed,
     tensors_of,
     tiny_tokenizer,
@@ -377,14 +376,6 @@ def test_active_parameters(family, tmp_path):
     assert plan.active_parameters == shared + 2 * 2 * expert
 
 
-def test_the_report_as_json(family, tmp_path):
-    report = merge(MergeRecipe(str(family.seed), family.experts), tmp_path / "out")
-    values = json.loads(json.dumps(report.to_dict()))
-    assert values["output"] == str(tmp_path / "out")
-    assert values["experts"] == ["seed", "code", "math"]
-    assert values["fates"][0] == {"source": "seed", "fate": "averaged", "tensors": 15, "nbytes": 165120}
-
-
 def test_chat_template_special_tokens_and_generation_config_of_a_named_source(tmp_path):
     seed = save_seed(tmp_path / "seed")
     tokenizer = tiny_tokenizer(["<|im_end|>"])
@@ -433,12 +424,3 @@ def test_files_that_list_added_tokens_are_left_out_where_tokens_were_added(tmp_p
     files = set(files_of(tmp_path / "out"))
     assert files == FILES | {"special_tokens_map.json"} | (set() if grown else {"added_tokens.json"})
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1 <code>").input_ids == [1, 128 if grown else 0]
-
-
-def test_a_merge_without_any_tokenizer(tmp_path):
-    seed = save_seed(tmp_path / "seed", tokenizer=False)
-    code = grow(seed, tmp_path / "code")
-    merge(MergeRecipe(str(seed), {"code": ExpertSpec(str(code))}), tmp_path / "out")
-    assert set(files_of(tmp_path / "out")) == FILES - {"tokenizer.json", "tokenizer_config.json"}
-    assert_complete(tmp_path / "out")
-    assert logits_of(load_float32(tmp_path / "out")).isfinite().all()

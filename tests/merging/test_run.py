@@ -294,33 +294,6 @@ def assert_mean(merged: dict[str, torch.Tensor], folders: list[Path]) -> None:
         assert_rounded_once(merged[name], sum(rows) / len(rows), magnitude)
 
 
-def test_sources_of_different_dtypes(tmp_path):
-    """The result has the seed's; every number is converted once."""
-    seed = save_seed(tmp_path / "seed", dtype=torch.bfloat16)
-
-    def converted(dtype):
-        def change(model):
-            for parameter in model.to(dtype).parameters():
-                parameter.data *= 1.001  # numbers that bf16 does not have
-
-        return change
-
-    half = grow(seed, tmp_path / "half", random_seed=1, change=converted(torch.float16))
-    full = grow(seed, tmp_path / "full", random_seed=2, change=converted(torch.float32))
-    for folder, dtype in {half: torch.float16, full: torch.float32}.items():
-        tensors = tensors_of(folder).values()
-        assert all(tensor.dtype == dtype for tensor in tensors)
-        assert any((tensor.bfloat16() != tensor).any() for tensor in tensors)
-    merge(MergeRecipe(str(seed), {"half": str(half), "full": str(full)}), tmp_path / "out")
-    assert_complete(tmp_path / "out")
-    merged = tensors_of(tmp_path / "out")
-    assert all(tensor.dtype == torch.bfloat16 for tensor in merged.values())
-    for number, folder in enumerate([seed, half, full]):
-        down = tensors_of(folder)[LAYER.format(1, "down_proj.weight")]
-        assert torch.equal(merged[LAYER.format(1, "experts.down_proj")][number], down.to(torch.bfloat16))
-    assert_mean(merged, [seed, half, full])
-
-
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wanted", ["float32", "bfloat16", "float16"])
 def test_dtype_converts_as_torch_does(tmp_path, stored, wanted):
@@ -415,24 +388,6 @@ def test_tensors_that_are_passed_over_are_accounted_for_too(tmp_path):
     [passed] = [fate for fate in report.fates if fate.fate == "passed over"]
     assert (passed.source, passed.tensors, passed.nbytes) == ("seed", 2, 128 * 64 * 4 + 8 * 4)
     assert "lm_head.weight" not in tensors_of(tmp_path / "out")
-
-
-def test_tied_and_untied_sources_untied(tmp_path):
-    """A tied source's head is its embedding."""
-    seed = save_seed(tmp_path / "seed", tie_word_embeddings=True)
-
-    def untie(model):
-        model.config.tie_word_embeddings = False
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.5)
-
-    code = grow(seed, tmp_path / "code", change=untie)
-    assert "lm_head.weight" in tensors_of(code)
-    merge(MergeRecipe(str(seed), {"code": str(code)}, untie=True), tmp_path / "out")
-    assert_complete(tmp_path / "out")
-    embedding, head = tensors_of(seed)["model.embed_tokens.weight"], tensors_of(code)["lm_head.weight"]
-    mean, magnitude = (embedding.double() + head) / 2, (embedding.abs() + head.abs()) / 2
-    assert_rounded_once(tensors_of(tmp_path / "out")["lm_head.weight"], mean, magnitude)
-    assert load_float32(tmp_path / "out").config.tie_word_embeddings is False
 
 
 def test_progress_adds_up(family, tmp_path):

@@ -19,7 +19,6 @@ from btx_merge import (
     FitRecipe,
     InputError,
     MergeRecipe,
-    ModelInfo,
     edit,
     export,
     extract,
@@ -248,13 +247,6 @@ def test_what_another_folder_is(name: str, said: str, others: Path, family: Fami
     with pytest.raises(InputError) as caught:  # the same in every verb that wants a merged model
         export(str(others / name), others / "never")
     assert [str(problem) for problem in caught.value.problems] == [line]
-
-
-def test_a_report_is_frozen(merged: Path) -> None:
-    found = info(str(merged))
-    assert isinstance(found, ModelInfo)
-    with pytest.raises(AttributeError):
-        found.routers = "trained"  # type: ignore[misc]
 
 
 # What each verb tells at its end

@@ -183,42 +183,6 @@ def test_another_number_of_experts_per_token_takes_effect_on_a_loaded_model(tmp_
         assert generated.shape != with_all.shape or not torch.equal(generated, with_all)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_generate_with_and_without_cache(tied):
-    model = tiny_btx(tie_word_embeddings=tied)
-    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    ids = tokens(2, 6)
-    expected = ids
-    with torch.no_grad():
-        for _ in range(10):
-            expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
-    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
-    torch.testing.assert_close(model.generate(ids, **options), expected)
-    torch.testing.assert_close(model.generate(ids, **options, use_cache=False), expected)
-
-
-def test_generate_a_left_padded_batch():
-    model = tiny_btx(pad_token_id=0)
-    short, long = tokens(1, 5), tokens(1, 9)
-    ids = torch.cat([torch.cat([torch.zeros(1, 4, dtype=torch.long), short], 1), long])
-    mask = (ids != 0).long()
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
-    together = model.generate(ids, attention_mask=mask, **options)[:, 9:]
-    alone = [model.generate(one, **options)[0, one.shape[1] :] for one in (short, long)]
-    torch.testing.assert_close(together, torch.stack(alone))
-
-
-def test_outputs():
-    model = tiny_btx()
-    out = model(tokens(), output_hidden_states=True, output_router_logits=True, logits_to_keep=2)
-    assert out.logits.shape == (2, 2, 61)
-    assert [tuple(state.shape) for state in out.hidden_states] == [(2, 11, 32)] * 3
-    assert [tuple(logits.shape) for logits in out.router_logits] == [(22, EXPERTS)] * 2
-    torch.testing.assert_close(out.logits, model(tokens()).logits[:, -2:])
-    as_tuple = model(tokens(), return_dict=False)
-    torch.testing.assert_close(as_tuple[0], model(tokens()).logits)
-
-
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks for it
 def test_router_logits_are_the_ones_that_route_also_under_a_lora():
     """Recorded at the gate, a LoRA on the gate would be missing from them, and from the balancing loss."""
@@ -238,14 +202,3 @@ def test_router_logits_are_the_ones_that_route_also_under_a_lora():
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     adapted.train()(tokens(), labels=tokens()).loss.backward()
     assert model.model.layers[0].mlp.gate.lora_A["default"].weight.grad.abs().max() > 0
-
-
-def test_new_models_are_initialised_everywhere():
-    """Nothing is left as torch.empty had it."""
-    torch.manual_seed(0)
-    model = BTXForCausalLM(tiny_btx(initializer_range=0.02, hidden_size=64, intermediate_size=128).config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            assert (parameter == 1).all()
-        else:  # 20 standard errors of the smallest tensor's deviation
-            assert parameter.std().item() == pytest.approx(0.02, rel=0.25), name

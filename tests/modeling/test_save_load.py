@@ -194,7 +194,7 @@ def test_nothing_is_left_uninitialised_on_the_way_from_meta():
         for value in (*moved.parameters(), *moved.buffers()):
             value.fill_(torch.nan)
     moved.init_weights()
-    for model in (loaded, moved):
+    for model in (expected, loaded, moved):
         buffers = dict(expected.named_buffers())
         assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
         for name, parameter in model.named_parameters():

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 
 from btx_merge import InputError, MergeRecipe
 from btx_merge.editing.recipe import EditRecipe
@@ -22,7 +19,6 @@ from btx_merge.texts import references as texts
 from btx_merge.texts.references import DomainText, documents, domain_texts_of, parse_domain_texts
 from btx_merge.texts.windows import packed_windows
 from tests.support.common import tiny_tokenizer
-from tests.support.models import tiny_btx
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %} {{ m.role }} {{ m.content }}{% endfor %}{{ eos_token }}"
 
@@ -383,26 +379,3 @@ def test_no_token_at_all(given):
     tokenizer.eos_token = None
     (line,) = problems_of(lambda: list(packed_windows(given, tokenizer, 4, "math")))
     assert line.startswith("math: text: not a single token")
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_documents_do_not_see_each_other(attention):
-    """The logits of a window are those of its documents alone; without positions they are not."""
-    model = tiny_btx()
-    model.set_attn_implementation(attention)
-    parts = [list(range(3, 10)), list(range(20, 25)), list(range(40, 46))]
-    ids = torch.tensor([[token for part in parts for token in part]])
-    positions = torch.tensor([[number for part in parts for number in range(len(part))]])
-    with torch.no_grad():
-        alone = torch.cat([model(torch.tensor([part])).logits for part in parts], dim=1)
-        packed = model(ids, position_ids=positions, use_cache=False).logits
-        joined = model(ids, use_cache=False).logits
-    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
-    assert (joined - alone).abs().max() > 1e-2
-
-
-def test_the_rooms_import_neither_torch_nor_transformers():
-    heavy = ["torch", "transformers", "datasets", "pyarrow"]
-    code = f"import sys, btx_merge.texts.references; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
