@@ -19,6 +19,7 @@ from btx_merge.cli.eval import eval_command
 from btx_merge.cli.export import export_command, extract_command
 from btx_merge.cli.fit import fit_command
 from btx_merge.cli.info import info_command
+from btx_merge.cli.interrupts import keyboard_interrupts
 from btx_merge.cli.merge import check_command, merge_command
 from btx_merge.cli.printing import error as print_error
 from btx_merge.cli.push import push_command
@@ -69,7 +70,8 @@ def _ends_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
     def run(**values: Any) -> None:
         as_json = values.get("json_output", False)
         try:
-            command(**values)
+            with keyboard_interrupts():
+                command(**values)
         except InputError as error:
             raise _failed(error, [str(problem) for problem in error.problems], 2, as_json) from None
         except (MergeInterrupted, KeyboardInterrupt) as error:

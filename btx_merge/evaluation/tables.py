@@ -31,7 +31,7 @@ def bits_table(report: EvalReport) -> Table:
 
 def perplexity_table(report: EvalReport) -> Table:
     """Return perplexity per token by domain; a star where a model reads other tokens than the merged one."""
-    return _table(report, lambda score: f"{score.perplexity:.5g}" + ("" if score.same_tokens else " *"))
+    return _table(report, lambda score: f"{score.perplexity:#.5g}".rstrip(".") + ("" if score.same_tokens else " *"))
 
 
 def lines_of(report: EvalReport) -> list[str]:

@@ -87,8 +87,8 @@ def windows_of(
     """
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if prefix is None:
-        expected = "one of them, for a text's first token to follow"
-        raise InputError([Problem(source, "tokenizer", "neither a bos nor an eos token", expected)])
+        found, expected = "neither a bos nor an eos token", "one of them, for a text's first token to follow"
+        raise InputError([Problem(source, "tokenizer", found, expected, "Name one in its tokenizer_config.json.")])
     if tokens is not None and not tokenizer.is_fast:
         found, remedy = "a slow one, which does not tell a token's characters", "Measure all of the text."
         raise InputError([Problem(source, "tokenizer", found, "a fast one, to measure a part of a text", remedy)])

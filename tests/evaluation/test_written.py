@@ -9,7 +9,9 @@ import pytest
 
 from btx_merge import EvalRecipe, FitRecipe, InputError, Options, evaluate, fit
 from btx_merge.evaluation.picture import figure_of
-from btx_merge.evaluation.tables import bits_table, lines_of
+from btx_merge.evaluation.report import MODEL, EvalReport, Row, Score
+from btx_merge.evaluation.tables import bits_table, lines_of, perplexity_table
+from btx_merge.measuring.windows import Amount
 from btx_merge.model.held_out import OF_AN_EARLIER_ONE, OF_THIS_MODEL
 from btx_merge.sources.cards import front_matter
 
@@ -43,6 +45,14 @@ def test_the_table_has_every_model_and_the_oracle(found):
     assert all(len(row) == len(head) for row in rows)
     for domain in found.without_gap:
         assert any(line.startswith("No source is better") and domain in line for line in lines_of(found))
+
+
+def test_perplexities_have_as_many_digits_one_under_the_other():
+    scores = {"code": Score(1.5, 128.1, 100), "math": Score(1.5, 12345.6, 100)}
+    amounts = {name: Amount(1, 1, 100, 400, 400, 7, "") for name in scores}
+    rows = (Row("merged", MODEL, scores, {}),)
+    _, (cells,) = perplexity_table(EvalReport("model", amounts, rows, {}, 128, "float32", "cpu", 1.0))
+    assert cells == ["merged", "128.10", "12346"]
 
 
 def test_the_picture_has_a_bar_for_each_figure(found):

@@ -461,26 +461,38 @@ def test_of_two_files_the_one_that_is_written_is_named():
 PRESSED = """
 import os, signal, sys
 def press(event, args):
-    if event == "import" and args[0] == {started!r}:
+    if event in ("import", "open") and str(args[0]).endswith({started!r}):
         os.kill(os.getpid(), signal.SIGINT)
 sys.addaudithook(press)
-sys.argv = ["btx", "check", "--seed", "nowhere", "--expert", "a=nowhere"]
+sys.argv = {words}
 import runpy
 runpy.run_module("btx_merge", run_name="__main__")
 """
 
 
+CHECK = ["btx", "check", "--seed", "nowhere", "--expert", "a=nowhere"]
+
+
 @pytest.mark.parametrize("started", ["btx_merge.cli.app", "typer", "numpy", "yaml", "btx_merge.checkpoints.stored"])
 def test_ctrl_c_while_the_command_is_imported_is_one_line(started):
-    script = PRESSED.format(started=started)
+    script = PRESSED.format(started=started, words=CHECK)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 130
     assert done.stderr == "error: Interrupted.\n"
 
 
+def test_ctrl_c_while_the_arguments_are_read_is_one_line():
+    """Not of a command yet: typer would end without a word."""
+    script = PRESSED.format(started="METADATA", words=["btx", "--version"])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: Interrupted.\n")
+
+
 def test_ctrl_c_stays_ignored_where_it_was():
     """As of a command that a shell script starts in the background."""
-    script = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + PRESSED.format(started="typer")
+    script = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + PRESSED.format(
+        started="typer", words=CHECK
+    )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 2  # of the seed that is not there
     assert "Interrupted" not in done.stderr

@@ -95,7 +95,7 @@ def test_what_cannot_be_measured_is_refused():
         list(windows_of([], tiny_tokenizer(), 8, source="code"))
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = tokenizer.eos_token = None
-    with pytest.raises(InputError, match="neither a bos nor an eos token"):
+    with pytest.raises(InputError, match=r"neither a bos nor an eos token; .* Name one in its tokenizer_config\.json"):
         list(windows_of(["w1"], tokenizer, 8))
     tokenizer.eos_token = "</s>"
     (window,) = windows_of(["w1"], tokenizer, 8)
