@@ -305,19 +305,6 @@ def grown(tmp_path_factory):
     return seed, code, math
 
 
-def test_rows_of_added_tokens_are_averaged_over_their_owners(grown, tmp_path):
-    """<code> is 128 in the result, <math> 129; in math they are 129 and 128."""
-    seed, code, math = grown
-    specs = {"code": ExpertSpec(str(code), 3), "math": ExpertSpec(str(math), 2)}
-    merge(MergeRecipe(str(seed), specs, combine="weighted"), tmp_path / "out")
-    for name in (EMBEDDING, "lm_head.weight"):
-        ours, own_seed, own_code, own_math = (tensors_of(folder)[name] for folder in (tmp_path / "out", *grown))
-        assert ours.shape == (130, 64)
-        torch.testing.assert_close(ours[:128], (own_seed + 3 * own_code[:128] + 2 * own_math[:128]) / 6)
-        torch.testing.assert_close(ours[128], (3 * own_code[128] + 2 * own_math[129]) / 5)
-        torch.testing.assert_close(ours[129], own_math[128])
-
-
 def test_rows_whose_owners_have_no_weight_are_their_mean(grown, tmp_path):
     seed, code, math = grown
     specs = {"code": ExpertSpec(str(code), 0), "math": ExpertSpec(str(math), 0)}

@@ -28,7 +28,6 @@ from tests.support.common import (
     edit_json,
     files_of,
     grow,
-    load_float32,
     save_seed,
     tensors_of,
     tiny_tokenizer,
@@ -374,38 +373,6 @@ def test_active_parameters(family, tmp_path):
     shared = 2 * 128 * 64 + 64 + 2 * (2 * 64 + 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64)
     assert plan.parameters == shared + 2 * 3 * expert
     assert plan.active_parameters == shared + 2 * 2 * expert
-
-
-def test_chat_template_special_tokens_and_generation_config_of_a_named_source(tmp_path):
-    seed = save_seed(tmp_path / "seed")
-    tokenizer = tiny_tokenizer(["<|im_end|>"])
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
-    tokenizer.eos_token = "<|im_end|>"
-
-    def resize(model):
-        model.resize_token_embeddings(129)
-        model.config.eos_token_id = 128
-        model.generation_config.eos_token_id = [128, 127]
-
-    chat = grow(seed, tmp_path / "chat", change=resize, tokenizer=tokenizer)
-    plain = tiny_tokenizer(["<code>"])  # another token with the same id
-    code = grow(seed, tmp_path / "code", change=lambda model: model.resize_token_embeddings(129), tokenizer=plain)
-    experts = {"code": str(code), "chat": str(chat)}
-    merge(MergeRecipe(str(seed), experts, tokenizer_source="chat"), tmp_path / "chatty")
-    assert_complete(tmp_path / "chatty")
-    ours = AutoTokenizer.from_pretrained(tmp_path / "chatty")
-    assert ours.convert_tokens_to_ids(["<code>", "<|im_end|>", "w5"]) == [128, 129, 5]
-    assert (ours.eos_token, ours.eos_token_id) == ("<|im_end|>", 129)
-    message = [{"role": "user", "content": "w1 w2"}]
-    assert ours.apply_chat_template(message, tokenize=False) == "w1 w2<|im_end|>"
-    assert load_float32(tmp_path / "chatty").config.eos_token_id == 129
-    assert json.loads((tmp_path / "chatty" / "generation_config.json").read_text())["eos_token_id"] == [129, 127]
-
-    merge(MergeRecipe(str(seed), experts), tmp_path / "plain")
-    ours = AutoTokenizer.from_pretrained(tmp_path / "plain")
-    assert ours.chat_template is None
-    assert (ours.eos_token, ours.eos_token_id) == ("</s>", 127)
-    assert ours.convert_tokens_to_ids(["<code>", "<|im_end|>"]) == [128, 129]
 
 
 @pytest.mark.parametrize("grown", [False, True])

@@ -112,15 +112,6 @@ def test_active_experts_are_saved_only_when_asked(tmp_path):
     assert set(loaded["saved"].state_dict()) == set(model.state_dict())  # all the weights are there
 
 
-def test_active_experts_in_the_config():
-    config = tiny_btx().config.to_dict() | {"active_experts": [1, 3]}
-    model = tiny_btx()
-    restricted = BTXForCausalLM(BTXConfig(**config)).eval()
-    restricted.load_state_dict(model.state_dict())
-    with torch.no_grad():
-        assert torch.equal(restricted(tokens()).logits, model(tokens(), active_experts=[1, 3]).logits)
-
-
 @pytest.mark.parametrize(
     ("active", "message"),
     [

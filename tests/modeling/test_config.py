@@ -107,20 +107,6 @@ def test_a_selection_bias_needs_a_selection():
         config.router_type = "soft"
 
 
-def test_good_values():
-    config = BTXConfig(
-        num_local_experts=8,
-        num_experts_per_tok=8,
-        router_aux_loss_coef=0,
-        output_router_logits=True,
-        expert_names=[f"expert{number}" for number in range(8)],
-    )
-    assert (config.num_local_experts, config.num_experts_per_tok, config.router_type) == (8, 8, "top_k")
-    assert config.router_aux_loss_coef == 0
-    assert config.expert_names[7] == "expert7"
-    assert copy.deepcopy(config).to_dict() == config.to_dict()
-
-
 def test_defaults_are_a_contract():
     config = BTXConfig()
     own = {key: value for key, value in vars(config).items() if key not in vars(transformers.LlamaConfig())}
@@ -166,15 +152,6 @@ def test_every_field_travels(tmp_path, router_type):
     loaded = BTXConfig.from_pretrained(tmp_path)
     assert {key: getattr(loaded, key) for key in values} == values
     assert copy.deepcopy(config).to_dict() == config.to_dict()
-
-
-def test_active_experts_by_name_or_index_are_among_the_experts():
-    names = ["a", "b", "c", "d"]
-    assert BTXConfig(expert_names=names, active_experts=["b"]).active_experts == ["b"]
-    assert BTXConfig(expert_names=names, active_experts=[3, 0]).active_experts == [3, 0]
-    assert BTXConfig(active_experts=[3]).active_experts == [3]
-    with pytest.raises(ValueError, match=r"^active_experts is \['e'\]; expected .*a, b, c, d"):
-        BTXConfig(expert_names=names, active_experts=["e"])
 
 
 def test_a_recipe_knows_the_same_routings():

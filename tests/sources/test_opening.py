@@ -228,12 +228,6 @@ def edit_weight_map(folder: Path, **files: str | None) -> None:
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def test_a_missing_shard(sharded: Path) -> None:
-    (sharded / SHARDS[1]).unlink()
-    expected = f"{SHARDS[1]}: missing; expected beside {INDEX}, which names it. Download or copy the missing file."
-    assert refusal(sharded) == [expected]
-
-
 def test_a_shard_that_is_a_broken_link(sharded: Path) -> None:
     """As in a Hub cache that was cleaned up by hand."""
     (sharded / SHARDS[1]).unlink()

@@ -177,20 +177,6 @@ def test_the_same_token_under_different_ids(seed: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(merged[130], (a[130] + b[128]) / 2)
 
 
-def test_different_tokens_under_the_same_id(seed: Path, tmp_path: Path) -> None:
-    """Both stay; neither is averaged with the other."""
-    folders = [
-        seed,
-        grown(seed, tmp_path / "a", ["<|x|>"], number=1),
-        grown(seed, tmp_path / "b", ["<|y|>"], number=2),
-    ]
-    merge_all(folders, tmp_path / "out")
-    assert_merged(tmp_path / "out", folders)
-    a, b, merged = (tensors_of(folder)["lm_head.weight"] for folder in (*folders[1:], tmp_path / "out"))
-    assert torch.equal(merged[128], a[128])
-    assert torch.equal(merged[129], b[128])
-
-
 def test_padded_seed(padded_seed: Path, tmp_path: Path) -> None:
     """Padding is kept; a new token takes over a padding row, and the seed's padding has no part in it."""
     folders = [
@@ -244,22 +230,6 @@ def test_tokens_with_holes_before_them(padded_seed: Path, tmp_path: Path) -> Non
         assert torch.equal(merged[name][139], b[name][139])
         torch.testing.assert_close(merged[name][138], (a[name][138] + b[name][138]) / 2)
     assert ids_in(tmp_path / "out")["<|far|>"] == 128
-
-
-@pytest.mark.parametrize("combine", ["seed", "ties", "dare_linear"])
-def test_new_rows_in_other_ways_to_combine(combine: str, seed: Path, tmp_path: Path) -> None:
-    """What the seed does not own is its owners' mean, whatever is done to the rest."""
-    folders = [
-        seed,
-        grown(seed, tmp_path / "a", ["<|both|>", "<|x|>"], number=1),
-        grown(seed, tmp_path / "b", ["<|y|>", "<|both|>"], number=2),
-    ]
-    merge_all(folders, tmp_path / "out", combine=combine)
-    for name in TABLES:
-        merged, expected = tensors_of(tmp_path / "out")[name], expected_table(name, folders)
-        torch.testing.assert_close(merged[128:], expected[128:], rtol=1e-6, atol=1e-7)
-        if combine == "seed":
-            assert torch.equal(merged[:128], tensors_of(seed)[name])
 
 
 def test_without_the_seed_as_an_expert(seed: Path, tmp_path: Path) -> None:
