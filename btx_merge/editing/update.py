@@ -64,7 +64,7 @@ def plan_shared(edit: EditPlan, scratch: Callable[[], Path]) -> SharedPlan:
         return SharedPlan(None, str(error.problems[0]), (_kept_warning(edit, error.problems),))
     reason, combine = "as if merged with the new set", edit.values.get("combine")
     if combine in REGMEAN_METHODS:
-        reason = f"by the difference of the plain means, for {combine} fitted them"
+        reason = f"by the difference of the plain means; a fresh merge would fit them by {combine} to the new set"
     return SharedPlan(update, reason)
 
 

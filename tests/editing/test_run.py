@@ -736,7 +736,8 @@ def test_a_fitted_merge_gets_the_text_into_its_recipe(root, texts, tmp_path):
     two_texts = {name: texts[name] for name in ("code", "math")}
     model = merged(root, "two fitted", "code", "math", domain_text=two_texts, **fits)
     report = edited(model, tmp_path / "out", add={"bio": str(root / "bio")}, domain_text=(texts["bio"],))
-    assert report.shared_reason == "by the difference of the plain means, for regmean fitted them"
+    fresh = "a fresh merge would fit them by regmean to the new set"
+    assert report.shared_reason == f"by the difference of the plain means; {fresh}"
     recipe = MergeRecipe.from_yaml(tmp_path / "out", seed=str(root / "seed"))
     assert list(recipe.domain_text) == ["code", "math", "bio"]
     assert recipe.domain_text["bio"].references == ("bio.jsonl",)
