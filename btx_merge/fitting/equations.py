@@ -18,7 +18,7 @@ from btx_merge.files.folder import read_json
 
 OFF_DIAGONAL = 0.9
 """RegMean's factor on what inputs have in common (arXiv 2212.09849, section 4.2: alpha)."""
-STATISTICS_FORMAT = 2
+STATISTICS_FORMAT = 3
 """Of what is kept in a folder of statistics. Others cannot be told from those of another model."""
 _KEY_FILE = "statistics.json"
 """What the moments in a folder were collected from. It is written last: without it the folder is incomplete."""
@@ -52,6 +52,16 @@ def ridge_solution(
     # W = prior + D: then (X X^T + lambda) D^T = X Y^T - X X^T prior^T, and a large lambda gives the prior itself
     change: torch.Tensor = torch.linalg.solve(regular, cross - gram @ prior.T)
     return (prior + change.T).float()
+
+
+def mean_square(states: torch.Tensor) -> torch.Tensor:
+    """Return the mean square of each token's state, [..., 1], of states [..., H].
+
+    Whatever reads a state stands behind a norm, which divides by its root. So a squared error counts by what it is
+    relative to this. Else a few first tokens, whose states may be a hundred times as large as all others', would count
+    ten thousand times.
+    """
+    return states.square().mean(dim=-1, keepdim=True).clamp(min=1e-30)
 
 
 def scaled_off_diagonal(gram: torch.Tensor) -> torch.Tensor:

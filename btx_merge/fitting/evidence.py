@@ -3,13 +3,11 @@
 A token alone says little about its domain, its context nearly all. Attention gathers the context, so its output
 projection is fitted to write down what it finds: in each layer its target is the source's state and, besides,
 
-    c s (u_i - u)
+    c |h| (u_i - u)
 
-with u_i a direction for domain i, u the mean of all domains' directions, and s the median of |h| over the merged
-states in front of the layer. The mean would be that of a few first tokens, 100 times as large as all others in
-many models (massive activations, arXiv 2402.17762), and marks of their size spoil the model. Directions are the
-eigenvectors with the smallest eigenvalues of `sum h h^T`, over the sources' states behind their first attention: the
-sources write next to nothing there, and read next to nothing.
+with u_i a direction for domain i, u the mean of all domains' directions, and h the token's merged state in front of
+the layer. Directions are the eigenvectors with the smallest eigenvalues of `sum h h^T / |h|^2`, over the sources'
+states behind their first attention: the sources write next to nothing there, and read next to nothing.
 
 Legend: B windows, T tokens in each, N tokens, H hidden, D domains.
 """
@@ -20,42 +18,22 @@ from collections.abc import Sequence
 
 import torch
 
+from btx_merge.fitting.equations import mean_square
 from btx_merge.fitting.streams import TokenStream
 
 
-class Evidence:
-    """Sets the marks of domains, layer by layer."""
+def set_marks(texts: Sequence[TokenStream], size: float) -> None:
+    """Set each stream's mark, for states of length 1: [H]. The sources' states are behind their first attention.
 
-    def __init__(self, texts: Sequence[TokenStream], size: float, device: torch.device):
-        """Prepare; no states are there yet.
-
-        Args:
-            size: c.
-        """
-        self.texts, self.size, self.device = texts, size, device
-        self.directions: torch.Tensor | None = None
-
-    def set_marks(self) -> None:
-        """Set each stream's mark for a layer: the sources' states are behind its attention, the merged before it."""
-        if self.directions is None:
-            self.directions = self._directions()
-        shares = sum(stream.share for stream in self.texts)
-        size = self.size * sum(self._median(stream) * stream.share for stream in self.texts) / shares
-        for stream, direction in zip(self.texts, self.directions, strict=True):
-            stream.mark = size * direction
-
-    def _directions(self) -> torch.Tensor:
-        """Return u_i - u, [D, H]."""
-        gram = torch.zeros((), dtype=torch.float64, device=self.device)
-        for stream in self.texts:
-            for batch in stream.batches(stream.fitted):
-                rows = stream.dense[batch].flatten(0, 1)  # [N, H]
-                gram = gram + (rows.T @ rows).double() * stream.per_token
-        _, vectors = torch.linalg.eigh(gram)  # columns, by ascending eigenvalue
-        chosen = vectors[:, : len(self.texts)].T.float()
-        return torch.as_tensor(chosen - chosen.mean(dim=0))
-
-    def _median(self, stream: TokenStream) -> float:
-        """Return the median of |h| over a stream's merged states."""
-        lengths = [stream.merged[batch].norm(dim=-1).flatten() for batch in stream.batches(stream.fitted)]
-        return torch.cat(lengths).median().item()
+    Args:
+        size: c.
+    """
+    gram: torch.Tensor | float = 0.0
+    for stream in texts:
+        for batch in stream.batches(stream.fitted):
+            rows = stream.dense[batch].flatten(0, 1)  # [N, H]
+            gram = gram + (rows.T @ (rows / mean_square(rows))).double() * stream.per_token
+    _, vectors = torch.linalg.eigh(gram)  # columns, by ascending eigenvalue
+    chosen = vectors[:, : len(texts)].T.float()
+    for stream, direction in zip(texts, chosen - chosen.mean(dim=0), strict=True):
+        stream.mark = size * direction

@@ -79,7 +79,7 @@ class RouterFit:
         if self.task.router == "logistic":
             solution = self._logistic(layer, moments["gram"], solution)
         held_out = [
-            HeldOutTokens(stream.experts, moments[f"inputs.{stream.name}"], moments.get(f"targets.{stream.name}"))
+            HeldOutTokens(stream.experts, moments[f"states.{stream.name}"], moments.get(f"aims.{stream.name}"))
             for stream in self.texts
         ]
         trial = Temperatures(layer, solution, self.rows, held_out, self.config.num_experts_per_tok)
@@ -135,10 +135,10 @@ class RouterFit:
         return {**moments, "inputs": torch.cat(inputs)}
 
     def _moments(self, layer: BTXDecoderLayer) -> Moments:
-        """Collect the regression's Gram matrix [H, H] and labels [H, E]; by domain some held-out inputs and targets.
+        """Collect the regression's Gram matrix [H, H] and labels [H, E]; by domain held-out states and aims, [N, H].
 
-        A target [N, H] is what the feed-forward block should add. Where shared weights are fitted, it is what is
-        missing to the source's own state; otherwise it is what the own expert gives, which needs no keeping.
+        Where shared weights are fitted, a feed-forward block should bring a state to where the source's own stands
+        behind it. Otherwise it should give what the own expert gives, which needs no keeping.
         """
         hidden = self.config.hidden_size
         gram = torch.zeros(hidden, hidden, dtype=torch.float64, device=self.device)
@@ -154,12 +154,9 @@ class RouterFit:
             held = stream.merged[stream.held_out].flatten(0, 1)
             # evenly over the held-out windows, so that no document stands for all
             chosen = torch.linspace(0, len(held) - 1, min(_HELD_OUT_TOKENS, len(held))).long()
-            before = held[chosen]
-            read = layer.post_attention_layernorm(before)
-            moments[f"inputs.{stream.name}"] = read
+            moments[f"states.{stream.name}"] = held[chosen]
             if self.task.combine:
-                aim = stream.dense[stream.held_out].flatten(0, 1)[chosen] + stream.mark
-                moments[f"targets.{stream.name}"] = aim - before
+                moments[f"aims.{stream.name}"] = stream.aims(stream.held_out).flatten(0, 1)[chosen]
         return moments
 
 

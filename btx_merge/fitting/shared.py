@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 from btx_merge.architectures.llama import EMBEDDING, HEAD
 from btx_merge.fitting.checkpoint import Checkpoint
 from btx_merge.fitting.dense_source import DenseSource, row_blocks
-from btx_merge.fitting.equations import Moments, Statistics, ridge_solution, scaled_off_diagonal
-from btx_merge.fitting.evidence import Evidence
+from btx_merge.fitting.equations import Moments, Statistics, mean_square, ridge_solution, scaled_off_diagonal
+from btx_merge.fitting.evidence import set_marks
 from btx_merge.fitting.head import fit_head_by_frequency
 from btx_merge.fitting.passing import Passage
 from btx_merge.fitting.reading import Tensors
@@ -52,7 +52,6 @@ class SharedFit:
         self.statistics, self.task, self.passage = statistics, task, passage
         self.device = checkpoint.device
         self.takes_own_inputs = task.combine == "regmean"
-        self.evidence = Evidence(texts, task.evidence, checkpoint.device) if task.evidence else None
 
     def fit_embedding(self) -> None:
         """Solve RegMean where inputs are one-hot: every row is the mean by how often a source's text has its token.
@@ -88,7 +87,7 @@ class SharedFit:
             weights = {domain: getattr(own.self_attn, name).weight for domain, own in dense.items()}
             self._solve(index, layer, name, *self._normal_equations(inputs, weights))
         # only now: the output projection's inputs depend on q, k and v as they were just solved for
-        outputs = self.statistics.get(f"layer-{index:03}.outputs", lambda: self._output_moments(layer, dense))
+        outputs = self.statistics.get(f"layer-{index:03}.outputs", lambda: self._output_moments(index, layer, dense))
         self._solve(index, layer, "o_proj", outputs["gram"], outputs["cross"])
 
     def fit_head(self) -> None:
@@ -182,7 +181,7 @@ class SharedFit:
             gram = cross = scaled_off_diagonal(gram)
         return gram, cross
 
-    def _output_moments(self, layer: BTXDecoderLayer, dense: Mapping[str, LlamaDecoderLayer]) -> Moments:
+    def _output_moments(self, index: int, layer: BTXDecoderLayer, dense: Mapping[str, LlamaDecoderLayer]) -> Moments:
         """Collect the output projection's moments, `gram` [Q, Q] and `cross` [Q, H], over all domains.
 
         On the way the sources' states pass their attention, so that they are ready for the feed-forward blocks.
@@ -197,16 +196,18 @@ class SharedFit:
             return {"gram": gram, "cross": cross}
         for stream in self.texts:
             self.passage.attend(stream, stream.dense, dense[stream.name])
-        if self.evidence:
-            self.evidence.set_marks()
+        if self.task.evidence and index == 0:
+            set_marks(self.texts, self.task.evidence)
         for stream in self.texts:
             for batch in stream.batches(stream.fitted):
                 hidden = stream.merged[batch]
                 heads = self.passage.attention(layer, stream, hidden, batch).heads
                 # where the source's state stands behind attention, seen from the merged state before it
-                target = (stream.dense[batch] + stream.mark - hidden).flatten(0, 1)
-                gram = gram + (heads.T @ heads).double() * stream.per_token
-                cross = cross + (heads.T @ target).double() * stream.per_token
+                aims = stream.aims(batch)
+                target = (aims - hidden).flatten(0, 1)
+                weighed = heads / mean_square(aims).flatten(0, 1)
+                gram = gram + (weighed.T @ heads).double() * stream.per_token
+                cross = cross + (weighed.T @ target).double() * stream.per_token
         return {"gram": gram, "cross": cross}
 
     def _own_heads_gram(self, stream: TokenStream, dense: torch.nn.Module) -> torch.Tensor:

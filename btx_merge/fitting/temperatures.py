@@ -6,10 +6,12 @@ Legend: N tokens, H hidden, E experts, K experts per token, P pairs of an expert
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from btx_merge.fitting.equations import mean_square
 from btx_merge.fitting.passing import expert_output
 from btx_merge.model.held_out import LayerFit
 from btx_merge.modeling.modeling_btx import BTXDecoderLayer
@@ -25,10 +27,10 @@ class HeldOutTokens(NamedTuple):
 
     experts: list[int]
     """The domain's own."""
-    inputs: torch.Tensor
-    """What the router reads, [N, H]."""
-    targets: torch.Tensor | None
-    """What the layer should add, [N, H]; None for what the own experts give together."""
+    states: torch.Tensor
+    """Before the norm of the feed-forward block, [N, H]."""
+    aims: torch.Tensor | None
+    """Where the states should stand behind the block, [N, H]; None for where the own experts bring them."""
 
 
 class Temperatures:
@@ -54,7 +56,8 @@ class Temperatures:
     def best(self, index: int, factors: Sequence[float] = TEMPERATURES) -> tuple[LayerFit, torch.Tensor]:
         """Return the best factor with its figures, and the router [E, H] that it gives.
 
-        The best has the smallest mean over domains of `sum |y - target|^2 / sum |target|^2`.
+        The best has the smallest mean over domains of `sum |y - target|^2 / sum |target|^2`, each token relative to
+        the state that it should come to.
 
         Args:
             index: the layer's number.
@@ -63,14 +66,16 @@ class Temperatures:
         errors: dict[float, list[float]] = {factor: [] for factor in factors}
         own_errors = []
         for text in self.texts:
-            routes = {factor: self._route(text.inputs, factor) for factor in factors}
-            own = torch.tensor([text.experts] * len(text.inputs), device=text.inputs.device)  # [N, chunks]
-            given = outputs_of(self.layer, text.inputs, [own, *(chosen for _, chosen in routes.values())])
+            inputs = self.layer.post_attention_layernorm(text.states)
+            routes = {factor: self._route(inputs, factor) for factor in factors}
+            own = torch.tensor([text.experts] * len(inputs), device=inputs.device)  # [N, chunks]
+            given = outputs_of(self.layer, inputs, [own, *(chosen for _, chosen in routes.values())])
             by_own = given(own).sum(dim=1)
-            targets = by_own if text.targets is None else text.targets
-            own_errors.append(_relative_error(by_own, targets))
+            targets = by_own if text.aims is None else text.aims - text.states
+            error_of = partial(_relative_error, targets, mean_square(text.states + targets))
+            own_errors.append(error_of(by_own))
             for factor, (weights, chosen) in routes.items():
-                errors[factor].append(_relative_error((weights[..., None] * given(chosen)).sum(dim=1), targets))
+                errors[factor].append(error_of((weights[..., None] * given(chosen)).sum(dim=1)))
         # a tie goes to the softer router
         error, factor = min((round(_mean(found), 6), factor) for factor, found in errors.items())
         return LayerFit(index, factor, self._right(factor), error, _mean(own_errors)), self._router(factor)
@@ -101,8 +106,9 @@ class Temperatures:
         """Return the mean over domains of the part of tokens for which an own expert is the likeliest."""
         rows, parts = self._router(factor), []
         for text in self.texts:
-            own = torch.tensor(text.experts, device=text.inputs.device)
-            parts.append(torch.isin((text.inputs @ rows.T).argmax(dim=-1), own).float().mean().item())
+            own = torch.tensor(text.experts, device=rows.device)
+            logits = self.layer.post_attention_layernorm(text.states) @ rows.T
+            parts.append(torch.isin(logits.argmax(dim=-1), own).float().mean().item())
         return _mean(parts)
 
 
@@ -130,10 +136,15 @@ def outputs_of(
     return lambda chosen: outputs[places[chosen, tokens]]
 
 
-def _relative_error(outputs: torch.Tensor, targets: torch.Tensor) -> float:
-    """Return `sum |y - target|^2 / sum |target|^2`: no domain weighs more because its targets are larger."""
-    distance = (outputs - targets).square().sum()
-    return (distance / targets.square().sum().clamp(min=1e-30)).item()  # a target may be all zeros
+def _relative_error(targets: torch.Tensor, squares: torch.Tensor, outputs: torch.Tensor) -> float:
+    """Return `sum |y - target|^2 / sum |target|^2`: no domain weighs more because its targets are larger.
+
+    Args:
+        targets: [N, H], and outputs as well.
+        squares: what each token's are relative to, [N, 1].
+    """
+    distance, size = (((outputs - targets).square() / squares).sum(), (targets.square() / squares).sum())
+    return (distance / size.clamp(min=1e-30)).item()  # a target may be all zeros
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -14,8 +14,10 @@ from tests.support.common import load_float32
 HIDDEN, EXPERTS = 16, 5
 
 
-def relative_error(output: torch.Tensor, target: torch.Tensor) -> float:
-    return float((output - target).square().sum() / target.square().sum())
+def relative_error(output: torch.Tensor, before: torch.Tensor, aim: torch.Tensor) -> float:
+    """Of what is added to states, each token relative to the length of the state that it should come to."""
+    target, length = aim - before, aim.square().sum(dim=-1, keepdim=True)
+    return float(((output - target).square() / length).sum() / (target.square() / length).sum())
 
 
 def test_the_factor_of_a_fit_is_the_best_of_those_tried(tmp_path):
@@ -27,7 +29,8 @@ def test_the_factor_of_a_fit_is_the_best_of_those_tried(tmp_path):
         tmp_path / "fitted",
         Options(statistics=tmp_path / "statistics"),
     )
-    layer = load_float32(tmp_path / "fitted").model.layers[0].mlp.requires_grad_(False)
+    fitted = load_float32(tmp_path / "fitted").model.layers[0].requires_grad_(False)
+    layer, norm = fitted.mlp, fitted.post_attention_layernorm
     blocks = {name: load_float32(tmp_path / name).model.layers[0].mlp.requires_grad_(False) for name in DOMAINS}
     moments = Statistics(tmp_path / "statistics", {}).get("layer-000.router", dict)
     unit = layer.gate.weight.data / report.layers[0].temperature
@@ -36,8 +39,9 @@ def test_the_factor_of_a_fit_is_the_best_of_those_tried(tmp_path):
         layer.gate.weight.data = factor * unit
         found = []
         for name in DOMAINS:
-            read = moments[f"inputs.{name}"][None]
-            found.append(relative_error(layer(read)[0], blocks[name](read)))
+            states = moments[f"states.{name}"][None]
+            read = norm(states)
+            found.append(relative_error(layer(read), states, states + blocks[name](read)))
         errors[factor] = sum(found) / 2
     assert report.layers[0].temperature == min(errors, key=lambda factor: errors[factor])
     assert report.layers[0].error == pytest.approx(min(errors.values()), rel=1e-3)
@@ -75,10 +79,12 @@ def test_it_is_what_running_the_layer_with_each_factor_gives(routing, rows):
     if routing == "biased":
         layer.mlp.routing.e_score_correction_bias.copy_(torch.linspace(-0.4, 0.4, EXPERTS))
     stored, solution = layer.mlp.gate.weight.clone(), 0.1 * torch.randn(EXPERTS, HIDDEN)
-    inputs = torch.randn(2, 40, HIDDEN)
+    before = torch.randn(2, 40, HIDDEN)
+    before[:, 0] *= 100  # as the first tokens of many models have it
+    inputs = layer.post_attention_layernorm(before)
     own = [[1, 2], [3]]
-    targets = [None, torch.randn(40, HIDDEN)]
-    texts = [HeldOutTokens(*each) for each in zip(own, inputs, targets, strict=True)]
+    aims = [None, before[1] + torch.randn(40, HIDDEN)]
+    texts = [HeldOutTokens(*each) for each in zip(own, before, aims, strict=True)]
     trial = Temperatures(layer, solution, rows, texts, config.num_experts_per_tok)
     found, router = trial.best(7)
 
@@ -87,14 +93,14 @@ def test_it_is_what_running_the_layer_with_each_factor_gives(routing, rows):
         return (torch.nn.functional.silu(gate) * up) @ layer.mlp.experts.down_proj[number].T
 
     by_own = [sum(expert(number, read) for number in numbers) for numbers, read in zip(own, inputs, strict=True)]
-    aims = [by_own[0], targets[1]]
+    aims[0] = before[0] + by_own[0]
     errors, accuracies = {}, {}
     for factor in TEMPERATURES:
         weight = stored.clone()
         weight[[*rows]] = factor * solution[[*rows]]
         layer.mlp.gate.weight.copy_(weight)
         outputs = [layer.mlp(read[None])[0] for read in inputs]
-        errors[factor] = sum(map(relative_error, outputs, aims)) / 2
+        errors[factor] = sum(map(relative_error, outputs, before, aims)) / 2
         right = [
             float(sum(int(token) in numbers for token in (read @ weight.T).argmax(dim=-1)) / 40)
             for numbers, read in zip(own, inputs, strict=True)
@@ -109,5 +115,5 @@ def test_it_is_what_running_the_layer_with_each_factor_gives(routing, rows):
     assert found.temperature == best
     assert torch.equal(router, expected)
     assert found.error == pytest.approx(errors[best], abs=2e-6)  # it is rounded there
-    assert found.own_error == pytest.approx(relative_error(by_own[1], targets[1]) / 2, rel=1e-5)
+    assert found.own_error == pytest.approx(relative_error(by_own[1], before[1], aims[1]) / 2, rel=1e-5)
     assert found.accuracy == pytest.approx(accuracies[best])
