@@ -127,7 +127,8 @@ class LayerFit:
     accuracy: float
     """Part of held-out tokens whose likeliest expert is their domain's."""
     error: float
-    """Squared distance of what the experts add from what they should, relative to that, on held-out tokens."""
+    """Squared distance of what the experts add from what they should, relative to that, on held-out tokens. Each token
+    counts relative to its state, as the next norm sees it."""
     own_error: float
     """The same with every token at its own domain's expert."""
 
