@@ -40,7 +40,6 @@ SHARED: dict[str, dict[str, Any]] = {
     "regmean": {"combine": "regmean"},
     "regmean_merged": {"combine": "regmean_merged"},
     "regmean_merged, head": {"combine": "regmean_merged", "head": "fitted"},
-    "regmean_merged, head, evidence": {"combine": "regmean_merged", "head": "fitted", "evidence": 0.15},
 }
 ROUTERS: dict[str, dict[str, Any]] = {
     "random": {},

@@ -78,7 +78,6 @@ FITTED = {
     "regmean_merged, ridge": [*REGMEAN, *RIDGE],
     "regmean_merged, ridge, a head of its own": [*REGMEAN, *RIDGE, *OWN_HEAD],
     "regmean_merged, logistic, a head of its own": [*REGMEAN, *LOGISTIC, *OWN_HEAD],
-    "regmean_merged, logistic, evidence, a head of its own": [*REGMEAN, *LOGISTIC, "--evidence", "0.15", *OWN_HEAD],
 }
 """What a merge is told that is fitted and not trained."""
 BEST_FIT = "regmean_merged, ridge, a head of its own"

@@ -124,8 +124,6 @@ def print_check(checked: Check) -> None:
     shared = recipe.combine
     if recipe.has_own_head:
         shared += ", a head of its own"
-    if recipe.evidence:
-        shared += f", marks of the domain ({recipe.evidence:g})"
     if recipe.fold_norms:
         shared += ", norms folded into the experts"
     if checked.is_lossless:

@@ -137,7 +137,7 @@ def dense_recipe(values: Mapping[str, Any], model: MergedModel, moved: Mapping[s
     plain |= {"experts": experts, "combine": "mean" if combine in REGMEAN_METHODS else combine}
     if plain.pop("head", None) == "fitted":
         plain["untie"] = True  # it could mix tied and untied sources
-    plain |= {"evidence": 0.0, "router_init": "zeros", "domain_text": {}, "prompts": {}, "num_experts_per_tok": 1}
+    plain |= {"router_init": "zeros", "domain_text": {}, "prompts": {}, "num_experts_per_tok": 1}
     plain |= {"dtype": TORCH_NAMES[model.dtype], "tokenizer_source": SEED}
     return MergeRecipe.from_dict(plain, str(model.located.folder / RECIPE_FILE))
 

@@ -82,8 +82,6 @@ class FitTask:
     """expert, to send tokens through their own domain's on the way to the next layer; or router."""
     router_ridge: float = 0.001
     regmean_ridge: float = 0.01
-    evidence: float = 0.0
-    """regmean_merged: size of the domain's mark in the residual stream, relative to the states; 0 for none."""
     averaged: int = 0
     """For `combine`: of how many sources the means are from which it sets out."""
     rows: tuple[int, ...] | None = None

@@ -156,7 +156,7 @@ class RouterFit:
             chosen = torch.linspace(0, len(held) - 1, min(_HELD_OUT_TOKENS, len(held))).long()
             moments[f"states.{stream.name}"] = held[chosen]
             if self.task.combine:
-                moments[f"aims.{stream.name}"] = stream.aims(stream.held_out).flatten(0, 1)[chosen]
+                moments[f"aims.{stream.name}"] = stream.dense[stream.held_out].flatten(0, 1)[chosen]
         return moments
 
 

@@ -193,7 +193,6 @@ def fit_folder(
         "router": task.router,
         "combine": task.combine,
         "head": task.head,
-        "evidence": task.evidence,
         "fit_through": task.through,
     }
     kept = Statistics(Path(options.statistics).expanduser() if options.statistics else None, key)

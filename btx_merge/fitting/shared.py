@@ -19,7 +19,6 @@ from btx_merge.architectures.llama import EMBEDDING, HEAD
 from btx_merge.fitting.checkpoint import Checkpoint
 from btx_merge.fitting.dense_source import DenseSource, row_blocks
 from btx_merge.fitting.equations import Moments, Statistics, mean_square, ridge_solution, scaled_off_diagonal
-from btx_merge.fitting.evidence import set_marks
 from btx_merge.fitting.head import fit_head_by_frequency
 from btx_merge.fitting.passing import Passage
 from btx_merge.fitting.reading import Tensors
@@ -87,7 +86,7 @@ class SharedFit:
             weights = {domain: getattr(own.self_attn, name).weight for domain, own in dense.items()}
             self._solve(index, layer, name, *self._normal_equations(inputs, weights))
         # only now: the output projection's inputs depend on q, k and v as they were just solved for
-        outputs = self.statistics.get(f"layer-{index:03}.outputs", lambda: self._output_moments(index, layer, dense))
+        outputs = self.statistics.get(f"layer-{index:03}.outputs", lambda: self._output_moments(layer, dense))
         self._solve(index, layer, "o_proj", outputs["gram"], outputs["cross"])
 
     def fit_head(self) -> None:
@@ -181,7 +180,7 @@ class SharedFit:
             gram = cross = scaled_off_diagonal(gram)
         return gram, cross
 
-    def _output_moments(self, index: int, layer: BTXDecoderLayer, dense: Mapping[str, LlamaDecoderLayer]) -> Moments:
+    def _output_moments(self, layer: BTXDecoderLayer, dense: Mapping[str, LlamaDecoderLayer]) -> Moments:
         """Collect the output projection's moments, `gram` [Q, Q] and `cross` [Q, H], over all domains.
 
         On the way the sources' states pass their attention, so that they are ready for the feed-forward blocks.
@@ -196,16 +195,14 @@ class SharedFit:
             return {"gram": gram, "cross": cross}
         for stream in self.texts:
             self.passage.attend(stream, stream.dense, dense[stream.name])
-        if self.task.evidence and index == 0:
-            set_marks(self.texts, self.task.evidence)
         for stream in self.texts:
             for batch in stream.batches(stream.fitted):
                 hidden = stream.merged[batch]
                 heads = self.passage.attention(layer, stream, hidden, batch).heads
                 # where the source's state stands behind attention, seen from the merged state before it
-                aims = stream.aims(batch)
-                target = (aims - hidden).flatten(0, 1)
-                weighed = heads / mean_square(aims).flatten(0, 1)
+                aim = stream.dense[batch]
+                target = (aim - hidden).flatten(0, 1)
+                weighed = heads / mean_square(aim).flatten(0, 1)
                 gram = gram + (weighed.T @ heads).double() * stream.per_token
                 cross = cross + (weighed.T @ target).double() * stream.per_token
         return {"gram": gram, "cross": cross}

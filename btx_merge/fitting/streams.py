@@ -54,8 +54,6 @@ class TokenStream:
     """Hidden states in the merged model, [B, T, H]."""
     dense: States = field(init=False)
     """Hidden states in its own source, where shared weights are fitted."""
-    mark: torch.Tensor | None = None
-    """What merged states of length 1 should have besides, [H], by which later routers know the domain (`evidence`)."""
 
     @cached_property
     def documents(self) -> list[list[tuple[int, int]]]:
@@ -89,11 +87,6 @@ class TokenStream:
     def held_out_alone(self) -> TokenStream:
         """Return a stream of the held-out windows and nothing else, with states of its own."""
         return replace(self, ids=self.ids[self.held_out], positions=self.positions[self.held_out])
-
-    def aims(self, part: slice) -> torch.Tensor:
-        """Return where merged states should come to, [B, T, H]: to the source's own, with a mark in proportion."""
-        own = self.dense[part]
-        return own if self.mark is None else own + self.mark * self.merged[part].norm(dim=-1, keepdim=True)
 
     @property
     def _held(self) -> int:

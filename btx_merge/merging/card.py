@@ -55,7 +55,6 @@ def model_card(plan: Plan, fitted: Fitted = Fitted()) -> str:
     head = "\n- Head: of its own, each row fitted by how often each domain has its token."
     head = head if recipe.has_own_head else ""
     over = combined_over(recipe.combine, plan.experts)
-    marks = f", with marks of the domain (evidence {recipe.evidence:g})" if recipe.evidence else ""
     folded = " Each expert absorbed its own norm (`fold_norms`)." if recipe.fold_norms else ""
     figures = f"{ROUTERS_TITLE}\n\n{fit_tables(fitted)}\n" if fitted.layers or fitted.losses else ""
     body = f"""
@@ -69,7 +68,7 @@ A Mixture of Experts of {planned_sizes(plan)}, made by
 {rows}
 
 - Experts: {chunked}{folded}
-- Attention, embeddings, norms and head: `{recipe.combine}` over {over}{marks}.{head}
+- Attention, embeddings, norms and head: `{recipe.combine}` over {over}.{head}
 - Routers: `{recipe.router_type}`; {router}
 - The whole recipe, with all defaults and seeds: `btx_recipe.yaml`.
 

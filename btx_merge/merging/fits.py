@@ -11,8 +11,7 @@ REGMEAN_METHODS = ("regmean", "regmean_merged")
 """Ways to combine that are fitted on text."""
 _BEST_SHARED = {"combine": "regmean_merged", "head": "fitted"}
 _BEST_ROUTERS = {"router_init": "logistic", "fit_through": "router"}
-"""What closes most of the gap for far experts of all that loses next to nothing for near ones (docs/results.md): marks
-(`evidence`) spoil merges of SmolLM2."""
+"""What closes most of the gap for far experts, and nearly all of it for near ones (docs/results.md)."""
 
 
 def fit_of_text(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,10 +71,6 @@ class MergeRecipe:
     """What becomes of the language modelling head. combined: it is combined like all else, or is the embedding where
     all sources tie them; fitted: the result has a head of its own in any case, each row fitted by how often each
     domain has its token (for regmean, regmean_merged)."""
-    evidence: float = 0.0
-    """regmean_merged: size of the mark of its domain that attention is fitted to leave in each hidden state, relative
-    to the state; later routers know the domain by it. At least 0 (none). 0.15 helped experts far from the seed, and
-    spoiled near ones: measure it."""
     density: float = 0.8
     """ties, dare_*: part of each difference from the seed that is kept, in (0, 1]."""
     scale: float = 1.0
@@ -231,7 +227,6 @@ RULES: dict[str, Rule] = {
     "seed_weight": ("a number, at least 0", lambda value: 0 <= value < math.inf),
     "combine": one_of(COMBINE_METHODS),
     "head": one_of(HEADS),
-    "evidence": at_least(0),
     "density": ("in (0, 1]", lambda value: 0 < value <= 1),
     "scale": ("a finite number", math.isfinite),
     "expert_mode": one_of(EXPERT_MODES),
@@ -304,9 +299,6 @@ def _fit_problems(recipe: MergeRecipe) -> list[Problem]:
     if recipe.has_own_head and not recipe.fits_shared:
         found, expected = f"fitted, with combine: {recipe.combine}", f"combine: {' or '.join(REGMEAN_METHODS)}"
         problems.append(Problem("recipe", "head", found, expected, "Say combine: regmean_merged, or leave it out."))
-    if recipe.evidence and recipe.combine != "regmean_merged":
-        found, remedy = f"{recipe.evidence:g}, with combine: {recipe.combine}", "Say so, or leave it out."
-        problems.append(Problem("recipe", "evidence", found, "combine: regmean_merged", remedy))
     if recipe.is_fitted and recipe.expert_mode == "blend":
         remedy = "Choose whole or split, or fit nothing."
         problems.append(Problem("recipe", "expert_mode", "blend", "experts that belong to a domain", remedy))

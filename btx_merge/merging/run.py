@@ -240,7 +240,6 @@ def _fit(plan: Plan, folder: Path, files: Path, options: Options, reporter: Repo
         through=recipe.fit_through,
         router_ridge=recipe.router_ridge,
         regmean_ridge=recipe.regmean_ridge,
-        evidence=recipe.evidence,
         averaged=len(plan.experts),
     )
     return fit_folder(folder, files, task, options, reporter, sources)

@@ -60,7 +60,6 @@ RECIPE_OPTIONS = {
     *(
         "--combine",
         "--head",
-        "--evidence",
         "--density",
         "--scale",
         "--expert-mode",

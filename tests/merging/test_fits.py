@@ -15,13 +15,12 @@ from tests.support.common import assert_complete, files_of, grow, save_seed, ten
 BEST = {
     "combine": "regmean_merged",
     "head": "fitted",
-    "evidence": 0.0,
     "router_init": "logistic",
     "fit_through": "router",
 }
-PLAIN = {"combine": "mean", "head": "combined", "evidence": 0.0, "router_init": "random", "fit_through": "expert"}
+PLAIN = {"combine": "mean", "head": "combined", "router_init": "random", "fit_through": "expert"}
 ROUTERS = {key: BEST[key] for key in ("router_init", "fit_through")}
-SHARED = {key: BEST[key] for key in ("combine", "head", "evidence")}
+SHARED = {key: BEST[key] for key in ("combine", "head")}
 
 
 def fit_of(**values) -> dict:
@@ -36,7 +35,6 @@ def fit_of(**values) -> dict:
     [
         ({}, BEST),
         ({"regmean_ridge": 0.1, "domain_tokens": 500}, BEST),
-        ({"evidence": 0.3}, BEST | {"evidence": 0.3}),
         ({"head": "combined"}, BEST | {"head": "combined"}),
         ({"fit_through": "expert"}, BEST | {"fit_through": "expert"}),
         ({"combine": "mean"}, PLAIN | ROUTERS),
@@ -70,9 +68,9 @@ def test_copies_are_equal():
 
 
 def test_a_recipe_to_start_from_says_what_would_be_done():
-    given = {"domain_text": {"code": "code.jsonl"}, "evidence": 0.2}
+    given = {"domain_text": {"code": "code.jsonl"}, "head": "combined"}
     printed = yaml.safe_load(recipe_template(given))
-    assert {key: printed[key] for key in BEST} == BEST | {"evidence": 0.2}
+    assert {key: printed[key] for key in BEST} == BEST | {"head": "combined"}
     assert {key: value for key, value in yaml.safe_load(recipe_template({})).items() if key in BEST} == PLAIN
 
 
