@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from btx_merge.cli.options import Device, Json, Overwrite, Quiet, described, option
+from btx_merge.cli.options import Device, Json, Overwrite, described, option
 from btx_merge.cli.printing import print_json
 from btx_merge.cli.takes import Given, takes
 from btx_merge.cli.terminal import terminal
@@ -28,7 +28,7 @@ def eval_command(
     ] = False,
     device: Device = None,
     overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    quiet: Annotated[bool, option("Print the tables, warnings and errors only.", "--quiet", "-q")] = False,
     json_output: Json = False,
 ) -> None:
     """Measure a merged model on held-out text, beside the models that it was made of; or any other model, alone."""

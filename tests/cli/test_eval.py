@@ -30,6 +30,8 @@ def test_an_evaluation(family: Family, texts: dict[str, str], tmp_path: Path) ->
     done = btx("eval", merged, *data, "--tokens", "60", "--no-sources", "--json", level="package")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["rows"][0]["scores"] == report["rows"][0]["scores"]
+    done = btx("eval", merged, *data, "--tokens", "60", "--no-sources", "-q", level="package")
+    assert (done.returncode, done.stdout.splitlines()[0], done.stderr) == (0, "Bits per byte", "")
 
 
 def test_no_name_is_shortened_on_a_narrow_terminal(capsys, monkeypatch) -> None:
