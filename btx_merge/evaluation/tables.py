@@ -41,7 +41,7 @@ def lines_of(report: EvalReport) -> list[str]:
         documents, windows = counted(amount.documents, "document"), counted(amount.windows, "window")
         lines.append(f"{name}: {amount.nbytes:,} bytes in {documents}: {amount.tokens:,} tokens in {windows}.")
     dtype = f"in {report.dtype}" + ("" if report.device == "cpu" else f" on {report.device}")
-    lines.append(f"Every token is scored once, in windows of at most {report.window:,} tokens, {dtype}.")
+    lines.append(f"Every token is scored once, in windows of at most {counted(report.window, 'token')}, {dtype}.")
     if report.without_gap:
         lines.append(
             f"No source is better than the seed at {', '.join(report.without_gap)} by a thousandth of its bits: "

@@ -10,6 +10,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from btx_merge.errors import InputError, Problem
 
@@ -33,6 +34,12 @@ _MIN_LEARNING_RATE = {"min_lr_rate": 0.1}
 """The cosine ends at a tenth of the peak, as in the paper (section 4.1)."""
 _WARMUP_STEPS = 100
 """The paper's; or a tenth of the steps, if that is less."""
+
+_AT_LEAST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    "seed": 0,
+}
+"""What transformers does not check before it computes."""
 
 _DECIDED = {  # what they would ask for is asked for in another way, or cannot be had here
     "output_dir": "Give --output.",
@@ -93,6 +100,9 @@ def training_arguments(values: Mapping[str, Any], folder: str) -> TrainingArgume
     for name, value in values.items():
         if value is None or any(problem.where == name for problem in problems):
             continue
+        if name == "report_to" and isinstance(value, (list, tuple)):
+            typed[name] = [*map(str, value)]  # of which transformers' parser takes one only
+            continue
         try:
             typed[name] = getattr(parser.parse_args(_words(name, value)), name)
         except _NotUnderstood as error:
@@ -102,13 +112,16 @@ def training_arguments(values: Mapping[str, Any], folder: str) -> TrainingArgume
     if not problems and (steps is None or steps < 1):
         found = "missing" if steps is None else f"{steps}"
         problems.append(Problem("command", "max_steps", found, "at least 1", "Give --max-steps."))
+    for name, least in _AT_LEAST.items():
+        if typed.get(name, least) < least:
+            problems.append(Problem("command", name, f"{typed[name]}", f"at least {least}"))
     if problems:
         raise InputError(problems)
     settings = {**DEFAULTS, **_defaults_by(typed), **typed}
     if not torch.accelerator.is_available():
         settings["use_cpu"] = True  # without it, accelerate does not let ranks on a CPU meet
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=folder,
             remove_unused_columns=False,
             accelerator_config={"dispatch_batches": False},  # every rank reads, and keeps its own
@@ -116,6 +129,23 @@ def training_arguments(values: Mapping[str, Any], folder: str) -> TrainingArgume
         )
     except (ValueError, TypeError, ImportError) as error:
         raise InputError([Problem("command", "arguments", " ".join(str(error).split()))]) from error
+    if problems := _report_problems(arguments.report_to or ()):
+        raise InputError(problems)
+    return arguments
+
+
+def _report_problems(names: Iterable[str]) -> list[Problem]:
+    """Return which of the places that losses are to be reported to are unknown, or not installed."""
+    known, installed = INTEGRATION_TO_CALLBACK, get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    problems = []
+    for name in names:
+        if name not in known:
+            problems.append(Problem("command", "report_to", repr(name), f"none, or one of {', '.join(sorted(known))}"))
+        elif name not in installed and name != "flyte":  # of which transformers does not tell
+            problems.append(
+                Problem("command", "report_to", f"{name} is not installed", "", "Install it, or say none.")
+            )
+    return problems
 
 
 def _defaults_by(typed: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from btx_merge.checkpoints.tensor_files import stored_tensors
 from btx_merge.errors import MergeInterrupted
 from btx_merge.files.placing import partial_of
 from btx_merge.finetuning import trainer
+from btx_merge.finetuning.arguments import training_arguments
 from btx_merge.finetuning.card import training_section
 from btx_merge.finetuning.metrics import Meter
 from btx_merge.finetuning.recipe import TrainRecipe
@@ -473,6 +474,26 @@ def test_packages_that_are_missing_are_named_first(merged, texts, tmp_path, monk
     found = problems_of(train, recipe(merged, texts, arguments={"report_to": None}), tmp_path / "out")
     assert [line.split(":")[1].strip() for line in found] == ["accelerate", "matplotlib"]
     assert all("pip install '.[train]'" in line for line in found)
+
+
+def test_places_to_report_to_that_are_not_there_are_named_first(merged, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    arguments = {"report_to": ["wandb", "wandbb"]}
+    missing, unknown = problems_of(train, recipe(merged, texts, arguments=arguments), tmp_path / "out")
+    assert missing == "command: report_to: wandb is not installed. Install it, or say none."
+    assert unknown.startswith("command: report_to: 'wandbb'; expected none, or one of ")
+    assert list(tmp_path.iterdir()) == []
+    both = training_arguments({"max_steps": 1, "report_to": ["tensorboard", "tensorboard"]}, str(tmp_path))
+    assert both.report_to == ["tensorboard", "tensorboard"]
+
+
+def test_numbers_that_transformers_would_stumble_over_later_are_named_first(merged, texts, tmp_path):
+    arguments = {"per_device_train_batch_size": 0, "seed": -1}
+    assert problems_of(train, recipe(merged, texts, arguments=arguments), tmp_path / "out") == [
+        "command: per_device_train_batch_size: 0; expected at least 1",
+        "command: seed: -1; expected at least 0",
+    ]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_lora_is_not_sharded(merged, texts):
