@@ -87,8 +87,11 @@ def _kept_results(metadata: Mapping[str, Any]) -> list[EvalResult]:
     """Return the other results in a card, but for those of an earlier evaluation; none where they cannot be read."""
     from huggingface_hub.repocard_data import model_index_to_eval_results
 
+    index = metadata.get(MODEL_INDEX)
+    if not index:
+        return []
     try:
-        _, results = model_index_to_eval_results(metadata.get(MODEL_INDEX) or [])
+        _, results = model_index_to_eval_results(index)
     except (AttributeError, KeyError, TypeError, ValueError):
         return []
     ours = {"Bits per byte", _PERPLEXITY[1]}
