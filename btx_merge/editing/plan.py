@@ -29,6 +29,7 @@ from btx_merge.model.merged import MergedModel
 from btx_merge.model.records import anchor_sources, read_record
 from btx_merge.sources.opening import open_each
 from btx_merge.sources.source import SEED, ExpertSpec, Source
+from btx_merge.sources.text_checks import shared_text_warnings
 from btx_merge.values import parse_size
 
 
@@ -43,7 +44,7 @@ class EditPlan:
     mixture: Mixture
     """The result; sources that stay lie in the model's own files."""
     warnings: tuple[Problem, ...]
-    """What deserves a look in the new sources."""
+    """What deserves a look in the new sources and in the texts."""
     origins: Mapping[str, str | None]
     """Every domain of the result, in order, and its name in the model; None for what is new or replaced."""
     values: Mapping[str, Any]
@@ -146,8 +147,9 @@ def plan_edit(recipe: EditRecipe, model: MergedModel, scratch: Callable[[], Path
     except InputError as error:
         raise InputError(map(_without_untie, error.problems)) from error
     new = {name for name, origin in origins.items() if origin is None}
-    warnings = tuple(warning for warning in examined.warnings if warning.source in new)
-    return EditPlan(recipe, model, _mixture(recipe, model, values, examined), warnings, origins, values)
+    warnings = [warning for warning in examined.warnings if warning.source in new]
+    warnings += shared_text_warnings(recipe.domain_text)
+    return EditPlan(recipe, model, _mixture(recipe, model, values, examined), tuple(warnings), origins, values)
 
 
 def _origins(recipe: EditRecipe, model: MergedModel) -> dict[str, str | None]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from btx_merge.errors import InputError, Problem
 from btx_merge.fitting.recipe import TEXT_ROUTERS
 from btx_merge.reporting import short
-from btx_merge.sources.source import SEED, ExpertSpec, as_spec
+from btx_merge.sources.source import ExpertSpec, as_spec
 from btx_merge.texts.references import DomainText, as_domain_texts
 from btx_merge.values import (
     ABOVE_ZERO,
@@ -140,5 +140,3 @@ def _change_problems(recipe: EditRecipe) -> Iterator[Problem]:
             yield from error.problems
         if old == new:
             yield Problem("recipe", f"rename.{old}", f"{new}", "another name")
-    if SEED in recipe.add:
-        yield Problem("recipe", "add", f"the name {SEED!r}", "another name; that one is the seed's own")

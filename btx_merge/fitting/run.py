@@ -26,7 +26,7 @@ from btx_merge.options import Options, refuse_unused
 from btx_merge.reporting import Reporter
 from btx_merge.sources.locate import Located
 from btx_merge.sources.source import SEED
-from btx_merge.sources.text_checks import check_texts
+from btx_merge.sources.text_checks import check_texts, shared_text_warnings
 from btx_merge.texts.references import public_record, public_reference
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def fit(
         problems += _name_problems(recipe, located.folder)
     if problems or located is None:
         raise InputError(problems)
+    for warning in shared_text_warnings(recipe.domain_text):
+        reporter.warn(str(warning))
 
     layout = same_layout(located.folder)
     with continuable(target), copy_staging(layout, located.folder, located.stamps, target, reporter) as staging:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -452,6 +453,12 @@ def test_a_row_is_fitted_on_text(root, two, texts, tmp_path, given, monkeypatch)
     assert [text["name"] for text in record["domain_text"]] == [text.name for text in used]
     assert ("router_ridge" in record) == (way == "ridge")
     assert str(tmp_path) not in (tmp_path / "out/btx_recipe.yaml").read_text()
+
+
+def test_a_text_of_two_domains_is_a_warning(root, two, texts, tmp_path):
+    same = (texts["bio"], replace(texts["bio"], name="code"))
+    report = edited(two, tmp_path / "out", add={"bio": str(root / "bio")}, domain_text=same)
+    assert "the same text for several domains" in str(report.warnings[-1])
 
 
 def test_a_recipe_of_the_result_is_that_of_the_new_set(root, two, tmp_path):

@@ -137,6 +137,17 @@ def test_text_of_the_seed_gives_its_row(grown, tmp_path):
     assert tensors_of(tmp_path / "btx")[GATE.format(0)][0].any()
 
 
+def test_a_text_of_two_domains_is_a_warning(grown, tmp_path):
+    folder, texts = grown
+    merge(recipe_of(folder), tmp_path / "btx")
+    same = tuple(DomainText(name, texts["code"].references) for name in DOMAINS)
+    warnings: list[str] = []
+    fit(FitRecipe(str(tmp_path / "btx"), domain_text=same), tmp_path / "out", reporter=Told(warn=warnings.append))
+    assert len(warnings) == 1
+    assert warnings[0].startswith("code, math: ")
+    assert "code.jsonl: the same text for several domains; expected a text of its own for each" in warnings[0]
+
+
 def test_merging_with_ridge_is_merging_then_fitting(grown, tmp_path):
     folder, texts = grown
     merge(recipe_of(folder, router_init="zeros"), tmp_path / "zeros")
