@@ -180,7 +180,7 @@ def test_a_recipe_with_all_options_to_start_from(tmp_path: Path) -> None:
     assert values["seed"] is None
     assert MergeRecipe.from_dict({**values, "seed": "a", "experts": {"b": "c"}}) == MergeRecipe("a", {"b": "c"})
     text = " ".join(line.removeprefix("# ") for line in done.stdout.splitlines())
-    descriptions = field_descriptions(MergeRecipe)
+    descriptions = dict(field_descriptions(MergeRecipe))
     del descriptions["resolved"]  # written by a merge, not by hand
     for description in (*descriptions.values(), *field_descriptions(ExpertSpec).values()):
         assert description in text

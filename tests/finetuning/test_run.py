@@ -826,7 +826,7 @@ def test_the_last_checkpoint_keeps_no_optimizer(merged, texts, tmp_path, monkeyp
         raise OSError("no room")
 
     with monkeypatch.context() as broken:
-        broken.setattr("btx_merge.finetuning.session.draw", refuse)
+        broken.setattr("btx_merge.finetuning.session.figure_of", refuse)
         with pytest.raises(MergeError, match="no room"):
             train(settings, tmp_path / "out")
     work = tmp_path / f"out{SUFFIX}"
