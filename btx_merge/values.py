@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from btx_merge.errors import InputError, Problem
@@ -26,7 +27,7 @@ _NAMED = 20  # unknown keys named one by one
 
 
 @functools.cache
-def field_descriptions(cls: type) -> dict[str, str]:
+def field_descriptions(cls: type) -> Mapping[str, str]:
     """Return the text under each field of a class, by the field's name. It is read from the source, on one line."""
     module = ast.parse(inspect.getsource(sys.modules[cls.__module__]))
     (definition,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == cls.__name__)
@@ -36,7 +37,7 @@ def field_descriptions(cls: type) -> dict[str, str]:
             continue
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             out[statement.target.id] = " ".join(str(below.value.value).split())
-    return out
+    return MappingProxyType(out)  # it is kept, so nobody may change it
 
 
 def is_text(value: Any) -> bool:

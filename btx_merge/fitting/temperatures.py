@@ -44,13 +44,14 @@ class Temperatures:
         texts: Sequence[HeldOutTokens],
         experts_per_token: int,
     ):
-        """Set up; nothing is computed yet.
+        """Set up; no factor is tried yet.
 
         Args:
             solution: a router, [E, H].
             rows: those of the solution that are tried.
         """
         self.layer, self.solution, self.rows, self.texts = layer, solution, list(rows), texts
+        self.inputs = [layer.post_attention_layernorm(text.states) for text in texts]  # what the router reads
         self.call = RouterCall(experts_per_token)
 
     def best(self, index: int, factors: Sequence[float] = TEMPERATURES) -> tuple[LayerFit, torch.Tensor]:
@@ -65,8 +66,7 @@ class Temperatures:
         """
         errors: dict[float, list[float]] = {factor: [] for factor in factors}
         own_errors = []
-        for text in self.texts:
-            inputs = self.layer.post_attention_layernorm(text.states)
+        for text, inputs in zip(self.texts, self.inputs, strict=True):
             routes = {factor: self._route(inputs, factor) for factor in factors}
             own = torch.tensor([text.experts] * len(inputs), device=inputs.device)  # [N, chunks]
             given = outputs_of(self.layer, inputs, [own, *(chosen for _, chosen in routes.values())])
@@ -105,10 +105,9 @@ class Temperatures:
     def _right(self, factor: float) -> float:
         """Return the mean over domains of the part of tokens for which an own expert is the likeliest."""
         rows, parts = self._router(factor), []
-        for text in self.texts:
+        for text, inputs in zip(self.texts, self.inputs, strict=True):
             own = torch.tensor(text.experts, device=rows.device)
-            logits = self.layer.post_attention_layernorm(text.states) @ rows.T
-            parts.append(torch.isin(logits.argmax(dim=-1), own).float().mean().item())
+            parts.append(torch.isin((inputs @ rows.T).argmax(dim=-1), own).float().mean().item())
         return _mean(parts)
 
 
