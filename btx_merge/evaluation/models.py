@@ -23,6 +23,7 @@ from btx_merge.sources.source import Source
 from btx_merge.sources.tokenizer_files import no_tokenizer
 from btx_merge.sources.vocabulary import plan_vocabulary
 from btx_merge.texts.readers import is_installed
+from btx_merge.texts.windows import length_problems, positions_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +153,7 @@ def _other(name: str, reference: str, window: int) -> Entry:
     if problems:
         raise InputError(problems)
     if not (located.folder / "adapter_config.json").exists():
-        positions = _positions(read_json(located.folder / "config.json"))
+        positions = positions_of(read_json(located.folder / "config.json"))
         if positions is not None and positions < window:
             remedy = f"Give --window {positions}, for all models."
             raise InputError([Problem(name, "config.json", f"{positions} positions", f"at least {window}", remedy)])
@@ -190,17 +191,9 @@ def window_of(recipe: EvalRecipe, config: Mapping[str, Any]) -> int:
     Raises:
         InputError: more than the model has positions.
     """
-    positions = _positions(config)
-    if positions is not None and recipe.window is not None and recipe.window > positions:
-        found, expected = f"{recipe.window}", f"at most {positions}, the model's positions"
-        raise InputError([Problem("recipe", "window", found, expected)])
-    return recipe.window or min(DEFAULT_WINDOW, positions or DEFAULT_WINDOW)
-
-
-def _positions(config: Mapping[str, Any]) -> int | None:
-    """Return how many tokens a model reads at most; None where its config does not say."""
-    positions = config.get("max_position_embeddings") or config.get("n_positions")
-    return positions if isinstance(positions, int) else None
+    if problems := length_problems("window", recipe.window, config):
+        raise InputError(problems)
+    return recipe.window or min(DEFAULT_WINDOW, positions_of(config) or DEFAULT_WINDOW)
 
 
 def sources_problems(recipe: EvalRecipe, model: MergedModel | None) -> list[Problem]:

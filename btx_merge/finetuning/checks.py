@@ -20,6 +20,7 @@ from btx_merge.sources.tensor_checks import expert_problems, tensor_problems
 from btx_merge.sources.text_checks import check_texts
 from btx_merge.sources.tokenizer_files import no_tokenizer
 from btx_merge.texts.readers import missing_packages
+from btx_merge.texts.windows import length_problems
 
 
 def check_model(recipe: TrainRecipe, target: Path, resume: bool, overwrite: bool) -> Located:
@@ -49,7 +50,7 @@ def check_seed(recipe: BranchRecipe, target: Path, resume: bool, overwrite: bool
     seed: Source | None = None
     with collecting(problems):
         seed = open_whole(SEED, recipe.model)
-        problems += _seed_problems(seed, target)
+        problems += _seed_problems(seed, target) + length_problems("max_length", recipe.max_length, seed.config)
     with collecting(problems):
         check_target(target, overwrite)
     problems = _run_problems(recipe, seed.located.folder if seed else None) + problems
@@ -69,7 +70,7 @@ def _run_problems(recipe: Recipe, tokenizer: Path | None) -> list[Problem]:
 
 def _config_problems(recipe: TrainRecipe, config: Mapping[str, Any]) -> list[Problem]:
     """Return what the recipe asks for and a merged model of this config.json cannot do."""
-    problems = []
+    problems = length_problems("max_length", recipe.max_length, config)
     if recipe.train == "lora" and config.get("router_selection_bias"):
         found, remedy = "true: training moves the bias, and an adapter cannot hold it", "Train routers, shared or all."
         problems.append(Problem("model", "config.json: router_selection_bias", found, "false for a lora", remedy))

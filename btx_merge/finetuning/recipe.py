@@ -61,7 +61,8 @@ class TrainRecipe:
     """What is trained. routers: nothing else; shared: routers and all that was averaged, while experts stay as
     they are; all: every weight; lora: an adapter."""
     max_length: int | None = None
-    """Tokens of a window, at least 2. By default 1024, or what the model takes if that is less."""
+    """Tokens of a window, at least 2 and at most the model's positions. By default 1024, or the positions if these are
+    fewer."""
     holdout: float = 0.02
     """Part of each domain's documents that is scored and not trained on, in [0, 0.5]."""
     shuffle: int = 256
@@ -121,7 +122,8 @@ class BranchRecipe:
     """What is trained. all: every weight, as in the paper; ff: feed-forward blocks alone, so that all that a merge
     averages stays the seed's; lora: an adapter."""
     max_length: int | None = None
-    """Tokens of a window, at least 2. By default 1024, or what the model takes if that is less."""
+    """Tokens of a window, at least 2 and at most the model's positions. By default 1024, or the positions if these are
+    fewer."""
     holdout: float = 0.02
     """Part of each domain's documents that is scored and not trained on, in [0, 0.5]."""
     shuffle: int = 256

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from btx_merge.checkpoints.copying import CopyLayout
 from btx_merge.checkpoints.staging import Staging
-from btx_merge.errors import InputError, MergeInterrupted, Problem
+from btx_merge.errors import InputError, MergeInterrupted
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.disk_errors import continuable, naming
 from btx_merge.files.folder import write_json
@@ -26,6 +26,7 @@ from btx_merge.sources.text_checks import check_texts
 from btx_merge.sources.tokenizer_files import no_tokenizer
 from btx_merge.texts.readers import missing_packages
 from btx_merge.texts.references import public_record
+from btx_merge.texts.windows import length_problems
 
 if TYPE_CHECKING:
     from btx_merge.inspecting.page_text import PageText
@@ -103,9 +104,7 @@ def _check(recipe: RoutingRecipe, target: Path, options: Options) -> list[Merged
             continue
         models.append(model)
         problems += no_tokenizer(name, model.located.folder)
-        most = model.config.get("max_position_embeddings")
-        if recipe.window and isinstance(most, int) and recipe.window > most:
-            problems.append(Problem(name, "--window", f"{recipe.window}", f"at most {most}, which it can take"))
+        problems += length_problems("window", recipe.window, model.config, name)
     problems += check_texts(recipe.data, models[0].located.folder if models else None)
     problems += device_problems(options.device) + missing_packages("matplotlib")
     if problems:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from btx_merge.errors import InputError, Problem
@@ -45,6 +45,28 @@ def packed_windows(
     elif is_first:
         remedy = "Give another file, or leave the domain out."
         raise InputError([Problem(source, "text", "not a single token", "at least one document with text", remedy)])
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens the model of a config.json reads at most; None where it does not say."""
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    return positions if isinstance(positions, int) else None
+
+
+def length_problems(
+    where: str, length: int | None, config: Mapping[str, Any], source: str = "recipe"
+) -> list[Problem]:
+    """Return whether windows of `length` tokens, where a length is asked for, are longer than what a model reads.
+
+    Args:
+        where: the name of the length, for the error.
+        config: the model's config.json.
+        source: what the error begins with.
+    """
+    positions = positions_of(config)
+    if length is None or positions is None or length <= positions:
+        return []
+    return [Problem(source, where, f"{length}", f"at most {positions}, the model's positions")]
 
 
 def _tokenized(documents: Iterable[str], tokenizer: Any) -> Iterator[list[int]]:

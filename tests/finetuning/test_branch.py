@@ -305,6 +305,12 @@ def test_all_problems_come_before_anything_is_written(merged, family, texts, tmp
     assert files_of(tmp_path) == {"full/precious": b"mine"}
 
 
+def test_windows_beyond_the_positions(family, texts, tmp_path):
+    (line,) = problems_of(branch, recipe(family.seed, texts, max_length=129), tmp_path / "out")
+    assert line == "recipe: max_length: 129; expected at most 128, the model's positions"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_seed_that_no_merge_would_take(family, texts, tmp_path):
     seed = shutil.copytree(family.seed, tmp_path / "seed")
     (seed / "tokenizer.json").unlink()

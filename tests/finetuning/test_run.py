@@ -418,6 +418,15 @@ def test_all_problems_come_before_anything_is_written(merged, texts, tmp_path, f
     assert files_of(tmp_path) == {"empty.jsonl": b"", "full/precious": b"mine"}
 
 
+def test_windows_beyond_the_positions(merged, texts, tmp_path):
+    done = btx_train(
+        merged, f"--data=code={texts['code']}", "-o", tmp_path / "out", "--max-steps", "1", "--max-length", "129"
+    )
+    assert done.returncode == 2
+    assert "error: recipe: max_length: 129; expected at most 128, the model's positions" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_values_that_cannot_be_meant():
     found = problems_of(TrainRecipe, "", (), "experts", holdout=0.7, router_grad="full", lora_r=0)
     assert [line.split(": ")[1] for line in found] == ["model", "train", "holdout", "router_grad", "lora_r", "data"]

@@ -142,7 +142,7 @@ def test_everything_is_checked_before_the_model_is_loaded(
     found = [(problem.source, problem.where) for problem in error.value.problems]
     assert found == [
         ("output", str(tmp_path / "out")),
-        ("model", "--window"),
+        ("model", "window"),
         ("against", str(tmp_path / "no")),
         ("law", str(tmp_path / "no.jsonl")),
         ("command", "--device"),
