@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -62,16 +63,36 @@ class StoredTensor:
             _buffers.raw = np.empty(nbytes, np.uint8)
         out: Raw = _buffers.raw[:nbytes]
         with naming(self.file), self.file.open("rb", buffering=0) as file:
-            file.seek(first)
-            filled = 0
-            while filled < nbytes:  # Linux gives at most 2 GiB for one call
-                got = file.readinto(out.data[filled:])
-                if not got:
-                    raise InputError([file_problem(self.file, f"ends inside tensor {self.name}", "", FETCH_AGAIN)])
-                filled += got
+            self._fill(out, file, first)
             if not was_cached(self.file):
                 forget_range(file.fileno(), first, nbytes)
         return out
+
+    def gather_rows(self, rows: Sequence[int]) -> Raw:
+        """Read single rows, in this order, as flat bytes in memory of their own.
+
+        The file is opened once for all, since that takes longer than to read a row. What is read stays in the page
+        cache: the rows between these are most often gathered next.
+
+        Raises:
+            InputError: the file ends before the tensor does.
+            OSError: the disk refused.
+        """
+        out = np.empty((len(rows), self.row_bytes), np.uint8)
+        with naming(self.file), self.file.open("rb", buffering=0) as file:
+            for row, place in zip(rows, out, strict=True):
+                self._fill(place, file, self.start + row * self.row_bytes)
+        return out.reshape(-1)
+
+    def _fill(self, out: Raw, file: FileIO, first: int) -> None:
+        """Read bytes of the file from `first` on until `out` is full."""
+        file.seek(first)
+        filled = 0
+        while filled < len(out):  # Linux gives at most 2 GiB for one call
+            got = file.readinto(out.data[filled:])
+            if not got:
+                raise InputError([file_problem(self.file, f"ends inside tensor {self.name}", "", FETCH_AGAIN)])
+            filled += got
 
 
 _buffers = threading.local()  # workers read at the same time, so each has a buffer of its own
@@ -112,6 +133,10 @@ class JoinedTensor(StoredTensor):
             if first < last:
                 pieces.append(part.read_rows(first - number * height, last - number * height).copy())
         return np.concatenate(pieces)
+
+    def gather_rows(self, rows: Sequence[int]) -> Raw:
+        """Read single rows, in this order, as flat bytes in memory of their own."""
+        return np.concatenate([self.read_rows(row, row + 1) for row in rows])
 
 
 def join(parts: Sequence[StoredTensor], by_columns: bool = False) -> StoredTensor:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from btx_merge.fitting.passing import ATTENTION
-from btx_merge.fitting.reading import Tensors, fill_layer, on_device, read_stored
+from btx_merge.fitting.reading import Tensors, fill_layer, gather_stored, on_device, read_stored
 from btx_merge.sources.segments import Segment, within
 from btx_merge.sources.source import Source
 
@@ -79,3 +79,25 @@ class DenseSource:
             rows = on_device(self.read(name, segment.row, segment.row + segment.count), self.device)
             out[segment.out - start : segment.out - start + segment.count] = rows
         return out
+
+    def gather(self, name: str, rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """Return single rows of its embedding or head, as `rows` does.
+
+        Args:
+            rows: of the result's vocabulary, [R].
+            others: the rows that the result has, [R, H].
+        """
+        out = others.clone()
+        for segment in self.segments:
+            here = (rows >= segment.out) & (rows < segment.out + segment.count)
+            if here.any():
+                own = self._gather(name, rows[here] - segment.out + segment.row)
+                out[here.to(self.device)] = on_device(own, self.device)
+        return out
+
+    def _gather(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Return single rows, [R], of its own vocabulary, as `read` does."""
+        stored = self.source.stored_name(name)
+        if stored not in self.source.deltas:
+            return gather_stored(self.source.tensors[stored], rows)
+        return torch.cat([self.read(name, row, row + 1) for row in rows.tolist()])

@@ -26,7 +26,6 @@ from btx_merge.architectures.llama import HEAD
 from btx_merge.fitting.checkpoint import Checkpoint
 from btx_merge.fitting.dense_source import DenseSource
 from btx_merge.fitting.equations import Moments
-from btx_merge.sources.segments import runs
 
 BINS = 64
 """Vectors of shares that rows are rounded to, at most."""
@@ -69,14 +68,13 @@ def fit_head_by_frequency(
         gram.diagonal().add_(penalty)
         factor = torch.linalg.cholesky(gram)
         for rows in torch.split((bins == number).nonzero()[:, 0], _ROWS):
-            mean = _gathered(checkpoint, rows)
+            mean = checkpoint.gather(HEAD, rows)
             target = penalty * mean.double()  # [R, H]
             for name, share, cross in zip(names, middle.tolist(), crosses, strict=True):
-                own = _gathered(checkpoint, rows, sources[name], mean)
+                own = sources[name].gather(HEAD, rows, mean)
                 target += share * (own.double() @ cross.T)
             solved = torch.cholesky_solve(target.T, factor).T
-            for run in runs(rows.numpy()):
-                checkpoint.write(HEAD, solved[run.out : run.out + run.count], run.row)
+            checkpoint.scatter(HEAD, solved, rows)
 
 
 def share_bins(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,19 +109,3 @@ def share_bins(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _nearest(shares: torch.Tensor, middles: torch.Tensor) -> torch.Tensor:
     return torch.cdist(shares, middles, compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
-
-
-def _gathered(
-    checkpoint: Checkpoint,
-    rows: torch.Tensor,
-    source: DenseSource | None = None,
-    mean: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return these rows of the head, [R, H]: the checkpoint's, or a source's and `mean` where it has none."""
-    parts = []
-    for run in runs(rows.numpy()):
-        if source is None or mean is None:
-            parts.append(checkpoint.read(HEAD, run.row, run.row + run.count))
-        else:
-            parts.append(source.rows(HEAD, run.row, mean[run.out : run.out + run.count]))
-    return torch.cat(parts)

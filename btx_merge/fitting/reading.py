@@ -36,6 +36,12 @@ def read_stored(tensor: StoredTensor, device: torch.device, start: int = 0, stop
     return out
 
 
+def gather_stored(tensor: StoredTensor, rows: torch.Tensor) -> torch.Tensor:
+    """Return single rows of a tensor, in the order of `rows` [R], in its own dtype and in the host's memory."""
+    raw = torch.from_numpy(tensor.gather_rows(rows.tolist()))
+    return raw.view(getattr(torch, TORCH_NAMES[tensor.dtype])).reshape(len(rows), *tensor.shape[1:])
+
+
 def on_device(stored: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return weights in float32 on the device. They go there in their own dtype, which may be half as large."""
     return stored.to(device, non_blocking=True).float()

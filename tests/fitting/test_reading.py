@@ -5,18 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from btx_merge import ExpertSpec, NonFiniteError
 from btx_merge.checkpoints.stored import join
 from btx_merge.checkpoints.tensor_files import read_tensor_file
 from btx_merge.fitting import reading, states
 from btx_merge.fitting.checkpoint import Checkpoint
+from btx_merge.fitting.dense_source import DenseSource
 from btx_merge.fitting.passing import ATTENTION, Passage
-from btx_merge.fitting.reading import ReadAhead, on_device, read_stored
+from btx_merge.fitting.reading import ReadAhead, gather_stored, on_device, read_stored
 from btx_merge.fitting.states import States, place_of_states
 from btx_merge.fitting.streams import TokenStream
+from btx_merge.sources.opening import open_source
+from btx_merge.sources.segments import Segment
+from tests.support.common import HIDDEN, load_float32, save_seed
 
 CPU = torch.device("cpu")
 
@@ -38,6 +44,35 @@ def test_rows_are_read_in_their_own_dtype_into_memory_of_their_own(tmp_path, mon
         assert torch.equal(read_stored(stored[name], CPU, 1, 3), tensor[1:3])
     joined = join([stored["matrix"], stored["matrix"]], by_columns=True)
     assert torch.equal(read_stored(joined, CPU), torch.cat([tensors["matrix"]] * 2, dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_single_rows_come_and_go_in_the_order_of_their_numbers(tmp_path, dtype):
+    torch.manual_seed(0)
+    matrix, values, rows = torch.randn(50, 6).to(dtype), torch.randn(4, 6), torch.tensor([7, 49, 0, 3])
+    save_file({"before": torch.randn(3), "matrix": matrix}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path, CPU)
+    assert torch.equal(checkpoint.gather("matrix", rows), matrix[rows].float())
+    joined = join([checkpoint.tensors["matrix"], checkpoint.tensors["matrix"]])
+    assert torch.equal(gather_stored(joined, rows + 47), torch.cat([matrix, matrix])[rows + 47])
+    checkpoint.scatter("matrix", values, rows)
+    assert torch.equal(checkpoint.read("matrix"), matrix.index_copy(0, rows, values.to(dtype)).float())
+    with pytest.raises(NonFiniteError, match="matrix: a fitted value is not finite"):
+        checkpoint.scatter("matrix", values * torch.inf, rows)
+
+
+def test_single_rows_of_a_source_are_those_that_are_read_together(tmp_path):
+    """Of a head that an adapter changes, in a vocabulary that has tokens which the source does not know."""
+    base = save_seed(tmp_path / "seed", tie_word_embeddings=False)
+    config = LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)
+    get_peft_model(load_float32(base), config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    rows, others = torch.randint(0, 20, (40,), generator=torch.Generator().manual_seed(0)), torch.zeros(20, HIDDEN)
+    for spec in (ExpertSpec(str(base)), ExpertSpec(str(tmp_path / "adapter"), base=str(base))):
+        source = open_source("code", spec, None, lambda: tmp_path)
+        dense = DenseSource(source, [Segment(2, 9, 5), Segment(10, 0, 3)], CPU)
+        together = dense.rows("lm_head.weight", 0, others)
+        assert together.any(dim=1).sum() == 8
+        assert torch.equal(dense.gather("lm_head.weight", rows, others[rows]), together[rows])
 
 
 def test_one_read_is_ahead_and_no_more():
