@@ -88,10 +88,15 @@ def _ends_in_one_line(command: Callable[..., None]) -> Callable[..., None]:
 
 def _failed(error: BaseException, lines: list[str], code: int, as_json: bool) -> typer.Exit:
     if as_json:
-        print(json.dumps({"error": type(error).__name__, "problems": lines}, indent=2))
+        _print_failure(error, lines)
     for line in lines:
         print_error(line)
     return typer.Exit(code)
+
+
+def _print_failure(error: BaseException, lines: list[str]) -> None:
+    """Print to stdout, for a program, why a command failed."""
+    print(json.dumps({"error": type(error).__name__, "problems": lines}, indent=2))
 
 
 app.command("check")(_ends_in_one_line(check_command))
@@ -122,6 +127,8 @@ def main() -> None:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except _USAGE_ERROR as error:
         error.message = printable(error.message)
+        if "--json" in sys.argv:  # which may not have been parsed
+            _print_failure(error, [error.format_message()])
         error.show()
         code = error.exit_code
     except OSError as error:  # of --help and --version; a full disk behind stdout

@@ -13,6 +13,7 @@ from btx_merge.merging.recipe import ROUTER_TYPES
 from btx_merge.model.merged import MergedModel
 from btx_merge.reporting import short
 from btx_merge.sources.source import SEED, as_spec
+from btx_merge.sources.tokenizer_files import has_tokenizer
 
 
 def set_problems(recipe: EditRecipe, model: MergedModel, values: Mapping[str, Any]) -> list[Problem]:
@@ -90,5 +91,5 @@ def text_problems(recipe: EditRecipe, model: MergedModel, origins: Mapping[str, 
     if texts and not is_fitted:
         remedy = "Leave it out, or fit all routers anew with btx fit."
         yield Problem("command", "--domain-text", "given, but no new expert's row is fitted on it", "", remedy)
-    if is_fitted and not any((model.located.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if is_fitted and not has_tokenizer(model.located.folder):
         yield Problem("model", str(model.located.folder), "no tokenizer", "one, to fit a router's row on text")

@@ -12,7 +12,7 @@ from btx_merge.architectures.btx import ROUTER
 from btx_merge.architectures.llama import EMBEDDING
 from btx_merge.checkpoints.stored import StoredTensor
 from btx_merge.exporting.files import origin, shared_config
-from btx_merge.model.card import CITATION, UNTRAINED, how_to_use
+from btx_merge.model.card import CITATION, UNTRAINED, how_to_use, markdown_table
 from btx_merge.model.merged import MergedModel
 from btx_merge.reporting import counted
 from btx_merge.sources.cards import in_card
@@ -65,7 +65,7 @@ def mixtral_card(model: MergedModel, untrained: Sequence[str] = ()) -> str:
     Args:
         untrained: experts whose router rows nobody has trained yet.
     """
-    rows = "\n".join(f"| {number} | {name} |" for number, name in enumerate(model.expert_names))
+    experts = [(str(number), name) for number, name in enumerate(model.expert_names)]
     of = "" if len(untrained) == model.num_experts else f" of {', '.join(untrained)}"
     warning = f"Its routers{of} are as a merge begins with them. {UNTRAINED}\n\n" if untrained else ""
     return f"""# {in_card(model.located.public_name.rpartition("/")[2])} as a Mixtral
@@ -75,10 +75,7 @@ def mixtral_card(model: MergedModel, untrained: Sequence[str] = ()) -> str:
 Its weights are the same bytes under Mixtral's names, and its logits the same bits. A token passes through
 {model.experts_per_token} of {counted(model.num_experts, "expert")}:
 
-| expert | name |
-|---|---|
-{rows}
-
+{markdown_table(("expert", "name"), experts)}
 {warning}{how_to_use()}
 It needs no code of its own: transformers 4 and 5, vLLM and llama.cpp's converter know a Mixtral.
 

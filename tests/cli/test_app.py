@@ -231,6 +231,13 @@ def test_check_as_json_is_what_the_function_returns(family: Family) -> None:
     )
 
 
+def test_a_wrong_option_is_told_as_json_too(family: Family) -> None:
+    done = btx("merge", *sources(family), "--json", "--xyzzy")
+    assert done.returncode == 2
+    assert json.loads(done.stdout) == {"error": "NoSuchOption", "problems": ["No such option: --xyzzy"]}
+    assert "No such option: --xyzzy" in done.stderr
+
+
 def test_quiet_prints_nothing(family: Family, tmp_path: Path) -> None:
     done = btx("merge", *sources(family), "-o", tmp_path / "out", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -422,7 +429,7 @@ def test_a_failure_is_1(family: Family, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["fit", "x"], "Missing option '--output'"),
-        (["merge", "--nonsense"], "No such option: --nonsense"),
+        (["merge", "--xyzzy"], "No such option: --xyzzy"),
         (["check", "--density", "much"], "Invalid value for '--density'"),
         (["nonsense"], "No such command 'nonsense'"),
         (["merge", "--workers", "0", "-o", "x"], "Invalid value for '--workers'"),

@@ -14,7 +14,7 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from btx_merge import InputError, MergeRecipe, check, export, extract, merge
+from btx_merge import DomainText, EditRecipe, InputError, MergeRecipe, check, edit, export, extract, merge
 from btx_merge.sources.tokenizer_files import check_alike, load_tokenizer
 from tests.support.common import edit_json, grow, rows_are_shared, save_seed, tiny_tokenizer
 
@@ -141,6 +141,13 @@ def test_vocab_json_and_merges_txt(tmp_path: Path) -> None:
         for line in (*LINES, "hello<|new|> world"):
             assert tokenizer(line)["input_ids"] == own(line)["input_ids"], (name, line)
         assert tokenizer.convert_tokens_to_ids("<|new|>") == rows
+    (tmp_path / "news.txt").write_text("\n".join(TEXT * 20))
+    recipe = EditRecipe(
+        str(tmp_path / "merged"),
+        add={"news": str(grow(expert, tmp_path / "news"))},
+        domain_text=(DomainText("news", (str(tmp_path / "news.txt"),)),),
+    )
+    assert edit(recipe, tmp_path / "edited").router_rows == {"news": "ridge"}
 
 
 def test_a_difference_shows_the_line(tmp_path: Path) -> None:
