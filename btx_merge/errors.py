@@ -72,12 +72,16 @@ class InputError(BTXError):
 
 
 @contextmanager
-def collecting(problems: list[Problem]) -> Iterator[None]:
-    """Go on behind a refusal inside: its problems join the others, so that all of them are told together."""
+def collecting(problems: list[Problem], source: str = "") -> Iterator[None]:
+    """Go on behind a refusal inside: its problems join the others, so that all of them are told together.
+
+    Args:
+        source: whose they are, where what raises them does not know its name.
+    """
     try:
         yield
     except InputError as error:
-        problems += error.problems
+        problems += [replace(problem, source=source or problem.source) for problem in error.problems]
 
 
 class MergeError(BTXError):

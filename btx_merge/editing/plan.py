@@ -23,7 +23,7 @@ from btx_merge.editing.checks import set_problems, text_problems
 from btx_merge.editing.recipe import EditRecipe
 from btx_merge.errors import InputError, Problem
 from btx_merge.fitting.recipe import TEXT_ROUTERS
-from btx_merge.merging.checks import Examined, examine_sources, side_file_problems
+from btx_merge.merging.checks import Examined, examine_sources
 from btx_merge.merging.mixture import Mixture
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.records import anchor_sources, read_record
@@ -139,7 +139,7 @@ def plan_edit(recipe: EditRecipe, model: MergedModel, scratch: Callable[[], Path
         raise InputError([*named, *problems])
     origins = _origins(recipe, model)
     sources = _sources(model, values, origins, opened)
-    problems += [*text_problems(recipe, model, origins), *side_file_problems(sources[0])]
+    problems += text_problems(recipe, model, origins)
     allow_unrelated = recipe.allow_unrelated or bool(values.get("allow_unrelated"))
     untie = not model.dense_config["tie_word_embeddings"]
     try:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from btx_merge.errors import InputError, Problem
+from btx_merge.errors import InputError, Problem, collecting
 from btx_merge.fitting.recipe import TEXT_ROUTERS
 from btx_merge.reporting import short
 from btx_merge.sources.source import ExpertSpec, as_spec
@@ -87,10 +87,8 @@ class EditRecipe:
         for key in ("add", "replace"):
             specs, given = {}, getattr(self, key)
             for name, spec in given.items() if isinstance(given, Mapping) else ():
-                try:
+                with collecting(problems):
                     specs[name] = as_spec(name, spec, key)
-                except InputError as error:
-                    problems += error.problems
             object.__setattr__(self, key, specs)
         if problems:
             raise InputError(problems)
@@ -126,17 +124,17 @@ def _kind_problems(recipe: EditRecipe) -> list[Problem]:
     return problems + mapping_problems("sources", recipe.sources, "`name: model`")
 
 
-def _change_problems(recipe: EditRecipe) -> Iterator[Problem]:
+def _change_problems(recipe: EditRecipe) -> list[Problem]:
     """Return which changes do not go together."""
+    problems = []
     if recipe.is_rename_only and not recipe.rename:
-        yield Problem("recipe", "drop, add, replace, rename", "nothing to change", "at least one of them")
+        problems.append(Problem("recipe", "drop, add, replace, rename", "nothing to change", "at least one of them"))
     named = [*dict.fromkeys(recipe.drop), *recipe.replace, *recipe.rename]
     for name in sorted({name for name in named if named.count(name) > 1}):
-        yield Problem("recipe", name, "dropped, replaced and renamed at once", "one of these")
+        problems.append(Problem("recipe", name, "dropped, replaced and renamed at once", "one of these"))
     for old, new in recipe.rename.items():
-        try:
+        with collecting(problems):
             as_spec(new, "a model", "rename")
-        except InputError as error:
-            yield from error.problems
         if old == new:
-            yield Problem("recipe", f"rename.{old}", f"{new}", "another name")
+            problems.append(Problem("recipe", f"rename.{old}", f"{new}", "another name"))
+    return problems

@@ -111,10 +111,8 @@ def entries_of(
         if name in taken:
             found, expected = f"the name {name}, which another row has", "a name of its own"
             problems.append(Problem("recipe", "against", found, expected))
-        try:
+        with collecting(problems, name):
             entries.append(_other(name, reference, window))
-        except InputError as error:
-            problems += (replace(problem, source=name) for problem in error.problems)
     if problems:
         raise InputError(problems)
     return entries, warnings

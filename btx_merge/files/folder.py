@@ -11,6 +11,8 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,26 @@ _WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".
 _SAVE_AGAIN = "Save it again with save_pretrained, or download it again."
 _COPY_THE_REST = "Give another folder, or copy the missing file there."
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+
+
+@contextmanager
+def opening(source: str, reference: str | Path) -> Iterator[None]:
+    """Name a model as the source of all that keeps it from being opened inside.
+
+    Args:
+        source: the model's name.
+        reference: what to name where the system does not say which file it was.
+
+    Raises:
+        InputError: a problem of a file of it; or the system refused, as for a folder that may not be entered.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(replace(problem, source=source) for problem in error.problems) from error
+    except OSError as error:
+        where, found = str(error.filename or reference), error.strerror or str(error)
+        raise InputError([Problem(source, where, found, "files that can be read")]) from error
 
 
 def is_plain_name(name: object) -> bool:

@@ -15,6 +15,7 @@ from btx_merge.finetuning.work_folder import folder_problems, work_folder
 from btx_merge.model.opening import find_model, overlap_problems, room_problems
 from btx_merge.sources.locate import Located
 from btx_merge.sources.opening import open_whole
+from btx_merge.sources.side_files import side_file_problems
 from btx_merge.sources.source import SEED, Source
 from btx_merge.sources.tensor_checks import expert_problems, tensor_problems
 from btx_merge.sources.text_checks import check_texts
@@ -84,9 +85,6 @@ def _seed_problems(seed: Source, target: Path) -> list[Problem]:
     """Return why a seed cannot be trained, or its branch not be merged or written."""
     folder = seed.located.folder
     problems = [*expert_problems(seed), *tensor_problems(seed), *overlap_problems(folder, target)]
-    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
-        with collecting(problems):
-            if (folder / name).exists():
-                read_json(folder / name)
+    problems += side_file_problems(SEED, folder)
     problems += no_tokenizer(SEED, folder)
     return problems + room_problems(target, sum(tensor.nbytes for tensor in seed.tensors.values()))

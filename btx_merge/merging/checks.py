@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from btx_merge.architectures.llama import MUST_AGREE
-from btx_merge.architectures.loading_rules import generation_refusals
 from btx_merge.errors import InputError, Problem, collecting
-from btx_merge.files.folder import read_json
 from btx_merge.merging.recipe import MergeRecipe
 from btx_merge.sources.digest import changed_problems
 from btx_merge.sources.divergence import Divergence, measure_divergence
 from btx_merge.sources.opening import open_each
+from btx_merge.sources.side_files import side_file_problems
 from btx_merge.sources.source import SEED, ExpertSpec, Source
 from btx_merge.sources.tensor_checks import expert_problems, tensor_problems
 from btx_merge.sources.text_checks import check_texts, shared_text_warnings
@@ -63,7 +62,7 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
         problems += _recipe_problems(recipe, sources[0])
         for source in sources:
             if source.name == recipe.tokenizer_source:
-                problems += side_file_problems(source)
+                problems += side_file_problems(source.name, *source.folders)
         problems += _fit_problems(recipe, sources)
     untie = recipe.untie or recipe.has_own_head
     examined = examine_sources(sources, problems, untie=untie, allow_unrelated=recipe.allow_unrelated)
@@ -180,21 +179,6 @@ def _recipe_problems(recipe: MergeRecipe, seed: Source) -> Iterator[Problem]:
         divisors = [number for number in _NAMED_DIVISORS if width % number == 0]
         expected = f"a divisor of it, such as {', '.join(map(str, divisors))}"
         yield Problem("recipe", key, found, expected, "Choose another number of chunks, or expert_mode: whole.")
-
-
-def side_file_problems(source: Source) -> Iterator[Problem]:
-    """Check the small files that the result takes over, for they are only read when all else is written."""
-    for folder in source.folders:
-        for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
-            if not (folder / name).exists():
-                continue
-            try:
-                values = read_json(folder / name)
-            except InputError as error:
-                yield from (replace(problem, source=source.name) for problem in error.problems)
-                continue
-            if name == "generation_config.json":
-                yield from generation_refusals(source.name, name, values)
 
 
 def _warnings(sources: Sequence[Source]) -> Iterator[Problem]:

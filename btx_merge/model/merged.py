@@ -9,8 +9,7 @@ Legend: E experts, I width of one, H hidden.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +19,7 @@ from btx_merge.architectures.llama import DOWN, GATE, UP, expected_tensors, norm
 from btx_merge.checkpoints.dtypes import STORED
 from btx_merge.checkpoints.stored import StoredTensor, join, part_of
 from btx_merge.errors import InputError, Problem, capped
-from btx_merge.files.folder import file_problems
+from btx_merge.files.folder import file_problems, opening
 from btx_merge.model.other_folders import merged_config
 from btx_merge.reporting import short
 from btx_merge.sources.locate import SMALL_FILES, Located
@@ -131,7 +130,7 @@ def open_merged(located: Located) -> MergedModel:
         InputError: no checkpoint of `btx merge`; or tensors that are missing, unexpected or of another shape than
             its config says. All problems in one error.
     """
-    with _as_model(located):
+    with opening("model", located.folder):
         config = _checked_config(located)
         model = MergedModel(located, config, read_tensors("model", located.folder))
         problems = list(layer_problems("model", config, model.tensors)) or list(_tensor_problems(model))
@@ -146,7 +145,7 @@ def open_config(located: Located) -> MergedModel:
     Raises:
         InputError: no checkpoint of `btx merge`, or a config that none can have.
     """
-    with _as_model(located):
+    with opening("model", located.folder):
         config = _checked_config(located)
         problems = [
             Problem("model", f"config.json: {key}", f"{config[key]:,}", f"at most {_MOST:,}")
@@ -156,18 +155,6 @@ def open_config(located: Located) -> MergedModel:
         if problems:
             raise InputError(problems)
         return MergedModel(located, config, {})
-
-
-@contextmanager
-def _as_model(located: Located) -> Iterator[None]:
-    """Name the model as the source of every problem inside."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(replace(problem, source="model") for problem in error.problems) from error
-    except OSError as error:  # such as a folder that may not be entered
-        where, found = str(error.filename or located.folder), error.strerror or str(error)
-        raise InputError([Problem("model", where, found, "files that can be read")]) from error
 
 
 def _checked_config(located: Located) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from btx_merge.model.merged import MergedModel, open_merged
 from btx_merge.model.records import read_record
 from btx_merge.reporting import readable
 from btx_merge.sources.locate import Located, locate
+from btx_merge.sources.side_files import side_file_problems
 from btx_merge.sources.tokenizer_files import no_tokenizer
 
 
@@ -69,5 +70,6 @@ def open_model(reference: str, target: Path | None, overwrite: bool) -> tuple[Me
     with collecting(problems):
         located = locate("model", reference)
         problems += overlap_problems(located.folder, target)
+        problems += side_file_problems("model", located.folder)
         model = open_merged(located)
     return model, problems

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 Attempt = Callable[[str, Callable[[], Any]], Any]
@@ -43,6 +43,8 @@ def load(folder: str) -> dict[str, Any]:
     raw = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     is_plain = raw.get("model_type") != "btx"
     config = attempt("config.json", lambda: AutoConfig.from_pretrained(folder, trust_remote_code=not is_plain))
+    if (Path(folder) / "generation_config.json").exists():
+        attempt("generation_config.json", lambda: GenerationConfig.from_pretrained(folder))
     tensors = None
     found = _plain_class(raw, problems) if is_plain else _own_class(raw, folder, problems, attempt)
     if config is not None and found is not None:

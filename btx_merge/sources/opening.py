@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
-from btx_merge.errors import InputError, Problem
-from btx_merge.files.folder import file_problems
+from btx_merge.errors import InputError, Problem, collecting
+from btx_merge.files.folder import file_problems, opening
 from btx_merge.sources.adapters.opening import open_adapter
 from btx_merge.sources.locate import SMALL_FILES, Located, locate
 from btx_merge.sources.source import SEED, ExpertSpec, Source, open_checkpoint
@@ -25,13 +24,8 @@ def open_each(
     sources: dict[str, Source] = {}
     problems: list[Problem] = []
     for name, spec in specs.items():
-        try:
+        with collecting(problems), opening(name, spec.model):
             sources[name] = open_source(name, spec, sources.get(SEED, seed), scratch)
-        except InputError as error:
-            problems += [replace(problem, source=name) for problem in error.problems]
-        except OSError as error:  # such as a folder that may not be entered
-            where, found = str(error.filename or spec.model), error.strerror or str(error)
-            problems.append(Problem(name, where, found, "files that can be read"))
     return sources, problems
 
 

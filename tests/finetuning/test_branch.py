@@ -315,9 +315,11 @@ def test_a_seed_that_no_merge_would_take(family, texts, tmp_path):
     seed = shutil.copytree(family.seed, tmp_path / "seed")
     (seed / "tokenizer.json").unlink()
     edit_json(seed / "config.json", num_hidden_layers=1)
+    edit_json(seed / "generation_config.json", early_stopping="maybe")
     found = problems_of(branch, recipe(seed, texts), tmp_path / "out")
     assert all(line.startswith(f"{SEED}: ") for line in found)
     assert "unexpected" in found[0]
+    assert "generation_config.json: early_stopping: 'maybe'" in found[-2]
     assert "no tokenizer" in found[-1]
     assert not (tmp_path / f"out{SUFFIX}").exists()
 

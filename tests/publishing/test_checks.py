@@ -228,6 +228,13 @@ def test_a_tokenizer_that_does_not_load_or_does_not_fit(model: Path) -> None:
 
 
 @pytest.mark.usefixtures("loaded_here")
+def test_a_generation_config_that_does_not_load(model: Path) -> None:
+    edit_json(model / "generation_config.json", early_stopping="maybe")
+    (line,) = refused(model)
+    assert line.startswith("model: generation_config.json: does not load where btx-merge is not installed (ValueError")
+
+
+@pytest.mark.usefixtures("loaded_here")
 def test_a_quantised_model(model: Path) -> None:
     edit_json(model / "config.json", quantization_config={"quant_method": "torchao"})
     assert refused(model)[0].startswith("model: config.json: a quantised model; expected plain weights")
