@@ -15,6 +15,8 @@ if int(transformers.__version__.split(".")[0]) < 5:
 from transformers import LlamaConfig
 
 ROUTER_TYPES = ("top_k", "switch", "soft", "sample_top_1")
+_Rule = tuple[str, Callable[[Any], bool]]
+"""What is expected of a field, and whether a value is that."""
 
 
 class BTXConfig(LlamaConfig):
@@ -186,16 +188,13 @@ def _are_experts(value: Any, experts: int | None, names: Sequence[str] | None) -
     return True
 
 
-def _choice(*values: str) -> tuple[str, Callable[[Any], bool]]:
+def _choice(*values: str) -> _Rule:
     return f"one of {', '.join(values)}", lambda value: value in values
 
 
-_BOOL: tuple[str, Callable[[Any], bool]] = ("a bool", lambda value: isinstance(value, bool))
-_COEFFICIENT: tuple[str, Callable[[Any], bool]] = (
-    "a number of at least 0",
-    lambda value: _is_number(value) and value >= 0,
-)
-_SIMPLE: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what is expected of a field, and whether a value is that
+_BOOL: _Rule = ("a bool", lambda value: isinstance(value, bool))
+_COEFFICIENT: _Rule = ("a number of at least 0", lambda value: _is_number(value) and value >= 0)
+_SIMPLE: dict[str, _Rule] = {  # of fields that depend on no other
     "router_type": _choice(*ROUTER_TYPES),
     "router_pre_softmax": _BOOL,
     "num_chunks": ("an integer of at least 1", lambda value: _is_int(value) and value >= 1),

@@ -35,6 +35,7 @@ from .routing_btx import (
     load_balancing_loss,
     real_tokens,
     router_z_loss,
+    routings_of,
 )
 
 
@@ -169,7 +170,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
             raise ValueError(f"temperature is {temperature!r}; expected a number above 0.")
         if self.config.router_type != "sample_top_1":
             raise ValueError(f"router_type is {self.config.router_type!r}; only sample_top_1 has a temperature.")
-        for routing in self._routings():
+        for routing in routings_of(self):
             if routing.router_type == "sample_top_1":
                 routing.temperature.fill_(temperature)
 
@@ -186,7 +187,7 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         if not self.config.router_selection_bias:
             raise ValueError("router_selection_bias is False; load the model with router_selection_bias=True.")
         decoder: Any = self.base_model
-        routings = self._routings()
+        routings = routings_of(self)
         load, decoder.tokens_per_expert = decoder.tokens_per_expert, None
         if load is None:  # nothing was trained on here, but perhaps on other ranks
             load = torch.zeros(len(routings), self.config.num_local_experts, device=self.device)
@@ -197,9 +198,6 @@ class BTXPreTrainedModel(LlamaPreTrainedModel):
         for routing, step in zip(routings, (load.mean(dim=-1, keepdim=True) - load).sign(), strict=True):
             bias = routing.e_score_correction_bias
             bias[active] += speed * step.to(bias.device)
-
-    def _routings(self) -> list[BTXRouting]:
-        return [module for module in self.modules() if isinstance(module, BTXRouting)]
 
     @property
     def _trains_routers(self) -> bool:

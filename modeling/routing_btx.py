@@ -75,47 +75,30 @@ class BTXRouting(nn.Module):
         scores = router_logits.float()
         if call.active is not None:
             scores = scores[:, call.active]  # [N, A]: from here on an expert's number is its place among the active
-        experts = scores.shape[-1]
-        per_token = 1  # of switch and sample_top_1
-        if self.router_type == "soft":
-            per_token = experts
-        elif self.router_type == "top_k":
-            per_token = min(call.num_experts_per_tok, experts)
+        active = scores.shape[-1]
+        per_token = {"top_k": min(call.num_experts_per_tok, active), "soft": active}.get(self.router_type, 1)
 
-        # `mixture` [N, A] has the weight that each expert would have if all ran; `probabilities` ranks them
+        # [N, A] both: the weight that each expert would have if all ran, and what ranks them
         mixture, probabilities = self._mixture(scores, per_token)
         chosen = self._choose(mixture if probabilities is None else probabilities, per_token, call)
-        if self.router_type == "top_k" and not self.config.router_pre_softmax:
-            weights = self._renormalised(mixture, scores, chosen)
-        elif self.router_type == "sample_top_1" and not self.training:  # section 4.1: the likeliest alone
-            weights = torch.ones_like(chosen, dtype=scores.dtype)
-        else:
-            weights = mixture.gather(-1, chosen)
+        weights = self._weights(mixture, scores, chosen)
+        overflow = self._overflow(chosen, active, call)
+        records = call.records
+        if self.has_bias and records is not None and records.is_open:
+            records.tokens_per_expert.append(self._tokens_per_expert(chosen, call))
 
-        records, first_chosen = call.records, chosen  # as chosen, before a dense gradient sends tokens to all
-        overflow = self._overflow(chosen, experts, call)
-        if self.config.router_grad == "dense" and self.training and torch.is_grad_enabled() and per_token < experts:
+        if self.config.router_grad == "dense" and self.training and torch.is_grad_enabled() and per_token < active:
             weights, chosen = _straight_through(mixture, weights, chosen), _everything(mixture)
         if records is not None and records.with_statistics:
-            statistics = router_statistics(
-                scores, probabilities, weights, chosen, call, self.config.router_z_loss_coef > 0
-            )
+            with_z = self.config.router_z_loss_coef > 0
+            statistics = router_statistics(scores, probabilities, weights, chosen, call, with_z)
             if records.is_open:  # computed in a recomputed pass too: it must do the same operations
                 records.statistics.append(statistics)
-        if records is not None and records.is_open and self.has_bias:
-            records.tokens_per_expert.append(self._tokens_per_expert(first_chosen, call))
         if overflow is not None:  # only the residual stream passes; the statistics have counted the choice before
             weights = weights.masked_fill(overflow, 0)
         if call.active is not None:
             chosen = call.active[chosen]  # back to numbers among all E
         return weights, router_logits, chosen
-
-    @torch.no_grad()
-    def _tokens_per_expert(self, chosen: torch.Tensor, call: RouterCall) -> torch.Tensor:
-        """Count the tokens that were sent to each of all E experts, [E], without padding."""
-        counts = torch.zeros_like(self.e_score_correction_bias)
-        real = _counted(chosen, call).to(counts.dtype).repeat_interleave(chosen.shape[-1])
-        return counts.index_add_(0, (chosen if call.active is None else call.active[chosen]).flatten(), real)
 
     def _mixture(self, scores: torch.Tensor, per_token: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the weights if every expert ran, [N, A], and the probabilities SoftMax(W x), or None if they are
@@ -139,16 +122,21 @@ class BTXRouting(nn.Module):
             ranks = ranks.detach() + bias  # the bias ranks only; weights stay those of the router
         return ranks.topk(per_token, dim=-1).indices
 
-    def _renormalised(self, mixture: torch.Tensor, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        """Compute SoftMax(TopK(W x)) of section 3.2, rounded as Mixtral does it: an export gives the same bits."""
+    def _weights(self, mixture: torch.Tensor, scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Return the weights of the chosen experts, [N, K]."""
+        if self.router_type == "sample_top_1" and not self.training:  # section 4.1: the likeliest alone
+            return torch.ones_like(chosen, dtype=scores.dtype)
         weights = mixture.gather(-1, chosen)
+        if self.router_type != "top_k" or self.config.router_pre_softmax:
+            return weights
+        # SoftMax(TopK(W x)) of section 3.2, rounded as Mixtral does it: an export gives the same bits
         total = weights.sum(dim=-1, keepdim=True)
         if not self.has_bias:
             return weights / total
         tiny = torch.finfo(total.dtype).tiny  # a bias may choose experts that all have a probability of 0
         return torch.where(total < tiny, scores.gather(-1, chosen).softmax(dim=-1), weights / total.clamp(min=tiny))
 
-    def _overflow(self, chosen: torch.Tensor, experts: int, call: RouterCall) -> torch.Tensor | None:
+    def _overflow(self, chosen: torch.Tensor, active: int, call: RouterCall) -> torch.Tensor | None:
         """Return [N, 1], the tokens for which their expert has no room left in training; None where room is not
         limited.
 
@@ -159,11 +147,23 @@ class BTXRouting(nn.Module):
             return None
         real = _counted(chosen, call)
         exact = torch.float32 if chosen.device.type == "mps" else torch.float64  # mps has no float64
-        capacity = torch.ceil(factor * real.sum().to(exact) / experts)
-        asked = F.one_hot(chosen[:, 0], experts) * real[:, None]
+        capacity = torch.ceil(factor * real.sum().to(exact) / active)
+        asked = F.one_hot(chosen[:, 0], active) * real[:, None]
         # a token's place among those that ask for its expert; 1 for the first
         place = asked.cumsum(dim=0).gather(-1, chosen)
         return place > capacity
+
+    @torch.no_grad()
+    def _tokens_per_expert(self, chosen: torch.Tensor, call: RouterCall) -> torch.Tensor:
+        """Count the tokens that were sent to each of all E experts, [E], without padding."""
+        counts = torch.zeros_like(self.e_score_correction_bias)
+        real = _counted(chosen, call).to(counts.dtype).repeat_interleave(chosen.shape[-1])
+        return counts.index_add_(0, (chosen if call.active is None else call.active[chosen]).flatten(), real)
+
+
+def routings_of(model: nn.Module) -> list[BTXRouting]:
+    """Return what routes in a model, layer by layer."""
+    return [module for module in model.modules() if isinstance(module, BTXRouting)]
 
 
 def real_tokens(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:

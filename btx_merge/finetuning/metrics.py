@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from btx_merge.architectures.btx import DEAD
 from btx_merge.measuring.losses import perplexity
-from btx_merge.modeling.routing_btx import BTXRouting
+from btx_merge.modeling.routing_btx import routings_of
 from btx_merge.reporting import Reporter
 
 LOAD_PER_LAYER = "load_per_layer"
@@ -80,7 +80,7 @@ class Meter(DomainLosses):
     def __init__(self, model: nn.Module, domains: Sequence[str], reporter: Reporter):
         config: Any = model.config
         names = [str(name) for name in config.expert_names or range(config.num_local_experts)]
-        self._layers = [module for module in model.modules() if isinstance(module, BTXRouting)]
+        self._layers = routings_of(model)
         for layer, routing in enumerate(self._layers):
             routing.register_forward_hook(lambda _, __, out, layer=layer: self._routed(layer, *out))
         self._is_watching = False

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from btx_merge.architectures.btx import expert_names, experts_by_domain
-from btx_merge.modeling.routing_btx import BTXRouting
+from btx_merge.modeling.routing_btx import routings_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Routes:
             experts: see `running_experts`.
         """
         self.experts = experts
-        self._layers = [module for module in model.modules() if isinstance(module, BTXRouting)]
+        self._layers = routings_of(model)
         self._active = sorted(number for numbers in experts.values() for number in numbers)
         self._member = torch.zeros(model.config.num_local_experts, len(experts))  # [E, X]
         for column, numbers in enumerate(experts.values()):

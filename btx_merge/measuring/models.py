@@ -21,7 +21,7 @@ from btx_merge.architectures.llama import EMBEDDING, HEAD
 from btx_merge.checkpoints.dtypes import Float32
 from btx_merge.checkpoints.layout import portions
 from btx_merge.errors import InputError, Problem
-from btx_merge.modeling.routing_btx import BTXRouting
+from btx_merge.modeling.routing_btx import routings_of
 from btx_merge.sources.locate import Located
 from btx_merge.sources.segments import within
 from btx_merge.sources.source import Source
@@ -92,8 +92,7 @@ def sent_to(model: Any, experts: Sequence[int]) -> Iterator[None]:
         chosen = torch.tensor(experts, device=logits.device).expand(len(logits), -1)
         return torch.ones_like(chosen, dtype=weights.dtype), logits, chosen
 
-    routings = [module for module in model.modules() if isinstance(module, BTXRouting)]
-    handles = [module.register_forward_hook(force) for module in routings]
+    handles = [routing.register_forward_hook(force) for routing in routings_of(model)]
     try:
         yield
     finally:
