@@ -11,6 +11,8 @@ import reprlib
 import resource
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,25 @@ class _Short(reprlib.Repr):
 
 
 _SHORT = _Short()
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error of another library says; the others are for its authors."""
+    return str(error).strip().split("\n")[0]
+
+
+@contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """Hide the bars that transformers draws while it loads a model: a verb has its own."""
+    from transformers.utils import logging
+
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def peak_memory() -> int:

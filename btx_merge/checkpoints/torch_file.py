@@ -9,6 +9,7 @@ from pathlib import Path
 from btx_merge.checkpoints.dtypes import TORCH_NAMES
 from btx_merge.checkpoints.stored import FETCH_AGAIN, MAX_HEADER, StoredTensor, checked_file, file_problem
 from btx_merge.errors import InputError, Problem
+from btx_merge.reporting import first_line
 
 _SAVE_AGAIN = "Save it as safetensors: load it in transformers and call save_pretrained."
 
@@ -31,9 +32,8 @@ def read_torch(file: Path) -> dict[str, StoredTensor]:
         with FakeTensorMode():
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a bad file; each means the same to us
-        first_line = str(error).strip().split("\n")[0]
-        problem = file_problem(file, f"torch cannot read it with weights_only ({first_line})", "", _SAVE_AGAIN)
-        raise InputError([problem]) from error
+        found = f"torch cannot read it with weights_only ({first_line(error)})"
+        raise InputError([file_problem(file, found, "", _SAVE_AGAIN)]) from error
     problems: list[Problem] = []
     tensors: dict[str, StoredTensor] = {}
     if not isinstance(loaded, dict):

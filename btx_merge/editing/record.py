@@ -18,7 +18,6 @@ from btx_merge.editing.card import edit_section, edited_card
 from btx_merge.editing.plan import EditPlan
 from btx_merge.files.folder import read_text
 from btx_merge.fitting.recipe import TEXT_ROUTERS
-from btx_merge.merging.files import public_source
 from btx_merge.merging.fits import REGMEAN_METHODS
 from btx_merge.model.card_update import update_card
 from btx_merge.model.records import RECIPE_FILE, append_record
@@ -88,7 +87,7 @@ def _resolved(edit: EditPlan) -> dict[str, Any]:
 def _public_spec(spec: ExpertSpec, source: Source) -> dict[str, Any]:
     """Return a new expert's values as a published recipe has them, without paths."""
     base = source.base.public_name if spec.base is not None and source.base else None
-    return {"model": public_source(source), "weight": spec.weight, "base": base}
+    return {"model": source.located.public_reference, "weight": spec.weight, "base": base}
 
 
 def _given_spec(spec: ExpertSpec) -> dict[str, Any]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 TITLE = "## Evaluation"
+_METRICS = {"bits_per_byte": "Bits per byte", "perplexity": "Perplexity by btx eval"}
+"""Field of a score to its name in metadata. The perplexity of a finetuning, of other windows, stands beside it."""
 
 
 def update_card(report: EvalReport, folder: Path) -> None:
@@ -64,8 +66,8 @@ def results_of(report: EvalReport) -> list[EvalResult]:
     results = []
     scores = next(row.scores for row in report.rows if row.kind == MODEL)
     for domain, score in scores.items():
-        figures = (("bits_per_byte", "Bits per byte", score.bits_per_byte), (*_PERPLEXITY, score.perplexity))
-        for metric, name, value in figures:
+        for metric, name in _METRICS.items():
+            value: float = getattr(score, metric)
             if math.isfinite(value):  # JSON, which the Hub makes of it, has no infinity
                 result = EvalResult(
                     task_type="text-generation",
@@ -79,10 +81,6 @@ def results_of(report: EvalReport) -> list[EvalResult]:
     return results
 
 
-_PERPLEXITY = ("perplexity", "Perplexity by btx eval")
-"""Of other windows than the perplexity of a finetuning, which stands beside it."""
-
-
 def _kept_results(metadata: Mapping[str, Any]) -> list[EvalResult]:
     """Return the other results in a card, but for those of an earlier evaluation; none where they cannot be read."""
     from huggingface_hub.repocard_data import model_index_to_eval_results
@@ -94,5 +92,4 @@ def _kept_results(metadata: Mapping[str, Any]) -> list[EvalResult]:
         _, results = model_index_to_eval_results(index)
     except (AttributeError, KeyError, TypeError, ValueError):
         return []
-    ours = {"Bits per byte", _PERPLEXITY[1]}
-    return [result for result in results if result.metric_name not in ours]
+    return [result for result in results if result.metric_name not in _METRICS.values()]

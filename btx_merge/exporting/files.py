@@ -21,7 +21,7 @@ from btx_merge.model.held_out import MODEL_INDEX
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.records import RECIPE_FILE
 from btx_merge.model.router_state import untrained_experts
-from btx_merge.sources.cards import card_texts, code_in_card, front_matter
+from btx_merge.sources.cards import card_texts, code_in_card, front_matter, hub_link
 from btx_merge.sources.locate import Located
 from btx_merge.sources.tokenizer_files import check_alike, has_tokenizer, write_portable
 
@@ -98,9 +98,7 @@ def check_tokenizer(model: MergedModel, config: Mapping[str, Any]) -> list[Probl
 def origin(model: MergedModel, command: str) -> str:
     """Write the card's sentence about where the model comes from, with the name of a folder in place of its path."""
     located = model.located
-    name = code_in_card(located.public_name)
-    if located.repo_id:
-        name = f"[{located.repo_id}](https://huggingface.co/{located.repo_id}) at revision {located.revision}"
+    name = hub_link(located.repo_id, located.revision) if located.repo_id else code_in_card(located.public_name)
     recipe = f" Its recipe is `{RECIPE_FILE}`." if (located.folder / RECIPE_FILE).exists() else ""
     return (
         f"Made from {name}, Llama models merged by [Branch-Train-MiX]({PAPER}), by "

@@ -38,8 +38,8 @@ _OTHER_LIMIT = 1000 * _MB
 _TEXT_SUFFIXES = (".json", ".yaml", ".yml", ".md", ".jinja", ".py", ".txt", "")
 _WEIGHTS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 
-_SAVE_AGAIN = "Save it again with save_pretrained, or download it again."
-_COPY_THE_REST = "Give another folder, or copy the missing file there."
+SAVE_AGAIN = "Save it again with save_pretrained, or download it again."
+COPY_THE_REST = "Give another folder, or copy the missing file there."
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
 
 
@@ -134,9 +134,9 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         values = parse_json(content)
     except ValueError as error:
-        raise InputError([Problem(*where, f"not JSON: {error}", "a JSON object", _SAVE_AGAIN)]) from error
+        raise InputError([Problem(*where, f"not JSON: {error}", "a JSON object", SAVE_AGAIN)]) from error
     if not isinstance(values, dict):
-        raise InputError([Problem(*where, "not a JSON object", "one", _SAVE_AGAIN)])
+        raise InputError([Problem(*where, "not a JSON object", "one", SAVE_AGAIN)])
     return values
 
 
@@ -196,7 +196,7 @@ def _unreachable(file: Path, error: OSError) -> Problem:
         if file.is_symlink():
             found = f"a link to {os.readlink(file)}, where nothing is"
             return Problem(*where, found, "a file of the folder", "Download or copy the missing file.")
-        return Problem(*where, "missing", "a folder saved by save_pretrained", _COPY_THE_REST)
+        return Problem(*where, "missing", "a folder saved by save_pretrained", COPY_THE_REST)
     return Problem(*where, found, "a file that can be read")
 
 

@@ -18,7 +18,7 @@ from btx_merge.model.card import (
 )
 from btx_merge.model.files import BRANCH, PICTURE
 from btx_merge.model.held_out import OF_THIS_MODEL
-from btx_merge.sources.cards import code_in_card, in_card
+from btx_merge.sources.cards import code_in_card, hub_link, in_card
 from btx_merge.sources.locate import Located
 
 _TRAINED = {
@@ -100,7 +100,7 @@ def branch_card(seed: Located, entry: Mapping[str, Any]) -> str:
     take_over_terms(metadata, seed)
     name = f"{code_in_card(seed.public_name)}, a local folder"
     if seed.repo_id:
-        name = f"[{seed.repo_id}](https://huggingface.co/{seed.repo_id}) at revision {seed.revision}"
+        name = hub_link(seed.repo_id, seed.revision)
     domains = ", ".join(domain["name"] for domain in entry["data"])
     body = f"""
 # {in_card(seed.public_name.rpartition("/")[2])}, a branch for {domains}
@@ -120,7 +120,7 @@ A copy of a seed, trained by itself on one part of the data, to become an expert
 
 def branch_section(seed: Located, entry: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
     """Write what the card of a branch, or of an adapter that is one, says of the run and of what comes next."""
-    reference = f"{seed.repo_id}@{seed.revision}" if seed.repo_id else "SEED"
+    reference = seed.public_reference if seed.repo_id else "SEED"
     name = entry["data"][0]["name"] if len(entry["data"]) == 1 else "NAME"
     return f"""## Merge
 

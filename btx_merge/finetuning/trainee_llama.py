@@ -95,6 +95,5 @@ class SeedTrainee:
         copy_tokenizer(seed.folder, folder)
         card = updated_card(card, branch_section(seed, entry, history), "", None, training_results(entry))
         (folder / "README.md").write_text(card, encoding="utf-8")
-        name = f"{seed.repo_id}@{seed.revision}" if seed.repo_id else seed.public_name
-        record = yaml.safe_dump({"seed": name, **entry}, sort_keys=False, allow_unicode=True)
+        record = yaml.safe_dump({"seed": seed.public_reference, **entry}, sort_keys=False, allow_unicode=True)
         (folder / BRANCH).write_text(record, encoding="utf-8")

@@ -82,8 +82,8 @@ class Session:
             page = PageText(domain.text.name, most, routes.num_layers, len(routes.experts))
             domains.append(inspection.domain(domain.text.name, self._windows(number, domain), page))
             texts.append(page)
-        name, router = opened.located.public_name, opened.config.get("router_type", "top_k")
-        return ModelFigures(name, router, tuple(routes.experts), tuple(domains)), texts
+        figures = ModelFigures(opened.located.public_name, opened.router_type, tuple(routes.experts), tuple(domains))
+        return figures, texts
 
     def _windows(self, number: int, domain: Domain) -> Iterator[Window]:
         """Return a domain's windows; those of the second model are of the text that the first one reads."""

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.utils import logging
 
 from btx_merge.architectures.llama import EMBEDDING, HEAD
 from btx_merge.checkpoints.dtypes import Float32
 from btx_merge.checkpoints.layout import portions
 from btx_merge.errors import InputError, Problem
 from btx_merge.modeling.routing_btx import routings_of
+from btx_merge.reporting import first_line, without_loading_bars
 from btx_merge.sources.locate import Located
 from btx_merge.sources.segments import within
 from btx_merge.sources.source import Source
@@ -60,18 +60,13 @@ def load_folder(located: Located, dtype: torch.dtype, device: torch.device) -> A
     Raises:
         InputError: transformers cannot load it.
     """
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # a measurement has its own
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(located.folder, dtype=dtype, trust_remote_code=False)
+        with without_loading_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(located.folder, dtype=dtype, trust_remote_code=False)
     except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        found = f"transformers cannot load it ({type(error).__name__}: {reason})"
+        found = f"transformers cannot load it ({type(error).__name__}: {first_line(error)})"
         expected = "a causal language model of transformers"
         raise InputError([Problem("model", str(located.folder), found, expected)]) from error
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     return model.to(device).eval()
 
 

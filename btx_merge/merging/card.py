@@ -22,7 +22,7 @@ from btx_merge.model.card import (
     with_metadata,
 )
 from btx_merge.model.held_out import MODEL_INDEX, Fitted, fit_tables, model_index, router_results
-from btx_merge.sources.cards import code_in_card
+from btx_merge.sources.cards import code_in_card, hub_link
 from btx_merge.sources.source import Source
 
 
@@ -122,10 +122,7 @@ def published(source: Source) -> list[str]:
 def source_row(mixture: Mixture, source: Source) -> str:
     """Write a source's line in the card's table."""
     located = source.located
-    if located.repo_id:
-        model = f"[{located.repo_id}](https://huggingface.co/{located.repo_id})"
-    else:
-        model = f"{code_in_card(located.public_name)} (a local folder)"
+    model = hub_link(located.repo_id) if located.repo_id else f"{code_in_card(located.public_name)} (a local folder)"
     if source.base:
         model += f", an adapter on {code_in_card(source.base.public_name)}"
     return f"| {source.name} | {model} | {located.revision or ''} | {expert_numbers(mixture, source)} |"

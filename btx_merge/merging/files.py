@@ -100,9 +100,9 @@ def resolved_recipe(plan: Plan) -> dict[str, Any]:
     It can be given to `btx merge --recipe`. A folder stands there by its name alone, without its path.
     """
     values = plan.recipe.to_dict()
-    values["seed"] = public_source(plan.seed)
+    values["seed"] = plan.seed.located.public_reference
     for source in plan.sources[1:]:
-        values["experts"][source.name]["model"] = public_source(source)
+        values["experts"][source.name]["model"] = source.located.public_reference
         if values["experts"][source.name]["base"] is not None and source.base:
             values["experts"][source.name]["base"] = source.base.public_name
     for text in values["domain_text"].values():
@@ -119,12 +119,6 @@ def resolved_recipe(plan: Plan) -> dict[str, Any]:
         "tools": {"python": platform.python_version(), **{tool: version(tool) for tool in tools}},
     }
     return values
-
-
-def public_source(source: Source) -> str:
-    """Return how a published recipe names a source: its Hub id and commit, or its folder without a path."""
-    located = source.located
-    return f"{located.repo_id}@{located.revision}" if located.repo_id else located.public_name
 
 
 def _write_tokenizer(plan: Plan, chat: Source, folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from btx_merge.model.card import CITATION, path_line, project_link, take_over_terms, with_metadata
 from btx_merge.model.files import BRANCH
 from btx_merge.model.records import RECIPE_FILE
-from btx_merge.sources.cards import code_in_card, front_matter, in_card
+from btx_merge.sources.cards import code_in_card, front_matter, hub_link, in_card
 from btx_merge.sources.locate import Located
 
 _BASE_COMMENT = "  # the folder of the base model, or its id on the Hub"
@@ -125,8 +125,7 @@ def _origin(base: str) -> dict[str, Any]:
 
 
 def _base_sentence(base: str, revision: str | None) -> str:
-    at = f" at revision {revision}" if revision else ""
-    return f"- Base model: [{base}](https://huggingface.co/{base}){at}."
+    return f"- Base model: {hub_link(base, revision)}."
 
 
 def _base_line(base: str) -> str:

@@ -21,6 +21,7 @@ from btx_merge.model.router_state import entries, untrained_experts, whole_train
 from btx_merge.reporting import pasted, short
 from btx_merge.sources.locate import Located, locate
 from btx_merge.sources.source import SEED
+from btx_merge.sources.tokenizer_files import has_tokenizer
 
 _AT_COMMIT = re.compile(r"(.+/.+)@([0-9a-f]{40})")
 
@@ -106,10 +107,9 @@ def info(model: str) -> ModelInfo:
         shapes = {name: tensor.shape for name, tensor in merged.tensors.items()}
         dtype, nbytes = TORCH_NAMES[merged.dtype], sum(tensor.nbytes for tensor in merged.tensors.values())
     recipe = _recipe(located)
-    router_type = str(merged.config.get("router_type", "top_k"))
+    router_type = str(merged.router_type)
     per_token = experts_per_token(router_type, merged.experts_per_token, merged.num_experts)
     untrained = tuple(untrained_experts(recipe, merged.config))
-    names = ("tokenizer.json", "tokenizer.model")
     return ModelInfo(
         model=str(model),
         revision=located.revision,
@@ -125,7 +125,7 @@ def info(model: str) -> ModelInfo:
         dtype=dtype,
         nbytes=nbytes,
         disk_bytes=None if located.repo_id else _disk_bytes(located),
-        tokenizer=any((located.folder / name).exists() for name in names),
+        tokenizer=has_tokenizer(located.folder),
         history=tuple(_history(recipe)),
         next=tuple(_next(str(model), merged, recipe, untrained)),
     )

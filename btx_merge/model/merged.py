@@ -49,6 +49,12 @@ class MergedModel:
         return number
 
     @property
+    def router_type(self) -> str:
+        """How its routers choose; a model from elsewhere may have any value there."""
+        kind: str = self.config.get("router_type", "top_k")
+        return kind
+
+    @property
     def num_layers(self) -> int:
         number: int = self.config["num_hidden_layers"]
         return number

@@ -16,7 +16,7 @@ _USE_IT = "Only the BTX model itself, in transformers, computes that."
 def mixtral_refusals(model: MergedModel) -> Iterator[Problem]:
     """Find everything that the model computes and a Mixtral cannot."""
     config = model.config
-    router = config.get("router_type", "top_k")
+    router = model.router_type
     if router != "top_k":
         remedy = _USE_IT
         if router == "soft":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ from btx_merge.checkpoints.tensor_files import read_tensor_file
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.folder import is_plain_name, read_json
 from btx_merge.model.adapter_card import with_base
+from btx_merge.publishing.card import HUB_ID
 from btx_merge.publishing.kinds import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _BASE = "base_model_name_or_path"
 _SAVE_AGAIN = "Train or save the adapter again."
 
@@ -43,7 +42,7 @@ def published_adapter(folder: Path, card: str, base_model: str | None) -> tuple[
         base, _, revision = base_model.partition("@")
         revision = revision or None
     where = "--base-model" if base_model is not None else f"{ADAPTER_CONFIG}: {_BASE}"
-    if not isinstance(base, str) or not _HUB_ID.fullmatch(base) or not all(map(is_plain_name, base.split("/"))):
+    if not isinstance(base, str) or not HUB_ID.fullmatch(base) or not all(map(is_plain_name, base.split("/"))):
         remedy = "Publish its base first, and give the base's id: --base-model org/name."
         problems.append(Problem("model", where, repr(base), "the base's id on the Hub, org/name", remedy))
         return {ADAPTER_CONFIG: _text({**config, _BASE: None})}, problems  # the path in it is told of once

@@ -13,7 +13,7 @@ from btx_merge.publishing.kinds import BTX, Kind
 from btx_merge.reporting import short
 
 _FRONT_MATTER = re.compile(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 _LANGUAGE = re.compile(r"[a-z]{2,3}(?:-[A-Za-z0-9]+)*|code|multilingual")
 
@@ -64,7 +64,7 @@ def _origin(metadata: dict[str, Any], problems: list[Problem], kind: Kind) -> li
 
 
 def _is_hub_id(item: Any) -> bool:
-    return isinstance(item, str) and _HUB_ID.fullmatch(item) is not None
+    return isinstance(item, str) and HUB_ID.fullmatch(item) is not None
 
 
 def _licence(metadata: dict[str, Any], problems: list[Problem]) -> list[Problem]:

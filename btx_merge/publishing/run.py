@@ -19,7 +19,7 @@ from btx_merge.errors import BTXError, InputError, MergeInterrupted, Problem
 from btx_merge.publishing.checks import Publishable, examine
 from btx_merge.publishing.errors import explained
 from btx_merge.publishing.repository import Target, patiently
-from btx_merge.reporting import Reporter
+from btx_merge.reporting import Reporter, first_line
 from btx_merge.sources.locate import bars_on_terminals_only
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _check(
         if "/" not in repo_id:
             raise HFValidationError("it has no owner")
     except HFValidationError as error:
-        found = f"no name that a repository can have ({str(error).splitlines()[0].rstrip('.')})"
+        found = f"no name that a repository can have ({first_line(error).rstrip('.')})"
         problems.append(Problem("push", repo_id, found, "org/name", "A branch is given by --revision."))
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         problems.append(Problem("push", f"--revision {revision}", "a commit", "a branch, such as main"))

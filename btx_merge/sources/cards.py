@@ -76,6 +76,11 @@ def code_in_card(text: str) -> str:
     return f"<code>{in_card(text)}</code>"
 
 
+def hub_link(repo_id: str, revision: str | None = None) -> str:
+    """Return a link to a model on the Hub in Markdown, with its revision behind it where that is given."""
+    return f"[{repo_id}](https://huggingface.co/{repo_id})" + (f" at revision {revision}" if revision else "")
+
+
 def is_web_link(link: str) -> bool:
     """Return whether a link leads to the web, and is no script or other scheme."""
     return re.fullmatch(r"https?://[^\s<>\"']+", link) is not None and html.escape(link).isprintable()

@@ -16,6 +16,7 @@ from pathlib import Path
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.changes import Stamp, stamps_in
 from btx_merge.files.folder import is_plain_name, read_json
+from btx_merge.reporting import first_line
 
 SMALL_FILES = [
     *("config.json", "generation_config.json", "adapter_config.json", "README.md", "btx_recipe.yaml"),
@@ -50,6 +51,11 @@ class Located:
     def public_name(self) -> str:
         """What may be published about it: the Hub id, or the folder's own name without its path."""
         return self.repo_id or self.folder.resolve().name
+
+    @property
+    def public_reference(self) -> str:
+        """How a published recipe refers to it: by its Hub id and commit, or by its folder's name without a path."""
+        return f"{self.repo_id}@{self.revision}" if self.repo_id else self.public_name
 
 
 def locate(source: str, reference: str, *, weights: bool = True) -> Located:
@@ -121,7 +127,7 @@ def _download(source: str, repo_id: str, revision: str | None, weights: bool) ->
     def failed(error: Exception) -> InputError:
         if isinstance(error, hub.HfHubHTTPError) and error.response.status_code == 401:
             return refused("the Hub does not know this token", LOG_IN_AGAIN)
-        found = f"the download failed ({type(error).__name__}: {_first_line(error)})"
+        found = f"the download failed ({type(error).__name__}: {first_line(error)})"
         return refused(found, "Run the same command again: finished files are kept.")
 
     try:
@@ -133,7 +139,7 @@ def _download(source: str, repo_id: str, revision: str | None, weights: bool) ->
                 if any((folder / name).exists() for name in names):
                     break
     except hub.HFValidationError as error:
-        found = f"no such folder, and no name that a repository can have ({_first_line(error)})"
+        found = f"no such folder, and no name that a repository can have ({first_line(error)})"
         raise refused(found, "A Hub id is `org/name`.") from error
     except hub.GatedRepoError as error:
         remedy = "Ask for access on its page on the Hub, then run `hf auth login`."
@@ -166,10 +172,6 @@ def bars_on_terminals_only() -> Iterator[None]:
     finally:
         if hidden:
             enable_progress_bars()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def _weight_choices(folder: Path) -> Iterator[list[str]]:

@@ -10,12 +10,10 @@ from btx_merge.architectures.llama import HEAD, is_computed
 from btx_merge.checkpoints.stored import StoredTensor
 from btx_merge.checkpoints.tensor_files import read_tensor_file
 from btx_merge.errors import InputError, Problem, capped
-from btx_merge.files.folder import is_plain_name, read_json
+from btx_merge.files.folder import COPY_THE_REST, SAVE_AGAIN, is_plain_name, read_json
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
-_SAVE_AGAIN = "Save it again with save_pretrained, or download it again."
-_COPY_THE_REST = "Give another folder, or copy the missing file there."
 
 
 def read_tensors(name: str, folder: Path, tied: bool = False) -> dict[str, StoredTensor]:
@@ -40,10 +38,10 @@ def read_tensors(name: str, folder: Path, tied: bool = False) -> dict[str, Store
             raise InputError([*error.problems, both]) from error
     if index is None:
         expected = f"{' or '.join(_SINGLE_FILES)}, or shards with their index"
-        raise InputError([Problem(name, str(folder), "no weights", expected, _COPY_THE_REST)])
+        raise InputError([Problem(name, str(folder), "no weights", expected, COPY_THE_REST)])
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise InputError([Problem(name, index.name, "no weight_map", "tensor name to file name", _SAVE_AGAIN)])
+        raise InputError([Problem(name, index.name, "no weight_map", "tensor name to file name", SAVE_AGAIN)])
     return _read_shards(name, folder, index, weight_map, tied)
 
 
@@ -60,7 +58,7 @@ def _read_shards(
         if not is_plain_name(shard):
             found, remedy = f"points outside its folder, to {shard}", "Do not use this checkpoint as it is."
             if not set(shard) & set("/\\") and shard not in ("", ".", ".."):
-                found, remedy = f"names {shard[:80]!r}, which no file should be called", _SAVE_AGAIN
+                found, remedy = f"names {shard[:80]!r}, which no file should be called", SAVE_AGAIN
             problems.append(Problem(name, index.name, found, "file names", remedy))
             continue
         if not (folder / shard).exists():
@@ -77,10 +75,10 @@ def _read_shards(
         twice, lacking = [], []
         for key in sorted(found_here.keys() & tensors.keys()):
             found = f"{key} stands there and in {tensors[key].file.name}"
-            twice.append(Problem(name, shard, found, "once", _SAVE_AGAIN))
+            twice.append(Problem(name, shard, found, "once", SAVE_AGAIN))
         for key in wanted:
             if key not in found_here:
-                lacking.append(Problem(name, shard, f"lacks {key}", f"it there, by {index.name}", _SAVE_AGAIN))
+                lacking.append(Problem(name, shard, f"lacks {key}", f"it there, by {index.name}", SAVE_AGAIN))
         problems += [*capped(twice), *capped(lacking)]
         tensors |= found_here
     if problems:

@@ -8,6 +8,7 @@ from typing import Any
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.folder import copy_file, read_bytes, read_json, write_json
+from btx_merge.reporting import first_line
 
 TEMPLATES = "additional_chat_templates"
 """The folder in which transformers keeps chat templates under names, beside the default one."""
@@ -86,8 +87,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of any kind: transformers has code for every family
-        reason = str(error).strip().split("\n")[0]
-        found = f"unreadable tokenizer ({type(error).__name__}: {reason})"
+        found = f"unreadable tokenizer ({type(error).__name__}: {first_line(error)})"
         remedy = "Save it again with tokenizer.save_pretrained, or copy the seed's."
         raise InputError([Problem("model", where, found, "what transformers can read", remedy)]) from error
 

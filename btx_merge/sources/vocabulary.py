@@ -17,7 +17,7 @@ import numpy as np
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.bounded_json import parse_json
 from btx_merge.files.folder import read_bytes
-from btx_merge.reporting import short
+from btx_merge.reporting import first_line, short
 from btx_merge.sources.byte_pairs import Pair, read_differently
 from btx_merge.sources.reading_rules import differing_rules
 from btx_merge.sources.segments import Segment, runs
@@ -209,8 +209,7 @@ def _read_tokenizers(sources: Sequence[Source]) -> tuple[dict[str, Tokenizer | N
                 if problem.found != NO_SENTENCEPIECE or all(known.found != NO_SENTENCEPIECE for known in problems):
                     problems.append(replace(problem, source=source.name))
         except Exception as error:  # of any kind: transformers reads the old format, with code for every family
-            reason = str(error).strip().split("\n")[0]
-            found = f"unreadable tokenizer ({type(error).__name__}: {reason})"
+            found = f"unreadable tokenizer ({type(error).__name__}: {first_line(error)})"
             expected, remedy = "what tokenizer.save_pretrained writes", "Save it again, or copy the seed's."
             problems.append(Problem(source.name, f"{folder.name}/{vocabulary_file(folder)}", found, expected, remedy))
     return out, problems

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from btx_merge.errors import InputError, Problem
+from btx_merge.reporting import first_line
 
 EXTRA = "pip install '.[train]' in a checkout of btx-merge"
 _WHOLE = 4_000_000
@@ -105,7 +106,7 @@ def read_hub(source: str, reference: str) -> Iterator[Record]:
     except InputError:
         raise
     except Exception as error:  # of datasets, huggingface_hub, httpx, fsspec and pyarrow
-        found = f"cannot be read ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
+        found = f"cannot be read ({type(error).__name__}: {first_line(error)})"
         remedy = "Check the name (a config stands behind it: org/name/config), the network, or give files."
         raise InputError([Problem(source, reference, found, "a dataset of the Hub", remedy)]) from error
 
@@ -199,7 +200,7 @@ def _parquet(source: str, file: Path) -> Iterator[Record]:
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the system's
-        found = f"no Parquet ({str(error).strip().splitlines()[0]})"
+        found = f"no Parquet ({first_line(error)})"
         raise InputError([Problem(source, str(file), found, "", "Write or download it again.")]) from error
 
 

@@ -51,7 +51,7 @@ _PLAIN_KEYS = frozenset(
 )
 _PLAIN_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 _PREFIX = "base_model.model."
-_SAVE_AGAIN = "Save the adapter again with peft's save_pretrained."
+SAVE_AGAIN = "Save the adapter again with peft's save_pretrained."
 _SINGLE_THREADED = 4 * 65536
 """Multiplications up to which OpenBLAS starts no thread: its GEMM_MULTITHREAD_THRESHOLD of 4, times 65,536."""
 
@@ -142,7 +142,7 @@ def split_adapter(
             factors.setdefault(match[1], {})[(match[2] or "") + match[3]] = tensor
         elif ".lora_" in name or not name.endswith((".weight", ".bias")):
             found = f"tensor {key}, which plain LoRA does not have"
-            problems.append(Problem("", tensor.file.name, found, "lora_A, lora_B and whole weights", _SAVE_AGAIN))
+            problems.append(Problem("", tensor.file.name, found, "lora_A, lora_B and whole weights", SAVE_AGAIN))
         else:
             # modules_to_save, trained biases, and the resized embedding that peft saves under its adapter
             replaced[re.sub(r"\.(base_layer|modules_to_save)\.", ".", name)] = tensor
@@ -151,7 +151,7 @@ def split_adapter(
         embedding = "embedding_A" in parts
         if odd := [part for part in parts.values() if part.dtype not in STORED]:
             found, expected = f"{odd[0].name} has dtype {odd[0].dtype}", f"one of {', '.join(STORED)}"
-            problems.append(Problem("", odd[0].file.name, found, expected, _SAVE_AGAIN))
+            problems.append(Problem("", odd[0].file.name, found, expected, SAVE_AGAIN))
             continue
         prefix = "embedding_" if embedding else ""
         down, up = parts.get(f"{prefix}A"), parts.get(f"{prefix}B")
@@ -161,13 +161,13 @@ def split_adapter(
             shapes = [f"lora_{part} {list(tensor.shape)}" for part, tensor in parts.items()]
             found = f"{module} has {', '.join(shapes)}"
             file = next(iter(parts.values())).file.name
-            problems.append(Problem("", file, found, "lora_A [r, in] and lora_B [out, r]", _SAVE_AGAIN))
+            problems.append(Problem("", file, found, "lora_A [r, in] and lora_B [out, r]", SAVE_AGAIN))
             continue
         try:
             scaling = _scaling(config, module, rank, matches)
         except (KeyError, OverflowError, TypeError, ValueError) as error:
             found = f"lora_alpha or alpha_pattern cannot be understood for {module} ({error})"
-            raise InputError([Problem("", "adapter_config.json", found, "numbers", _SAVE_AGAIN)]) from error
+            raise InputError([Problem("", "adapter_config.json", found, "numbers", SAVE_AGAIN)]) from error
         deltas[f"{module}.weight"] = LoraDelta(down, up, scaling, embedding)
     if problems:
         raise InputError(problems)

@@ -13,7 +13,7 @@ from btx_merge.checkpoints.tensor_files import read_tensor_file
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.folder import read_json
 from btx_merge.sources.adapters.base import adapter_base
-from btx_merge.sources.adapters.lora_delta import LoraDelta, is_plain_lora, same_delta, split_adapter
+from btx_merge.sources.adapters.lora_delta import SAVE_AGAIN, LoraDelta, is_plain_lora, same_delta, split_adapter
 from btx_merge.sources.adapters.targets import Matches, modules_of, saved_whole, targeted
 from btx_merge.sources.adapters.through_peft import BY_NOBODY, grown_rows, merge_through_peft
 from btx_merge.sources.locate import Located
@@ -25,7 +25,6 @@ _WHOLE_MODELS = (
     *("model.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
-_SAVE_AGAIN = "Save the adapter again with peft's save_pretrained."
 _IS_IT_ITS_BASE = "Was it trained on this model? --base NAME=MODEL (`base:` in the recipe) names another."
 _AS_LORA = "Save it as a plain LoRA: peft's save_pretrained(..., path_initial_model_for_weight_conversion=...)."
 _MANY = 4
@@ -70,7 +69,7 @@ def open_adapter(
     base, warnings = adapter_base(name, config, spec.base, seed)
     stored = read_tensor_file(file)
     if not stored:
-        raise InputError([Problem(name, file.name, "holds no tensor at all", "the adapter's", _SAVE_AGAIN)])
+        raise InputError([Problem(name, file.name, "holds no tensor at all", "the adapter's", SAVE_AGAIN)])
     modules = modules_of(list(base.tensors))
     try:
         matches = Matches(config, modules)
@@ -79,7 +78,7 @@ def open_adapter(
             whole = saved_whole(config, list(base.tensors), targets)
     except ValueError as error:
         expected = "names of modules, or expressions that match some"
-        raise InputError([Problem(name, _CONFIG, str(error), expected, _SAVE_AGAIN)]) from error
+        raise InputError([Problem(name, _CONFIG, str(error), expected, SAVE_AGAIN)]) from error
     if is_plain_lora(config):
         deltas, replaced = split_adapter(config, stored, matches)
         source = _over(_PlainLora(name, file, base, deltas, replaced, targets, whole))
@@ -190,9 +189,9 @@ def _lost(lora: _PlainLora) -> list[Problem]:
     ):
         shown = sorted(names)
         for item in shown[:_MANY]:
-            problems.append(lora.problem(f"{kind} {item}", expected, _SAVE_AGAIN))
+            problems.append(lora.problem(f"{kind} {item}", expected, SAVE_AGAIN))
         if len(shown) > _MANY:
-            problems.append(lora.problem(f"{kind} {len(shown) - _MANY} more", expected, _SAVE_AGAIN))
+            problems.append(lora.problem(f"{kind} {len(shown) - _MANY} more", expected, SAVE_AGAIN))
     return problems
 
 
@@ -209,7 +208,7 @@ def _unfitting(lora: _PlainLora, tensors: Mapping[str, StoredTensor]) -> list[Pr
     for key, tensor in lora.replaced.items():
         if len(tensor.shape) not in (1, 2):
             found = f"{key} has shape {list(tensor.shape)}"
-            problems.append(lora.problem(found, "a matrix or a vector", _SAVE_AGAIN))
+            problems.append(lora.problem(found, "a matrix or a vector", SAVE_AGAIN))
     for key, delta in lora.deltas.items():
         if key in tensors and tensors[key].shape != delta.shape:
             found, expected = f"the delta of {key} is {list(delta.shape)}", f"{list(tensors[key].shape)}"

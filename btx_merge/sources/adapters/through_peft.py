@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from btx_merge.architectures.llama import HEAD
 from btx_merge.checkpoints.stored import StoredTensor
 from btx_merge.errors import InputError, Problem
+from btx_merge.reporting import first_line, without_loading_bars
+from btx_merge.sources.adapters.lora_delta import SAVE_AGAIN
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 _SAVED_EMBEDDING = re.compile(r"embed_tokens\.((token_adapter\.)?base_layer\.|modules_to_save\.)?weight$")
 _SAVED_HEAD = re.compile(r"lm_head\.((token_adapter\.)?base_layer\.|modules_to_save\.)?weight$")
-_SAVE_AGAIN = "Save the adapter again with peft's save_pretrained."
 _YOURSELF = "Merge it into its base yourself, save the whole model, and give that folder."
 BY_NOBODY = "It cannot be merged by anybody. Train a LoRA, or leave this expert out."
 """The remedy for an adapter that changes more than weights."""
@@ -66,7 +67,7 @@ def _trained_tokens(config: Mapping[str, Any]) -> dict[str, list[int]]:
     lists = tokens.values() if isinstance(tokens, dict) else [None]
     if not all(isinstance(items, list) and all(type(token) is int for token in items) for items in lists):
         found = "trainable_token_indices cannot be understood"
-        raise InputError([Problem("", "adapter_config.json", found, "lists of token ids", _SAVE_AGAIN)])
+        raise InputError([Problem("", "adapter_config.json", found, "lists of token ids", SAVE_AGAIN)])
     return {name.rpartition(".")[2]: items for name, items in tokens.items()}
 
 
@@ -84,25 +85,18 @@ def merge_through_peft(
         InputError: peft cannot load it, it is of a kind that cannot be merged into weights, or its files do not hold
             all that it was trained with.
     """
-    from transformers.utils import logging
-
     _refuse_unmergeable(config)
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the merge has its own
     try:
-        with warnings.catch_warnings(record=True) as caught:
+        with without_loading_bars(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             _merge_and_prove(base, adapter, _trained_tokens(config), out, rows)
     except InputError:
         raise
     except Exception as error:  # of any kind: peft has dozens of adapter types
-        reason = str(error).strip().split("\n")[0]
-        found = f"peft cannot merge an adapter of type {config['peft_type']} here ({type(error).__name__}: {reason})"
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        found = f"peft cannot merge an adapter of type {config['peft_type']} here ({reason})"
         remedy = "If peft's merge_and_unload can, save the whole model and give that; else leave this expert out."
         raise InputError([Problem(name, "adapter_config.json", found, "", remedy)]) from error
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     return _as_problems(name, caught)
 
 
@@ -193,7 +187,7 @@ def _refuse_lost_tensors(adapted: Any, weights: Mapping[str, torch.Tensor], unex
     for kind, keys in (("lacks", missing), ("holds", strange)):
         if keys:
             found = f"{kind} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")
-            problems.append(Problem("", "adapter weights", found, "the tensors of adapter_config.json", _SAVE_AGAIN))
+            problems.append(Problem("", "adapter weights", found, "the tensors of adapter_config.json", SAVE_AGAIN))
     if problems:
         raise InputError(problems)
 
