@@ -17,13 +17,14 @@ import numpy as np
 
 from btx_merge.architectures.btx import ROUTER, SELECTION_BIAS
 from btx_merge.architectures.llama import EMBEDDING
-from btx_merge.checkpoints.dtypes import Float32, from_float32
+from btx_merge.checkpoints.dtypes import Float32
 from btx_merge.checkpoints.layout import Job, OutputTensor, Shape, lay_out
 from btx_merge.editing.checks import set_problems, text_problems
 from btx_merge.editing.recipe import EditRecipe
 from btx_merge.errors import InputError, Problem
 from btx_merge.fitting.recipe import TEXT_ROUTERS
 from btx_merge.merging.checks import Examined, examine_sources
+from btx_merge.merging.combine import cast
 from btx_merge.merging.mixture import Mixture
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.records import anchor_sources, read_record
@@ -123,8 +124,9 @@ class EditPlan:
         if self.router_inits[domain] == "random" and len(job.tensor.shape) > 1:
             std = self.recipe.router_std or self.mixture.seed.config["initializer_range"]
             key = [self.recipe.random_seed, layer, *name.encode()]  # the same row whatever else is added
-            values = (std * np.random.RandomState(key).standard_normal(values.shape)).astype(np.float32)
-        return from_float32(values, job.tensor.dtype)
+            with np.errstate(over="ignore"):  # an overflow becomes Inf, which `cast` reports
+                values = (std * np.random.RandomState(key).standard_normal(values.shape)).astype(np.float32)
+        return cast(values, job, self.mixture)
 
 
 def plan_edit(recipe: EditRecipe, model: MergedModel, scratch: Callable[[], Path]) -> EditPlan:

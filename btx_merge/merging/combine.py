@@ -173,7 +173,8 @@ def _difference_rule(plan: Plan, name: str) -> Rule:
                 merged = merge_utils.dare_ties(tasks, weights, recipe.density)
             else:
                 merged = merge_utils.dare_linear(tasks, weights, recipe.density)
-        base += recipe.scale * merged.numpy()
+        with np.errstate(over="ignore", invalid="ignore"):  # `cast` reports what comes of it
+            base += recipe.scale * merged.numpy()
         return base
 
     return rule

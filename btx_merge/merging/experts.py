@@ -86,4 +86,5 @@ def initial_router(recipe: MergeRecipe, layer: int, num_experts: int, hidden_siz
     if recipe.router_init != "random":
         return np.zeros(shape, np.float32)
     values = np.random.RandomState([recipe.random_seed, layer]).standard_normal(shape)
-    return (std * values).astype(np.float32)
+    with np.errstate(over="ignore"):  # an overflow becomes Inf, which `cast` reports
+        return (std * values).astype(np.float32)

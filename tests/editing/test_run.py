@@ -616,6 +616,18 @@ def test_deviations_that_cannot_be_meant(two, root, value):
             recipe()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_random_rows_beyond_the_dtype(root, tmp_path, dtype):
+    """As in a merge: nothing infinite is written, and numpy has nothing to warn of."""
+    std = {"float32": 1e39, "float16": 1e5}[dtype]
+    one = merged(root, tmp_path / "one", "code", dtype=dtype)
+    with pytest.raises(NonFiniteError, match=r"mlp\.gate\.weight: a value leaves the range of F"):
+        edited(one, tmp_path / "out", add=experts_of(root, "math"), router_std=std, shared="keep")
+    with pytest.raises(NonFiniteError, match=r"mlp\.gate\.weight: a value leaves the range of F"):
+        merged(root, tmp_path / "two", "code", dtype=dtype, router_std=std)
+    assert not (tmp_path / "out").exists()
+
+
 def test_several_problems_come_together(root, two, tmp_path):
     grow(root / "seed", tmp_path / "shallow")
     edit_json(tmp_path / "shallow/config.json", num_hidden_layers=3)
