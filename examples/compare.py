@@ -2,6 +2,7 @@
 
     make demo && python examples/compare.py                # the demo's checkpoints
     make demo-smollm2 && python examples/compare.py --demo demo/smollm2 --domain-tokens 12000 --tokens 6000
+    python examples/compare.py --shared mean --routers prompts --mergekit VENV    # beside mergekit-moe, from there
 
 Merges the seed and the experts that a demo left behind in many ways, and measures each result on held-out text of
 every domain as `btx eval` does: bits per byte, and the fraction of the gap between the seed and the best single model
@@ -12,9 +13,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import shutil
+import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -70,6 +75,15 @@ class Comparison:
         experts = {domain: ExpertSpec(str(self.demo / domain)) for domain in DOMAINS}
         merge(MergeRecipe(str(self.demo / "seed"), experts, **values), output, Options(overwrite=True))
 
+    def merge_with_mergekit(self, environment: Path, output: Path) -> None:
+        """Have mergekit-moe merge the same models: shared weights of the seed, routers from the same prompts."""
+        prompts = {"seed": [prompt for own in PROMPTS.values() for prompt in own], **PROMPTS}
+        experts = [{"source_model": str(self.demo / name), "positive_prompts": own} for name, own in prompts.items()]
+        recipe = {"base_model": str(self.demo / "seed"), "gate_mode": "hidden", "dtype": "float32", "experts": experts}
+        file = output.with_name("mergekit.yaml")
+        file.write_text(json.dumps(recipe), "utf-8")  # JSON is YAML
+        subprocess.run([environment / "bin" / "mergekit-moe", file, output, "--quiet"], check=True)
+
     def measure(self, model: Path, **beside: Any) -> EvalReport:
         """Measure a merge on all held-out texts."""
         texts = tuple(DomainText(domain, (str(held_out(domain)),)) for domain in DOMAINS)
@@ -107,6 +121,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of each domain that are scored [all]")
     parser.add_argument("--shared", nargs="*", default=list(SHARED), choices=list(SHARED))
     parser.add_argument("--routers", nargs="*", default=list(ROUTERS), choices=list(ROUTERS))
+    parser.add_argument("--mergekit", type=Path, metavar="VENV", help="virtual environment with mergekit")
     options = parser.parse_args()
     window = options.window or (255 if options.demo.name == "smollm2" else 127)
     with TemporaryDirectory(dir=options.demo) as scratch:
@@ -119,16 +134,22 @@ def main() -> None:
             print_row(row.name, bits_of(row), row.closed)
         seed = bits_of(next(row for row in report.rows if row.name == "seed"))
         oracle = {domain: best.bits_per_byte for domain, best in report.oracle.items()}
-        for shared, router in itertools.product(options.shared, options.routers):
-            if "fit_through" in ROUTERS[router] and "regmean" not in shared and shared != "mean":
-                continue  # nothing is known of it that the plain mean does not show
-            output = Path(scratch) / "btx"
-            began = time.perf_counter()
-            comparison.merge(shared, router, output)
+
+        def print_merge(name: str, merge_into: Callable[[Path], None]) -> None:
+            output, began = Path(scratch) / "btx", time.perf_counter()
+            merge_into(output)
             seconds = time.perf_counter() - began
             bits = bits_of(comparison.measure(output, no_sources=True).rows[0])
             closed = {d: (seed[d] - bits[d]) / (seed[d] - oracle[d]) if seed[d] > oracle[d] else None for d in DOMAINS}
-            print_row(f"{shared} + {router} ({seconds:.0f} s)", bits, closed)
+            print_row(f"{name} ({seconds:.0f} s)", bits, closed)
+
+        for shared, router in itertools.product(options.shared, options.routers):
+            if "fit_through" in ROUTERS[router] and "regmean" not in shared and shared != "mean":
+                continue  # nothing is known of it that the plain mean does not show
+            print_merge(f"{shared} + {router}", partial(comparison.merge, shared, router))
+        if options.mergekit:
+            shutil.rmtree(Path(scratch) / "btx", ignore_errors=True)
+            print_merge("mergekit-moe", partial(comparison.merge_with_mergekit, options.mergekit))
 
 
 if __name__ == "__main__":
