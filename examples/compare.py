@@ -26,6 +26,7 @@ from typing import Any
 
 from demo_common import held_out, one_at_a_time, training
 from demo_texts import DOMAINS
+from peft import AutoPeftModelForCausalLM
 
 from btx_merge import DomainText, EvalRecipe, EvalReport, ExpertSpec, MergeRecipe, Options, evaluate, merge
 from btx_merge.evaluation.report import Row
@@ -78,8 +79,9 @@ class Comparison:
     def merge_with_mergekit(self, environment: Path, output: Path) -> None:
         """Have mergekit-moe merge the same models: shared weights of the seed, routers from the same prompts."""
         prompts = {"seed": [prompt for own in PROMPTS.values() for prompt in own], **PROMPTS}
-        experts = [{"source_model": str(self.demo / name), "positive_prompts": own} for name, own in prompts.items()]
-        recipe = {"base_model": str(self.demo / "seed"), "gate_mode": "hidden", "dtype": "float32", "experts": experts}
+        sources = {name: whole(self.demo / name, output.parent) for name in prompts}
+        experts = [{"source_model": str(sources[name]), "positive_prompts": own} for name, own in prompts.items()]
+        recipe = {"base_model": str(sources["seed"]), "gate_mode": "hidden", "dtype": "float32", "experts": experts}
         file = output.with_name("mergekit.yaml")
         file.write_text(json.dumps(recipe), "utf-8")  # JSON is YAML
         subprocess.run([environment / "bin" / "mergekit-moe", file, output, "--quiet"], check=True)
@@ -88,6 +90,15 @@ class Comparison:
         """Measure a merge on all held-out texts."""
         texts = tuple(DomainText(domain, (str(held_out(domain)),)) for domain in DOMAINS)
         return evaluate(EvalRecipe(str(model), texts, window=self.window, tokens=self.tokens, **beside))
+
+
+def whole(model: Path, folder: Path) -> Path:
+    """Write an adapter, merged into its base, into a folder; take a checkpoint as it is."""
+    if not (model / "adapter_config.json").exists():
+        return model
+    merged: Any = AutoPeftModelForCausalLM.from_pretrained(model)
+    merged.merge_and_unload().save_pretrained(folder / model.name)
+    return folder / model.name
 
 
 def part_of(file: Path, half: int | None, folder: Path) -> Path:

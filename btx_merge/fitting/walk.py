@@ -48,10 +48,11 @@ class Walk:
         self.checkpoint, self.config, self.streams = checkpoint, config, streams
         self.task, self.sources = task, sources if task.combine else {}
         self.passage = Passage(config, checkpoint.device)
+        # prompts bear the names of domains, too, but no source follows them
+        self.texts = [stream for stream in streams if not stream.is_prompt]
         self.shared, self.routers = None, None
         if task.combine:
-            texts = [stream for stream in streams if not stream.is_prompt]
-            self.shared = SharedFit(checkpoint, texts, sources, statistics, task, self.passage)
+            self.shared = SharedFit(checkpoint, self.texts, sources, statistics, task, self.passage)
         if task.router:
             self.routers = RouterFit(checkpoint, config, streams, statistics, task)
         self.passes = not statistics.are_there  # otherwise no token passes: all moments are kept
@@ -117,7 +118,7 @@ class Walk:
         """Look up the first hidden states of every stream, in the merged model and in its own source."""
         vocab, hidden = self.checkpoint.tensors[EMBEDDING].shape
         device = self.checkpoint.device
-        streams = [(stream, self.sources.get(stream.name)) for stream in self.streams]
+        streams = [(stream, None if stream.is_prompt else self.sources.get(stream.name)) for stream in self.streams]
         if self.trial:
             streams += self.trial.streams()
         values = sum(stream.ids.numel() * (1 + bool(source)) for stream, source in streams) * hidden
@@ -145,7 +146,7 @@ class Walk:
         """
         for stream in self.streams:
             self.passage.attend(stream, stream.merged, layer)
-        by_name = {stream.name: stream for stream in self.streams}
+        by_name = {stream.name: stream for stream in self.texts}
         for name, source in self.sources.items():
             dense = source.layer(index, weights.take(f"feed-forward {index} of {name}"))
             self.passage.feed_forward(by_name[name], by_name[name].dense, dense)

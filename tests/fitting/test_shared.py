@@ -57,3 +57,14 @@ def test_the_output_projection_is_fitted_to_the_sources_states(grown, tmp_path):
         torch.testing.assert_close(
             found[f"{OUTPUT.format(layer)}.weight"].double(), expected[layer], atol=5e-5, rtol=1e-3
         )
+
+
+def test_prompts_for_the_routers_change_no_shared_weight(grown, tmp_path):
+    """A domain's text and its prompts bear one name."""
+    folder, texts = grown
+    prompts = {"router_init": "prompts", "prompts": {"code": "w1 w2 w3", "math": "w31 w32"}}
+    for name, routers in (("random", {}), ("prompts", prompts)):
+        merge(recipe_of(folder, texts, combine="regmean_merged", head="fitted", **routers), tmp_path / name)
+    expected, found = tensors_of(tmp_path / "random"), tensors_of(tmp_path / "prompts")
+    differ = {name for name in expected if not torch.equal(found[name], expected[name])}
+    assert differ == {name for name in expected if name.endswith("mlp.gate.weight")}
