@@ -7,9 +7,10 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate.utils import reduce
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from btx_merge.finetuning.metrics import HELD_OUT
 from btx_merge.reporting import Reporter
 
 
@@ -34,10 +35,8 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Stop all ranks at the same step, whichever of them got the signal."""
-        if dist.is_available() and dist.is_initialized():
-            asked = torch.tensor(float(self.is_stopped), device=args.device)
-            dist.all_reduce(asked)
-            self.is_stopped = bool(asked.item())
+        asked: Any = reduce(torch.tensor(float(self.is_stopped), device=args.device), "sum")
+        self.is_stopped = bool(asked)
         if self.is_stopped and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
@@ -61,8 +60,8 @@ class ConsoleLines(TrainerCallback):
         """Report losses, perplexities and loads; all of it goes to wherever `report_to` says."""
         logs: dict[str, Any] = kwargs["logs"]
         for key, value in logs.items():
-            if key.startswith("eval_perplexity/"):
-                name = key.partition("/")[2]
+            if key.startswith(HELD_OUT):
+                name = key.removeprefix(HELD_OUT)
                 self.reporter.line(f"step {state.global_step}: perplexity of what is held out of {name}: {value:.4g}")
         if "loss" not in logs:
             return

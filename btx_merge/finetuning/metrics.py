@@ -10,16 +10,20 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import nn
 from torch.nn import functional as F
 
 from btx_merge.architectures.btx import DEAD
+from btx_merge.finetuning.data import IGNORED
 from btx_merge.measuring.losses import perplexity
 from btx_merge.modeling.routing_btx import routings_of
 from btx_merge.reporting import Reporter
 
 LOAD_PER_LAYER = "load_per_layer"
+HELD_OUT = "eval_perplexity/"
+"""Before a domain's name, the perplexity of its held-out part."""
 
 
 class DomainLosses:
@@ -45,10 +49,10 @@ class DomainLosses:
     def add(self, outputs: Any, labels: torch.Tensor, domains: torch.Tensor) -> None:
         """Add the losses of a pass by domain: logits [B, T, V], labels [B, T], domains [B]."""
         for logits, row, domain in zip(outputs["logits"], labels, domains.tolist(), strict=True):
-            # by row, since each has a domain of its own; -100 is passed over
-            loss = F.cross_entropy(logits[:-1].float(), row[1:], reduction="sum")
+            # by row, since each has a domain of its own
+            loss = F.cross_entropy(logits[:-1].float(), row[1:], ignore_index=IGNORED, reduction="sum")
             self._losses[0, domain] += loss.to(self._losses)
-            self._losses[1, domain] += int((row[1:] != -100).sum())
+            self._losses[1, domain] += int((row[1:] != IGNORED).sum())
 
     def add_divergences(self, divergences: torch.Tensor) -> None:
         """Add a pass's divergences from the teachers, the sum over the tokens of each domain: [D]."""
@@ -154,10 +158,7 @@ class Meter(DomainLosses):
 
 def _summed(parts: Sequence[torch.Tensor], device: torch.device) -> tuple[list[torch.Tensor], int]:
     """Add up tensors over all ranks; return the sums on the CPU, in their shapes, and the number of ranks."""
-    flat = torch.cat([part.flatten().to(device) for part in parts])
-    ranks = 1
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(flat)  # one for everything: each costs a round trip between the ranks
-        ranks = dist.get_world_size()
+    # one for everything: each costs a round trip between the ranks
+    flat: Any = reduce(torch.cat([part.flatten().to(device) for part in parts]), "sum")
     pieces: Any = torch.split(flat.cpu(), [part.numel() for part in parts])
-    return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)], ranks
+    return [piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)], PartialState().num_processes

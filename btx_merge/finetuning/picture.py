@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from btx_merge.finetuning.metrics import LOAD_PER_LAYER
+from btx_merge.finetuning.metrics import HELD_OUT, LOAD_PER_LAYER
 
 _FEW = 20
 """Points of a curve up to which it is shown as it is; longer ones get a smoothed line over a pale raw one."""
@@ -73,16 +73,16 @@ def _curve(ax: Any, history: Sequence[Mapping[str, Any]], key: str, label: str =
 
 
 def _perplexities(ax: Any, history: Sequence[Mapping[str, Any]]) -> None:
-    keys = [key for entry in history for key in entry if key.startswith(("perplexity/", "eval_perplexity/"))]
+    keys = [key for entry in history for key in entry if key.startswith(("perplexity/", HELD_OUT))]
     seen: list[float] = []
     for number, domain in enumerate(dict.fromkeys(key.partition("/")[2] for key in keys)):
         color = f"C{number % 10}"
         _curve(ax, history, f"perplexity/{domain}", domain, color)
-        steps, values = _points(history, f"eval_perplexity/{domain}")
+        steps, values = _points(history, f"{HELD_OUT}{domain}")
         if steps:
             ax.plot(steps, values, "o", color=color)
         seen += [*values, *_points(history, f"perplexity/{domain}")[1]]
-    if any(key.startswith("eval_") for key in keys):
+    if any(key.startswith(HELD_OUT) for key in keys):
         ax.plot([], [], "o", color="grey", label="held out")
     if seen and max(seen) > _WIDE * min(seen):
         ax.set_yscale("log")

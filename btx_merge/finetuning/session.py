@@ -24,6 +24,7 @@ from btx_merge.files.scratch import move_in
 from btx_merge.finetuning.arguments import DEFAULTS, training_arguments
 from btx_merge.finetuning.callbacks import ConsoleLines, StepCount, StopOnSignal
 from btx_merge.finetuning.data import DomainStream, MixedWindows, collate, row_of
+from btx_merge.finetuning.metrics import HELD_OUT
 from btx_merge.finetuning.picture import figure_of
 from btx_merge.finetuning.ranks import check_launch, check_ranks
 from btx_merge.finetuning.recipe import Recipe, sharded_over
@@ -108,7 +109,7 @@ class Run:
                 stop.restore()
         if stop and stop.is_stopped and self.trainer.state.global_step < self.args.max_steps:
             raise MergeInterrupted  # what is kept, `finetuning.run` says
-        scored = [entry["step"] for entry in self.history if any(key.startswith("eval_perplexity/") for key in entry)]
+        scored = [entry["step"] for entry in self.history if any(key.startswith(HELD_OUT) for key in entry)]
         if held_out and (not scored or scored[-1] != self.trainer.state.global_step):
             self.trainer.evaluate()
 
@@ -259,8 +260,8 @@ class Run:
         scores: dict[str, dict[str, float]] = {"before": {}, "after": {}}
         for entry in self.history:
             for key, value in entry.items():
-                if key.startswith("eval_perplexity/"):
-                    domain = key.partition("/")[2]
+                if key.startswith(HELD_OUT):
+                    domain = key.removeprefix(HELD_OUT)
                     scores["after"][domain] = value
                     if entry["step"] == 0:
                         scores["before"][domain] = value

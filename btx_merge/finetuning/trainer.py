@@ -23,7 +23,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from btx_merge.errors import InputError, MergeError, Problem
 from btx_merge.files.placing import remove
-from btx_merge.finetuning.metrics import LOAD_PER_LAYER, DomainLosses
+from btx_merge.finetuning.data import IGNORED
+from btx_merge.finetuning.metrics import HELD_OUT, LOAD_PER_LAYER, DomainLosses
 from btx_merge.finetuning.stopwatch import Stopwatch
 from btx_merge.finetuning.teachers import STATES, Teachers
 from btx_merge.finetuning.work_folder import COMPLETE, what_is_kept
@@ -61,6 +62,8 @@ class BTXTrainer(Trainer):
     model: nn.Module
     optimizer: Any
     lr_scheduler: Any
+    is_sharded: bool
+    """Whether the model's parameters lie on several ranks."""
 
     def __init__(
         self,
@@ -72,7 +75,8 @@ class BTXTrainer(Trainer):
         **options: Any,
     ):
         # Trainer cannot save the optimizer of a model that was sharded as it was loaded, and refuses; below it is done
-        args.save_only_model = any(isinstance(parameter, DTensor) for parameter in options["model"].parameters())
+        self.is_sharded = any(isinstance(parameter, DTensor) for parameter in options["model"].parameters())
+        args.save_only_model = self.is_sharded
         super().__init__(args=args, eval_dataset=dict(held_out), **options)
         args.save_only_model = False
         self.meter, self.watch = meter, watch
@@ -83,11 +87,6 @@ class BTXTrainer(Trainer):
         self.checkpoints_kept = self.args.save_total_limit
         self.args.save_total_limit = None  # an old one goes when the new one is complete, which Trainer does not know
         self.remove_callback(PrinterCallback)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the model's parameters lie on several ranks."""
-        return any(isinstance(parameter, DTensor) for parameter in self.model.parameters())
 
     def continue_from(self, checkpoint: Path) -> None:
         """Train on from a checkpoint; from that of the last step it only takes what was trained."""
@@ -171,12 +170,11 @@ class BTXTrainer(Trainer):
                 batch.pop("domain")
                 with self.compute_loss_context_manager():
                     loss = self.model(**batch).loss
-                count = float((batch["labels"][:, 1:] != -100).sum()) if own else 0.0
+                count = float((batch["labels"][:, 1:] != IGNORED).sum()) if own else 0.0
                 if count:
                     total += torch.stack([loss.detach().float() * count, torch.tensor(count, device=total.device)])
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(total)
-            metrics[f"eval_perplexity/{domain}"] = perplexity(float(total[0] / total[1].clamp(min=1)))
+            total = self.accelerator.reduce(total, "sum")
+            metrics[f"{HELD_OUT}{domain}"] = perplexity(float(total[0] / total[1].clamp(min=1)))
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
