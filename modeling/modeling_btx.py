@@ -473,7 +473,8 @@ class BTXForTokenClassification(_WithRouterLosses, GenericForTokenClassification
         BTXPreTrainedModel.__init__(self, config)
         self.num_labels: int = config.num_labels or 2
         self.model = BTXModel(config)
-        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 

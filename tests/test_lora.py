@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import peft
@@ -19,7 +20,6 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM
 
-from btx_merge import InputError
 from btx_merge.lora import TARGETS, lora_config
 from tests.modeling.test_peft import (
     ALPHA,
@@ -37,7 +37,7 @@ from tests.modeling.test_peft import (
     trainable,
 )
 from tests.support import warm
-from tests.support.common import tensors_of
+from tests.support.common import problems_of, tensors_of
 from tests.support.models import EXPERTS, tokens
 
 # --- saving, loading, merging ------------------------------------------------------------------------------------
@@ -197,10 +197,7 @@ def test_variants_of_lora(variant, tmp_path):
 # --- refusals, and a warning -------------------------------------------------------------------------------------
 
 
-def refused(*args: Any, **options: Any) -> list[str]:
-    with pytest.raises(InputError) as caught:
-        lora_config(*args, **options)
-    return str(caught.value).splitlines()
+refused = partial(problems_of, lora_config)
 
 
 def test_all_that_is_wrong_is_said_at_once():

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import btx_merge
 from btx_merge import InputError, MergeInterrupted, MergeRecipe, Options, extract, merge
 from tests.checkpoints.test_staging import ctrl_c_after
+from tests.exporting.test_run import load
 from tests.support.common import (
     TINY_CONFIG,
     Told,
@@ -22,18 +23,13 @@ from tests.support.common import (
     force_expert,
     grow,
     logits_of,
+    problems_of,
     raw_bytes,
     save_seed,
     tensors_of,
 )
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-
-
-def load(folder: Path):
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
 
 
 def feed_forward(folder: Path) -> dict[str, bytes]:
@@ -164,9 +160,7 @@ def test_all_its_files(merged, tmp_path):
 def test_an_expert_that_there_is_not(merged, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("years of work")
-    with pytest.raises(InputError) as error:
-        extract(str(merged), "Code", tmp_path / "out", Options(max_shard_size="-1"))
-    assert [str(problem) for problem in error.value.problems] == [
+    assert problems_of(extract, str(merged), "Code", tmp_path / "out", Options(max_shard_size="-1")) == [
         "command: --max-shard-size: '-1'; expected a size such as 5GB, 500MB or 5GiB",
         f"output: {tmp_path / 'out'}: not empty; expected an empty or a new folder. "
         "Give another --output, or --overwrite to replace it when the new model is complete.",

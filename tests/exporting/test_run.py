@@ -28,6 +28,7 @@ from tests.support.common import (
     files_of,
     grow,
     logits_of,
+    problems_of,
     raw_bytes,
     save_seed,
     tensors_of,
@@ -264,11 +265,10 @@ def test_the_python_of_its_card(merged, tmp_path):
 
 
 def refused(model: Path, output: Path, **options) -> list[str]:
-    with pytest.raises(InputError) as error:
-        export(str(model), output, **options)
+    lines = problems_of(export, str(model), output, **options)
     assert not output.exists()
     assert not partial(output).exists()
-    return [str(problem) for problem in error.value.problems]
+    return lines
 
 
 def test_what_a_mixtral_does_not_compute_is_refused_all_at_once(merged, tmp_path):

@@ -30,7 +30,7 @@ from btx_merge.finetuning.work_folder import SUFFIX
 from btx_merge.publishing.checks import examine
 from btx_merge.sources.source import SEED
 from btx_merge.texts.references import DomainText
-from tests.finetuning.test_run import ARGUMENTS, changed, killed_between_files, losses_of, problems_of
+from tests.finetuning.test_run import ARGUMENTS, changed, killed_between_files, losses_of
 from tests.support import warm
 from tests.support.common import (
     Told,
@@ -40,6 +40,7 @@ from tests.support.common import (
     force_expert,
     load_float32,
     logits_of,
+    problems_of,
     raw_bytes,
     save_seed,
     tensors_of,

@@ -14,8 +14,17 @@ from transformers import AutoModelForCausalLM
 from btx_merge import MergeRecipe, merge
 from btx_merge.finetuning.recipe import TRAIN_MODES
 from tests.finetuning.test_ranks import on_one_rank, run, torchrun
-from tests.finetuning.test_run import changed, problems_of, recipe
-from tests.support.common import assert_complete, grow, load_float32, logits_of, raw_bytes, save_seed, tensors_of
+from tests.finetuning.test_run import changed, recipe
+from tests.support.common import (
+    assert_complete,
+    grow,
+    load_float32,
+    logits_of,
+    problems_of,
+    raw_bytes,
+    save_seed,
+    tensors_of,
+)
 
 SHARDS = {"fsdp_size": 2}
 SPREAD = {"fsdp_size": 2, "ep_size": 2}

@@ -38,7 +38,17 @@ from btx_merge.finetuning.stopwatch import Stopwatch
 from btx_merge.finetuning.work_folder import SUFFIX, held
 from btx_merge.texts.references import DomainText
 from tests.support import warm
-from tests.support.common import Told, assert_complete, edit_json, files_of, grow, raw_bytes, save_seed, tensors_of
+from tests.support.common import (
+    Told,
+    assert_complete,
+    edit_json,
+    files_of,
+    grow,
+    problems_of,
+    raw_bytes,
+    save_seed,
+    tensors_of,
+)
 from tests.support.warm import BTX
 
 ARGUMENTS = {
@@ -59,12 +69,6 @@ def recipe(merged: Path, texts: dict[str, str], **changes: Any) -> TrainRecipe:
 
 def losses_of(report: TrainReport) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in report.history if "loss" in entry}
-
-
-def problems_of(function: Any, *arguments: Any, **options: Any) -> list[str]:
-    with pytest.raises(InputError) as caught:
-        function(*arguments, **options)
-    return [str(problem) for problem in caught.value.problems]
 
 
 # What is trained, and the result

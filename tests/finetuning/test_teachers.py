@@ -22,8 +22,8 @@ from btx_merge.finetuning.teachers import Divergence, Teachers
 from btx_merge.texts.references import DomainText
 from tests.conftest import Family
 from tests.finetuning.test_ranks import assert_the_same, on_one_rank, run, torchrun
-from tests.finetuning.test_run import changed, losses_of, problems_of, recipe, resumable
-from tests.support.common import Told, grow, move_trainable, save_seed, tensors_of, tiny_tokenizer
+from tests.finetuning.test_run import changed, losses_of, recipe, resumable
+from tests.support.common import Told, grow, move_trainable, problems_of, save_seed, tensors_of, tiny_tokenizer
 
 # plain gradient descent by 1, so that a weight moves by its gradient
 BY_ITS_GRADIENT = {

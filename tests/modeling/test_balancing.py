@@ -304,3 +304,8 @@ def test_classification_heads_balance_too(head, routing):
     out = model.eval()(ids, attention_mask=mask, labels=labels)
     plain = torch.nn.functional.cross_entropy(out.logits.flatten(0, -2), labels.flatten())
     torch.testing.assert_close(out.loss, plain, atol=1e-6, rtol=0)
+
+
+def test_the_dropout_of_a_classifier_is_as_in_transformers():
+    for given, expected in (({}, 0.1), ({"classifier_dropout": None}, 0.1), ({"classifier_dropout": 0.0}, 0.0)):
+        assert BTXForTokenClassification(tiny_btx(**given).config).dropout.p == expected

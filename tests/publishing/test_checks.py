@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from btx_merge import InputError, MergeRecipe, merge
+from btx_merge import MergeRecipe, merge
 from btx_merge.checkpoints.layout import INDEX_FILE
 from btx_merge.publishing.card import card_problems
 from btx_merge.publishing.checks import Publishable, examine
 from btx_merge.publishing.kinds import BTX
 from btx_merge.publishing.private_text import private_text
-from tests.support.common import edit_json, files_of, grow, save_seed, tiny_tokenizer
+from tests.support.common import edit_json, files_of, grow, problems_of, save_seed, tiny_tokenizer
 
 TOKEN = "hf_" + "aB3" * 12
 
@@ -33,10 +34,7 @@ def model(merged: Path, tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def refused(folder: Path) -> list[str]:
-    with pytest.raises(InputError) as caught:
-        examine(folder)
-    return [str(problem) for problem in caught.value.problems]
+refused = partial(problems_of, examine)
 
 
 def published(folder: Path) -> Publishable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from btx_merge import InputError, MergeRecipe, Options, export, extract, merge
+from btx_merge import MergeRecipe, Options, export, extract, merge
 from btx_merge.finetuning.recipe import TrainRecipe
 from btx_merge.finetuning.run import train
 from btx_merge.model.adapter_card import with_base
@@ -25,7 +26,7 @@ from btx_merge.texts.references import DomainText
 from tests.conftest import Family
 from tests.finetuning.test_run import ARGUMENTS
 from tests.publishing.test_run import btx, error_of, home, hub, pushed, repository  # noqa: F401  fixtures
-from tests.support.common import edit_json, files_of, save_seed
+from tests.support.common import edit_json, files_of, problems_of, save_seed
 from tests.support.hub_server import Hub
 
 pytestmark = pytest.mark.usefixtures("loaded_here")
@@ -59,10 +60,7 @@ def copy_of(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def refused(folder: Path, **options: Any) -> list[str]:
-    with pytest.raises(InputError) as caught:
-        examine(folder, **options)
-    return [str(problem) for problem in caught.value.problems]
+refused = partial(problems_of, examine)
 
 
 def published(folder: Path, **options: Any) -> Publishable:

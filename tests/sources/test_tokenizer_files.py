@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from btx_merge import DomainText, EditRecipe, InputError, MergeRecipe, check, edit, export, extract, merge
 from btx_merge.sources.tokenizer_files import check_alike, load_tokenizer
-from tests.support.common import edit_json, grow, rows_are_shared, save_seed, tiny_tokenizer
+from tests.support.common import edit_json, grow, problems_of, rows_are_shared, save_seed, tiny_tokenizer
 
 LINES = ("hello world", "x = 12345", "  two  spaces", "</s>hello", "</s>  hello", "é 北京")
 TEXT = ("hello world, hello there", "x = 12345 and so on")
@@ -79,9 +79,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def refusal(pair: tuple[Path, Path]) -> list[str]:
-    with pytest.raises(InputError) as caught:
-        check(MergeRecipe(str(pair[0]), {"e": str(pair[1])}))
-    return [str(problem) for problem in caught.value.problems]
+    return problems_of(check, MergeRecipe(str(pair[0]), {"e": str(pair[1])}))
 
 
 def test_two_files_of_sentencepiece(pair: tuple[Path, Path]) -> None:

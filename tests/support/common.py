@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from btx_merge import Check
+from btx_merge import Check, InputError
 from btx_merge.reporting import Reporter
 from btx_merge.sources.segments import Segment
 
@@ -193,6 +194,13 @@ def assert_rounded_once(ours: torch.Tensor, exact: torch.Tensor, magnitude: torc
     assert ((ours.double() - exact).abs() <= allowed).all()
     if ours.dtype != torch.float32:  # rounded twice, or summed in fewer bits, many would miss the nearest
         assert (ours != exact.to(ours.dtype)).double().mean() < 0.002
+
+
+def problems_of(function: Callable[..., object], *arguments: Any, **options: Any) -> list[str]:
+    """The lines of a refusal."""
+    with pytest.raises(InputError) as caught:
+        function(*arguments, **options)
+    return [str(problem) for problem in caught.value.problems]
 
 
 def without_next(stderr: str) -> str:

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from btx_merge import InputError, MergeRecipe
+from btx_merge import MergeRecipe
 from btx_merge.editing.recipe import EditRecipe
 from btx_merge.finetuning.recipe import TrainRecipe
 from btx_merge.fitting.recipe import FitRecipe
@@ -18,15 +18,9 @@ from btx_merge.texts import readers as textfiles
 from btx_merge.texts import references as texts
 from btx_merge.texts.references import DomainText, documents, domain_texts_of, parse_domain_texts
 from btx_merge.texts.windows import packed_windows
-from tests.support.common import tiny_tokenizer
+from tests.support.common import problems_of, tiny_tokenizer
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %} {{ m.role }} {{ m.content }}{% endfor %}{{ eos_token }}"
-
-
-def problems_of(function: Any, *arguments: Any) -> list[str]:
-    with pytest.raises(InputError) as caught:
-        function(*arguments)
-    return [str(problem) for problem in caught.value.problems]
 
 
 def read(*references: Any, tokenizer: Any = None) -> list[str]:
