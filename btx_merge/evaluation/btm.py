@@ -62,15 +62,12 @@ class BranchTrainMerge:
         self._embedding = _Embedding({name: given[name] for name in experts}, tokenizer)
         self._loaded: dict[str, Any] = {}
 
-    def weights(self, context: str, top_k: int | None = None) -> dict[str, float]:
+    def weights(self, context: str) -> dict[str, float]:
         """Return the experts that run for a context, the nearest first, with their shares, which add up to 1.
 
         A context that has no word in common with any text, such as an empty one, says nothing: then all run alike.
-
-        Args:
-            top_k: in the place of the ensemble's own.
         """
-        return self.weights_by(self.cosines(context), top_k or self.top_k)
+        return self.weights_by(self.cosines(context), self.top_k)
 
     def cosines(self, context: str) -> dict[str, float]:
         """Return how near a context is to each expert's text, in [0, 1]."""

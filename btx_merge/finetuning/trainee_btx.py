@@ -46,7 +46,7 @@ class MergedTrainee:
 
     verb = "train"
 
-    def __init__(self, recipe: TrainRecipe, located: Located, teachers: Sequence[Source] = ()):
+    def __init__(self, recipe: TrainRecipe, located: Located, teachers: Sequence[Source]):
         self.recipe = recipe
         self.located = located
         self.teachers = teachers

@@ -71,7 +71,7 @@ class BTXTrainer(Trainer):
         watch: Stopwatch,
         held_out: Mapping[str, list[Row]],
         args: Any,
-        teachers: Teachers | None = None,
+        teachers: Teachers | None,
         **options: Any,
     ):
         # Trainer cannot save the optimizer of a model that was sharded as it was loaded, and refuses; below it is done

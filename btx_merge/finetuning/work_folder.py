@@ -47,7 +47,7 @@ def what_is_kept(folder: Path) -> str:
 
 
 @contextmanager
-def held(folder: Path, verb: str = "train") -> Iterator[None]:
+def held(folder: Path, verb: str) -> Iterator[None]:
     """Make a run's folder and keep it for this process alone.
 
     Args:

@@ -20,7 +20,7 @@ _OF_TOKENIZERS = (
 )
 
 
-def private_text(folder: Path, names: list[str], changed: Mapping[str, str] | None = None) -> Iterator[Problem]:
+def private_text(folder: Path, names: list[str], changed: Mapping[str, str]) -> Iterator[Problem]:
     """Find every token and path of this machine in these files, with its line.
 
     In a tokenizer's files and in chat templates only tokens are looked for.
@@ -31,7 +31,7 @@ def private_text(folder: Path, names: list[str], changed: Mapping[str, str] | No
     own = _own_paths(folder)
     for name in names:
         has_paths = name not in _OF_TOKENIZERS and not name.endswith(".jinja")
-        text = (changed or {}).get(name)
+        text = changed.get(name)
         try:
             text = read_bytes(folder / name, folder).decode(errors="replace") if text is None else text
         except InputError as error:

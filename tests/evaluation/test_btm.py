@@ -47,7 +47,7 @@ def test_shares_by_hand(apples):
     shares /= shares.sum()
     assert cosines["b"] > cosines["a"] > 0
     assert ensemble(apples).weights("w2") == {"b": 1.0}
-    assert ensemble(apples, top_k=2).weights("w2") == ensemble(apples).weights("w2", 2) == {"b": 0.5, "a": 0.5}
+    assert ensemble(apples, top_k=2).weights("w2") == {"b": 0.5, "a": 0.5}
     found = ensemble(apples, top_k=2, is_weighted=True).weights("w2")
     assert found == pytest.approx({"a": shares[0], "b": shares[1]})
     assert ensemble(apples).weights("w1 w1 w3 w1") == {"a": 1.0}

@@ -568,11 +568,11 @@ def test_two_runs_for_one_output(merged, texts, tmp_path):
     (work / "checkpoint-3").mkdir(parents=True)
     for name in ("run.json", "checkpoint-3/complete"):
         (work / name).write_text("{}")
-    with held(work):
+    with held(work, "train"):
         for resume in (False, True):
             (line,) = problems_of(train, recipe(merged, texts), tmp_path / "out", resume=resume)
             assert line.startswith(f"output: {work}: another run of btx train works there now. Wait for it")
-        with pytest.raises(InputError, match="another run"), held(work):
+        with pytest.raises(InputError, match="another run"), held(work, "train"):
             pass
     (line,) = problems_of(train, recipe(merged, texts), tmp_path / "out")
     assert "holds a run that was not finished" in line

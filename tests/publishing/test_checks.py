@@ -303,7 +303,7 @@ def test_files_of_an_earlier_model() -> None:
 
 def scan(folder: Path, name: str, text: str) -> list[str]:
     (folder / name).write_text(text)
-    return [f"{problem.where}: {problem.found}" for problem in private_text(folder, [name])]
+    return [f"{problem.where}: {problem.found}" for problem in private_text(folder, [name], {})]
 
 
 @pytest.mark.parametrize(
