@@ -50,6 +50,10 @@ class CopyLayout(Layout):
         return tuple(jobs)
 
 
+NO_TENSORS = CopyLayout((), (), {})
+"""The layout of a folder without weights of ours, such as a report's or an adapter's."""
+
+
 def copy_layout(tensors: Mapping[str, StoredTensor], shard_bytes: int) -> CopyLayout:
     """Lay out the given tensors, by their new names and in their order, in files of at most `shard_bytes`."""
     placed, shards = lay_out(((name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()), shard_bytes)

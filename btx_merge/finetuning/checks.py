@@ -12,7 +12,7 @@ from btx_merge.files.placing import check_target
 from btx_merge.finetuning.ranks import own_rank
 from btx_merge.finetuning.recipe import BranchRecipe, Recipe, TrainRecipe
 from btx_merge.finetuning.work_folder import folder_problems, work_folder
-from btx_merge.model.opening import find_model, overlap_problems, room_problems
+from btx_merge.model.opening import find_model, overlap_problems, refused_config, room_problems
 from btx_merge.sources.locate import Located
 from btx_merge.sources.opening import open_whole
 from btx_merge.sources.side_files import side_file_problems
@@ -56,6 +56,8 @@ def check_seed(recipe: BranchRecipe, target: Path, resume: bool, overwrite: bool
         check_target(target, overwrite)
     problems = _run_problems(recipe, seed.located.folder if seed else None) + problems
     problems += folder_problems(work_folder(target), resume, own_rank() == 0, "branch")
+    if seed and not problems:
+        problems = refused_config(SEED, seed.located.folder)
     if problems or seed is None:
         raise InputError(problems)
     return seed

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from btx_merge.checkpoints.copying import CopyLayout, fill_copy
+from btx_merge.checkpoints.copying import NO_TENSORS, fill_copy
 from btx_merge.checkpoints.dtypes import TORCH_NAMES, Raw
 from btx_merge.checkpoints.layout import BLOCK_BYTES, Block, Job, portions
 from btx_merge.checkpoints.staging import Staging
@@ -75,7 +75,7 @@ def result_staging(
         trained: whole, on the CPU. What was left unfinished of other values is not continued.
         is_adapter: whether the result holds none of the model's weights; peft writes its own.
     """
-    layout = CopyLayout((), (), {}) if is_adapter else model.layout()
+    layout = NO_TENSORS if is_adapter else model.layout()
     checksums = [[name, zlib.crc32(_raw(tensor).data)] for name, tensor in trained.items()]
     what = (model.verb, is_adapter, str(model.located.folder), checksums)
     return Staging(target, layout, partial(_fill, trained), read, *what, reporter=reporter)

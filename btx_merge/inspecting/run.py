@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from btx_merge.checkpoints.copying import CopyLayout
+from btx_merge.checkpoints.copying import NO_TENSORS, fill_copy
 from btx_merge.checkpoints.staging import Staging
 from btx_merge.errors import InputError, MergeInterrupted
 from btx_merge.files.changes import ReadFiles
@@ -75,7 +75,7 @@ def routing(
     models = _check(recipe, target, options)
     stamps = {file: stamp for model in models for file, stamp in model.located.stamps.items()}
     read = ReadFiles([("model", file) for file in stamps], stamps)
-    staging = Staging(target, CopyLayout((), (), {}), lambda _: iter(()), read, "routing", reporter=reporter)
+    staging = Staging(target, NO_TENSORS, fill_copy, read, "routing", reporter=reporter)
     interrupted = MergeInterrupted("Interrupted. Nothing was written.")
     with continuable(target, "The same command begins anew.", interrupted), staging:
         from btx_merge.inspecting.session import Session

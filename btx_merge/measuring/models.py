@@ -63,7 +63,7 @@ def load_folder(located: Located, dtype: torch.dtype, device: torch.device) -> A
     try:
         with without_loading_bars():
             model: Any = AutoModelForCausalLM.from_pretrained(located.folder, dtype=dtype, trust_remote_code=False)
-    except (ImportError, KeyError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # of any kind: transformers has code for every family
         found = f"transformers cannot load it ({type(error).__name__}: {first_line(error)})"
         expected = "a causal language model of transformers"
         raise InputError([Problem("model", str(located.folder), found, expected)]) from error

@@ -27,7 +27,23 @@ def find_model(reference: str, target: Path, overwrite: bool) -> tuple[Located |
         read_record(folder)
     problems += no_tokenizer("model", folder)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return model.located, problems + room_problems(target, weights)
+    problems += room_problems(target, weights)
+    return model.located, problems or refused_config("model", folder)
+
+
+def refused_config(name: str, folder: Path) -> list[Problem]:
+    """Return why a model's code, ours or transformers', refuses its config.json. People change that file by hand.
+
+    It imports transformers, which takes seconds: for the end, where nothing else is wrong.
+    """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(folder)
+    except Exception as error:  # of any kind: transformers raises what its own code meets
+        found = f"refused by the model's code ({type(error).__name__}: {' '.join(str(error).split()).rstrip('.')})"
+        return [Problem(name, "config.json", found, "", "Correct the file.")]
+    return []
 
 
 def room_problems(target: Path, nbytes: int) -> list[Problem]:

@@ -325,6 +325,13 @@ def test_a_seed_that_no_merge_would_take(family, texts, tmp_path):
     assert not (tmp_path / f"out{SUFFIX}").exists()
 
 
+def test_a_config_that_transformers_refuses(family, texts, tmp_path):
+    seed = shutil.copytree(family.seed, tmp_path / "seed")
+    edit_json(seed / "config.json", id2label=5)
+    (line,) = problems_of(branch, recipe(seed, texts), tmp_path / "out")
+    assert line.startswith(f"{SEED}: config.json: refused by the model's code (AttributeError: ")
+
+
 def test_an_adapter_is_no_seed(family, texts, tmp_path):
     branch(recipe(family.seed, texts, train="lora"), tmp_path / "adapter")
     (line,) = problems_of(branch, recipe(tmp_path / "adapter", texts), tmp_path / "out")

@@ -23,7 +23,7 @@ from btx_merge import (
     train,
 )
 from tests.finetuning.test_run import ARGUMENTS
-from tests.support.common import edit_json, files_of
+from tests.support.common import edit_json, files_of, problems_of
 
 VERBS: dict[str, Callable[[str, dict[str, str], Path], Any]] = {
     "train": lambda model, texts, out: train(TrainRecipe(model, texts, arguments=ARGUMENTS), out),
@@ -47,3 +47,24 @@ def test_a_generation_config_that_transformers_refuses(verb, merged, texts, tmp_
     assert (problem.source, problem.where) == ("model", "generation_config.json: early_stopping")
     assert problem.expected == 'true, false or "never"'
     assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"router_grad": "dens"}, "ValueError: router_grad is 'dens'; expected one of sparse, dense)"),
+        ({"layer_types": ["x"]}, "`layer_types` entries must be in"),
+        ({"id2label": 5}, "AttributeError: "),
+        ({"dtype": "float99"}, "no attribute 'float99'"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "fit"])
+def test_a_config_that_the_models_code_refuses(verb, changes, said, merged, texts, tmp_path):
+    """People change it by hand: how the model routes is read from there."""
+    model = shutil.copytree(merged, tmp_path / "model")
+    edit_json(model / "config.json", **changes)
+    (line,) = problems_of(VERBS[verb], str(model), texts, tmp_path / "out")
+    assert line.startswith("model: config.json: refused by the model's code (")
+    assert said in line
+    assert line.endswith("). Correct the file.")
+    assert not list(tmp_path.glob("out*"))
