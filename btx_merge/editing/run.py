@@ -22,6 +22,7 @@ from btx_merge.files.bounded_json import parse_json
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.disk_errors import continuable
 from btx_merge.files.folder import file_problems, small_files, write_json
+from btx_merge.files.placing import place_of
 from btx_merge.files.scratch import move_in, scratch_folder
 from btx_merge.fitting.recipe import FitTask
 from btx_merge.fitting.run import device_problems, fit_folder
@@ -89,7 +90,7 @@ def edit(
     """
     began = time.perf_counter()
     refuse_unused(options, "edit", "overwrite", "workers", "device")
-    target = Path(output).expanduser().resolve()
+    target = place_of(output)
     with ExitStack() as stack:
 
         def scratch() -> Path:

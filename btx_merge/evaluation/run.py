@@ -31,6 +31,7 @@ from btx_merge.evaluation.recipe import EvalRecipe
 from btx_merge.evaluation.report import BTM, ROUTED, SOURCE, EvalReport, Row, Score, oracle_of, with_gaps
 from btx_merge.files.disk_errors import continuable
 from btx_merge.files.folder import file_problems
+from btx_merge.files.placing import place_of
 from btx_merge.files.scratch import scratch_folder
 from btx_merge.fitting.run import device_problems
 from btx_merge.measuring.windows import Domain, Progress
@@ -82,7 +83,7 @@ def evaluate(
     """
     began = time.perf_counter()
     refuse_unused(options, "evaluate", "device", "overwrite")
-    target, tasks = (None if path is None else Path(path).expanduser().resolve() for path in (output, lm_eval_tasks))
+    target, tasks = (None if path is None else place_of(path) for path in (output, lm_eval_tasks))
     interrupted = MergeInterrupted("Interrupted. No report was written.")
     with continuable(target or tasks or Path(recipe.model), "", interrupted), ExitStack() as stack:
         checked = _check(recipe, [path for path in (target, tasks) if path], options, card, stack)

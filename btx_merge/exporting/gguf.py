@@ -34,7 +34,7 @@ def find_converter(folder: str | Path | None) -> list[str]:
     """
     named = folder or os.environ.get(FOLDER_VARIABLE)
     if named:
-        script = Path(named).expanduser() / _SCRIPT
+        script = Path(os.path.expanduser(named)) / _SCRIPT
         return [sys.executable, str(script)] if script.is_file() else []
     found = next(filter(None, map(shutil.which, _COMMANDS)), None)
     return [found] if found else []

@@ -19,6 +19,7 @@ from btx_merge.exporting.files import check_tokenizer, origin, shared_config, un
 from btx_merge.exporting.gguf import file_problems, find_converter, no_converter, write_gguf
 from btx_merge.exporting.mixtral import mixtral_card, mixtral_config, mixtral_tensors
 from btx_merge.files.disk_errors import continuable
+from btx_merge.files.placing import place_of
 from btx_merge.files.scratch import move_in
 from btx_merge.model.card import CITATION, how_to_use
 from btx_merge.model.merged import MergedModel
@@ -105,7 +106,7 @@ def export(
     """
     began = time.perf_counter()
     refuse_unused(options, "export", *_OPTIONS)
-    target = Path(output).expanduser().resolve()
+    target = place_of(output)
     problems, is_gguf = [], format == "gguf"
     converter = find_converter(llama_cpp) if is_gguf else []
     if format not in FORMATS:
@@ -164,7 +165,7 @@ def extract(
 
     began = time.perf_counter()
     refuse_unused(options, "extract", *_OPTIONS)
-    target = Path(output).expanduser().resolve()
+    target = place_of(output)
     checked = _check(model, target, derive, [], options)
     return _write(checked, target, began, options, reporter)
 

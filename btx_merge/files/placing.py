@@ -37,6 +37,18 @@ Note = Callable[[str], None]
 """Called with a line about what an earlier run left, or about what could not be cleared."""
 
 
+def place_of(output: str | Path) -> Path:
+    """Return where an output is to lie, as an absolute path without links.
+
+    Raises:
+        InputError: the path names no place.
+    """
+    try:
+        return Path(output).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # `~` of nobody, links in a circle, a NUL
+        raise InputError([Problem("output", str(output), f"no path ({error})", "", "Give another one.")]) from error
+
+
 def partial_of(target: Path) -> Path:
     """Return the folder in which an output is written."""
     return target.with_name(target.name + _PARTIAL)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from btx_merge.errors import InputError, MergeInterrupted
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.disk_errors import disk_error
-from btx_merge.files.placing import remove, repair
+from btx_merge.files.placing import place_of, remove, repair
 from btx_merge.files.scratch import scratch_folder
 from btx_merge.finetuning.checks import check_model, check_seed
 from btx_merge.finetuning.recipe import BranchRecipe, Recipe, TrainRecipe
@@ -77,7 +77,7 @@ def train(
         MergeInterrupted: Ctrl-C or SIGTERM. Between the first step and the last, the step in work was finished and
             saved; the error's text names what is kept.
     """
-    call = _Call(recipe, Path(output).expanduser().resolve(), options, reporter, resume)
+    call = _Call(recipe, place_of(output), options, reporter, resume)
     refuse_unused(options, "train", *_OPTIONS)
     with ExitStack() as stack:  # what peft had to merge of a teacher stays as long as it teaches
         located = check_model(recipe, call.target, resume, options.overwrite)
@@ -107,7 +107,7 @@ def branch(
 
     The other arguments, and what is raised, are those of `train`.
     """
-    call = _Call(recipe, Path(output).expanduser().resolve(), options, reporter, resume)
+    call = _Call(recipe, place_of(output), options, reporter, resume)
     refuse_unused(options, "branch", *_OPTIONS)
     seed = check_seed(recipe, call.target, resume, options.overwrite)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from btx_merge.checkpoints.copying import copy_staging, same_layout
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.disk_errors import continuable
 from btx_merge.files.folder import read_json
+from btx_merge.files.placing import place_of
 from btx_merge.files.scratch import move_in
 from btx_merge.fitting.recipe import TEXT_ROUTERS, FitRecipe, FitTask
 from btx_merge.model.card import ROUTERS_TITLE
@@ -70,7 +72,7 @@ def fit(
     """
     began = time.perf_counter()
     refuse_unused(options, "fit", "overwrite", "workers", "device", "statistics")
-    target = Path(output).expanduser().resolve()
+    target = place_of(output)
     located, problems = find_model(recipe.model, target, options.overwrite)
     problems += check_texts(recipe.domain_text, located.folder if located else None)
     problems += fit_problems(options, recipe.method, "--method ridge")
@@ -197,7 +199,7 @@ def fit_folder(
         "head": task.head,
         "fit_through": task.through,
     }
-    kept = Statistics(Path(options.statistics).expanduser() if options.statistics else None, key)
+    kept = Statistics(Path(os.path.expanduser(options.statistics)) if options.statistics else None, key)
     streams = streams_of(files, config, task.texts, task.prompts, task.domain_tokens)
     if short := [stream.name for stream in streams if not (stream.is_prompt or stream.holds_out)]:
         reporter.warn(

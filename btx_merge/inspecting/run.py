@@ -14,6 +14,7 @@ from btx_merge.errors import InputError, MergeInterrupted
 from btx_merge.files.changes import ReadFiles
 from btx_merge.files.disk_errors import continuable, naming
 from btx_merge.files.folder import write_json
+from btx_merge.files.placing import place_of
 from btx_merge.fitting.run import device_problems
 from btx_merge.inspecting.figures import ModelFigures
 from btx_merge.inspecting.recipe import RoutingRecipe
@@ -71,7 +72,7 @@ def routing(
     """
     began = time.perf_counter()
     refuse_unused(options, "routing", "overwrite", "device")
-    target = Path(output).expanduser().resolve()
+    target = place_of(output)
     models = _check(recipe, target, options)
     stamps = {file: stamp for model in models for file, stamp in model.located.stamps.items()}
     read = ReadFiles([("model", file) for file in stamps], stamps)

@@ -17,7 +17,7 @@ from btx_merge.checkpoints.staging import Staging
 from btx_merge.errors import InputError, Problem
 from btx_merge.files.changes import ReadFiles, Stamp
 from btx_merge.files.disk_errors import continuable
-from btx_merge.files.placing import check_target
+from btx_merge.files.placing import check_target, place_of
 from btx_merge.files.scratch import move_in, scratch_folder
 from btx_merge.fitting.recipe import ROUTER_FITS, FitTask
 from btx_merge.fitting.run import fit_folder, fit_problems
@@ -144,7 +144,7 @@ def check(recipe: MergeRecipe, output: str | Path | None = None, options: Option
     if output is None:
         with _checked(recipe) as checked:
             return _compared(checked)
-    target = Path(output).expanduser().resolve()
+    target = place_of(output)
     check_target(target, options.overwrite)
     _refuse_fit(recipe, options)
     with _checked(recipe) as checked, tempfile.TemporaryDirectory(prefix="btx-files-") as small:
@@ -197,7 +197,7 @@ def merge(
     """
     began = time.perf_counter()
     refuse_unused(options, "merge", *_OPTIONS)
-    target = Path(output).expanduser().resolve()
+    target = place_of(output)
     check_target(target, options.overwrite)
     _refuse_fit(recipe, options)
     with continuable(target), _checked(recipe, target) as checked:

@@ -7,6 +7,7 @@ one.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -90,7 +91,7 @@ def push(
         MergeError: the network or the Hub failed; the same call continues. `MergeInterrupted` for Ctrl-C.
     """
     began = time.perf_counter()
-    checked, token = _check(Path(model).expanduser(), repo_id, revision, token, base_model)
+    checked, token = _check(Path(os.path.expanduser(model)), repo_id, revision, token, base_model)
     for warning in checked.warnings:
         reporter.warn(str(warning))
     from huggingface_hub import HfApi

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from btx_merge import (
     DomainText,
@@ -28,6 +29,7 @@ from btx_merge import (
     merge,
     train,
 )
+from btx_merge.cli.app import app
 from btx_merge.editing.recipe import EditRecipe
 from btx_merge.editing.run import edit
 from btx_merge.files import placing
@@ -513,3 +515,28 @@ def test_no_result_takes_the_place_of_a_home_or_of_the_folder_of_the_command(sav
         placing.check_target(Path("/"), overwrite)
     assert files_of(tmp_path) == before
     merge(recipe_of(saved), here / "out", options)
+
+
+def test_an_output_that_no_path_can_be_made_of(saved, tmp_path, monkeypatch):
+    """A home of nobody ended in a traceback, and so did links in a circle."""
+    monkeypatch.chdir(tmp_path)
+    Path("circle").symlink_to("circle")
+    runner, before = CliRunner(), os.listdir(tmp_path)
+    model, text = str(saved / "btx"), f"code={tmp_path / 'no.jsonl'}"
+    for words in (
+        ["merge", "--seed", str(saved / "seed"), "--expert", f"code={saved / 'seed'}"],
+        ["fit", model, "--domain-text", text],
+        ["train", model, "--data", text, "--max-steps", "1"],
+        ["branch", str(saved / "seed"), "--data", text, "--max-steps", "1"],
+        ["edit", model, "--drop", "code"],
+        ["export", model],
+        ["extract", model, "code"],
+        ["routing", model, "--data", text],
+        ["eval", model, "--data", text],
+    ):
+        for output in ("~nobody-of-this-name/out", "circle"):
+            done = runner.invoke(app, [*words, "-o", output])
+            assert done.exit_code in (1, 2), (words, output, done.exception)
+            assert isinstance(done.exception, SystemExit), (words, output, done.exception)
+            assert done.stderr.startswith("error: "), (words, output, done.stderr)
+    assert os.listdir(tmp_path) == before
