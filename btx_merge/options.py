@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from btx_merge.errors import InputError, Problem
 from btx_merge.reporting import short
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -40,3 +44,24 @@ def refuse_unused(options: Options, verb: str, *used: str) -> None:
             problems.append(Problem("options", item.name, f"{short(value)}, which {verb} has no use for", expected))
     if problems:
         raise InputError(problems)
+
+
+def device_problems(device: str | None) -> list[Problem]:
+    """Check that a device can be computed on. Imports torch where one is named."""
+    if device is None:
+        return []
+    import torch
+
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = f"{device}: {str(error).splitlines()[0]}"
+        return [Problem("command", "--device", found, "a device that torch can use here, such as cpu")]
+    return []
+
+
+def chosen_device(device: str | None) -> torch.device:
+    """Return where to compute: the device that is named, or a GPU where there is one."""
+    import torch
+
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -61,7 +61,7 @@ def _old_sizes(edit: EditPlan) -> str:
     """Write the model's sizes as its card has them, so that they can be found there."""
     shapes = {name: tensor.shape for name, tensor in edit.model.tensors.items()}
     experts = edit.model.num_experts
-    per_token = experts_per_token(edit.model.router_type, edit.model.experts_per_token, experts)
+    per_token = experts_per_token(edit.model.router_type, edit.model.num_experts_per_tok, experts)
     total = sum(math.prod(shape) for shape in shapes.values())
     return sizes(total, active_parameters(shapes, experts, per_token), per_token, experts)
 

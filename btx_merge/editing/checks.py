@@ -50,7 +50,7 @@ def _count_problems(recipe: EditRecipe, model: MergedModel) -> Iterator[Problem]
     """Check that as many experts are left as each token needs."""
     left = len({*model.domains} - {*recipe.drop}) + len(recipe.add)
     experts = left * model.num_chunks
-    chosen = recipe.num_experts_per_tok or model.experts_per_token
+    chosen = recipe.num_experts_per_tok or model.num_experts_per_tok
     if not left:
         yield Problem("model", "--drop", "all experts", "at least one that stays", "Leave one out, or --add another.")
     elif chosen > experts:

@@ -25,7 +25,7 @@ from btx_merge.files.folder import file_problems, small_files, write_json
 from btx_merge.files.placing import place_of
 from btx_merge.files.scratch import move_in, scratch_folder
 from btx_merge.fitting.recipe import FitTask
-from btx_merge.fitting.run import device_problems, fit_folder
+from btx_merge.fitting.run import fit_folder
 from btx_merge.merging.experts import expert_columns, expert_rows
 from btx_merge.merging.files import add_tokens
 from btx_merge.merging.mixture import ExpertColumns, ExpertRows, SharedRows
@@ -33,7 +33,7 @@ from btx_merge.merging.run import read_files
 from btx_merge.model.files import copy_files
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.opening import open_model
-from btx_merge.options import Options, refuse_unused
+from btx_merge.options import Options, device_problems, refuse_unused
 from btx_merge.reporting import Reporter
 from btx_merge.sources.text_checks import check_texts
 from btx_merge.sources.vocabulary import tokenizer_json

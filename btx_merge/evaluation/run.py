@@ -33,9 +33,8 @@ from btx_merge.files.disk_errors import continuable
 from btx_merge.files.folder import file_problems
 from btx_merge.files.placing import place_of
 from btx_merge.files.scratch import scratch_folder
-from btx_merge.fitting.run import device_problems
 from btx_merge.measuring.windows import Domain, Progress
-from btx_merge.options import Options, refuse_unused
+from btx_merge.options import Options, chosen_device, device_problems, refuse_unused
 from btx_merge.reporting import Reporter
 from btx_merge.sources.text_checks import check_texts
 from btx_merge.sources.tokenizer_files import load_tokenizer, no_tokenizer
@@ -138,7 +137,7 @@ def _measure(
     import torch
 
     recipe, model = checked.recipe, checked.model
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = chosen_device(options.device)
     dtype = recipe.dtype or ("float32" if device.type == "cpu" else model.dtype)
     tokenizer = load_tokenizer(model.located.folder)
     domains = [Domain.counted(text, tokenizer, checked.window, recipe.tokens) for text in recipe.data]

@@ -52,7 +52,7 @@ def mixtral_config(model: MergedModel) -> dict[str, Any]:
         **shared_config(model),
         "intermediate_size": model.config["intermediate_size"],
         "num_local_experts": model.num_experts,
-        "num_experts_per_tok": model.experts_per_token,
+        "num_experts_per_tok": model.num_experts_per_tok,
         "output_router_logits": False,
         "router_jitter_noise": 0.0,
         "sliding_window": None,
@@ -73,7 +73,7 @@ def mixtral_card(model: MergedModel, untrained: Sequence[str] = ()) -> str:
 {origin(model, "btx export --format mixtral")}
 
 Its weights are the same bytes under Mixtral's names, and its logits the same bits. A token passes through
-{model.experts_per_token} of {counted(model.num_experts, "expert")}:
+{model.num_experts_per_tok} of {counted(model.num_experts, "expert")}:
 
 {markdown_table(("expert", "name"), experts)}
 {warning}{how_to_use()}

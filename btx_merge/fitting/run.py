@@ -24,7 +24,7 @@ from btx_merge.model.files import copy_files
 from btx_merge.model.held_out import Fitted, fit_tables, router_results
 from btx_merge.model.opening import find_model
 from btx_merge.model.records import append_record, is_blended
-from btx_merge.options import Options, refuse_unused
+from btx_merge.options import Options, chosen_device, device_problems, refuse_unused
 from btx_merge.reporting import Reporter
 from btx_merge.sources.locate import Located
 from btx_merge.sources.source import SEED
@@ -122,20 +122,6 @@ def fit_problems(options: Options, router: str | None, with_ridge: str) -> list[
     return problems
 
 
-def device_problems(device: str | None) -> list[Problem]:
-    """Check that a device can be computed on. Imports torch where one is named."""
-    if device is None:
-        return []
-    import torch
-
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        found = f"{device}: {str(error).splitlines()[0]}"
-        return [Problem("command", "--device", found, "a device that torch can use here, such as cpu")]
-    return []
-
-
 def _name_problems(recipe: FitRecipe, folder: Path) -> list[Problem]:
     """Check that every expert has its text (or its prompts), and every text its expert."""
     if is_blended(folder):
@@ -173,8 +159,6 @@ def fit_folder(
         sources: what shared weights are fitted to and the result is compared with, by expert: the dense source, and
             which rows of its embedding belong to which of the result's.
     """
-    import torch
-
     from btx_merge.fitting.checkpoint import Checkpoint
     from btx_merge.fitting.dense_source import DenseSource
     from btx_merge.fitting.equations import STATISTICS_FORMAT, Statistics
@@ -182,7 +166,7 @@ def fit_folder(
     from btx_merge.fitting.walk import Walk
     from btx_merge.modeling.configuration_btx import BTXConfig
 
-    place = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = chosen_device(options.device)
     checkpoint = Checkpoint(folder, place)
     config = BTXConfig.from_pretrained(files)
     read = {name: [*map(public_reference, text.references), text.weight] for name, text in task.texts.items()}

@@ -20,6 +20,8 @@ from btx_merge.modeling.routing_btx import RouterCall
 TEMPERATURES = tuple(2 ** (half / 2) for half in range(17))
 """Factors on a fitted router that are tried: 1 to 256, in steps of sqrt(2). Ridge's targets are 0 and 1, so that its
 solution is softer than any router should be; at 256 its choice is as good as certain."""
+_NEARLY_ALL = 0.9
+"""A part of the tokens is ambiguous, and the last would ask for a factor that takes tokens from all other experts."""
 
 
 class HeldOutTokens(NamedTuple):
@@ -80,16 +82,12 @@ class Temperatures:
         error, factor = min((round(_mean(found), 6), factor) for factor, found in errors.items())
         return LayerFit(index, factor, self._right(factor), error, _mean(own_errors)), self._router(factor)
 
-    def winning(self, part: float = 0.9) -> float:
-        """Return the smallest factor that makes own experts the likeliest for `part` of the tokens.
+    def winning(self) -> float:
+        """Return the smallest factor that makes own experts the likeliest for nearly all tokens.
 
         For rows that are fitted on their own text alone: nothing tells there how much is too much.
-
-        Args:
-            part: a part of the tokens is ambiguous, and the last would ask for a factor that takes tokens from all
-                others.
         """
-        return next((factor for factor in TEMPERATURES if self._right(factor) >= part), TEMPERATURES[-1])
+        return next((factor for factor in TEMPERATURES if self._right(factor) >= _NEARLY_ALL), TEMPERATURES[-1])
 
     def _router(self, factor: float) -> torch.Tensor:
         """Return the layer's router [E, H] with the factor on the rows that are tried."""

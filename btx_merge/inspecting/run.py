@@ -15,13 +15,12 @@ from btx_merge.files.changes import ReadFiles
 from btx_merge.files.disk_errors import continuable, naming
 from btx_merge.files.folder import write_json
 from btx_merge.files.placing import place_of
-from btx_merge.fitting.run import device_problems
 from btx_merge.inspecting.figures import ModelFigures
 from btx_merge.inspecting.recipe import RoutingRecipe
 from btx_merge.model.files import REPORT
 from btx_merge.model.merged import MergedModel
 from btx_merge.model.opening import open_model
-from btx_merge.options import Options, refuse_unused
+from btx_merge.options import Options, chosen_device, device_problems, refuse_unused
 from btx_merge.reporting import Reporter
 from btx_merge.sources.text_checks import check_texts
 from btx_merge.sources.tokenizer_files import no_tokenizer
@@ -81,7 +80,7 @@ def routing(
     with continuable(target, "The same command begins anew.", interrupted), staging:
         from btx_merge.inspecting.session import Session
 
-        session = Session(recipe, models, options.device, reporter)
+        session = Session(recipe, models, chosen_device(options.device), reporter)
         figures, texts = session.measure(0, recipe.page_tokens)
         against = session.measure(1, 0)[0] if len(models) > 1 else None
         staging.write()

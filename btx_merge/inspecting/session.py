@@ -28,15 +28,14 @@ _PAGE_GATES = 8_000_000
 class Session:
     """The passes over the texts that a recipe asks for."""
 
-    def __init__(self, recipe: RoutingRecipe, models: Sequence[MergedModel], device: str | None, reporter: Reporter):
+    def __init__(self, recipe: RoutingRecipe, models: Sequence[MergedModel], device: torch.device, reporter: Reporter):
         """Read the texts once, to know how much there is of each, before a model is loaded.
 
         Raises:
             InputError: a text that cannot be read, or has no token that is routed; a tokenizer with tokens that its
                 model has not.
         """
-        self._recipe, self._models = recipe, models
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._recipe, self._models, self._device = recipe, models, device
         self._tokenizers = [load_tokenizer(model.located.folder) for model in models]
         longest = [model.config.get("max_position_embeddings", DEFAULT_WINDOW) for model in models]
         self._length = recipe.window or min(DEFAULT_WINDOW, *longest)

@@ -108,7 +108,7 @@ def info(model: str) -> ModelInfo:
         dtype, nbytes = TORCH_NAMES[merged.dtype], sum(tensor.nbytes for tensor in merged.tensors.values())
     recipe = _recipe(located)
     router_type = str(merged.router_type)
-    per_token = experts_per_token(router_type, merged.experts_per_token, merged.num_experts)
+    per_token = experts_per_token(router_type, merged.num_experts_per_tok, merged.num_experts)
     untrained = tuple(untrained_experts(recipe, merged.config))
     return ModelInfo(
         model=str(model),

@@ -44,7 +44,8 @@ class MergedModel:
         return number
 
     @property
-    def experts_per_token(self) -> int:
+    def num_experts_per_tok(self) -> int:
+        """K of top-k; other routers may run another number of experts."""
         number: int = self.config.get("num_experts_per_tok", 2)
         return number
 
