@@ -7,13 +7,14 @@ vocabulary) ends the examination early.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from btx_merge.architectures.llama import MUST_AGREE
 from btx_merge.errors import InputError, Problem, collecting
-from btx_merge.merging.recipe import MergeRecipe
+from btx_merge.merging.fits import REGMEAN_METHODS
+from btx_merge.merging.recipe import DIFFERENCE_METHODS, MergeRecipe
 from btx_merge.sources.digest import changed_problems
 from btx_merge.sources.divergence import Divergence, measure_divergence
 from btx_merge.sources.opening import open_each
@@ -26,6 +27,14 @@ from btx_merge.sources.vocabulary import Vocabulary, plan_vocabulary
 
 _NAMED_DIVISORS = range(2, 65)
 """Numbers of chunks that an error suggests: a list that is short enough to read."""
+_MEANT_FOR = {
+    "density": ("combine", DIFFERENCE_METHODS),
+    "scale": ("combine", DIFFERENCE_METHODS),
+    "regmean_ridge": ("combine", REGMEAN_METHODS),
+    "num_chunks": ("expert_mode", ("split",)),
+    "router_ridge": ("router_init", ("ridge",)),
+}
+"""Options that mean something with some values of another option only, and those values."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ def examine(recipe: MergeRecipe, scratch: Callable[[], Path]) -> Examined:
     untie = recipe.untie or recipe.has_own_head
     examined = examine_sources(sources, problems, untie=untie, allow_unrelated=recipe.allow_unrelated)
     of_texts = shared_text_warnings(recipe.domain_text.values())
-    return replace(examined, warnings=(*_untie_warnings(recipe, sources), *of_texts, *examined.warnings))
+    return replace(examined, warnings=(*_idle_warnings(recipe, sources), *of_texts, *examined.warnings))
 
 
 def examine_sources(
@@ -148,8 +157,14 @@ def _tying_problems(source: Source, seed: Source, untie: bool) -> Iterator[Probl
         yield Problem(source.name, where, found, f"{seed_tied!r} as in the seed", remedy)
 
 
-def _untie_warnings(recipe: MergeRecipe, sources: Sequence[Source]) -> Iterator[Problem]:
-    """Yield that `untie` changes nothing, where it does not: it only lets sources be mixed."""
+def _idle_warnings(recipe: MergeRecipe, sources: Sequence[Source]) -> Iterator[Problem]:
+    """Yield which options change nothing here."""
+    defaults = {item.name: item.default for item in fields(recipe)}
+    for key, (other, values) in _MEANT_FOR.items():
+        given, chosen = getattr(recipe, key), getattr(recipe, other)
+        if given != defaults[key] and chosen not in values:
+            found = f"{given} changes nothing with {other}: {chosen}"
+            yield Problem("recipe", key, found, f"{other}: {' or '.join(values)}")
     if recipe.untie and not recipe.has_own_head and all(source.config["tie_word_embeddings"] for source in sources):
         remedy = "For a head of its own give --head fitted (`head: fitted`) and what it is fitted on, or leave it out."
         found = "changes nothing: all sources are tied, and so is the result"

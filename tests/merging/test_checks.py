@@ -710,3 +710,17 @@ def test_what_check_returns_is_what_merge_did(family: Family, tmp_path: Path) ->
     assert isinstance(report, Report)
     compared = {"unchanged": {"code": [], "math": []}, "lossless": False}  # of a check alone: it takes reading
     assert {**report.checked.to_dict(), **compared} == checked.to_dict()
+
+
+def test_options_that_change_nothing_are_warnings(family: Family) -> None:
+    idle = {"density": 0.5, "scale": 2.0, "regmean_ridge": 0.1, "num_chunks": 4, "router_ridge": 0.1}
+    found = check(MergeRecipe(str(family.seed), family.experts, **idle)).warnings
+    assert [str(warning) for warning in found] == [
+        "recipe: density: 0.5 changes nothing with combine: mean; expected combine: ties or dare_ties or dare_linear",
+        "recipe: scale: 2.0 changes nothing with combine: mean; expected combine: ties or dare_ties or dare_linear",
+        "recipe: regmean_ridge: 0.1 changes nothing with combine: mean; expected combine: regmean or regmean_merged",
+        "recipe: num_chunks: 4 changes nothing with expert_mode: whole; expected expert_mode: split",
+        "recipe: router_ridge: 0.1 changes nothing with router_init: random; expected router_init: ridge",
+    ]
+    used = {"combine": "ties", "density": 0.5, "scale": 2.0, "expert_mode": "split", "num_chunks": 4}
+    assert check(MergeRecipe(str(family.seed), family.experts, **used)).warnings == ()
