@@ -31,7 +31,7 @@ RATES = {
     "upcycled": 1.5e-3,
     "merged": 3.5e-4,
     "fitted": 1.75e-4,
-    "taught": 1.75e-4,
+    "taught": 3.5e-4,
 }
 """Highest learning rate of each kind of training, the best of `reproduce_rates.py` on validation text."""
 
