@@ -73,16 +73,18 @@ RIDGE = ["--router-init", "ridge"]
 LOGISTIC = ["--router-init", "logistic"]
 REGMEAN = ["--combine", "regmean_merged", "--fit-through", "router"]
 OWN_HEAD = ["--head", "fitted"]
+TEXT_ALONE = "fitted by text alone"
+"""What a merge does that is given text and nothing else: `REGMEAN`, `LOGISTIC` and `OWN_HEAD`. It is finetuned, too."""
 FITTED = {
-    "mean, ridge": RIDGE,
-    "regmean_merged, ridge": [*REGMEAN, *RIDGE],
+    "mean, logistic": LOGISTIC,
+    "regmean_merged, logistic": [*REGMEAN, *LOGISTIC],
     "regmean_merged, ridge, a head of its own": [*REGMEAN, *RIDGE, *OWN_HEAD],
-    "regmean_merged, logistic, a head of its own": [*REGMEAN, *LOGISTIC, *OWN_HEAD],
+    TEXT_ALONE: [],
 }
 """What a merge is told that is fitted and not trained."""
-BEST_FIT = "regmean_merged, ridge, a head of its own"
-"""The fit that is finetuned, too."""
-AFTER_A_FIT = {"then finetuned": [], "then finetuned, taught by the sources": ["--teacher", "sources"]}
+AFTER_A_FIT = {"fitted": "then finetuned", "taught": "then finetuned, taught by the sources"}
+"""By kind of training, what a row is called."""
+FF = "branches of feed-forward blocks alone"
 LOOKED_AT = ("BTX Top-2", "Switch, no balancing", "Sample Top-1, no balancing", "Soft, no balancing")
 """The models whose routing is compared, layer by layer."""
 
@@ -104,9 +106,9 @@ def main_rows(run: Run) -> None:
     fitted = {name: run.merged(slug("fitted", name), *words, fitted=True) for name, words in FITTED.items()}
     for name, merged in fitted.items():
         run.measure(UNTRAINED, name, merged)
-    for name, words in AFTER_A_FIT.items():
-        model = run.finetuned(fitted[BEST_FIT], slug("fitted", name), "fitted", *words)
-        run.measure(LATER, f"{BEST_FIT}, {name}", model)
+    for kind, name in AFTER_A_FIT.items():
+        model = run.finetuned(fitted[TEXT_ALONE], f"finetuned-{kind}", kind)
+        run.measure(LATER, f"{TEXT_ALONE}, {name}", model)
 
 
 def further_rows(run: Run) -> None:
@@ -114,8 +116,9 @@ def further_rows(run: Run) -> None:
     finetuned_rows(run, ABLATIONS)
     finetuned_rows(run, LATER)
     ff = {domain: run.expert(f"{domain}-ff", domain, "--train", "ff").name for domain in EXPERTS}
-    merged = run.merged("ff", *RIDGE, experts=ff, fitted=True)
-    run.measure(UNTRAINED, "branches of feed-forward blocks alone, ridge", merged)
+    merged = run.merged("ff", experts=ff, fitted=True)
+    run.measure(UNTRAINED, f"{FF}, {TEXT_ALONE}", merged)
+    run.measure(LATER, f"{FF}, {TEXT_ALONE}, {AFTER_A_FIT['taught']}", run.finetuned(merged, "ff-taught", "taught"))
 
 
 def finetuned_rows(run: Run, table: str) -> None:
@@ -233,7 +236,7 @@ def rates(scale: Scale, study: Study, texts: Path) -> None:
     """Try learning rates with half the steps, and keep what was found beside the figures."""
     steps = {name: getattr(scale, name) // 2 for name in ("seed_steps", "branch_steps", "finetuning_steps")}
     run = Run(study, replace(scale, **steps), 0, texts, "validation")
-    write_json(study.folder.parent / "rates.json", try_rates(run, FITTED[BEST_FIT]))
+    write_json(study.folder.parent / "rates.json", try_rates(run))
     print(rates_table(read_json(study.folder.parent / "rates.json")))
 
 

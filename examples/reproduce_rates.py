@@ -19,19 +19,19 @@ from steps import shown
 TRAININGS = (7e-4, 1.5e-3, 3e-3)
 BRANCHES = (3.5e-4, *TRAININGS)
 FINETUNINGS = (1.75e-4, 3.5e-4, 7e-4, 1.5e-3)
+AFTER_A_FIT = (8.75e-5, *FINETUNINGS, 3e-3)
 """The rates that are tried."""
 Bits = dict[float, float]
 """By rate, the bits per byte of validation text, mean over the domains."""
 
 
-def try_rates(run: Run, fit: list[str]) -> dict[str, Bits]:
+def try_rates(run: Run) -> dict[str, Bits]:
     """Measure every kind of training that the study compares, at several rates.
 
     Branches are measured by what they are for: a merge of them, finetuned, at the best rate for that.
 
     Args:
         run: a run that is scored on validation text.
-        fit: the options of the merge that is fitted before it is finetuned.
     """
     run.seed_model()
     upcycled = run.upcycled()
@@ -47,8 +47,9 @@ def try_rates(run: Run, fit: list[str]) -> dict[str, Bits]:
     found["branch"] = {rate: min(bits.values()) for rate, bits in finetuned.items()}
     rate = best(found["branch"])
     found["merged"] = finetuned[rate]
-    fitted = run.merged("fitted", *fit, experts=branches(run, rate), fitted=True)
-    found["fitted"] = _finetuned_bits(run, fitted, "fitted", FINETUNINGS)
+    fitted = run.merged("fitted", experts=branches(run, rate), fitted=True)
+    for kind in ("fitted", "taught"):
+        found[kind] = _finetuned_bits(run, fitted, kind, AFTER_A_FIT)
     return found
 
 
@@ -64,7 +65,7 @@ def best(bits: Bits) -> float:
 
 def _finetuned_bits(run: Run, model: Path, kind: str, rates: Sequence[float]) -> Bits:
     """Finetune a merged model at every rate, and measure what comes out."""
-    models = {rate: run.finetuned(model, f"{model.name}-finetuned-{rate:g}", kind, rate=rate) for rate in rates}
+    models = {rate: run.finetuned(model, f"{model.name}-as-{kind}-{rate:g}", kind, rate=rate) for rate in rates}
     return {rate: _bits(run, finetuned) for rate, finetuned in models.items()}
 
 

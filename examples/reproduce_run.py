@@ -24,7 +24,15 @@ EQUAL_PARTS = dict.fromkeys(DOMAINS, 1.0)
 """The mixture of a finetuning."""
 FIT_TOKENS = 50_000
 """Of each domain, that a fit reads."""
-RATES = {"seed": 3e-3, "branch": 1.5e-3, "dense": 1.5e-3, "upcycled": 1.5e-3, "merged": 3.5e-4, "fitted": 1.75e-4}
+RATES = {
+    "seed": 3e-3,
+    "branch": 1.5e-3,
+    "dense": 1.5e-3,
+    "upcycled": 1.5e-3,
+    "merged": 3.5e-4,
+    "fitted": 1.75e-4,
+    "taught": 3.5e-4,
+}
 """Highest learning rate of each kind of training, the best of `reproduce_rates.py` on validation text."""
 
 
@@ -132,11 +140,12 @@ class Run:
         """Train a merged model: every weight of it, unless `more` says otherwise.
 
         Args:
-            kind: whose learning rate is taken: "upcycled", which sees what branches and a finetuning see, "merged" or
-                "fitted".
+            kind: whose learning rate is taken: "upcycled", which sees what branches and a finetuning see, "merged",
+                "fitted", or "taught", which the sources teach.
             steps: where they are not those of a finetuning, or of all branches and it.
         """
         more = more if "--train" in more else ("--train", "all", *more)
+        more = ("--teacher", "sources", *more) if kind == "taught" else more
         data, usual = EQUAL_PARTS, self.scale.finetuning_steps
         if kind == "upcycled":
             data, usual = self.scale.all_data, self.scale.all_steps

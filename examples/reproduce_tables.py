@@ -82,9 +82,9 @@ SHORT = {
     "Branch-Train-Merge, two of four": "Branch-Train-Merge, top 2",
     "one dense model": "dense",
     "BTX as in the paper": "BTX Top-2",
-    "fitted by btx-merge, with ridge routers, without training": "regmean_merged, ridge, a head of its own",
+    "fitted by btx-merge, without training": "fitted by text alone",
     "the same, finetuned as long as BTX, taught by the sources": (
-        "regmean_merged, ridge, a head of its own, then finetuned, taught by the sources"
+        "fitted by text alone, then finetuned, taught by the sources"
     ),
 }
 """The rows of the shortest table, by what they are called there."""
@@ -128,7 +128,8 @@ def setup_table(figures: Mapping[str, Any]) -> str:
 def rates_table(found: Mapping[str, Mapping[str, float]]) -> str:
     """Return a line for each kind of training: its bits per byte of validation text by rate, the least in bold."""
     rates = sorted({rate for bits in found.values() for rate in bits}, key=float)
-    lines = [f"| training | {' | '.join(rates)} |", "|---|" + "---|" * len(rates)]
+    heads = [f"{float(rate):.7f}".rstrip("0") for rate in rates]
+    lines = [f"| training | {' | '.join(heads)} |", "|---|" + "---|" * len(rates)]
     for kind, bits in found.items():
         cells = {rate: f"{value:.3f}" for rate, value in bits.items()}
         best = min(bits, key=bits.__getitem__)
