@@ -74,7 +74,7 @@ LOGISTIC = ["--router-init", "logistic"]
 REGMEAN = ["--combine", "regmean_merged", "--fit-through", "router"]
 OWN_HEAD = ["--head", "fitted"]
 TEXT_ALONE = "fitted by text alone"
-"""What a merge does that is given text and nothing else: `REGMEAN`, `LOGISTIC` and `OWN_HEAD`. It is finetuned, too."""
+"""What a merge does that is given text and nothing else: `REGMEAN`, `LOGISTIC`, `OWN_HEAD`. It is finetuned, too."""
 FITTED = {
     "mean, logistic": LOGISTIC,
     "regmean_merged, logistic": [*REGMEAN, *LOGISTIC],

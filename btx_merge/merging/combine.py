@@ -45,10 +45,9 @@ def cast(values: Float32, job: Job, mixture: Mixture) -> Raw:
     dtype = job.tensor.dtype
     raw = from_float32(values, dtype)
     if not mixture.allow_nonfinite and not all_finite(raw, dtype):
-        raise NonFiniteError(
-            f"{job.tensor.name}: a value leaves the range of {dtype}. "
-            "Choose a wider --dtype in the merge; --allow-nonfinite goes on all the same."
-        )
+        remedy = "Give a smaller --scale or weight" if dtype == "F32" else "Choose a wider --dtype in the merge"
+        found = f"{job.tensor.name}: a value leaves the range of {dtype}"
+        raise NonFiniteError(f"{found}. {remedy}; --allow-nonfinite goes on all the same.")
     return raw
 
 

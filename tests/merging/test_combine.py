@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from btx_merge import ExpertSpec, MergeRecipe, Options, merge
+from btx_merge import ExpertSpec, MergeRecipe, NonFiniteError, Options, merge
 from tests.support.common import (
     LAYERS,
     WIDTH,
@@ -338,8 +338,6 @@ def test_differences_of_rows_that_the_seed_lacks(grown, tmp_path, rule):
 
 
 def test_nan_in_one_source_stops_every_rule(family, tmp_path):
-    from btx_merge import NonFiniteError
-
     def spoil(model):
         model.get_parameter(NORM).data[3] = float("nan")
 
@@ -374,3 +372,10 @@ def test_dare_in_blocks_drops_by_name_and_first_row(family, tmp_path, monkeypatc
         blocks.append(base[rows] + RULES[rule]([other[rows] - base[rows] for other in others], weights, 0.5))
     ours = tensors_of(tmp_path / "1")[EMBEDDING]
     torch.testing.assert_close(ours, torch.cat(blocks), rtol=2e-7, atol=1e-9)
+
+
+def test_a_scale_that_leaves_the_range_of_float32_is_named(family, tmp_path):
+    recipe = MergeRecipe(str(family.seed), family.experts, combine="ties", scale=1e39)
+    with pytest.raises(NonFiniteError, match=r"leaves the range of F32\. Give a smaller --scale or weight; "):
+        merge(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
