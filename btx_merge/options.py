@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from btx_merge.errors import InputError, Problem
-from btx_merge.reporting import short
+from btx_merge.reporting import first_line, short
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def device_problems(device: str | None) -> list[Problem]:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        found = f"{device}: {str(error).splitlines()[0]}"
+        found = f"{device}: {first_line(error)}"
         return [Problem("command", "--device", found, "a device that torch can use here, such as cpu")]
     return []
 

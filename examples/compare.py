@@ -84,6 +84,7 @@ class Comparison:
         recipe = {"base_model": str(sources["seed"]), "gate_mode": "hidden", "dtype": "float32", "experts": experts}
         file = output.with_name("mergekit.yaml")
         file.write_text(json.dumps(recipe), "utf-8")  # JSON is YAML
+        shutil.rmtree(output, ignore_errors=True)
         subprocess.run([environment / "bin" / "mergekit-moe", file, output, "--quiet"], check=True)
 
     def measure(self, model: Path, **beside: Any) -> EvalReport:
@@ -159,7 +160,6 @@ def main() -> None:
                 continue  # nothing is known of it that the plain mean does not show
             print_merge(f"{shared} + {router}", partial(comparison.merge, shared, router))
         if options.mergekit:
-            shutil.rmtree(Path(scratch) / "btx", ignore_errors=True)
             print_merge("mergekit-moe", partial(comparison.merge_with_mergekit, options.mergekit))
 
 

@@ -19,7 +19,7 @@ from steps import shown
 TRAININGS = (7e-4, 1.5e-3, 3e-3)
 BRANCHES = (3.5e-4, *TRAININGS)
 FINETUNINGS = (1.75e-4, 3.5e-4, 7e-4, 1.5e-3)
-AFTER_A_FIT = (8.75e-5, *FINETUNINGS, 3e-3)
+FINETUNINGS_OF_FITS = (8.75e-5, *FINETUNINGS, 3e-3)
 """The rates that are tried."""
 Bits = dict[float, float]
 """By rate, the bits per byte of validation text, mean over the domains."""
@@ -49,7 +49,7 @@ def try_rates(run: Run) -> dict[str, Bits]:
     found["merged"] = finetuned[rate]
     fitted = run.merged("fitted", experts=branches(run, rate), fitted=True)
     for kind in ("fitted", "taught"):
-        found[kind] = _finetuned_bits(run, fitted, kind, AFTER_A_FIT)
+        found[kind] = _finetuned_bits(run, fitted, kind, FINETUNINGS_OF_FITS)
     return found
 
 

@@ -37,7 +37,7 @@ class Trial:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        streams: Sequence[TokenStream],
+        texts: Sequence[TokenStream],
         sources: Mapping[str, DenseSource],
         statistics: Statistics,
         task: FitTask,
@@ -46,11 +46,11 @@ class Trial:
         """Prepare; nothing is computed yet.
 
         Args:
-            streams: the walk's. Those of prompts hold nothing out.
+            texts: the domains' token streams, those of the walk.
         """
         self.checkpoint, self.sources, self.statistics = checkpoint, sources, statistics
         self.task, self.passage = task, passage
-        self.walked = [stream for stream in streams if not stream.is_prompt]
+        self.walked = texts
         self.windows = [stream.held_out_alone() for stream in self.walked]
         """The held-out windows of each of them, whose states go the other way."""
         self.other_way = "expert" if task.through == "router" else "router"

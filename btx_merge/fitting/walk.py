@@ -58,7 +58,7 @@ class Walk:
         self.passes = not statistics.are_there  # otherwise no token passes: all moments are kept
         self.trial = None
         if task.rows is None:  # the rows of an edit are a part of a router
-            self.trial = Trial(checkpoint, streams, sources, statistics, task, self.passage)
+            self.trial = Trial(checkpoint, self.texts, sources, statistics, task, self.passage)
 
     @torch.no_grad()
     def run(self, reporter: Reporter) -> Fitted:

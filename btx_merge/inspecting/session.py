@@ -19,6 +19,7 @@ from btx_merge.measuring.windows import DEFAULT_WINDOW, Domain, Progress, Window
 from btx_merge.model.merged import MergedModel
 from btx_merge.reporting import Reporter
 from btx_merge.sources.tokenizer_files import load_tokenizer
+from btx_merge.texts.windows import positions_of
 
 _NAMES = ("model", "against")
 _PAGE_GATES = 8_000_000
@@ -37,7 +38,7 @@ class Session:
         """
         self._recipe, self._models, self._device = recipe, models, device
         self._tokenizers = [load_tokenizer(model.located.folder) for model in models]
-        longest = [model.config.get("max_position_embeddings", DEFAULT_WINDOW) for model in models]
+        longest = [positions_of(model.config) or DEFAULT_WINDOW for model in models]
         self._length = recipe.window or min(DEFAULT_WINDOW, *longest)
         self._experts = [running_experts(model.config) for model in models]
         self._switches = Switches.of(self._experts[0]) if recipe.ablation else Switches((), ())

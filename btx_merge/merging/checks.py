@@ -7,7 +7,7 @@ vocabulary) ends the examination early.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,10 +159,9 @@ def _tying_problems(source: Source, seed: Source, untie: bool) -> Iterator[Probl
 
 def _idle_warnings(recipe: MergeRecipe, sources: Sequence[Source]) -> Iterator[Problem]:
     """Yield which options change nothing here."""
-    defaults = {item.name: item.default for item in fields(recipe)}
     for key, (other, values) in _MEANT_FOR.items():
         given, chosen = getattr(recipe, key), getattr(recipe, other)
-        if given != defaults[key] and chosen not in values:
+        if given != getattr(MergeRecipe, key) and chosen not in values:
             found = f"{given} changes nothing with {other}: {chosen}"
             yield Problem("recipe", key, found, f"{other}: {' or '.join(values)}")
     if recipe.untie and not recipe.has_own_head and all(source.config["tie_word_embeddings"] for source in sources):

@@ -429,7 +429,7 @@ def test_a_failure_is_1(family: Family, tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["fit", "x"], "Missing option '--output'"),
-        (["merge", "--xyzzy"], "No such option: --xyzzy"),
+        (["merge", "--nonsense"], "No such option: --nonsense"),
         (["check", "--density", "much"], "Invalid value for '--density'"),
         (["nonsense"], "No such command 'nonsense'"),
         (["merge", "--workers", "0", "-o", "x"], "Invalid value for '--workers'"),

@@ -200,6 +200,7 @@ def problems_of(function: Callable[..., object], *arguments: Any, **options: Any
     """The lines of a refusal."""
     with pytest.raises(InputError) as caught:
         function(*arguments, **options)
+    assert caught.value.problems
     return [str(problem) for problem in caught.value.problems]
 
 
